@@ -1,0 +1,32 @@
+# Every target makes what it needs; nothing outside this directory is touched.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-sglang lint bench
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## the virtual environment with pinned dependencies
+
+$(READY): pyproject.toml requirements.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+train: $(READY)  ## make the embedded target, train an EAGLE-3 draft for it, measure it (no GPU, no download)
+	$(PYTHON) recipes/train_eagle3.py $(ARGS)
+
+test: $(READY)  ## the test suite
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(READY)  ## style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(READY)  ## speed and memory of a training step, beside the textbook implementation
+	$(PYTHON) benchmarks/training_step.py $(ARGS)

@@ -1,0 +1,463 @@
+"""The typed schema behind every config group.
+
+A field's documentation is the string below it; ``docs/configuration.md`` is generated from this file.  Contradictions
+inside a group are rejected in its ``__post_init__``, those between groups in :meth:`TrainJob.__post_init__`; derived
+numbers are methods.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from nemo_speculative.errors import UserError
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Answers(Enum):
+    given = "given"
+    target = "target"
+
+
+class MaskConvention(Enum):
+    serving = "serving"
+    official = "official"
+    automodel = "automodel"
+
+
+class Resume(Enum):
+    never = "never"
+    auto = "auto"
+
+
+class DecayType(Enum):
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"
+
+
+class WandbMode(Enum):
+    online = "online"
+    offline = "offline"
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def _require_positive(config: Any, group: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{group}.{name} is {value}: it must be greater than 0")
+
+
+@dataclass
+class ModelConfig:
+    """The target model, whose decoding is to be made faster."""
+
+    _target_: str = "nemo_speculative.targets.resolve.resolve_target"
+    path: str = MISSING
+    """A Hugging Face directory on this machine, or a repository name on the hub."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub repository."""
+    dtype: Dtype = Dtype.float32
+    """The dtype the frozen target runs in."""
+    trust_remote_code: bool = False
+    """Whether a repository's own modelling code may run."""
+
+
+@dataclass
+class TinyModelConfig(ModelConfig):
+    """The embedded target: made on first use from the standard library's documentation, then cached."""
+
+    _target_: str = "nemo_speculative.targets.tiny.prepare_tiny"
+    path: str = "embedded"
+    cache_dir: str = "cache/targets"
+    """Where it is kept."""
+    num_layers: int = 10
+    """Decoder layers; the default aux layers need at least 7."""
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    head_dim: int = 64
+    vocab_size: int = 1024
+    """Entries of its byte-level BPE."""
+    context: int = 1024
+    """Its longest sequence, in tokens."""
+    row_tokens: int = 256
+    """Tokens in one row of its training."""
+    rows_per_step: int = 8
+    steps: int = 1200
+    """Training steps; by steps, not seconds, so that two machines make the same target."""
+    warmup_steps: int = 50
+    muon_lr: float = 0.03
+    """Learning rate of the matrices."""
+    adamw_lr: float = 0.004
+    """Learning rate of the embedding and the norms."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.num_layers >= 7, f"model.num_layers is {self.num_layers}: the embedded target needs at least 7")
+        _require_positive(self, "model", "steps", "rows_per_step", "row_tokens")
+
+
+@dataclass
+class InitFromTarget:
+    """Which parts of the draft start from the target's weights instead of random ones."""
+
+    head: bool = True
+    """lm_head from the target head's rows."""
+    layer: bool = True
+    """The decoder layer from the target's last one."""
+    fc: bool = True
+    """fc as the identity on the highest aux state."""
+
+
+@dataclass
+class DraftConfig:
+    """The draft network and its training objective."""
+
+    _target_: str = "nemo_speculative.drafts.eagle3.Eagle3Draft"
+    objective: str = "nemo_speculative.objectives.eagle3.Eagle3Objective"
+    """The class of the loss."""
+    aux_layers: Optional[list[int]] = None
+    """Decoder layers (0-based) whose outputs are the aux hidden states; null: [1, N//2 - 1, N - 4] for N layers."""
+    vocab_size: Any = "auto"
+    """Entries of the draft vocabulary; auto: 32000, or the whole target vocabulary where that is smaller."""
+    num_steps: int = 7
+    """Steps of the training-time-test unroll (T)."""
+    step_decay: float = 0.8
+    """Step i weighs step_decay ** i in the loss."""
+    mask_convention: MaskConvention = MaskConvention.serving
+    """Which slots are supervised: serving is what inference asks for; official and automodel as those frameworks do."""
+    init_from_target: InitFromTarget = field(default_factory=InitFromTarget)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "draft", "num_steps", "step_decay")
+        size = self.vocab_size
+        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        _require(whole or size == "auto", f"draft.vocab_size is {size!r}: expected a number above 0, or auto")
+        if self.aux_layers is not None:
+            repeated = len(set(self.aux_layers)) != len(self.aux_layers)
+            _require(
+                bool(self.aux_layers) and not repeated,
+                f"draft.aux_layers is {self.aux_layers}: expected distinct layers, e.g. [1, 3, 4]",
+            )
+
+    def resolved_vocab_size(self, target_vocab_size: int) -> int:
+        """The number of draft vocabulary entries for a target of ``target_vocab_size``."""
+        if self.vocab_size == "auto":
+            return min(32000, target_vocab_size)
+        _require(
+            self.vocab_size <= target_vocab_size,
+            f"draft.vocab_size is {self.vocab_size}, larger than the target's vocabulary of {target_vocab_size}: "
+            f"set draft.vocab_size={target_vocab_size} or less, or auto",
+        )
+        return self.vocab_size
+
+
+@dataclass
+class BackendConfig:
+    """What runs the frozen target in training."""
+
+    _target_: str = "nemo_speculative.targets.hf.HFTarget"
+    attn_implementation: str = "sdpa"
+    """transformers' name of the target's attention."""
+
+
+@dataclass
+class DataConfig:
+    """Conversations, and how they become rows of tokens."""
+
+    _target_: str = "nemo_speculative.data.sources.load_jsonl"
+    path: Optional[str] = MISSING
+    """JSONL: {"conversations": [{"role", "content"}]} a line, or {"input_ids", "loss_mask"}."""
+    held_out_path: Optional[str] = None
+    """The same, for validation and evaluation; null: held_out_share of path, chosen by id."""
+    held_out_share: float = 0.05
+    """Share of the conversations kept out of training when held_out_path is null."""
+    max_conversations: Optional[int] = None
+    """Train on the first so many only (of a seeded order)."""
+    answers: Answers = Answers.given
+    """given: train on the answers in the data; target: the target answers every question itself first (on-policy)."""
+    max_answer_tokens: int = 512
+    """Longest answer generated with answers=target, in tokens."""
+    generation_batch_size: int = 64
+    """Conversations answered at once with answers=target."""
+    max_length: Optional[int] = None
+    """Longest conversation, in tokens; what is cut off is counted. null: 2048, or the target's context if shorter."""
+    row_tokens: Optional[int] = None
+    """Tokens in one packed row; null: max_length."""
+    cache_dir: str = "cache/answers"
+    """Where generated answers are kept."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "data", "max_length", "row_tokens", "max_answer_tokens", "generation_batch_size")
+        _require(
+            0 <= self.held_out_share < 1,
+            f"data.held_out_share is {self.held_out_share}: expected a share of at least 0 and below 1",
+        )
+
+    def lengths(self, context: int) -> tuple[int, int]:
+        """max_length and row_tokens for a target whose longest sequence is ``context`` tokens.
+
+        Raises:
+            UserError: max_length is longer than that, or than a row.
+        """
+        longest = self.max_length or min(2048, context)
+        row = self.row_tokens or longest
+        _require(
+            longest <= context,
+            f"data.max_length is {longest}, longer than the target's context of {context}: lower data.max_length",
+        )
+        _require(
+            longest <= row,
+            f"data.max_length is {longest}, longer than data.row_tokens={row}: a conversation must fit into one row; "
+            "raise data.row_tokens or lower data.max_length",
+        )
+        return longest, row
+
+
+@dataclass
+class TinyDataConfig(DataConfig):
+    """Questions on the standard library, answered by the target itself."""
+
+    _target_: str = "nemo_speculative.data.sources.load_stdlib"
+    path: Optional[str] = None
+
+
+@dataclass
+class HubDataConfig(DataConfig):
+    """A chat dataset that the `datasets` library can load: a hub repository or a directory."""
+
+    _target_: str = "nemo_speculative.data.sources.load_hub"
+    path: Optional[str] = None
+    repository: str = MISSING
+    """Name on the hub, or a directory of JSON, JSONL or Parquet files."""
+    split: str = "train"
+    held_out_split: Optional[str] = None
+    """null: held_out_share of split."""
+    messages_key: str = "messages"
+    """The column that holds the messages."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with torchtitan's warm-up, stable and decay schedule."""
+
+    lr: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.015
+    """Share of the steps in which the learning rate rises."""
+    decay_ratio: float = 1.0
+    """Share of the steps after warm-up in which it falls."""
+    decay_type: DecayType = DecayType.cosine
+    min_lr_factor: float = 0.0
+    """The learning rate at the end, as a share of lr."""
+    clip_norm: float = 0.5
+    """Largest norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optimizer", "lr", "clip_norm", "eps")
+        for name in ("warmup_ratio", "decay_ratio"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optimizer.{name} is {value}: expected a share between 0 and 1")
+
+
+@dataclass
+class ParallelismConfig:
+    """How the draft is spread over the processes that torchrun starts."""
+
+    replicate: int = 1
+    """Groups of ranks that each hold a whole draft (HSDP)."""
+    shard: int = -1
+    """Ranks that share one draft (FSDP2); -1: all that replicate leaves."""
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: Optional[int] = None
+    """Optimizer steps; null: as many as epochs asks for."""
+    epochs: float = 1.0
+    """Passes over the data, where max_steps is null."""
+    global_batch_size: int = 8
+    """Rows in one optimizer step, over all ranks and accumulation."""
+    micro_batch_size: int = 8
+    """At most so many rows in one forward; the rest is accumulated."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    dtype: Dtype = Dtype.float32
+    """What the draft computes in; its master weights, reductions and optimizer are float32 always."""
+    activation_checkpointing: bool = False
+    """Recompute each unroll step in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the draft's layer."""
+    log_interval: int = 10
+    """Steps between two lines of metrics."""
+    save_interval: int = 500
+    """Steps between two checkpoints; each is measured with the decoder, and the best kept."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best."""
+    val_interval: int = 100
+    """Steps between two losses on held-out rows."""
+    val_batches: int = 4
+    """Micro-batches of held-out rows in one validation."""
+    profile: bool = False
+    """Write a torch profiler trace to <output_dir>/profile."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
+            "save_interval", "keep_checkpoints", "val_interval", "val_batches",
+        )  # fmt: skip
+        _require(
+            self.device in ("auto", "cpu", "cuda"), f"trainer.device is {self.device!r}: expected auto, cpu or cuda"
+        )
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the whole run over ``num_rows`` packed rows."""
+        return self.max_steps or max(1, round(self.epochs * num_rows / self.global_batch_size))
+
+
+@dataclass
+class ExporterConfig:
+    """What is written for serving, and the speculative settings that the checkpoint remembers."""
+
+    dtype: Dtype = Dtype.bfloat16
+    """Of the draft's weights on disk."""
+    num_steps: int = 5
+    """Draft tokens in a chain (SGLang's --speculative-num-steps)."""
+    topk: int = 1
+    """Branches a draft step keeps (--speculative-eagle-topk); 1 is a chain."""
+    num_draft_tokens: Optional[int] = None
+    """Tokens verified at once, the last sampled one included (--speculative-num-draft-tokens); null: num_steps + 1."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "exporter", "num_steps", "topk", "num_draft_tokens")
+        if self.num_draft_tokens is None:
+            self.num_draft_tokens = self.num_steps + 1
+        _require(
+            self.topk > 1 or self.num_draft_tokens == self.num_steps + 1,
+            f"exporter.num_draft_tokens is {self.num_draft_tokens}: with exporter.topk=1 it must be "
+            f"exporter.num_steps + 1 = {self.num_steps + 1}",
+        )
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go beside the console and metrics.jsonl."""
+
+    _target_: str = "nemo_speculative.training.loggers.NoLogger"
+
+
+@dataclass
+class TensorBoardConfig(LoggerConfig):
+    _target_: str = "nemo_speculative.training.loggers.tensorboard"
+
+
+@dataclass
+class WandbConfig(LoggerConfig):
+    _target_: str = "nemo_speculative.training.loggers.WandbLogger"
+    project: str = "nemo_speculative"
+    name: Optional[str] = None
+    """The run's name; null: wandb's own choice."""
+    mode: WandbMode = WandbMode.offline
+    """offline needs no account; upload later with `wandb sync`."""
+
+
+@dataclass
+class EvaluationConfig:
+    """The measurement of the draft with the built-in lossless decoder."""
+
+    num_questions: int = 100
+    """Held-out questions at the end of a run."""
+    selection_questions: int = 16
+    """Held-out questions measured at every checkpoint, by which `best` is chosen."""
+    max_new_tokens: int = 256
+    """Longest answer."""
+    num_threads: Optional[int] = None
+    """CPU threads while measuring; null: torch's choice. A tiny model is fastest on one."""
+    ngram: int = 3
+    """Longest n-gram that prompt-lookup drafting, the baseline, matches."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "evaluation", "num_questions", "selection_questions", "max_new_tokens", "ngram", "num_threads"
+        )
+
+
+@dataclass
+class TrainJob:
+    """A whole training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exporter: ExporterConfig = field(default_factory=ExporterConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = MISSING
+    """The run's directory: config.yaml, metrics.jsonl, checkpoints/, summary.json."""
+    seed: int = 0
+    """Of the draft's initialisation and the order of the data."""
+    resume: Resume = Resume.never
+    """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    plan: bool = False
+    """Print what would happen and stop, without loading any weights."""
+
+
+@dataclass
+class EvaluateJob:
+    """The measurement of a checkpoint, on questions of a data group."""
+
+    checkpoint: str = MISSING
+    """A run directory, a step_<N> directory or its model/."""
+    target: Optional[str] = None
+    """The target's directory; null: the one that the checkpoint remembers."""
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    num_steps: Optional[int] = None
+    """Draft tokens in a chain; null: what the checkpoint remembers."""
+    seed: int = 0
+
+
+SCHEMAS: dict[tuple[str, str], type] = {
+    ("model", "hf"): ModelConfig,
+    ("model", "tiny"): TinyModelConfig,
+    ("draft", "eagle3"): DraftConfig,
+    ("backend", "hf"): BackendConfig,
+    ("data", "jsonl"): DataConfig,
+    ("data", "tiny"): TinyDataConfig,
+    ("data", "hub"): HubDataConfig,
+    ("optimizer", "adamw"): OptimizerConfig,
+    ("parallelism", "fsdp2"): ParallelismConfig,
+    ("trainer", "default"): TrainerConfig,
+    ("exporter", "sglang"): ExporterConfig,
+    ("logger", "none"): LoggerConfig,
+    ("logger", "tensorboard"): TensorBoardConfig,
+    ("logger", "wandb"): WandbConfig,
+    ("evaluation", "default"): EvaluationConfig,
+}
+"""Each group's schemas; conf/<group>/*.yaml names one of them as ``/schema/<group>``."""
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra as ``/schema/<group>: <name>``."""
+    store = ConfigStore.instance()
+    for (group, name), node in SCHEMAS.items():
+        store.store(group=f"schema/{group}", name=name, node=node, package=group)
+    store.store(name="train_job", node=TrainJob)
+    store.store(name="evaluate_job", node=EvaluateJob)

@@ -1,0 +1,33 @@
+"""The one shape in which tokens travel from the data to the target and the draft."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows.  B rows of L tokens; a row holds whole documents one after the other, then padding."""
+
+    input_ids: torch.Tensor
+    """int64 [B, L]."""
+    loss_mask: torch.Tensor
+    """bool [B, L]: written by the assistant."""
+    positions: torch.Tensor
+    """int64 [B, L]: from 0 in every document."""
+    documents: torch.Tensor
+    """int64 [B, L]: which document of the row; padding has a number of its own."""
+    ids: tuple[str, ...] = ()
+    """The conversations in it."""
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in _TENSORS}
+        return replace(self, **moved)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rows, padding included."""
+        return self.input_ids.numel()
+
+
+_TENSORS = ("input_ids", "loss_mask", "positions", "documents")

@@ -1,0 +1,85 @@
+"""A conversation through the tokenizer's own chat template: token ids, and which of them the assistant wrote.
+
+Training must see what serving renders, so the template alone decides.  A template with ``{% generation %}`` marks the
+assistant's part itself; otherwise prefixes of the conversation are rendered, and what an assistant turn adds to the
+prompt before it is the assistant's.  Where a prefix is not a prefix in token ids, the template is refused.
+"""
+
+from collections.abc import Collection
+
+from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.errors import UserError
+
+
+def tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -> TokenRow:
+    """Token ids and assistant mask of one conversation.
+
+    An assistant span ends with its first stop token where it has one: what the template prints behind it (a newline,
+    say) is never generated.
+
+    Raises:
+        UserError: no chat template, a conversation that the template rejects, or one that cannot be masked.
+    """
+    if "{% generation" in template_of(tokenizer) or "{%- generation" in template_of(tokenizer):
+        ids, mask = _by_generation_tag(tokenizer, conversation)
+    else:
+        ids, mask = _by_prefixes(tokenizer, conversation)
+    return TokenRow(conversation.id, ids, _end_at_stop(ids, mask, stop_ids), conversation.origin)
+
+
+def template_of(tokenizer) -> str:
+    """The tokenizer's chat template.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to it, or give data that is "
+            'tokenised already ({"input_ids", "loss_mask"} a line)'
+        )
+    return tokenizer.chat_template
+
+
+def prompt_ids(tokenizer, messages: list[dict[str, str]], origin: str) -> list[int]:
+    """The ids after which the assistant's answer to ``messages`` begins."""
+    return _render(tokenizer, messages, origin, add_generation_prompt=True)["input_ids"]
+
+
+def _render(tokenizer, messages: list[dict[str, str]], origin: str, **options) -> dict[str, list[int]]:
+    template_of(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except Exception as error:  # jinja2 and the templates' own raise_exception
+        raise UserError(f"{origin}: the chat template rejects this conversation: {error}") from error
+
+
+def _by_generation_tag(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    rendered = _render(tokenizer, conversation.messages, conversation.origin, return_assistant_tokens_mask=True)
+    return rendered["input_ids"], [bool(m) for m in rendered["assistant_masks"]]
+
+
+def _by_prefixes(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    messages, origin = conversation.messages, conversation.origin
+    whole = _render(tokenizer, messages, origin)["input_ids"]
+    mask = [False] * len(whole)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = prompt_ids(tokenizer, messages[:turn], origin)
+            after = _render(tokenizer, messages[: turn + 1], origin)["input_ids"]
+            if whole[: len(after)] != after or after[: len(before)] != before:
+                raise UserError(
+                    f"{origin}: the chat template of {tokenizer.name_or_path} renders message {turn} differently "
+                    "within the whole conversation and at its end, so the assistant's tokens cannot be told; add "
+                    "{% generation %} to the template, or give input_ids and loss_mask"
+                )
+            mask[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return whole, mask
+
+
+def _end_at_stop(ids: list[int], mask: list[bool], stop_ids: Collection[int]) -> list[bool]:
+    ended, stopped = list(mask), False
+    for i, inside in enumerate(mask):
+        ended[i] = inside and not stopped
+        stopped = inside and (stopped or ids[i] in stop_ids)
+    return ended

@@ -1,0 +1,104 @@
+"""Conversations, and rows that are tokens already: what a data file holds, checked line by line."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_speculative.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in the chat form: ``{"role", "content"}`` each."""
+
+    id: str
+    messages: list[dict[str, str]]
+    origin: str
+    """Where it came from, for error messages: ``file:line``."""
+
+    @property
+    def has_answer(self) -> bool:
+        return any(m["role"] == "assistant" for m in self.messages)
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A conversation in token ids, with the assistant's tokens marked."""
+
+    id: str
+    input_ids: list[int]
+    loss_mask: list[bool]
+    origin: str
+
+    def cut(self, max_length: int) -> "TokenRow":
+        if len(self.input_ids) <= max_length:
+            return self
+        return TokenRow(self.id, self.input_ids[:max_length], self.loss_mask[:max_length], self.origin)
+
+
+def read_jsonl(path: str | Path) -> list[Conversation | TokenRow]:
+    """Reads a JSONL file of ``{"conversations": [...]}`` or ``{"input_ids": [...], "loss_mask": [...]}`` lines.
+
+    Raises:
+        UserError: the file is missing, empty, not UTF-8 or a line of it is malformed; the line is named.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"data.path: {file} does not exist or is not a file; expected a JSONL file")
+    rows = list(_parse_lines(file))
+    if not rows:
+        raise UserError(f"data.path: {file} is empty; expected one JSON object a line")
+    return rows
+
+
+def _parse_lines(file: Path) -> Iterator[Conversation | TokenRow]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse(line, f"{file}:{number}", str(number))
+
+
+def _parse(line: bytes, origin: str, number: str) -> Conversation | TokenRow:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{origin}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
+        ) from None
+    if not isinstance(record, dict):
+        raise UserError(f"{origin}: found a {type(record).__name__}, expected a JSON object")
+    identity = str(record.get("id", number))
+    if "conversations" in record:
+        return Conversation(identity, check_messages(record["conversations"], origin), origin)
+    if "input_ids" in record:
+        return _token_row(record, identity, origin)
+    raise UserError(
+        f'{origin}: found the keys {sorted(record)}, expected "conversations", or "input_ids" and "loss_mask"'
+    )
+
+
+def check_messages(value: Any, origin: str) -> list[dict[str, str]]:
+    """``value`` if it is a list of chat messages; raises UserError naming ``origin`` if not."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f'{origin}: "conversations" must be a list of messages, not {value!r:.60}')
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise UserError(f"{origin}: message {index} is {message!r:.60}, expected a role among {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"{origin}: message {index} has the content {message.get('content')!r:.60}, expected text")
+    return value
+
+
+def _token_row(record: dict[str, Any], identity: str, origin: str) -> TokenRow:
+    ids, mask = record["input_ids"], record.get("loss_mask")
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise UserError(f'{origin}: "input_ids" must be a list of token ids')
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
+        raise UserError(f'{origin}: "loss_mask" must be a list of 0 and 1 as long as "input_ids" ({len(ids)})')
+    return TokenRow(identity, ids, [bool(m) for m in mask], origin)

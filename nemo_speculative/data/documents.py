@@ -1,0 +1,94 @@
+"""From conversations to documents: token rows that fit, with what was left out counted."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from nemo_speculative.data.chat import tokenize
+from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.errors import UserError
+
+
+@dataclass
+class Documents:
+    """Tokenised rows, and what became of those that are not among them."""
+
+    rows: list[TokenRow] = field(default_factory=list)
+    unsupervised: list[str] = field(default_factory=list)
+    """Ids left out because no token of theirs is supervised (within the longest length)."""
+    truncated: int = 0
+    supervised_tokens_cut: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(r.input_ids) for r in self.rows)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(sum(r.loss_mask) for r in self.rows)
+
+    def report(self) -> str:
+        """One line: rows, tokens, supervised share, and what was left out."""
+        line = f"{len(self.rows)} conversations, {self.tokens} tokens, "
+        line += f"{self.supervised_tokens / max(self.tokens, 1):.0%} supervised"
+        if self.truncated:
+            line += f"; {self.truncated} cut to length, losing {self.supervised_tokens_cut} supervised tokens"
+        if self.unsupervised:
+            named = ", ".join(self.unsupervised[:3]) + (", …" if len(self.unsupervised) > 3 else "")
+            line += f"; {len(self.unsupervised)} without a supervised token left out ({named})"
+        return line
+
+
+def to_documents(
+    items: Iterable[Conversation | TokenRow], tokenizer, stop_ids: Collection[int], max_length: int, vocab_size: int
+) -> Documents:
+    """Tokenises, checks and cuts.
+
+    Raises:
+        UserError: a conversation has no assistant turn or cannot be masked, or an id lies outside the vocabulary.
+    """
+    out = Documents()
+    for item in items:
+        row = item if isinstance(item, TokenRow) else _tokenize(tokenizer, item, stop_ids)
+        _check_ids(row, vocab_size)
+        kept = row.cut(max_length)
+        if kept is not row:
+            out.truncated += 1
+            out.supervised_tokens_cut += sum(row.loss_mask) - sum(kept.loss_mask)
+        if any(kept.loss_mask):
+            out.rows.append(kept)
+        else:
+            out.unsupervised.append(row.id)
+    return out
+
+
+def _tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -> TokenRow:
+    if not conversation.has_answer:
+        raise UserError(
+            f"{conversation.origin}: the conversation has no assistant turn, so there is nothing to train on; add one, "
+            "or let the target answer with data.answers=target"
+        )
+    return tokenize(tokenizer, conversation, stop_ids)
+
+
+def _check_ids(row: TokenRow, vocab_size: int) -> None:
+    largest = max(row.input_ids)
+    if largest >= vocab_size:
+        raise UserError(f"{row.origin}: token id {largest} lies outside the target's vocabulary of {vocab_size}")
+
+
+def preview(row: TokenRow, tokenizer, colour: bool) -> str:
+    """The text of a row with the assistant's tokens in green (or in brackets)."""
+    before, after = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    pieces = [
+        before + tokenizer.decode(ids) + after if supervised else tokenizer.decode(ids)
+        for supervised, ids in _runs(row.input_ids, row.loss_mask)
+    ]
+    return "".join(pieces)
+
+
+def _runs(ids: Sequence[int], mask: Sequence[bool]) -> Iterable[tuple[bool, list[int]]]:
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or mask[i] != mask[start]:
+            yield mask[start], list(ids[start:i])
+            start = i

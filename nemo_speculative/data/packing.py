@@ -1,0 +1,69 @@
+"""Documents into rows of a fixed length."""
+
+import bisect
+import random
+from collections.abc import Sequence
+
+import torch
+
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.conversations import TokenRow
+
+WINDOW = 2048
+"""Documents packed together: wide enough to fill rows, narrow enough to keep the shuffled order."""
+
+
+def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> list[list[int]]:
+    """Which documents share a row: best-fit decreasing within windows of a shuffled order.
+
+    Depends on nothing but its arguments, so that every rank and every restart makes the same rows.
+
+    Args:
+        lengths: tokens of each document, none above ``row_tokens``.
+
+    Returns:
+        Rows of indices into ``lengths``, in the order in which they are trained on.
+    """
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    rows: list[list[int]] = []
+    for start in range(0, len(order), WINDOW):
+        window = sorted(order[start : start + WINDOW], key=lambda i: (-lengths[i], i))
+        packed = _best_fit(window, lengths, row_tokens)
+        rng.shuffle(packed)
+        rows += packed
+    return rows
+
+
+def _best_fit(documents: list[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for document in documents:
+        at = bisect.bisect_left(free, (lengths[document], -1))
+        left, row = free.pop(at) if at < len(free) else (row_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(document)
+        bisect.insort(free, (left - lengths[document], row))
+    return rows
+
+
+def collate(rows: Sequence[Sequence[TokenRow]], row_tokens: int, pad_id: int) -> Batch:
+    """The tensors of packed ``rows``, padded to ``row_tokens``."""
+    shape = (len(rows), row_tokens)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    positions, documents = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    for r, row in enumerate(rows):
+        start = 0
+        for d, document in enumerate(row):
+            end = start + len(document.input_ids)
+            input_ids[r, start:end] = torch.tensor(document.input_ids)
+            loss_mask[r, start:end] = torch.tensor(document.loss_mask)
+            positions[r, start:end] = torch.arange(end - start)
+            documents[r, start:end] = d
+            start = end
+        positions[r, start:] = torch.arange(row_tokens - start)
+        documents[r, start:] = len(row)
+    return Batch(input_ids, loss_mask, positions, documents, tuple(d.id for row in rows for d in row))

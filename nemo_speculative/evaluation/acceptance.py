@@ -1,0 +1,139 @@
+"""Acceptance length and speed of a draft on held-out questions, beside plain decoding and n-gram drafting."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nemo_speculative.config.schema import EvaluationConfig
+from nemo_speculative.decoding.drafters import Drafter, Eagle3Drafter, NgramDrafter, NoDrafter
+from nemo_speculative.decoding.generate import Generation, generate_greedy
+from nemo_speculative.drafts.eagle3 import Eagle3Draft
+from nemo_speculative.progress import Progress
+from nemo_speculative.targets.hf import HFTarget
+
+
+@dataclass
+class Measured:
+    """What one way of drafting did on all questions."""
+
+    generations: list[Generation] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def tau(self) -> float:
+        """Acceptance length: tokens emitted per verification, bonus token included."""
+        return _tau(self.generations)
+
+    @property
+    def tau_finished(self) -> float:
+        """The same over answers that ended with a stop token: an endless loop is easy to draft."""
+        return _tau([g for g in self.generations if g.finished])
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(g.tokens) for g in self.generations) / max(self.seconds, 1e-9)
+
+    def acceptance_per_position(self, num_steps: int) -> list[float]:
+        """Share of the verifications that accepted draft token i and all before it; τ = 1 + their sum."""
+        emitted = [n for g in self.generations for n in g.emitted]
+        return [sum(n > i + 1 for n in emitted) / max(len(emitted), 1) for i in range(num_steps)]
+
+
+def _tau(generations: Sequence[Generation]) -> float:
+    verifications = sum(len(g.emitted) for g in generations)
+    return sum(sum(g.emitted) for g in generations) / verifications if verifications else float("nan")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A draft beside its baselines on the same questions."""
+
+    draft: Measured
+    plain: Measured
+    ngram: Measured
+    num_steps: int
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every answer is, token by token, the one that the target gives without a draft."""
+        return all(d.tokens == p.tokens for d, p in zip(self.draft.generations, self.plain.generations, strict=True))
+
+    @property
+    def identical(self) -> int:
+        """Questions answered identically with and without the draft."""
+        return sum(d.tokens == p.tokens for d, p in zip(self.draft.generations, self.plain.generations, strict=True))
+
+    def summary(self) -> dict[str, object]:
+        """The figures of ``summary.json``."""
+        return {
+            "tau": self.draft.tau,
+            "tau_finished": self.draft.tau_finished,
+            "acceptance_per_position": self.draft.acceptance_per_position(self.num_steps),
+            "ngram_tau": self.ngram.tau,
+            "ngram_tau_finished": self.ngram.tau_finished,
+            "tokens_per_second": self.draft.tokens_per_second,
+            "baseline_tokens_per_second": self.plain.tokens_per_second,
+            "ngram_tokens_per_second": self.ngram.tokens_per_second,
+            "lossless": self.lossless,
+            "num_draft_tokens_per_chain": self.num_steps,
+            "questions": len(self.draft.generations),
+            "finished_answers": sum(g.finished for g in self.plain.generations),
+        }
+
+
+@contextlib.contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Runs on ``number`` CPU threads; None leaves the setting alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def evaluate_draft(
+    target: HFTarget, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], num_steps: int, config: EvaluationConfig
+) -> Evaluation:
+    """Answers every prompt three times, one way after the other, so that a noisy machine hits all alike."""
+    with cpu_threads(config.num_threads):
+        return _evaluate(target, draft, prompts, num_steps, config)
+
+
+def _evaluate(target, draft, prompts, num_steps: int, config: EvaluationConfig) -> Evaluation:
+    max_new_tokens = config.max_new_tokens
+    ways: dict[str, Drafter] = {
+        "plain": NoDrafter(),
+        "ngram": NgramDrafter(num_steps, config.ngram),
+        "draft": Eagle3Drafter(draft, target, num_steps),
+    }
+    measured = {name: Measured() for name in ways}
+    stop_ids, progress = target.stop_ids, Progress("measuring", len(prompts))
+    for drafter in ways.values():  # warm-up: the first call allocates
+        generate_greedy(target, drafter, prompts[0], min(16, max_new_tokens), stop_ids)
+    for prompt in prompts:
+        for name, drafter in ways.items():
+            started = time.perf_counter()
+            measured[name].generations.append(generate_greedy(target, drafter, prompt, max_new_tokens, stop_ids))
+            measured[name].seconds += time.perf_counter() - started
+        progress.advance(lambda: f"tau {measured['draft'].tau:.2f}")
+    progress.close()
+    return Evaluation(**measured, num_steps=num_steps)
+
+
+def measure_tau(
+    target: HFTarget, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], num_steps: int, config: EvaluationConfig
+) -> float:
+    """τ of the draft alone: the figure by which a run chooses its best checkpoint."""
+    drafter, stop_ids = Eagle3Drafter(draft, target, num_steps), target.stop_ids
+    with cpu_threads(config.num_threads):
+        return Measured([generate_greedy(target, drafter, p, config.max_new_tokens, stop_ids) for p in prompts]).tau
+
+
+def question_prompts(rows: Sequence, limit: int, max_prompt: int) -> list[list[int]]:
+    """The prompts of the first ``limit`` rows: their ids up to the first supervised token."""
+    prompts = (row.input_ids[: row.loss_mask.index(True)] for row in rows if True in row.loss_mask)
+    return [p for p in prompts if 0 < len(p) <= max_prompt][:limit]

@@ -1,0 +1,51 @@
+"""A progress bar for anything that takes more than a few seconds."""
+
+import sys
+import time
+from collections.abc import Callable
+
+BAR_WIDTH = 24
+REFRESH_SECONDS = {True: 0.5, False: 15.0}
+"""On a terminal one line is redrawn; in a log file a line is added now and then."""
+
+
+class Progress:
+    """Counts towards ``total`` on standard error: share, rate and time left, plus a note of the caller's."""
+
+    def __init__(self, title: str, total: int):
+        self.title, self.total, self.done = title, total, 0
+        self.started = self.drawn = time.monotonic()
+        self.interactive = sys.stderr.isatty()
+
+    def advance(self, note: Callable[[], str] = str, by: int = 1) -> None:
+        """``note`` is called only when the line is drawn, so it may cost a synchronisation."""
+        self.done += by
+        now = time.monotonic()
+        if now - self.drawn >= REFRESH_SECONDS[self.interactive]:
+            self.drawn = now
+            self._draw(note(), now)
+
+    def _draw(self, note: str, now: float) -> None:
+        left = (now - self.started) / self.done * (self.total - self.done)
+        filled = BAR_WIDTH * self.done // max(self.total, 1)
+        bar = "#" * filled + "." * (BAR_WIDTH - filled)
+        line = f"{self.title} [{bar}] {self.done}/{self.total}  {duration(left)} left  {note}"
+        print(
+            f"\r\x1b[K{line}" if self.interactive else line,
+            end="" if self.interactive else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Ends the line and says how long it took."""
+        clear = "\r\x1b[K" if self.interactive else ""
+        took = duration(time.monotonic() - self.started)
+        print(f"{clear}{self.title}: {self.done} of {self.total} in {took}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """``75`` → ``1:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

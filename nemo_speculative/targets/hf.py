@@ -1,0 +1,183 @@
+"""The target through transformers: any ``AutoModelForCausalLM``."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets.base import Supervision, aux_layers_for
+
+
+class HFTarget:
+    """A frozen Hugging Face model in eval mode; see :class:`nemo_speculative.targets.base.Target`.
+
+    Raises:
+        UserError: the directory holds no usable model or tokenizer, or the head does more to the last hidden state
+            than this class reproduces.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        aux_layers: list[int] | None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attn_implementation: str = "sdpa",
+        trust_remote_code: bool = False,
+    ):
+        self.path, self.device = Path(path), torch.device(device)
+        self.config = text_config(path, trust_remote_code)
+        self.aux_layers = aux_layers_for(self.config.num_hidden_layers, aux_layers)
+        self.tokenizer = load_tokenizer(path, trust_remote_code)
+        self.model: Any = _load_model(path, dtype, self.device, attn_implementation, trust_remote_code)
+        self._decoder = self.model.get_decoder()
+        self._head = self.model.get_output_embeddings()
+        self._embedding = self.model.get_input_embeddings()
+        self._captured: dict[int, torch.Tensor] = {}
+        layers = _decoder_layers(self._decoder, self.config.num_hidden_layers)
+        self.last_layer = layers[-1]
+        for layer in self.aux_layers:
+            layers[layer].register_forward_hook(self._capture(layer))
+        self._check_head()
+
+    def _capture(self, layer: int):
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._captured[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer: the generation configuration's, and the tokenizer's own."""
+        return stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one target's weights from another's, without reading all of them."""
+        return target_fingerprint(self.path)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decoder without the head.
+
+        Args:
+            input_ids: int64 [B, L].
+            positions: int64 [B, L]; where they start anew, so does attention (packed documents).
+            cache: a transformers cache, extended in place.
+
+        Returns:
+            aux [B, L, A * h] and last hidden state [B, L, h].
+        """
+        out = self._decoder(
+            input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+        )
+        aux = torch.cat([self._captured.pop(layer) for layer in self.aux_layers], dim=-1)
+        return aux, out.last_hidden_state
+
+    def supervise(self, batch: Batch) -> Supervision:
+        return Supervision(*self.forward(batch.input_ids, batch.positions))
+
+    @torch.no_grad()
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self._embedding(input_ids)
+
+    @torch.no_grad()
+    def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._head(last_hidden)
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        if scale := getattr(self.config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(self.config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        return logits
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, h]: the rows of the frozen head."""
+        return self._head.weight
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        probe = torch.arange(8, device=self.device)[None] % self.config.vocab_size
+        expected = self.model(input_ids=probe, use_cache=False).logits.float()
+        found = self.logits(self.forward(probe)[1]).float()
+        if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            raise UserError(
+                f"{self.path}: the logits of {type(self.model).__name__} are not its head applied to the last hidden "
+                "state; this architecture is not supported by backend=hf"
+            )
+
+
+def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str, trust: bool) -> Any:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: the target cannot be loaded: {_first_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def text_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The (text) configuration of the model in ``path``, without its weights.
+
+    Raises:
+        UserError: there is none, or transformers does not know its type.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a usable model configuration: {_first_line(error)}") from error
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in ``path``.
+
+    Raises:
+        UserError: there is none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise UserError(f"{type(decoder).__name__}: no list of {num_layers} decoder layers found in it")
+
+
+def stop_ids(generation_eos: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer."""
+    eos = generation_eos if isinstance(generation_eos, list) else [generation_eos]
+    return frozenset(i for i in [*eos, tokenizer.eos_token_id] if i is not None)
+
+
+def target_fingerprint(path: Path) -> str:
+    """A hash over the configuration and the names, sizes, heads and tails of the weight files in ``path``."""
+    digest = hashlib.sha256()
+    config = json.loads((path / "config.json").read_text())
+    config.pop("transformers_version", None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as weights:
+            digest.update(f"{file.name}:{file.stat().st_size}".encode() + weights.read(1 << 20))
+            weights.seek(-min(file.stat().st_size, 1 << 20), 2)
+            digest.update(weights.read())
+    return digest.hexdigest()[:16]

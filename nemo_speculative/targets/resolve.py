@@ -1,0 +1,33 @@
+"""Where a target's files are, before anything heavy starts."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from nemo_speculative.config.schema import ModelConfig
+from nemo_speculative.errors import UserError
+
+NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def resolve_target(config: ModelConfig) -> Path:
+    """The local directory of ``config.path``: a directory, the hub's cache, or a download into it.
+
+    Raises:
+        UserError: it is neither a model directory nor to be had from the hub.
+    """
+    local = Path(config.path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(f"model.path: {local} has no config.json; expected a Hugging Face model directory")
+        return local
+    if local.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
+        raise UserError(f"model.path: {config.path} does not exist; expected a Hugging Face model directory")
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=NEEDED))
+    except Exception as error:  # one class per way in which a hub can fail
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        raise UserError(
+            f"model.path: the weights of {config.path} are not on this machine and the hub could not give them "
+            f"({reason}); point model.path at a directory that holds them: model.path=/path/to/model"
+        ) from None

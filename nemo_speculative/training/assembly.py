@@ -1,0 +1,275 @@
+"""From a job to the parts of a run, in the order of the recipe."""
+
+import dataclasses
+import hashlib
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import OmegaConf
+
+from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.checkpoints.servable import Provenance, Speculative
+from nemo_speculative.config.schema import Answers, Resume, TrainJob
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.data.documents import Documents, to_documents
+from nemo_speculative.data.packing import collate, pack
+from nemo_speculative.data.sources import Split
+from nemo_speculative.data.stream import RowStream
+from nemo_speculative.data.vocabulary import DraftVocabulary, build_vocabulary
+from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.drafts.init import init_from_target
+from nemo_speculative.errors import UserError
+from nemo_speculative.evaluation.acceptance import measure_tau, question_prompts
+from nemo_speculative.objectives.base import Objective
+from nemo_speculative.targets.answers import answer
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.training import titan
+from nemo_speculative.training.parallelism import first_rank_first, first_rank_only
+from nemo_speculative.training.reporting import Reporter
+from nemo_speculative.training.saving import Saver
+from nemo_speculative.training.state import Position
+from nemo_speculative.training.trainer import DraftTrainer
+
+VALIDATION_SEED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is measured with."""
+
+    training: Documents
+    held_out: Documents
+    row_tokens: int
+    prompts: list[list[int]]
+    """Held-out questions, for the decoder."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether a resumed run sees the same rows."""
+        digest = hashlib.sha256(str(self.row_tokens).encode())
+        for row in self.training.rows:
+            digest.update(json.dumps([row.id, row.input_ids, row.loss_mask]).encode())
+        return digest.hexdigest()[:16]
+
+
+def as_plain(job: Any) -> dict[str, Any]:
+    """The job as nested dicts of plain values: what is saved with a run."""
+    plain = dataclasses.asdict(
+        job, dict_factory=lambda items: {k: v.value if isinstance(v, Enum) else v for k, v in items}
+    )
+    return json.loads(json.dumps(plain))
+
+
+def prepare_run(job: TrainJob) -> RunDirectory:
+    """The run directory with its config.yaml; an earlier run there is renamed unless this one resumes it."""
+    run = RunDirectory(job.output_dir)
+    first_rank_only(lambda: _prepare(job, run))
+    return run
+
+
+def _prepare(job: TrainJob, run: RunDirectory) -> None:
+    if job.resume is Resume.never and (aside := run.set_aside()):
+        print(f"{run.root} held an earlier run; it is now {aside} (go on with one by resume=auto)", flush=True)
+    run.prepare()
+    if not run.steps():
+        run.keep_metrics_until(0)
+    (run.root / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(as_plain(job))))
+
+
+def build_target(job: TrainJob, device: torch.device) -> HFTarget:
+    """The frozen target; made or downloaded by the first rank."""
+    directory = first_rank_first(lambda: get_method(job.model._target_)(job.model))
+    return instantiate(
+        job.backend,
+        path=directory,
+        aux_layers=job.draft.aux_layers,
+        dtype=getattr(torch, job.model.dtype.value),
+        device=device,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+
+
+def build_data(job: TrainJob, target: HFTarget) -> RunData:
+    """Conversations to documents; with answers=target the target writes every answer first.
+
+    Raises:
+        UserError: bad data, or none that is supervised.
+    """
+    max_length, row_tokens = job.data.lengths(target.config.max_position_embeddings)
+    split = load_split(job)
+    enough = max(job.evaluation.num_questions, job.evaluation.selection_questions)
+    training = _documents(job, target, split.training, max_length, "answering, training")
+    held_out = _documents(job, target, split.held_out[: 2 * enough], max_length, "answering, held out")
+    if not training.rows:
+        raise UserError(f"data: no conversation holds a supervised token ({training.report()}); nothing to train on")
+    longest_prompt = target.config.max_position_embeddings - 2
+    return RunData(training, held_out, row_tokens, question_prompts(held_out.rows, enough, longest_prompt))
+
+
+def load_split(job: TrainJob) -> Split:
+    """The conversations of the data group."""
+    return get_method(job.data._target_)(job.data, job.seed)
+
+
+def _documents(
+    job: TrainJob, target: HFTarget, items: list[Conversation | TokenRow], max_length: int, title: str
+) -> Documents:
+    config, rows = job.data, items
+    if config.answers is Answers.target and items:
+
+        def answered() -> list[Conversation | TokenRow]:
+            return [
+                *answer(
+                    target,
+                    items,
+                    max_answer_tokens=config.max_answer_tokens,
+                    batch_size=config.generation_batch_size,
+                    max_length=max_length,
+                    cache_dir=config.cache_dir,
+                    title=title,
+                )
+            ]
+
+        rows = first_rank_first(answered)
+    return to_documents(rows, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+
+
+def build_draft(job: TrainJob, target: HFTarget, vocabulary: DraftVocabulary) -> Eagle3Draft:
+    """The draft, initialised from the seed and, where asked, from the target: the same on every rank."""
+    shape = Eagle3Shape.like_target(target.config, target.aux_layers, vocabulary.size)
+    torch.manual_seed(job.seed)
+    draft = get_class(job.draft._target_)(shape)
+    draft.d2t.copy_(vocabulary.d2t)
+    draft.t2d.copy_(vocabulary.t2d)
+    init_from_target(draft, target.head_weight, target.last_layer, job.draft.init_from_target)
+    return draft
+
+
+def announce(data: RunData, vocabulary: DraftVocabulary) -> None:
+    """Says what was found, once."""
+    if torch.distributed.get_rank() == 0:
+        print(f"training: {data.training.report()}")
+        print(f"held out: {data.held_out.report()}")
+        print(
+            f"draft vocabulary: {vocabulary.size} of {vocabulary.target_size} ids, "
+            f"covering {vocabulary.coverage:.2%} of the supervised tokens",
+            flush=True,
+        )
+
+
+def build_draft_vocabulary(job: TrainJob, target: HFTarget, training: Documents) -> DraftVocabulary:
+    """The most frequent supervised ids of the training rows."""
+    size = job.draft.resolved_vocab_size(target.config.vocab_size)
+    return build_vocabulary(training.rows, size, target.config.vocab_size)
+
+
+def build_objective(job: TrainJob, target: HFTarget) -> Objective:
+    return get_class(job.draft.objective)(
+        target,
+        num_steps=job.draft.num_steps,
+        step_decay=job.draft.step_decay,
+        convention=job.draft.mask_convention,
+        tau_steps=job.exporter.num_steps,
+        recompute=job.trainer.activation_checkpointing,
+    )
+
+
+def build_stream(job: TrainJob, target: HFTarget, data: RunData, dims: titan.ParallelDims) -> RowStream:
+    """The training rows of this rank.
+
+    Raises:
+        UserError: a global batch cannot be split over the ranks.
+    """
+    ranks, size = dims.world_size, job.trainer.global_batch_size
+    if size % ranks:
+        raise UserError(f"trainer.global_batch_size is {size}: it cannot be split evenly over {ranks} ranks")
+    return RowStream(
+        data.training.rows,
+        row_tokens=data.row_tokens,
+        global_batch_size=size,
+        micro_batch_size=job.trainer.micro_batch_size,
+        pad_id=_pad_id(target),
+        seed=job.seed,
+        rank=torch.distributed.get_rank(),
+        world_size=ranks,
+    )
+
+
+def validation_batches(job: TrainJob, target: HFTarget, data: RunData, dims: titan.ParallelDims) -> list[Batch]:
+    """This rank's share of the held-out rows; every rank gets as many batches, the last ones possibly without rows."""
+    rows = pack([len(r.input_ids) for r in data.held_out.rows], data.row_tokens, VALIDATION_SEED)
+    share, ranks = job.trainer.micro_batch_size, dims.world_size
+    rows = rows[: job.trainer.val_batches * share]
+    if not rows:
+        return []
+    mine = rows[torch.distributed.get_rank() :: ranks]
+    count = -(-len(rows) // (share * ranks))
+    chunks = [mine[i * share : (i + 1) * share] or [[]] for i in range(count)]
+    documents = data.held_out.rows
+    return [
+        collate([[documents[d] for d in row] for row in chunk], data.row_tokens, _pad_id(target)) for chunk in chunks
+    ]
+
+
+def _pad_id(target: HFTarget) -> int:
+    return target.tokenizer.pad_token_id or 0
+
+
+def build_trainer(
+    job: TrainJob, *, target: HFTarget, draft: Eagle3Draft, objective: Objective, data: RunData, run: RunDirectory,
+    dims: titan.ParallelDims, device: torch.device,
+) -> DraftTrainer:  # fmt: skip
+    """The trainer with everything that it composes."""
+    stream = build_stream(job, target, data, dims)
+    total_steps = job.trainer.total_steps(len(stream.rows_of(0)))
+    first = torch.distributed.get_rank() == 0
+    logger = (
+        instantiate(job.logger, output_dir=run.root, run_config=as_plain(job), _recursive_=False, _convert_="all")
+        if first
+        else None
+    )
+    return DraftTrainer(
+        job,
+        target=target,
+        draft=draft,
+        objective=objective,
+        stream=stream,
+        validation=validation_batches(job, target, data, dims),
+        total_steps=total_steps,
+        parallel_dims=dims,
+        device=device,
+        saver=build_saver(job, target, draft.shape, data, run),
+        reporter=Reporter(run.root, logger, device, total_steps),
+    )
+
+
+def build_saver(job: TrainJob, target: HFTarget, shape: Eagle3Shape, data: RunData, run: RunDirectory) -> Saver:
+    """What writes the checkpoints of a run, and measures each with the decoder."""
+    settings = Speculative(job.exporter.num_steps, job.exporter.topk, job.exporter.num_draft_tokens or 0)
+    prompts = data.prompts[: job.evaluation.selection_questions]
+
+    def measure(selected: Eagle3Draft) -> float:
+        selected = selected.to(target.device, getattr(torch, job.model.dtype.value))
+        return measure_tau(target, selected, prompts, settings.num_steps, job.evaluation)
+
+    return Saver(
+        run=run,
+        keep=job.trainer.keep_checkpoints,
+        shape=shape,
+        provenance=Provenance(str(_target_name(job, target)), target.fingerprint, job.model.dtype.value, settings, 0),
+        export_dtype=getattr(torch, job.exporter.dtype.value),
+        special_ids={"bos_token_id": target.config.bos_token_id, "eos_token_id": target.config.eos_token_id},
+        start=Position(0, {}, as_plain(job), target.fingerprint, data.fingerprint),
+        measure=measure if prompts else None,
+    )
+
+
+def _target_name(job: TrainJob, target: HFTarget) -> str | Path:
+    """A hub name stays one, so that the checkpoint works on the next machine; a directory is written in full."""
+    local = Path(job.model.path).expanduser()
+    return job.model.path if job.model.path.count("/") == 1 and not local.exists() else target.path.resolve()

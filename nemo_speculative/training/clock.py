@@ -1,0 +1,55 @@
+"""Where the time of a step goes, and the memory it takes."""
+
+import contextlib
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+
+GIB = 1 << 30
+
+
+class Clock:
+    """Seconds spent in named parts since the last :meth:`lap`; on CUDA by events, without a synchronisation."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what happens inside towards ``name``."""
+        if self.cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - started
+
+    def lap(self) -> tuple[float, dict[str, float]]:
+        """Wall seconds since the last lap, and each part's share of them."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            for name, start, end in self._events:
+                self._seconds[name] += start.elapsed_time(end) / 1000
+        now = time.perf_counter()
+        wall, self._since = now - self._since, now
+        shares = {name: seconds / max(wall, 1e-9) for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        self._events.clear()
+        return wall, shares
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory taken so far: of the CUDA device, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

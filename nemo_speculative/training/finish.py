@@ -1,0 +1,70 @@
+"""The end of a run: the best checkpoint measured on held-out questions, beside its baselines."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.config.schema import TrainJob
+from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
+from nemo_speculative.serving.command import sglang_command
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.training.parallelism import first_rank_only
+
+
+def measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
+    """Writes ``questions.jsonl`` and ``summary.json`` on the first rank and prints what they say."""
+    first_rank_only(lambda: _measure_and_summarize(job, target, run, prompts[: job.evaluation.num_questions]))
+
+
+def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
+    servable = read_servable(run.root)
+    step = servable.directory.resolve().parent
+    summary: dict[str, object] = {}
+    if prompts:
+        (run.root / "questions.jsonl").write_text("".join(json.dumps({"input_ids": p}) + "\n" for p in prompts))
+        evaluation = evaluate_draft(
+            target,
+            servable.build(target.device, getattr(torch, job.model.dtype.value)),
+            prompts,
+            job.exporter.num_steps,
+            job.evaluation,
+        )
+        summary = evaluation.summary()
+        print(describe(evaluation))
+    else:
+        print(
+            "no held-out questions: the draft was not measured (data.held_out_path or data.held_out_share gives some)"
+        )
+    summary |= {"checkpoint": str(step / "model"), "serve_command": sglang_command(step / "model")}
+    write_summary(run.root, summary)
+    print(f"checkpoint: {step / 'model'}\nserve it:   {summary['serve_command']}", flush=True)
+
+
+def write_summary(directory: Path, summary: dict[str, object]) -> None:
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def describe(evaluation: Evaluation) -> str:
+    """A table of the draft beside plain decoding and n-gram drafting on the same questions."""
+    plain = evaluation.plain.tokens_per_second
+    lines = [
+        f"measured on {len(evaluation.plain.generations)} held-out questions, greedy, "
+        f"chains of {evaluation.num_steps} draft tokens, one sequence at a time",
+        f"  {'':14}{'tau':>6}{'tau, finished':>15}{'tokens/s':>10}{'speed-up':>10}   accepted at draft position",
+    ]
+    for name, way in (("draft", evaluation.draft), ("n-gram", evaluation.ngram), ("plain decoding", evaluation.plain)):
+        accepted = way.acceptance_per_position(evaluation.num_steps) if way is not evaluation.plain else []
+        lines.append(
+            f"  {name:14}{way.tau:6.2f}{way.tau_finished:15.2f}{way.tokens_per_second:10.0f}"
+            f"{way.tokens_per_second / plain:9.2f}x   {' '.join(f'{share:.2f}' for share in accepted)}"
+        )
+    total = len(evaluation.plain.generations)
+    verdict = (
+        "equal token by token" if evaluation.lossless else "NOT equal (near ties in this dtype: docs/troubleshooting)"
+    )
+    lines.append(f"  answers with and without the draft: {evaluation.identical} of {total} {verdict}")
+    return "\n".join(lines)

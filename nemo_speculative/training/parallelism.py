@@ -1,0 +1,138 @@
+"""Processes, devices and the sharding of the draft."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from nemo_speculative.config.schema import ParallelismConfig
+from nemo_speculative.errors import UserError
+from nemo_speculative.training import titan
+
+T = TypeVar("T")
+LARGEST_MATMUL_ERROR = 2e-6
+"""Relative to the largest entry; float32 itself has about 4e-7."""
+SETUP_TIMEOUT_SECONDS = 7200
+"""How long the other ranks wait while the first one makes a target or its answers."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.device=cuda: torch {torch.__version__} finds no CUDA device; use trainer.device=cpu or a machine "
+            "with a GPU and a CUDA build of torch"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[titan.ParallelDims]:
+    """torchtitan's mesh over the processes that torchrun started; a single process makes a group of its own.
+
+    Raises:
+        UserError: the sizes of ``config`` do not multiply to the number of processes.
+    """
+    titan.bind_device(device.type)
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    world_size = int(os.environ["WORLD_SIZE"])
+    shard = world_size // config.replicate if config.shard == -1 else config.shard
+    if config.replicate < 1 or shard < 1 or config.replicate * shard != world_size:
+        raise UserError(
+            f"parallelism: replicate={config.replicate} and shard={config.shard} do not multiply to the {world_size} "
+            "processes that were started; set parallelism.shard=-1, or start as many with torchrun --nproc-per-node"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    comm = titan.CommConfig(init_timeout_seconds=SETUP_TIMEOUT_SECONDS, trace_buf_size=0)
+    titan.init_distributed(comm, enable_cpu_backend=device.type == "cuda")
+    try:
+        dims = titan.ParallelDims(
+            dp_replicate=config.replicate, dp_shard=shard, cp=1, tp=1, pp=1, ep=1, world_size=world_size,
+            spmd_backend="partial_dtensor",
+        )  # fmt: skip
+        dims.build_mesh()
+        yield dims
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def first_rank_only(make: Callable[[], T]) -> T | None:
+    """``make()`` on rank 0 while the others wait; None on them.  An error of rank 0 ends all of them."""
+    result, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = make()
+        except BaseException as error:
+            failure = error
+    failed = torch.tensor([failure is not None])
+    dist.broadcast(failed, src=0)
+    if failure is not None:
+        raise failure
+    if failed.item():
+        raise UserError("rank 0 failed; its message says why")
+    return result
+
+
+def first_rank_first(make: Callable[[], T]) -> T:
+    """``make()`` on rank 0, then on the others, which find on disk what rank 0 left there."""
+    result = first_rank_only(make)
+    return make() if dist.get_rank() else result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def fast_float32_matmuls(device: torch.device) -> Iterator[None]:
+    """On a CPU, sends float32 matrix products to oneDNN where it is as exact as torch's own path.
+
+    "medium" allows bfloat16 inside, which some CPUs really use: the error is probed, and the setting left alone there.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")
+        a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+        exact = a.double() @ b.double()
+        if float(((a @ b).double() - exact).abs().max() / exact.abs().max()) > LARGEST_MATMUL_ERROR:
+            torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def shard_draft(module: nn.Module, dims: titan.ParallelDims, compute_dtype: torch.dtype) -> nn.Module:
+    """FSDP2 over ``module`` as one unit: float32 shards and reductions, ``compute_dtype`` in between.
+
+    One unit, gathered once per micro-batch, because the unroll runs the same layer at every step: sharding it by
+    itself would gather and reduce it T times.  Left alone where a single process computes in float32.
+    """
+    if dims.world_size == 1 and compute_dtype == torch.float32:
+        return module
+    names = ["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else "fsdp"
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=dims.get_mesh(names), mp_policy=policy, reshard_after_forward=False)
+    titan.disable_fsdp_gradient_division(module)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            # gloo has no PREMUL_SUM, which a divide factor of 1 would choose.
+            part.set_force_sum_reduction_for_comms(True)
+    return module

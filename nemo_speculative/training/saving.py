@@ -1,0 +1,102 @@
+"""Checkpoints of a run: what is written, in which order, and what happens when the disk is full."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.checkpoints.servable import Provenance, read_servable, write_servable
+from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.errors import UserError
+from nemo_speculative.training.state import Position, ResumeState
+
+
+@dataclass
+class Saver:
+    """Writes ``model/`` and ``state/`` of a step, measures the draft as it lies on disk, then names the checkpoint."""
+
+    run: RunDirectory
+    keep: int
+    shape: Eagle3Shape
+    provenance: Provenance
+    export_dtype: torch.dtype
+    special_ids: dict[str, Any]
+    start: Position
+    """The position of a fresh start: what a resumed run must agree with."""
+    measure: Callable[[Eagle3Draft], float] | None
+    """τ of a draft on the selection questions; None where there are none."""
+
+    @property
+    def first(self) -> bool:
+        return dist.get_rank() == 0
+
+    def save(
+        self, step: int, state: ResumeState, trainee: nn.Module, data: dict[str, int], *, measure: bool,
+        before_publishing: Callable[[float | None], None],
+    ) -> None:  # fmt: skip
+        """Writes the checkpoint of ``step``.
+
+        Raises:
+            UserError: it could not be written; the checkpoints before it are as they were.
+        """
+        weights = get_model_state_dict(trainee, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        tau = None
+        try:
+            partial = self.run.begin(step) if self.first else self.run.partial(step)
+            dist.barrier()
+            state.save(partial)
+            if self.first:
+                self._write_model(partial, step, weights)
+                replace(self.start, step=step, data=data).write(partial)
+                if measure and self.measure:
+                    tau = self.measure(read_servable(partial).build())
+                before_publishing(tau)
+                self.run.publish(step, tau, self.keep)
+        except (OSError, CheckpointException) as error:
+            if self.first:
+                self.run.abandon(step)
+            raise UserError(
+                f"{self.run.path(step)}: could not be written ({_root_cause(error)}); the last good checkpoint is "
+                f"{self.last_good()}; make room and go on with resume=auto"
+            ) from error
+        dist.barrier()
+
+    def _write_model(self, partial: Path, step: int, weights: Mapping[str, Any]) -> None:
+        tensors = {name.removeprefix("draft."): value for name, value in weights.items()}
+        provenance = replace(self.provenance, step=step)
+        write_servable(partial / "model", tensors, self.shape, provenance, self.export_dtype, self.special_ids)
+
+    def load_latest(self, state: ResumeState) -> Position | None:
+        """Loads the newest checkpoint into ``state``; None where there is none.
+
+        Raises:
+            UserError: it is damaged, or was made by a run with another configuration, target or data.
+        """
+        steps = self.run.steps()
+        if not steps:
+            return None
+        checkpoint = self.run.path(steps[-1])
+        position = Position.read(checkpoint)
+        position.check_same_run(self.start, checkpoint)
+        state.load(checkpoint)
+        if self.first:
+            self.run.keep_metrics_until(position.step)
+        return position
+
+    def last_good(self) -> str:
+        steps = self.run.steps()
+        return str(self.run.path(steps[-1])) if steps else "none"
+
+
+def _root_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        failure = next(iter(error.failures.values()))
+        error = failure[0] if isinstance(failure, tuple) else failure
+    return str(error).strip().splitlines()[-1][:200]

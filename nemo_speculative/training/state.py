@@ -1,0 +1,110 @@
+"""The resume state: float32 weights, optimizer and schedule by torch's distributed checkpoint, the rest as JSON.
+
+A checkpoint saved on N ranks resumes on M: DCP reshards, and the position in the data is a count of rows.  The
+position and the configuration lie beside the tensors, so that a contradiction is found before anything is loaded.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
+from torch import nn
+
+from nemo_speculative.errors import UserError
+from nemo_speculative.training import titan
+
+FREE_TO_CHANGE = (
+    "resume", "plan", "output_dir", "logger", "evaluation", "parallelism", "exporter", "trainer.max_steps",
+    "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.activation_checkpointing",
+    "trainer.compile", "trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints",
+    "trainer.val_interval", "trainer.val_batches", "trainer.profile", "data.cache_dir", "data.generation_batch_size",
+    "model.cache_dir", "model.path", "data.path", "data.held_out_path", "backend",
+)  # fmt: skip
+"""Keys that may differ from the run's first start; what model.path and data.path hold is compared instead."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, and what it was started with."""
+
+    step: int
+    data: dict[str, int]
+    config: dict[str, Any]
+    target_fingerprint: str
+    data_fingerprint: str
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Position":
+        """Raises UserError if the checkpoint was cut off."""
+        file = checkpoint / "state" / "position.json"
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise damaged(checkpoint, error) from None
+
+    def write(self, checkpoint: Path) -> None:
+        (checkpoint / "state" / "position.json").write_text(json.dumps(vars(self)) + "\n")
+
+    def check_same_run(self, other: "Position", checkpoint: Path) -> None:
+        """Raises UserError where ``other``, a new start, is not a continuation of this run."""
+        if self.target_fingerprint != other.target_fingerprint:
+            raise UserError(f"{checkpoint}: trained for another target than model.path; resume with the same target")
+        if self.data_fingerprint != other.data_fingerprint:
+            raise UserError(f"{checkpoint}: trained on other data than this; resume with the same data")
+        changed = [
+            f"{key} is {_select(other.config, key)!r}, the run was started with {value!r}"
+            for key, value in _leaves(self.config)
+            if not key.startswith(FREE_TO_CHANGE) and _select(other.config, key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"{checkpoint}: cannot go on from it: {'; '.join(changed)}; give the same values, or another output_dir"
+            )
+
+
+def _leaves(config: dict[str, Any], prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _select(config: dict[str, Any], key: str) -> Any:
+    return OmegaConf.select(OmegaConf.create(config), key)
+
+
+class ResumeState:
+    """The tensors of a run: what :func:`save` writes and :func:`load` puts back in place."""
+
+    def __init__(self, model: nn.Module, optimizers: titan.OptimizersContainer, schedules: titan.LRSchedulersContainer):
+        self.model, self.optimizers, self.schedules = titan.ModelWrapper(model), optimizers, schedules
+
+    def _states(self) -> dict[str, Any]:
+        return {**self.model.state_dict(), "optimizer": self.optimizers, "lr_scheduler": self.schedules}
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes on every rank at once."""
+        dcp.save(self._states(), checkpoint_id=str(checkpoint / "state"))
+
+    def load(self, checkpoint: Path) -> None:
+        """Raises UserError if the checkpoint was cut off or belongs to another draft shape."""
+        states = self._states()
+        try:
+            dcp.load(states, checkpoint_id=str(checkpoint / "state"))
+        except Exception as error:  # DCP wraps what each rank met in a class of its own
+            raise damaged(checkpoint, error) from error
+        self.model.load_state_dict(states)
+
+
+def damaged(checkpoint: Path, error: Exception) -> UserError:
+    """The error for a checkpoint that cannot be read back."""
+    reason = str(error).strip().splitlines()
+    return UserError(
+        f"{checkpoint}: the resume state is damaged or of another draft shape "
+        f"({reason[-1][:200] if reason else error!r}); "
+        "remove this directory to resume from the checkpoint before it"
+    )

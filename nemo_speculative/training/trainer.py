@@ -1,0 +1,240 @@
+"""The training loop, composed of torchtitan's parts.
+
+Everything that decides a number is the same on any number of ranks and after any restart: a global batch is a fixed set
+of rows, losses are divided by counts over all of it, and the only state beside the tensors is how many rows were read.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from nemo_speculative.config.schema import TrainJob
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.stream import RowStream
+from nemo_speculative.drafts.eagle3 import Eagle3Draft
+from nemo_speculative.errors import UserError
+from nemo_speculative.objectives.base import LossSum, Objective
+from nemo_speculative.targets.base import Supervision, Target
+from nemo_speculative.training import titan
+from nemo_speculative.training.clock import Clock
+from nemo_speculative.training.optimization import build_optimizers, build_schedules
+from nemo_speculative.training.parallelism import shard_draft
+from nemo_speculative.training.reporting import Reporter
+from nemo_speculative.training.saving import Saver
+from nemo_speculative.training.state import ResumeState
+
+INTERRUPTED = 130
+
+
+class Trainee(nn.Module):
+    """What FSDP wraps: one forward is one loss, so that the parameters are gathered once per micro-batch."""
+
+    def __init__(self, draft: Eagle3Draft, objective: Objective):
+        super().__init__()
+        self.draft, self.objective = draft, objective
+
+    def forward(self, batch: Batch, supervision: Supervision, counts: torch.Tensor) -> LossSum:
+        return self.objective.loss(self.draft, batch, supervision, counts)
+
+
+@dataclass
+class Taken:
+    """A step whose loss has not been looked at yet."""
+
+    step: int
+    loss: torch.Tensor
+    ids: tuple[str, ...]
+
+
+class DraftTrainer:
+    """Trains a draft against a frozen target; ``saver`` writes its checkpoints, ``reporter`` its metrics."""
+
+    def __init__(
+        self, job: TrainJob, *, target: Target, draft: Eagle3Draft, objective: Objective, stream: RowStream,
+        validation: list[Batch], total_steps: int, parallel_dims: titan.ParallelDims, device: torch.device,
+        saver: Saver, reporter: Reporter,
+    ):  # fmt: skip
+        self.job, self.config, self.device = job, job.trainer, device
+        self.target, self.objective, self.stream, self.validation = target, objective, stream, validation
+        self.parallel_dims, self.saver, self.reporter = parallel_dims, saver, reporter
+        self.step, self.total_steps = 0, total_steps
+        if job.trainer.compile:
+            draft.midlayer.mlp.compile()
+        dtype = getattr(torch, job.trainer.dtype.value)
+        self.trainee = shard_draft(Trainee(draft.to(device), objective), parallel_dims, dtype)
+        self.optimizers = build_optimizers(job.optimizer, self.trainee)
+        self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
+        self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers)
+        self.clock = Clock(device)
+        self._unchecked: list[Taken] = []
+        self._stop = threading.Event()
+
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint of the run directory, if there is one."""
+        position = self.saver.load_latest(self.state)
+        if position:
+            self.step = position.step
+            self.stream.load_state_dict(position.data)
+            self.reporter.say(f"resumed from step {self.step}")
+
+    def train(self) -> None:
+        """Runs to the last step.  An interrupt saves a checkpoint and ends the program.
+
+        Raises:
+            UserError: a loss is not finite; nothing is saved then.
+            SystemExit: interrupted, with status 130.
+        """
+        handlers = {s: signal.signal(s, lambda *_: self._stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with self._profiler() as profiler:
+                while self.step < self.total_steps:
+                    self._advance()
+                    profiler.step()
+        finally:
+            for signal_number, handler in handlers.items():
+                signal.signal(signal_number, handler)
+
+    def _profiler(self) -> titan.Profiler:
+        config = titan.Profiler.Config(enable_profiling=self.config.profile, save_traces_folder="profile")
+        return config.build(global_step=self.step, base_folder=self.job.output_dir)
+
+    def _advance(self) -> None:
+        sums, grad_norm, tokens, stop = self.train_step()
+        self.reporter.count_tokens(tokens)
+        last = self.step == self.total_steps
+        save = last or stop or self.step % self.config.save_interval == 0
+        validate = last or self.step % self.config.val_interval == 0
+        if save or validate or self.step == 1 or self.step % self.config.log_interval == 0:
+            self._check_losses()
+            metrics = self._train_metrics(sums, grad_norm) | (self.validate() if validate else {})
+            self._report_and_save(metrics, save, measure=not stop or last)
+        if stop and not last:
+            self.reporter.say(f"interrupted: saved step {self.step}; go on with resume=auto")
+            raise SystemExit(INTERRUPTED)
+
+    def train_step(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, int, bool]:
+        """One optimizer step over a global batch.
+
+        Returns:
+            This rank's sums of metrics, the gradient's norm before clipping, this rank's tokens, and whether any rank
+            was asked to stop.
+        """
+        with self.clock.part("data"):
+            batches = self.stream.next_global_batch()
+            counts, stop = self._over_all_ranks([self.objective.counts(b) for b in batches])
+            batches = [batch.to(self.device) for batch in batches]
+        sums: dict[str, torch.Tensor] = {}
+        losses = []
+        for batch, is_last in _with_last(batches):
+            with self.clock.part("target"):
+                supervision = self.target.supervise(batch)
+            with self.clock.part("draft"):
+                self._reduce_gradients_when(is_last)
+                out = self.trainee(batch, supervision, counts)
+                out.loss.backward()
+            losses.append(out.loss.detach())
+            sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
+        with self.clock.part("draft"):
+            grad_norm = titan.clip_grad_norm_(self.trainee.parameters(), self.job.optimizer.clip_norm)
+            self.optimizers.step()
+            self.lr_schedulers.step()
+            self.optimizers.zero_grad()
+        self.step += 1
+        ids = tuple(i for batch in batches for i in batch.ids)
+        self._unchecked.append(Taken(self.step, torch.stack(losses).sum(), ids))
+        return sums, grad_norm, sum(b.num_tokens for b in batches), stop
+
+    def _over_all_ranks(self, counts: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+        """The global batch's counts [T], and whether any rank wants to stop: one small reduction on the CPU."""
+        packed = torch.cat(
+            [torch.stack(counts).sum(0), torch.tensor([float(self._stop.is_set())], dtype=torch.float64)]
+        )
+        dist.all_reduce(packed)
+        return packed[:-1], bool(packed[-1])
+
+    def _reduce_gradients_when(self, is_last: bool) -> None:
+        if isinstance(self.trainee, FSDPModule):
+            self.trainee.set_requires_gradient_sync(is_last)
+
+    def _check_losses(self) -> None:
+        """Looks at all losses since the last time at once, so that a step needs no synchronisation."""
+        finite = torch.stack([taken.loss for taken in self._unchecked]).isfinite().tolist()
+        bad = next((t for t, ok in zip(self._unchecked, finite, strict=True) if not ok), None)
+        self._unchecked.clear()
+        anywhere = torch.tensor([float(bad is not None)])
+        dist.all_reduce(anywhere)
+        if bad:
+            named = ", ".join(bad.ids[:8]) + (", …" if len(bad.ids) > 8 else "")
+            raise UserError(
+                f"step {bad.step}: the loss is not finite on the batch of {named}; training stopped, the last good "
+                f"checkpoint is {self.saver.last_good()}; lower optimizer.lr or look at these conversations"
+            )
+        if anywhere.item():
+            raise UserError("the loss is not finite on another rank; its message names the batch")
+
+    def _train_metrics(self, sums: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> dict[str, float]:
+        learned = self.objective.metrics(reduce_sums(sums))
+        metrics = {f"train/{name}": value for name, value in learned.items()}
+        metrics["train/lr"] = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
+        metrics["train/grad_norm"] = float(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
+        wall, shares = self.clock.lap()
+        supervised = float(reduce_sums({"count": sums["count"]})["count"][0])
+        rows = self.config.global_batch_size * self.stream.row_tokens
+        return (
+            metrics
+            | self.reporter.performance(self.step, wall, shares, dist.get_world_size())
+            | {
+                "data/epoch": self.stream.epoch,
+                "data/rows": self.stream.rows_consumed,
+                "data/supervised_share": supervised / rows,
+            }
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The objective on held-out rows: ``val/loss``, ``val/acc_i``, ``val/tau``."""
+        if not self.validation:
+            return {}
+        sums: dict[str, torch.Tensor] = {}
+        for batch in self.validation:
+            moved = batch.to(self.device)
+            out = self.trainee(moved, self.target.supervise(moved), self.objective.counts(batch))
+            sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
+        if isinstance(self.trainee, FSDPModule):
+            self.trainee.reshard()  # no backward pass will
+        return {f"val/{name}": value for name, value in self.objective.metrics(reduce_sums(sums)).items()}
+
+    def _report_and_save(self, metrics: dict[str, float], save: bool, measure: bool) -> None:
+        self.reporter.line(self.step, metrics)
+        if not save:
+            return self.reporter.write(self.step, metrics)
+        # The line of metrics is written before the checkpoint appears: a run resumed from it lacks none.
+        self.saver.save(
+            self.step, self.state, self.trainee, self.stream.state_dict(), measure=measure,
+            before_publishing=lambda tau: self.reporter.write(
+                self.step, metrics if tau is None else metrics | {"val/tau_decoded": tau}
+            ),
+        )  # fmt: skip
+        self.clock.lap()
+        return None
+
+    def close(self) -> None:
+        self.reporter.close()
+
+
+def reduce_sums(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adds the sums of all ranks, on the CPU, in one reduction."""
+    packed = torch.stack([value.cpu() for value in sums.values()])
+    dist.all_reduce(packed)
+    return dict(zip(sums, packed, strict=True))
+
+
+def _with_last(items: list[Any]) -> Iterator[tuple[Any, bool]]:
+    return ((item, i == len(items) - 1) for i, item in enumerate(items))
