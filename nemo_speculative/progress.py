@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from transformers.utils.logging import disable_progress_bar
+
 BAR_WIDTH = 24
 REFRESH_SECONDS = {True: 0.5, False: 15.0}
 """On a terminal one line is redrawn; in a log file a line is added now and then."""
@@ -42,6 +44,12 @@ class Progress:
         clear = "\r\x1b[K" if self.interactive else ""
         took = duration(time.monotonic() - self.started)
         print(f"{clear}{self.title}: {self.done} of {self.total} in {took}", file=sys.stderr, flush=True)
+
+
+def quiet_transformers() -> None:
+    """No progress bars of transformers in log files, where they would be lines between ours."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def duration(seconds: float) -> str:

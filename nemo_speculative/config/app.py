@@ -3,6 +3,7 @@
 Hydra composes ``conf/``; what it or the schema refuses becomes one line on standard error and exit code 1.
 """
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -24,6 +25,7 @@ from nemo_speculative.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
 INTERRUPTED = 130
+NOT_AN_OPTION = "Config group override must be"
 
 schema.register()
 
@@ -45,7 +47,9 @@ def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], N
                 _fail(str(error), error.exit_code)
 
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
-        return functools.partial(run_program, hydra_main)
+        program = functools.partial(run_program, hydra_main)
+        functools.update_wrapper(program, main)
+        return program
 
     return decorate
 
@@ -54,8 +58,9 @@ def to_job(config: DictConfig) -> Any:
     """The typed job of a composed configuration.
 
     Raises:
-        UserError: a mandatory key is missing, or two keys contradict each other.
+        UserError: a mandatory key is missing, a key was added that the schema lacks, or two keys contradict each other.
     """
+    _check_no_added_keys(config, "")
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         with open_dict(config):
             config.output_dir = f"{config.output_dir}/{HydraConfig.get().job.num}"
@@ -63,6 +68,19 @@ def to_job(config: DictConfig) -> Any:
         return OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give it on the command line, {error.full_key}=…") from None
+
+
+def _check_no_added_keys(config: Any, prefix: str) -> None:
+    """Hydra's ``+key=value`` goes past the schema, and nothing would ever read a mistyped key."""
+    schema_class: Any = OmegaConf.get_type(config)
+    if not isinstance(config, DictConfig) or not dataclasses.is_dataclass(schema_class):
+        return
+    known = [f.name for f in dataclasses.fields(schema_class)]
+    for key in map(str, config):
+        if key not in known:
+            raise UserError(f"{prefix}{key}: unknown key {key!r}; {_suggest(key, known)}")
+        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
+            _check_no_added_keys(config[key], f"{prefix}{key}.")
 
 
 def run_program(program: Callable[[], None]) -> None:
@@ -74,6 +92,10 @@ def run_program(program: Callable[[], None]) -> None:
     except UserError as error:
         _fail(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
+        _fail(explain(error, sys.argv[1:]), 1)
+    except ValueError as error:  # Hydra's own, for a group that is given a number or null
+        if NOT_AN_OPTION not in str(error):
+            raise
         _fail(explain(error, sys.argv[1:]), 1)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
@@ -87,11 +109,17 @@ def _fail(line: str, code: int) -> None:
 def explain(error: Exception, overrides: list[str]) -> str:
     """One line for a configuration that Hydra or OmegaConf refused: the key, what was found, what to do."""
     text = f"{error}\n{error.__cause__ or ''}"
-    override = next((o for o in overrides if o in text), "")
+    # Of two overrides of which one ends with the other, the longer is meant.
+    override = max((o for o in overrides if o in text), key=len, default="")
+    if NOT_AN_OPTION in text:
+        override = next((o for o in overrides if _is_no_option(o)), "")
+        return f"{override}: expected one of {', '.join(_options(override.split('=')[0]))}"
+    full_key = re.search(r"full_key: (\S+)", text)
+    where = override or (full_key[1] if full_key else "")
     unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
     if unknown:
         name, schema_name = unknown.groups()
-        return f"{override or name}: unknown key {name!r}; {_known_keys(name, schema_name)}"
+        return f"{where or name}: unknown key {name!r}; {_known_keys(name, schema_name)}"
     lines = [line.strip() for line in (str(error.__cause__ or error)).splitlines()]
     useful = [
         line
@@ -99,10 +127,26 @@ def explain(error: Exception, overrides: list[str]) -> str:
         if line and not line.startswith(("provider=", "full_key", "object_type", "reference_type", "Config search"))
     ]
     message = "; ".join(useful).replace(":; ", ": ")
-    return message if override in message else f"{override}: {message}"
+    return message if where in message else f"{where}: {message}"
 
 
 def _known_keys(name: str, schema_name: str) -> str:
-    fields = [f for f in getattr(schema, schema_name).__dataclass_fields__ if not f.startswith("_")]
-    close = difflib.get_close_matches(name, fields, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(fields)}"
+    if not hasattr(schema, schema_name):
+        return "a setting of Hydra's own: see https://hydra.cc"
+    return _suggest(name, [f.name for f in dataclasses.fields(getattr(schema, schema_name))])
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    shown = [k for k in known if not k.startswith("_")]
+    close = difflib.get_close_matches(name, shown, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(shown)}"
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def _is_no_option(override: str) -> bool:
+    """Whether ``override`` gives a group something other than one of its options."""
+    group, _, value = override.partition("=")
+    return bool(value) and bool(_options(group)) and value not in _options(group)

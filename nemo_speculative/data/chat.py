@@ -51,7 +51,8 @@ def _render(tokenizer, messages: list[dict[str, str]], origin: str, **options) -
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except Exception as error:  # jinja2 and the templates' own raise_exception
-        raise UserError(f"{origin}: the chat template rejects this conversation: {error}") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"{origin}: the chat template rejects this conversation: {said}") from error
 
 
 def _by_generation_tag(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:

@@ -40,18 +40,21 @@ class TokenRow:
         return TokenRow(self.id, self.input_ids[:max_length], self.loss_mask[:max_length], self.origin)
 
 
-def read_jsonl(path: str | Path) -> list[Conversation | TokenRow]:
+def read_jsonl(path: str | Path, key: str = "data.path") -> list[Conversation | TokenRow]:
     """Reads a JSONL file of ``{"conversations": [...]}`` or ``{"input_ids": [...], "loss_mask": [...]}`` lines.
+
+    Args:
+        key: where the path was configured, for error messages.
 
     Raises:
         UserError: the file is missing, empty, not UTF-8 or a line of it is malformed; the line is named.
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"data.path: {file} does not exist or is not a file; expected a JSONL file")
+        raise UserError(f"{key}: {file} does not exist or is not a file; expected a JSONL file")
     rows = list(_parse_lines(file))
     if not rows:
-        raise UserError(f"data.path: {file} is empty; expected one JSON object a line")
+        raise UserError(f"{key}: {file} is empty; expected one JSON object a line")
     return rows
 
 
@@ -73,7 +76,7 @@ def _parse(line: bytes, origin: str, number: str) -> Conversation | TokenRow:
         ) from None
     if not isinstance(record, dict):
         raise UserError(f"{origin}: found a {type(record).__name__}, expected a JSON object")
-    identity = str(record.get("id", number))
+    identity = number if record.get("id") is None else str(record["id"])
     if "conversations" in record:
         return Conversation(identity, check_messages(record["conversations"], origin), origin)
     if "input_ids" in record:
@@ -83,10 +86,10 @@ def _parse(line: bytes, origin: str, number: str) -> Conversation | TokenRow:
     )
 
 
-def check_messages(value: Any, origin: str) -> list[dict[str, str]]:
+def check_messages(value: Any, origin: str, key: str = "conversations") -> list[dict[str, str]]:
     """``value`` if it is a list of chat messages; raises UserError naming ``origin`` if not."""
     if not isinstance(value, list) or not value:
-        raise UserError(f'{origin}: "conversations" must be a list of messages, not {value!r:.60}')
+        raise UserError(f'{origin}: "{key}" must be a list of messages, not {value!r:.60}')
     for index, message in enumerate(value):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise UserError(f"{origin}: message {index} is {message!r:.60}, expected a role among {', '.join(ROLES)}")
@@ -97,7 +100,7 @@ def check_messages(value: Any, origin: str) -> list[dict[str, str]]:
 
 def _token_row(record: dict[str, Any], identity: str, origin: str) -> TokenRow:
     ids, mask = record["input_ids"], record.get("loss_mask")
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise UserError(f'{origin}: "input_ids" must be a list of token ids')
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
         raise UserError(f'{origin}: "loss_mask" must be a list of 0 and 1 as long as "input_ids" ({len(ids)})')

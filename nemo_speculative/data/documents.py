@@ -71,7 +71,7 @@ def _tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) 
 
 
 def _check_ids(row: TokenRow, vocab_size: int) -> None:
-    largest = max(row.input_ids)
+    largest = max(row.input_ids, default=0)
     if largest >= vocab_size:
         raise UserError(f"{row.origin}: token id {largest} lies outside the target's vocabulary of {vocab_size}")
 

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nemo_speculative.config.schema import DataConfig, HubDataConfig
 from nemo_speculative.data.conversations import Conversation, TokenRow, check_messages, read_jsonl
@@ -35,7 +35,7 @@ def load_jsonl(config: DataConfig, seed: int) -> Split:
         UserError: a file is missing, empty or malformed, or one side of the split is empty.
     """
     rows = read_jsonl(config.path or "")
-    held_out = read_jsonl(config.held_out_path) if config.held_out_path else None
+    held_out = read_jsonl(config.held_out_path, "data.held_out_path") if config.held_out_path else None
     return _split(rows, held_out, config, seed)
 
 
@@ -56,7 +56,8 @@ def _hub_rows(config: HubDataConfig, split: str) -> list[Conversation | TokenRow
     try:
         table = datasets.load_dataset(config.repository, split=split)
     except Exception as error:  # one class per way in which a hub can fail
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        said = str(error).strip().partition("\n")[0]
+        reason = f"{type(error).__name__}: {said:.100}"
         raise UserError(
             f"data.repository: {config.repository} cannot be loaded ({reason}); give a directory of it, or your own "
             "conversations with data=jsonl data.path=FILE"
@@ -66,9 +67,13 @@ def _hub_rows(config: HubDataConfig, split: str) -> list[Conversation | TokenRow
             f"data.messages_key: {config.repository} has the columns {table.column_names}, not {config.messages_key!r}"
         )
     return [
-        Conversation(f"{split}/{i}", check_messages(messages, f"{config.repository}:{split}:{i}"), f"{split}/{i}")
-        for i, messages in enumerate(table[config.messages_key])
+        _hub_row(config, split, number, messages) for number, messages in enumerate(table[config.messages_key])
     ]
+
+
+def _hub_row(config: HubDataConfig, split: str, number: int, messages: Any) -> Conversation:
+    origin = f"{config.repository}:{split}:{number}"
+    return Conversation(f"{split}/{number}", check_messages(messages, origin, config.messages_key), origin)
 
 
 def _split(

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
+from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.targets.base import Supervision, aux_layers_for
 
 
@@ -111,7 +113,7 @@ class HFTarget:
         probe = torch.arange(8, device=self.device)[None] % self.config.vocab_size
         expected = self.model(input_ids=probe, use_cache=False).logits.float()
         found = self.logits(self.forward(probe)[1]).float()
-        if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max()), equal_nan=True):
             raise UserError(
                 f"{self.path}: the logits of {type(self.model).__name__} are not its head applied to the last hidden "
                 "state; this architecture is not supported by backend=hf"
@@ -119,11 +121,12 @@ class HFTarget:
 
 
 def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str, trust: bool) -> Any:
+    quiet_transformers()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the target cannot be loaded: {_first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nemo_speculative.config.schema import TinyModelConfig
 from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.data.stdlib import stdlib_conversations
-from nemo_speculative.progress import Progress
+from nemo_speculative.progress import Progress, quiet_transformers
 
 SPECIAL = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -178,6 +178,7 @@ def _print_samples(model: Any, tokenizer: Any, held_out: list[Conversation]) -> 
 
 def _save(model: LlamaForCausalLM, tokenizer, directory: Path) -> None:
     """Written beside its place and renamed, so that an interrupted run leaves no half of a target."""
+    quiet_transformers()
     unfinished = directory.with_name(directory.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

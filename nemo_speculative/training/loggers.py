@@ -36,14 +36,11 @@ class WandbLogger(titan.BaseLogger):
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one object a log step."""
+    """``metrics.jsonl``: one object a log step.  Opened for every line: a resumed run replaces the file."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -66,6 +66,5 @@ class Reporter:
             self.logger.log(dict(metrics), step)
 
     def close(self) -> None:
-        if self._file and self.logger:
-            self._file.close()
+        if self.logger:
             self.logger.close()

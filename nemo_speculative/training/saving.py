@@ -15,7 +15,7 @@ from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, read_servable, write_servable
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
 from nemo_speculative.errors import UserError
-from nemo_speculative.training.state import Position, ResumeState
+from nemo_speculative.training.state import Position, ResumeState, root_cause
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Saver:
             if self.first:
                 self.run.abandon(step)
             raise UserError(
-                f"{self.run.path(step)}: could not be written ({_root_cause(error)}); the last good checkpoint is "
+                f"{self.run.path(step)}: could not be written ({root_cause(error)}); the last good checkpoint is "
                 f"{self.last_good()}; make room and go on with resume=auto"
             ) from error
         dist.barrier()
@@ -93,10 +93,3 @@ class Saver:
     def last_good(self) -> str:
         steps = self.run.steps()
         return str(self.run.path(steps[-1])) if steps else "none"
-
-
-def _root_cause(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        failure = next(iter(error.failures.values()))
-        error = failure[0] if isinstance(failure, tuple) else failure
-    return str(error).strip().splitlines()[-1][:200]

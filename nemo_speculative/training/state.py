@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
@@ -52,8 +53,6 @@ class Position:
         """Raises UserError where ``other``, a new start, is not a continuation of this run."""
         if self.target_fingerprint != other.target_fingerprint:
             raise UserError(f"{checkpoint}: trained for another target than model.path; resume with the same target")
-        if self.data_fingerprint != other.data_fingerprint:
-            raise UserError(f"{checkpoint}: trained on other data than this; resume with the same data")
         changed = [
             f"{key} is {_select(other.config, key)!r}, the run was started with {value!r}"
             for key, value in _leaves(self.config)
@@ -63,6 +62,8 @@ class Position:
             raise UserError(
                 f"{checkpoint}: cannot go on from it: {'; '.join(changed)}; give the same values, or another output_dir"
             )
+        if self.data_fingerprint != other.data_fingerprint:
+            raise UserError(f"{checkpoint}: trained on other data than data.path holds; resume with the same data")
 
 
 def _leaves(config: dict[str, Any], prefix: str = ""):
@@ -94,17 +95,25 @@ class ResumeState:
         """Raises UserError if the checkpoint was cut off or belongs to another draft shape."""
         states = self._states()
         try:
+            # First by itself: DCP prints a traceback of its own for a damaged one.
+            dcp.FileSystemReader(str(checkpoint / "state")).read_metadata()
             dcp.load(states, checkpoint_id=str(checkpoint / "state"))
-        except Exception as error:  # DCP wraps what each rank met in a class of its own
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             raise damaged(checkpoint, error) from error
         self.model.load_state_dict(states)
 
 
-def damaged(checkpoint: Path, error: Exception) -> UserError:
+def root_cause(error: BaseException) -> str:
+    """One line of what the first failing rank met: DCP wraps it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        failure = next(iter(error.failures.values()))
+        error = failure[0] if isinstance(failure, tuple) else failure
+    return (str(error).strip().splitlines() or [repr(error)])[-1][:200]
+
+
+def damaged(checkpoint: Path, error: BaseException) -> UserError:
     """The error for a checkpoint that cannot be read back."""
-    reason = str(error).strip().splitlines()
     return UserError(
-        f"{checkpoint}: the resume state is damaged or of another draft shape "
-        f"({reason[-1][:200] if reason else error!r}); "
+        f"{checkpoint}: the resume state is damaged or of another draft shape ({root_cause(error)}); "
         "remove this directory to resume from the checkpoint before it"
     )

@@ -1,0 +1,79 @@
+"""Small models that the tests make: nothing is downloaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.tiny import TEMPLATE
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROLES = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+PREFIX_TEMPLATE = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+"""The same text without the tag: the assistant's part must be found by rendering prefixes."""
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box five dozen liquor jugs. " * 8
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Models this small are fastest on one thread, and sums then have one order."""
+    torch.set_num_threads(1)
+
+
+def make_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 ids: every byte, the roles and a few merges."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=ROLES,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([WORDS], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=ROLES[0], eos_token=ROLES[1], pad_token=ROLES[1], extra_special_tokens=ROLES[2:]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_target(
+    directory: Path, *, num_layers: int = 8, seed: int = 0, template: str | None = TEMPLATE, **config
+) -> Path:
+    """Saves a random Llama with a tokenizer.  Weights are larger than usual, so that its answers are not constant."""
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(values | config)))
+    model.save_pretrained(directory)
+    make_tokenizer(template).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def target_dir(tmp_path_factory) -> Path:
+    """A random Llama of 8 layers of 32, as a Hugging Face directory."""
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="session")
+def target(target_dir) -> HFTarget:
+    """The same, loaded."""
+    return HFTarget(target_dir, aux_layers=None)

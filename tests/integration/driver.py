@@ -1,0 +1,99 @@
+"""Runs recipes/train_eagle3.py as its user would, and kills it (-9) at a named moment: ``driver.py MOMENT STEP …``.
+
+The moments are places in the package; nothing in the package knows of them.
+"""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.training.saving import Saver
+from nemo_speculative.training.trainer import DraftTrainer
+
+ROOT = Path(__file__).parents[2]
+
+
+def die(*_args, **_kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_step(step):
+    """After the loss of a step, before its optimizer step."""
+    advance = DraftTrainer.train_step
+
+    def train_step(self):
+        if self.step + 1 == step:
+            self.optimizers.step = die
+        return advance(self)
+
+    DraftTrainer.train_step = train_step
+
+
+def kill_in_save(step):
+    """Within a save: the resume state is on disk, the model is not."""
+    write = Saver._write_model
+    Saver._write_model = lambda self, partial, at, weights: (die if at == step else write)(self, partial, at, weights)
+
+
+def kill_after_rename(step):
+    """Within a save: the checkpoint has its name, the links still point to the one before."""
+    link = RunDirectory._link_all
+
+    def link_all(self):
+        (die if self.steps()[-1:] == [step] else link)(self)
+
+    RunDirectory._link_all = link_all
+
+
+def interrupt_in_step(step):
+    """Ctrl-C in the middle of a step."""
+    advance = DraftTrainer.train_step
+
+    def train_step(self):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    DraftTrainer.train_step = train_step
+
+
+def fill_disk_at(step):
+    """No file may grow past 20 kB from the save of ``step`` on: what the system says then is what a full disk says."""
+    import resource
+
+    begin = RunDirectory.begin
+
+    def limited(self, at):
+        if at == step:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        return begin(self, at)
+
+    RunDirectory.begin = limited
+
+
+def poison_from(step):
+    """The target's features are NaN from ``step`` on."""
+    import torch
+
+    from nemo_speculative.targets.base import Supervision
+    from nemo_speculative.targets.hf import HFTarget
+
+    advance, supervise = DraftTrainer.train_step, HFTarget.supervise
+    DraftTrainer.train_step = lambda self: (setattr(HFTarget, "at", self.step + 1), advance(self))[1]
+
+    def poisoned(self, batch):
+        made = supervise(self, batch)
+        return Supervision(torch.full_like(made.aux, torch.nan), made.last_hidden) if self.at >= step else made
+
+    HFTarget.supervise = poisoned
+
+
+if __name__ == "__main__":
+    moment, step, *overrides = sys.argv[1:]
+    globals()[moment](int(step))
+    sys.argv = ["train_eagle3.py", *overrides]
+    runpy.run_path(str(ROOT / "recipes" / "train_eagle3.py"), run_name="__main__")

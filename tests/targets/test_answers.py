@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+
+from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets import answers
+from nemo_speculative.targets.answers import answer
+from tests.conftest import WORDS
+
+LIMITS = {"max_answer_tokens": 12, "max_length": 120, "title": "answering"}
+
+
+def ask(*contents, identity="a"):
+    roles = ["user", "assistant"] * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return Conversation(identity, messages, "file:1")
+
+
+def greedy(target, prompt, limit):
+    """One token at a time, without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + limit:
+        ids.append(int(target.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in target.stop_ids:
+            break
+    return ids
+
+
+def test_answers_are_the_targets_own_greedy_ones(target, tmp_path):
+    items = [ask(WORDS[i : i + 9 + 5 * i], identity=str(i)) for i in range(5)]
+    rows = answer(target, items, batch_size=2, cache_dir=str(tmp_path), **LIMITS)
+    assert [r.id for r in rows] == [i.id for i in items]
+    for row in rows:
+        prompt = row.input_ids[: row.loss_mask.index(True)]
+        assert row.input_ids == greedy(target, prompt, 12)
+        assert target.tokenizer.decode(prompt).endswith("<|assistant|>")
+
+
+def test_each_turn_sees_the_new_answers_before_it(target, tmp_path):
+    rows = answer(target, [ask("one", "OLD", "two", "OLD")], batch_size=4, cache_dir=str(tmp_path), **LIMITS)
+    assert [r.id for r in rows] == ["a#0", "a#1"]
+    first = rows[0].input_ids[rows[0].loss_mask.index(True) :]
+    text = target.tokenizer.decode(first, skip_special_tokens=True)
+    messages = [*ask("one", text, "two").messages]
+    expected = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert rows[1].input_ids[: rows[1].loss_mask.index(True)] == expected
+    assert "OLD" not in target.tokenizer.decode(rows[1].input_ids)
+
+
+def test_token_rows_are_answered_from_their_first_supervised_token(target, tmp_path):
+    given = TokenRow("x", [0, 9, 8, 7, 6], [False, False, False, True, True], "file:1")
+    (row,) = answer(target, [given], batch_size=4, cache_dir=str(tmp_path), **LIMITS)
+    assert row.input_ids == greedy(target, [0, 9, 8], 12)
+    assert row.loss_mask == [False] * 3 + [True] * (len(row.input_ids) - 3)
+
+
+def test_answers_are_cached_by_target_and_questions(target, tmp_path, monkeypatch):
+    items = [ask("one")]
+    rows = answer(target, items, batch_size=4, cache_dir=str(tmp_path), **LIMITS)
+    monkeypatch.setattr(answers, "_generate", lambda *_: pytest.fail("generated again"))
+    assert answer(target, items, batch_size=4, cache_dir=str(tmp_path), **LIMITS) == rows
+    with pytest.raises(pytest.fail.Exception):
+        answer(target, [ask("two")], batch_size=4, cache_dir=str(tmp_path), **LIMITS)
+    (file,) = tmp_path.glob("*.jsonl")
+    assert len(json.loads(file.read_text().splitlines()[0])["input_ids"]) == len(rows[0].input_ids)
+
+
+def test_no_row_is_longer_than_allowed(target, tmp_path):
+    items = [ask(WORDS[: 20 * i], identity=str(i)) for i in range(1, 6)]
+    limits = LIMITS | {"max_length": 40}
+    rows = answer(target, items, batch_size=3, cache_dir=str(tmp_path), **limits)
+    assert rows and max(len(r.input_ids) for r in rows) <= 40
+
+
+def test_a_conversation_that_asks_nothing_is_refused(target, tmp_path):
+    silent = Conversation("a", [{"role": "assistant", "content": "hello"}], "file:3")
+    with pytest.raises(UserError, match="file:3: the conversation asks nothing"):
+        answer(target, [silent], batch_size=1, cache_dir=str(tmp_path), **LIMITS)

@@ -1,0 +1,53 @@
+"""The embedded target in small: the same code, a few steps."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_speculative.config.schema import TinyModelConfig
+from nemo_speculative.data import stdlib
+from nemo_speculative.data.chat import tokenize
+from nemo_speculative.targets import tiny
+
+
+def small(tmp_path, **changed):
+    values = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48, "num_layers": 7, "vocab_size": 400}
+    return TinyModelConfig(cache_dir=str(tmp_path), steps=8, rows_per_step=2, row_tokens=64, **(values | changed))
+
+
+def test_is_made_once_deterministically_and_is_an_ordinary_directory(tmp_path, capsys, monkeypatch):
+    real = stdlib.stdlib_conversations
+    monkeypatch.setattr(tiny, "stdlib_conversations", lambda held_out: real(held_out)[:120])
+    monkeypatch.setattr(tiny, "directory_of", lambda config: tmp_path / config.cache_dir / "made")
+    first = tiny.prepare_tiny(small(tmp_path / "a"))
+    said = capsys.readouterr().out
+    assert "held-out loss" in said and said.count("Q: ") == 3 and said.count("A: ") == 3
+    second = tiny.prepare_tiny(small(tmp_path / "b"))
+    one, two = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    capsys.readouterr()
+    assert tiny.prepare_tiny(small(tmp_path / "a")) == first
+    assert "made before" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    row = tokenize(tokenizer, real(held_out=True)[0], {tokenizer.eos_token_id})
+    assert row.loss_mask[-1] and not row.loss_mask[0]
+
+
+def test_everything_that_shapes_it_is_in_its_name(tmp_path):
+    base = tiny.directory_of(small(tmp_path))
+    assert tiny.directory_of(small(tmp_path)) == base
+    assert tiny.directory_of(small(tmp_path, hidden_size=64)) != base
+    assert tiny.directory_of(small(tmp_path, seed=1)) != base
+
+
+def test_an_interrupted_making_leaves_no_target(tmp_path, monkeypatch):
+    directory = tmp_path / "made"
+
+    class Model:
+        def save_pretrained(self, path):
+            path.mkdir(parents=True)
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        tiny._save(Model(), None, directory)
+    assert not directory.exists()
