@@ -29,4 +29,4 @@ lint: $(READY)  ## style and types
 	$(PYTHON) -m mypy
 
 bench: $(READY)  ## speed and memory of a training step, beside the textbook implementation
-	$(PYTHON) benchmarks/training_step.py $(ARGS)
+	$(PYTHON) -m benchmarks.training_step $(ARGS)

@@ -7,9 +7,10 @@ torchrun --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data.path=c
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import Resume, TrainJob
+from nemo_speculative.devices import choose_device
 from nemo_speculative.training import assembly
 from nemo_speculative.training.finish import measure_and_summarize
-from nemo_speculative.training.parallelism import choose_device, fast_float32_matmuls, process_group
+from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
 from nemo_speculative.training.plan import describe
 
 
@@ -17,7 +18,7 @@ from nemo_speculative.training.plan import describe
 def main(job: TrainJob) -> None:
     if job.plan:
         return print(describe(job))
-    device = choose_device(job.trainer.device)
+    device = choose_device(job.trainer.device, "trainer.device")
     with process_group(device, job.parallelism) as dims:
         with fast_float32_matmuls(device):
             target = assembly.build_target(job, device)

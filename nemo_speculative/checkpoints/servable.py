@@ -22,6 +22,7 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 ALGORITHMS = {ARCHITECTURE: "EAGLE3"}
 """SGLang's --speculative-algorithm of each architecture."""
 OWN_KEY = "nemo_speculative"
+FIXED_FLAGS = {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,11 +78,6 @@ def config_of(
     shape: Eagle3Shape, provenance: Provenance, dtype: torch.dtype, special_ids: dict[str, Any]
 ) -> dict[str, Any]:
     """The contents of ``config.json``."""
-    rope = dict(shape.rope_parameters)
-    theta = rope.get("rope_theta", 10000.0)
-    scaling = (
-        {k: v for k, v in rope.items() if k != "rope_theta"} if rope.get("rope_type", "default") != "default" else None
-    )
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -94,21 +90,27 @@ def config_of(
         "hidden_act": "silu",
         "rms_norm_eps": shape.rms_norm_eps,
         "max_position_embeddings": shape.max_positions,
-        # Older engines read the first two, transformers 5 the third.
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "rope_parameters": rope,
+        "rope_parameters": dict(shape.rope_parameters),
         "vocab_size": shape.vocab_size,
         "draft_vocab_size": shape.draft_vocab_size,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **FIXED_FLAGS,
+        **_said_twice(shape),
         **special_ids,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(shape.aux_layers)},
+        OWN_KEY: {**asdict(provenance), "version": __version__},
+    }
+
+
+def _said_twice(shape: Eagle3Shape) -> dict[str, Any]:
+    """Fields that follow from others: older engines read the first two where transformers 5 reads rope_parameters."""
+    rope = shape.rope_parameters
+    scaled = rope.get("rope_type", "default") != "default"
+    return {
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
         "num_aux_hidden_states": len(shape.aux_layers),
         "target_hidden_size": shape.hidden_size,
-        OWN_KEY: {**asdict(provenance), "version": __version__},
     }
 
 
@@ -118,36 +120,55 @@ def shape_of(config: dict[str, Any], where: Path) -> Eagle3Shape:
     Raises:
         UserError: a field is missing or says what SGLang would misread.
     """
-    fixed = {"architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu",
-             "tie_word_embeddings": False}  # fmt: skip
-    for key, value in fixed.items():
-        if config.get(key) != value:
-            raise UserError(f"{where}: {key} is {config.get(key)!r}, expected {value!r}")
-    eagle = config.get("eagle_config") or {}
-    aux = eagle.get("eagle_aux_hidden_state_layer_ids")
-    if eagle.get("use_aux_hidden_state") is not True or not aux or len(set(aux)) != len(aux):
-        raise UserError(f"{where}: eagle_config is {eagle}, expected use_aux_hidden_state=true and distinct layer ids")
+    fixed = {"architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu"}
+    _check_fields(config, fixed | FIXED_FLAGS, where)
     try:
         shape = Eagle3Shape(
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            rms_norm_eps=config["rms_norm_eps"],
-            max_positions=config["max_position_embeddings"],
+            hidden_size=_number(config, "hidden_size", where),
+            intermediate_size=_number(config, "intermediate_size", where),
+            num_heads=_number(config, "num_attention_heads", where),
+            num_kv_heads=_number(config, "num_key_value_heads", where),
+            head_dim=_number(config, "head_dim", where),
+            rms_norm_eps=_number(config, "rms_norm_eps", where, float),
+            max_positions=_number(config, "max_position_embeddings", where),
             rope_parameters=config["rope_parameters"],
-            vocab_size=config["vocab_size"],
-            draft_vocab_size=config["draft_vocab_size"],
-            aux_layers=tuple(aux),
+            vocab_size=_number(config, "vocab_size", where),
+            draft_vocab_size=_number(config, "draft_vocab_size", where),
+            aux_layers=_aux_layers(config["eagle_config"], where),
         )
     except KeyError as error:
         raise UserError(f"{where}: the field {error.args[0]} is missing") from None
-    if not 0 < shape.draft_vocab_size <= shape.vocab_size:
+    if shape.draft_vocab_size > shape.vocab_size:
         raise UserError(f"{where}: draft_vocab_size is {shape.draft_vocab_size}, vocab_size {shape.vocab_size}")
-    if config["rope_parameters"].get("rope_theta", 10000.0) != config.get("rope_theta"):
-        raise UserError(f"{where}: rope_theta is {config.get('rope_theta')}, rope_parameters say otherwise")
+    if not isinstance(shape.rope_parameters, dict):
+        raise UserError(f"{where}: rope_parameters is {shape.rope_parameters!r}, expected an object")
+    _check_fields(config, _said_twice(shape), where)
     return shape
+
+
+def _check_fields(config: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
+    for key, value in expected.items():
+        if key not in config:
+            raise UserError(f"{where}: the field {key} is missing")
+        if config[key] != value:
+            raise UserError(f"{where}: {key} is {config[key]!r}, expected {value!r}")
+
+
+def _number(config: dict[str, Any], key: str, where: Path, kind: type = int) -> Any:
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int | kind) or value <= 0:
+        raise UserError(f"{where}: {key} is {value!r}, expected a number above 0")
+    return value
+
+
+def _aux_layers(eagle: Any, where: Path) -> tuple[int, ...]:
+    layers = eagle.get("eagle_aux_hidden_state_layer_ids") if isinstance(eagle, dict) else None
+    numbers = isinstance(layers, list) and bool(layers) and all(type(v) is int and v >= 0 for v in layers)
+    if not numbers or len(set(layers)) != len(layers) or eagle.get("use_aux_hidden_state") is not True:
+        raise UserError(
+            f"{where}: eagle_config is {eagle!r}, expected use_aux_hidden_state=true and distinct layer ids"
+        )
+    return tuple(layers)
 
 
 def check_tensors(tensors: dict[str, torch.Tensor], shape: Eagle3Shape, where: Path) -> None:
@@ -236,9 +257,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         UserError: it is missing or not JSON.
     """
     try:
-        return json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}/config.json: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{directory}/config.json: found a {type(config).__name__}, expected a JSON object")
+    return config
 
 
 def provenance_of(config: dict[str, Any], directory: Path) -> Provenance:

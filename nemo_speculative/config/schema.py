@@ -318,9 +318,6 @@ class TrainerConfig:
             self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
             "save_interval", "keep_checkpoints", "val_interval", "val_batches",
         )  # fmt: skip
-        _require(
-            self.device in ("auto", "cpu", "cuda"), f"trainer.device is {self.device!r}: expected auto, cpu or cuda"
-        )
 
     def total_steps(self, num_rows: int) -> int:
         """Optimizer steps of the whole run over ``num_rows`` packed rows."""
@@ -331,8 +328,8 @@ class TrainerConfig:
 class ExporterConfig:
     """What is written for serving, and the speculative settings that the checkpoint remembers."""
 
-    dtype: Dtype = Dtype.bfloat16
-    """Of the draft's weights on disk."""
+    dtype: Optional[Dtype] = None
+    """Of the draft's weights on disk; null: the target's."""
     num_steps: int = 5
     """Draft tokens in a chain (SGLang's --speculative-num-steps)."""
     topk: int = 1
@@ -420,18 +417,26 @@ class TrainJob:
 
 @dataclass
 class EvaluateJob:
-    """The measurement of a checkpoint, on questions of a data group."""
+    """The measurement of a checkpoint on the questions of a data group."""
 
     checkpoint: str = MISSING
     """A run directory, a step_<N> directory or its model/."""
     target: Optional[str] = None
-    """The target's directory; null: the one that the checkpoint remembers."""
+    """The target's directory or hub name; null: the one that the checkpoint remembers."""
     backend: BackendConfig = field(default_factory=BackendConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_steps: Optional[int] = None
     """Draft tokens in a chain; null: what the checkpoint remembers."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    trust_remote_code: bool = False
+    """Whether the target's own modelling code may run."""
     seed: int = 0
+    """Of the order of the questions."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "evaluate", "num_steps")
 
 
 SCHEMAS: dict[tuple[str, str], type] = {

@@ -66,9 +66,7 @@ def _hub_rows(config: HubDataConfig, split: str) -> list[Conversation | TokenRow
         raise UserError(
             f"data.messages_key: {config.repository} has the columns {table.column_names}, not {config.messages_key!r}"
         )
-    return [
-        _hub_row(config, split, number, messages) for number, messages in enumerate(table[config.messages_key])
-    ]
+    return [_hub_row(config, split, number, messages) for number, messages in enumerate(table[config.messages_key])]
 
 
 def _hub_row(config: HubDataConfig, split: str, number: int, messages: Any) -> Conversation:

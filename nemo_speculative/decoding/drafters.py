@@ -9,6 +9,9 @@ from nemo_speculative.drafts.eagle3 import DraftCache, Eagle3Draft
 from nemo_speculative.targets.hf import HFTarget
 
 
+FIRST_POSITIONS = 512
+
+
 class Drafter(Protocol):
     """Proposes the continuation of one sequence."""
 
@@ -65,8 +68,8 @@ class Eagle3Drafter:
             )
         self.draft, self.target, self.num_steps = draft, target, num_steps
         self._ids = draft.draft_ids
-        self._positions = torch.arange(draft.shape.max_positions, device=target.device)[None]
         self._cache = DraftCache()
+        self._rotation = self._rotations(FIRST_POSITIONS)
 
     def start(self) -> None:
         self._cache.crop(0)
@@ -78,17 +81,22 @@ class Eagle3Drafter:
         output = self._extend(following, feature)[:, -1:]
         proposed = [self._best(output)]
         # Position t of the draft belongs to the token after it, so a chain may reach max_positions - 1.
-        for _ in range(min(self.num_steps, self._positions.shape[1] - len(tokens)) - 1):
+        for _ in range(min(self.num_steps, self.draft.shape.max_positions - len(tokens)) - 1):
             output = self._extend(proposed[-1], output)
             proposed.append(self._best(output))
         self._cache.crop(known + new)
         return torch.cat(proposed, dim=1)[0].tolist()
 
     def _extend(self, tokens: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-        start = self._cache.length
-        positions = self._positions[:, start : start + tokens.shape[1]]
-        embeddings = self.target.embed(tokens).to(feature.dtype)
-        return self.draft.extend(embeddings, feature, positions, self._cache)
+        start, end = self._cache.length, self._cache.length + tokens.shape[1]
+        if end > self._rotation[0].shape[2]:
+            self._rotation = self._rotations(2 * end)
+        cos, sin = (table[:, :, start:end] for table in self._rotation)
+        return self.draft.extend(self.target.embed(tokens).to(feature.dtype), feature, (cos, sin), self._cache)
+
+    def _rotations(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A table of the rotary cos and sin: computing them anew would cost as much as the rest of a draft step."""
+        return self.draft.rotary(torch.arange(length, device=self.target.device)[None], self.draft.fc.weight.dtype)
 
     def _best(self, output: torch.Tensor) -> torch.Tensor:
         return self._ids[self.draft.logits(output).argmax(-1)]

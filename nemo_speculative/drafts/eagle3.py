@@ -187,20 +187,26 @@ class Eagle3Draft(nn.Module):
         attended = unroll_attention(q, keys, values, visible, own[0::2], own[1::2])
         return layer.finish(feature, attended), *(own[-2:] if i > 0 else ())
 
-    def extend(self, embeddings: torch.Tensor, feature: torch.Tensor, positions: torch.Tensor, cache: "DraftCache"):
+    def extend(
+        self,
+        embeddings: torch.Tensor,
+        feature: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        cache: "DraftCache",
+    ) -> torch.Tensor:
         """Decoding: the layer on new positions behind ``cache``, which it extends.
 
         Args:
             embeddings: [1, n, h] of the tokens after those positions.
             feature: [1, n, h]: fc of the aux states, or the output of the step before.
-            positions: int64 [1, n].
+            rotation: cos and sin [1, 1, n, d] of those positions, from ``rotary``.
 
         Returns:
             Layer outputs [1, n, h].
         """
         layer, attention = self.midlayer, self.midlayer.self_attn
         x = layer.attention_input(layer.input_layernorm(embeddings), feature)
-        cos, sin = self.rotary(positions, x.dtype)
+        cos, sin = rotation
         key = rotate(attention.heads(attention.k_proj, x), cos, sin)
         keys, values = cache.append(key, attention.heads(attention.v_proj, x))
         q = rotate(attention.heads(attention.q_proj, x), cos, sin)

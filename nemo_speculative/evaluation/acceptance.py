@@ -28,9 +28,10 @@ class Measured:
         return _tau(self.generations)
 
     @property
-    def tau_finished(self) -> float:
-        """The same over answers that ended with a stop token: an endless loop is easy to draft."""
-        return _tau([g for g in self.generations if g.finished])
+    def tau_finished(self) -> float | None:
+        """The same over answers that ended with a stop token (an endless loop is easy to draft); None without any."""
+        finished = [g for g in self.generations if g.finished and g.emitted]
+        return _tau(finished) if finished else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,7 +45,7 @@ class Measured:
 
 def _tau(generations: Sequence[Generation]) -> float:
     verifications = sum(len(g.emitted) for g in generations)
-    return sum(sum(g.emitted) for g in generations) / verifications if verifications else float("nan")
+    return sum(sum(g.emitted) for g in generations) / max(verifications, 1)
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def build_saver(job: TrainJob, target: HFTarget, shape: Eagle3Shape, data: RunDa
         keep=job.trainer.keep_checkpoints,
         shape=shape,
         provenance=Provenance(str(_target_name(job, target)), target.fingerprint, job.model.dtype.value, settings, 0),
-        export_dtype=getattr(torch, job.exporter.dtype.value),
+        export_dtype=getattr(torch, (job.exporter.dtype or job.model.dtype).value),
         special_ids={"bos_token_id": target.config.bos_token_id, "eos_token_id": target.config.eos_token_id},
         start=Position(0, {}, as_plain(job), target.fingerprint, data.fingerprint),
         measure=measure if prompts else None,

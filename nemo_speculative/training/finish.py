@@ -9,7 +9,8 @@ import torch
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import read_servable
 from nemo_speculative.config.schema import TrainJob
-from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
+from nemo_speculative.evaluation.acceptance import evaluate_draft
+from nemo_speculative.evaluation.report import describe
 from nemo_speculative.serving.command import sglang_command
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training.parallelism import first_rank_only
@@ -46,25 +47,3 @@ def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, p
 
 def write_summary(directory: Path, summary: dict[str, object]) -> None:
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def describe(evaluation: Evaluation) -> str:
-    """A table of the draft beside plain decoding and n-gram drafting on the same questions."""
-    plain = evaluation.plain.tokens_per_second
-    lines = [
-        f"measured on {len(evaluation.plain.generations)} held-out questions, greedy, "
-        f"chains of {evaluation.num_steps} draft tokens, one sequence at a time",
-        f"  {'':14}{'tau':>6}{'tau, finished':>15}{'tokens/s':>10}{'speed-up':>10}   accepted at draft position",
-    ]
-    for name, way in (("draft", evaluation.draft), ("n-gram", evaluation.ngram), ("plain decoding", evaluation.plain)):
-        accepted = way.acceptance_per_position(evaluation.num_steps) if way is not evaluation.plain else []
-        lines.append(
-            f"  {name:14}{way.tau:6.2f}{way.tau_finished:15.2f}{way.tokens_per_second:10.0f}"
-            f"{way.tokens_per_second / plain:9.2f}x   {' '.join(f'{share:.2f}' for share in accepted)}"
-        )
-    total = len(evaluation.plain.generations)
-    verdict = (
-        "equal token by token" if evaluation.lossless else "NOT equal (near ties in this dtype: docs/troubleshooting)"
-    )
-    lines.append(f"  answers with and without the draft: {evaluation.identical} of {total} {verdict}")
-    return "\n".join(lines)

@@ -22,22 +22,6 @@ SETUP_TIMEOUT_SECONDS = 7200
 """How long the other ranks wait while the first one makes a target or its answers."""
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device of this rank.
-
-    Raises:
-        UserError: CUDA was asked for and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"trainer.device=cuda: torch {torch.__version__} finds no CUDA device; use trainer.device=cpu or a machine "
-            "with a GPU and a CUDA build of torch"
-        )
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
 @contextlib.contextmanager
 def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[titan.ParallelDims]:
     """torchtitan's mesh over the processes that torchrun started; a single process makes a group of its own.

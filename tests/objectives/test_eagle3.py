@@ -164,7 +164,7 @@ def test_a_document_does_not_leak_into_its_neighbour():
         muted = batch.loss_mask.clone()
         muted[0, 13:22] = False
         batch = type(batch)(batch.input_ids, muted, batch.positions, batch.documents)
-        return float(goal.loss(draft, batch, supervision, counts).loss)
+        return float(goal.loss(draft, batch, supervision, counts).loss.detach())
 
     assert contribution(documents) == pytest.approx(contribution(changed), rel=EXACT)
 

@@ -1,0 +1,102 @@
+"""Generates docs/configuration.md from the schema: ``python -m nemo_speculative.config.reference``."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_speculative.config import schema
+
+HEAD = """# Configuration
+
+Generated from `nemo_speculative/config/schema.py` by `python -m nemo_speculative.config.reference`; do not edit.
+
+A recipe composes one option of each group of `conf/`; every key below can be overridden on the command line
+(`trainer.max_steps=100`), every group replaced (`data=jsonl`), and swept (`--multirun seed=0,1,2`).  `--cfg job` prints
+the composed configuration, `plan=true` what it would do.  An unknown key, a wrong type and a contradiction are one
+line and exit code 1.  The values below are the schema's; an option's YAML may set others, which `--cfg job` shows.
+"""
+ROOTS = {"train_eagle3": schema.TrainJob, "evaluate": schema.EvaluateJob}
+
+
+def reference() -> str:
+    """The page."""
+    parts = [HEAD]
+    for name, root in ROOTS.items():
+        plain = [f for f in dataclasses.fields(root) if not dataclasses.is_dataclass(f.type)]
+        parts.append(_section(f"`recipes/{name}.py`", root, "", plain))
+    groups = dict.fromkeys(group for group, _ in schema.SCHEMAS)
+    for group in groups:
+        for (owner, option), cls in schema.SCHEMAS.items():
+            if owner == group:
+                parts.append(_section(f"`{group}` ({option})", cls, f"{group}.", _own_fields(cls)))
+    return "\n".join(parts)
+
+
+def _own_fields(cls: type) -> list[dataclasses.Field]:
+    inherited = {f.name: f.default for base in cls.__mro__[1:-1] for f in dataclasses.fields(base)}
+    return [f for f in dataclasses.fields(cls) if f.name not in inherited or inherited[f.name] != f.default]
+
+
+def _section(title: str, cls: type, prefix: str, fields: list[dataclasses.Field]) -> str:
+    base = cls.__mro__[1]
+    also = f"  Also every key of {base.__name__}." if dataclasses.is_dataclass(base) else ""
+    lines = [f"## {title}\n", f"{inspect.getdoc(cls) if not _generated(cls) else ''}{also}".strip() + "\n"]
+    rows = [row for f in fields for row in _rows(f, prefix, _documentation(cls))]
+    return "\n".join([*lines, "| key | type | default | |", "|---|---|---|---|", *rows, ""])
+
+
+def _generated(cls: type) -> bool:
+    """dataclass() writes a signature where there is no docstring."""
+    return (cls.__doc__ or "").startswith(f"{cls.__name__}(")
+
+
+def _rows(f: dataclasses.Field, prefix: str, documentation: dict[str, str]) -> list[str]:
+    if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+        inner = _documentation(f.type)
+        return [row for g in dataclasses.fields(f.type) for row in _rows(g, f"{prefix}{f.name}.", inner)]
+    text = documentation.get(f.name, "").replace("|", "\\|")
+    return [f"| `{prefix}{f.name}` | {_type(f.type)} | `{_default(f)}` | {text} |"]
+
+
+def _type(annotation: Any) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " \\| ".join(member.value for member in annotation)
+    name = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
+    text = name or str(annotation).replace("typing.", "")
+    return text.replace("|", "\\|")
+
+
+def _default(f: dataclasses.Field) -> Any:
+    value = f.default_factory() if f.default is dataclasses.MISSING and callable(f.default_factory) else f.default
+    if isinstance(value, Enum):
+        return value.value
+    return (
+        {None: "null", MISSING: "must be given", True: "true", False: "false"}.get(value, value)
+        if _plain(value)
+        else value
+    )
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | str)
+
+
+def _documentation(cls: type) -> dict[str, str]:
+    """The string below each field, of the class and its bases."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(owner)).body[0].body  # type: ignore[attr-defined]
+        for statement, following in itertools.pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                name, text = statement.target.id, ast.literal_eval(following.value)  # type: ignore[union-attr]
+                found[name] = " ".join(text.split())
+    return found
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,23 @@
+"""Measure a draft checkpoint with the built-in lossless decoder, beside plain decoding and n-gram drafting.
+
+python recipes/evaluate.py checkpoint=outputs/tiny-eagle3                      on the questions of its run
+python recipes/evaluate.py checkpoint=RUN data=jsonl data.path=questions.jsonl on your own
+"""
+
+import json
+
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import EvaluateJob
+from nemo_speculative.evaluation.checkpoint import evaluate_checkpoint
+from nemo_speculative.evaluation.report import describe
+
+
+@recipe("evaluate")
+def main(job: EvaluateJob) -> None:
+    evaluation = evaluate_checkpoint(job)
+    print(describe(evaluation))
+    print(json.dumps(evaluation.summary()))
+
+
+if __name__ == "__main__":
+    main()
