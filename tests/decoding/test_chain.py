@@ -127,11 +127,13 @@ def test_decoding_a_chain_equals_the_training_unroll(target):
     cache = DraftCache()
     for t in slots[0].tolist():
         cache.crop(0)
-        output = draft.extend(embeddings[:, 1 : t + 2], draft.fc(aux[:, : t + 1]), positions[:, : t + 1], cache)[:, -1:]
+        here = draft.rotary(positions[:, : t + 1], torch.float32)
+        output = draft.extend(embeddings[:, 1 : t + 2], draft.fc(aux[:, : t + 1]), here, cache)[:, -1:]
         for i in range(num_steps):
             torch.testing.assert_close(output[0, 0], unrolled[i][0, t], rtol=1e-3, atol=1e-3)
             token = embeddings[:, t + 2 + i : t + 3 + i]
-            output = draft.extend(token, output, positions[:, t + 1 + i : t + 2 + i], cache)
+            here = draft.rotary(positions[:, t + 1 + i : t + 2 + i], torch.float32)
+            output = draft.extend(token, output, here, cache)
 
 
 def test_a_draft_for_other_aux_layers_is_refused(target):

@@ -1,0 +1,82 @@
+"""Options that must not change a result, or that need a whole run to be seen."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+
+from nemo_speculative.checkpoints.servable import read_servable
+from tests.integration.conftest import metrics, run, train
+
+
+def losses(directory):
+    return [line["train/loss"] for line in metrics(directory)]
+
+
+def test_recomputing_accumulating_and_compiling_change_no_loss(settings, finished, tmp_path):
+    options = ["trainer.activation_checkpointing=true", "trainer.micro_batch_size=1", "trainer.compile=true"]
+    done = train(settings, tmp_path / "run", *options, "trainer.max_steps=4", "optimizer.decay_ratio=0")
+    plain = train(settings, tmp_path / "plain", "trainer.max_steps=4", "optimizer.decay_ratio=0")
+    assert done.returncode == 0 and plain.returncode == 0, done.stderr + plain.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_bfloat16_over_two_ranks_keeps_float32_master_weights(settings, finished, tmp_path):
+    """Mixed precision is FSDP2's: the state on disk is float32, and the losses follow float32's."""
+    done = train(settings, tmp_path / "run", "trainer.dtype=bfloat16", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=2e-2)
+    state = FileSystemReader(str(tmp_path / "run" / "checkpoints" / "latest" / "state")).read_metadata()
+    tensors = {n: t for n, t in state.state_dict_metadata.items() if "fc.weight" in n and hasattr(t, "properties")}
+    assert len(tensors) >= 3 and {t.properties.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_a_run_over_two_ranks_goes_on_over_one(settings, finished, tmp_path):
+    stopped = train(settings, tmp_path / "run", "trainer.save_interval=6", ranks=2)
+    assert stopped.returncode == 0, stopped.stderr
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_10")
+    alone = train(settings, tmp_path / "run", "resume=auto")
+    assert alone.returncode == 0 and "resumed from step 6" in alone.stdout, alone.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished), rel=1e-5)
+
+
+def test_wandb_offline_needs_no_account(settings, tmp_path):
+    done = train(settings, tmp_path / "run", "logger=wandb", "trainer.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_profile_is_written(settings, tmp_path):
+    done = train(settings, tmp_path / "run", "logger=none", "trainer.profile=true")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "profile").glob("**/*.json*"))
+
+
+def test_a_checkpoint_is_evaluated_by_itself(finished, data_file):
+    base = ("recipes/evaluate.py", f"checkpoint={finished}", "data=jsonl", f"data.path={data_file}")
+    done = run(*base, "evaluation.num_questions=3", "evaluation.max_new_tokens=10", "num_steps=2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["questions"] == 3 and summary["lossless"] and len(summary["acceptance_per_position"]) == 2
+
+
+def test_answers_of_the_target_are_trained_on(settings, tmp_path):
+    answers = ["data.answers=target", "data.max_answer_tokens=20", f"data.cache_dir={tmp_path}/answers"]
+    done = train(settings, tmp_path / "run", *answers, "trainer.max_steps=2")
+    assert done.returncode == 0 and "covering" in done.stdout, done.stderr
+    assert len(list((tmp_path / "answers").glob("*.jsonl"))) == 2
+    assert read_servable(tmp_path / "run").provenance.step == 2
+
+
+def test_pretokenised_rows_need_no_template(settings, target_dir, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"input_ids": [0, *range(5 + i, 25 + i)], "loss_mask": [0] * 6 + [1] * 15}) + "\n"
+            for i in range(9)
+        )
+    )
+    done = train(settings, tmp_path / "run", f"data.path={rows}", "trainer.max_steps=2")
+    assert done.returncode == 0, done.stderr
