@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -11,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.tiny import TEMPLATE
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 ROLES = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PREFIX_TEMPLATE = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 """The same text without the tag: the assistant's part must be found by rendering prefixes."""

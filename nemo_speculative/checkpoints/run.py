@@ -18,7 +18,7 @@ class RunDirectory:
     """One rank, the first, changes it; the others only read."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root)
+        self.root = Path(root).absolute()
         self.checkpoints = self.root / "checkpoints"
 
     def set_aside(self) -> Path | None:

@@ -154,15 +154,15 @@ def _check_fields(config: dict[str, Any], expected: dict[str, Any], where: Path)
             raise UserError(f"{where}: {key} is {config[key]!r}, expected {value!r}")
 
 
-def _number(config: dict[str, Any], key: str, where: Path, kind: type = int) -> Any:
+def _number(config: dict[str, Any], key: str, where: Path, *kinds: type) -> Any:
     value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int | kind) or value <= 0:
+    if type(value) not in (int, *kinds) or value <= 0:
         raise UserError(f"{where}: {key} is {value!r}, expected a number above 0")
     return value
 
 
 def _aux_layers(eagle: Any, where: Path) -> tuple[int, ...]:
-    layers = eagle.get("eagle_aux_hidden_state_layer_ids") if isinstance(eagle, dict) else None
+    layers: Any = eagle.get("eagle_aux_hidden_state_layer_ids") if isinstance(eagle, dict) else None
     numbers = isinstance(layers, list) and bool(layers) and all(type(v) is int and v >= 0 for v in layers)
     if not numbers or len(set(layers)) != len(layers) or eagle.get("use_aux_hidden_state") is not True:
         raise UserError(

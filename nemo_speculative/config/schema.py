@@ -198,7 +198,9 @@ class DataConfig:
     """Where generated answers are kept."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "data", "max_length", "row_tokens", "max_answer_tokens", "generation_batch_size")
+        _require_positive(
+            self, "data", "max_length", "row_tokens", "max_answer_tokens", "generation_batch_size", "max_conversations"
+        )
         _require(
             0 <= self.held_out_share < 1,
             f"data.held_out_share is {self.held_out_share}: expected a share of at least 0 and below 1",
@@ -299,7 +301,7 @@ class TrainerConfig:
     activation_checkpointing: bool = False
     """Recompute each unroll step in the backward pass: less memory, more time."""
     compile: bool = False
-    """torch.compile the draft's layer."""
+    """torch.compile the draft layer behind its attention: output projection, norm, MLP."""
     log_interval: int = 10
     """Steps between two lines of metrics."""
     save_interval: int = 500

@@ -26,7 +26,7 @@ def resolve_target(config: ModelConfig) -> Path:
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=NEEDED))
     except Exception as error:  # one class per way in which a hub can fail
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(
             f"model.path: the weights of {config.path} are not on this machine and the hub could not give them "
             f"({reason}); point model.path at a directory that holds them: model.path=/path/to/model"

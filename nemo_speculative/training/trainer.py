@@ -66,7 +66,7 @@ class DraftTrainer:
         self.parallel_dims, self.saver, self.reporter = parallel_dims, saver, reporter
         self.step, self.total_steps = 0, total_steps
         if job.trainer.compile:
-            draft.midlayer.mlp.compile()
+            draft.midlayer.finish = torch.compile(draft.midlayer.finish)  # type: ignore[method-assign]
         dtype = getattr(torch, job.trainer.dtype.value)
         self.trainee = shard_draft(Trainee(draft.to(device), objective), parallel_dims, dtype)
         self.optimizers = build_optimizers(job.optimizer, self.trainee)

@@ -1,0 +1,103 @@
+"""What every YAML names can be built: each option of conf/ through the code that a recipe would use."""
+
+import json
+
+import pytest
+import torch
+from hydra.utils import get_class, get_method, instantiate
+from transformers import AutoModelForCausalLM
+
+from nemo_speculative.config.app import to_job
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets import tiny
+from nemo_speculative.targets.base import aux_layers_for
+from nemo_speculative.targets.hf import text_config
+from nemo_speculative.training import assembly
+from nemo_speculative.training.optimization import build_optimizers, build_schedules
+from tests.config.test_groups import GROUPS, composed
+
+ROWS = [
+    {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{i}"}]} for i in range(9)
+]
+
+
+def job_of(*overrides):
+    return to_job(composed("train_eagle3", *overrides))
+
+
+def options(group):
+    return [option for owner, option in GROUPS if owner == group]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    rows = "".join(json.dumps(row | {"messages": row["conversations"]}) + "\n" for row in ROWS)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("option", options("model"))
+def test_model(option, target_dir, monkeypatch):
+    job = job_of(f"model={option}", *([] if option == "tiny" else ["data=tiny"]))
+    if option == "tiny":
+        config = tiny.llama_config(job.model)
+    else:
+        local = job.model.path == "somewhere"
+        if not local:  # a hub name: not to be had here, and said so
+            with pytest.raises(UserError, match="hub could not give"):
+                get_method(job.model._target_)(job.model)
+        job.model.path = str(target_dir)
+        config = text_config(get_method(job.model._target_)(job.model))
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(config).num_parameters() > 0
+    assert len(aux_layers_for(config.num_hidden_layers, job.draft.aux_layers)) == 3
+
+
+@pytest.mark.parametrize("option", options("backend"))
+def test_backend(option, target_dir):
+    target = instantiate(job_of(f"backend={option}").backend, path=target_dir, aux_layers=None)
+    assert target.aux_layers == [1, 3, 4]
+
+
+@pytest.mark.parametrize("option", options("draft"))
+def test_draft(option, target):
+    job = job_of(f"draft={option}", "draft.vocab_size=50")
+    rows = assembly.to_documents([], target.tokenizer, target.stop_ids, 64, 300)
+    draft = assembly.build_draft(job, target, assembly.build_draft_vocabulary(job, target, rows))
+    assert isinstance(draft, get_class(job.draft._target_)) and len(draft.draft_ids) == 50
+    assert assembly.build_objective(job, target).num_steps == job.draft.num_steps
+
+
+@pytest.mark.parametrize("option", options("data"))
+def test_data(option, data_dir):
+    job = job_of(f"data={option}", "data.held_out_share=0.3")
+    if hasattr(job.data, "repository"):
+        job.data.repository, job.data.split, job.data.held_out_split = str(data_dir), "train", None
+    elif job.data.path == "somewhere":
+        job.data.path = str(data_dir / "train.jsonl")
+    split = assembly.load_split(job)
+    assert split.training and split.held_out
+
+
+@pytest.mark.parametrize("option", options("optimizer"))
+def test_optimizer(option):
+    config = job_of(f"optimizer={option}").optimizer
+    optimizers = build_optimizers(config, torch.nn.Linear(2, 2))
+    assert build_schedules(config, optimizers, 10).schedulers[0].get_last_lr()[0] > 0
+
+
+@pytest.mark.parametrize("option", options("logger"))
+def test_logger(option, tmp_path):
+    logger = instantiate(
+        job_of(f"logger={option}").logger, output_dir=tmp_path, run_config={"a": 1}, _recursive_=False, _convert_="all"
+    )
+    logger.log({"train/loss": 1.0}, 1)
+    logger.close()
+
+
+def test_groups_of_plain_values_have_no_other_options():
+    """These name nothing to build; an option that does belongs to a test above."""
+    plain = {"parallelism", "trainer", "exporter", "evaluation", "hydra"}
+    built = {"model", "backend", "draft", "data", "optimizer", "logger"}
+    assert {group for group, _ in GROUPS} == plain | built

@@ -1,0 +1,105 @@
+"""The numbers that the schema derives, and what it refuses to derive."""
+
+import pytest
+
+from nemo_speculative.config.schema import DataConfig, DraftConfig, ExporterConfig, TrainerConfig
+from nemo_speculative.errors import UserError
+
+
+def data(**values) -> DataConfig:
+    return DataConfig(path="some.jsonl", **values)
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "expected"),
+    [
+        ({}, 131072, (2048, 2048)),
+        ({}, 256, (256, 256)),
+        ({"max_length": 256}, 256, (256, 256)),
+        ({"max_length": 100}, 256, (100, 100)),
+        ({"row_tokens": 4096}, 131072, (2048, 4096)),
+        ({"row_tokens": 1000}, 256, (256, 1000)),
+        ({"max_length": 512, "row_tokens": 512}, 1024, (512, 512)),
+    ],
+)
+def test_lengths(given, context, expected):
+    assert data(**given).lengths(context) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "expected"),
+    [
+        ({"max_length": 257}, 256, "data.max_length is 257, longer than the target's context of 256: lower"),
+        ({"max_length": 512, "row_tokens": 511}, 1024, "data.max_length is 512, longer than data.row_tokens=511"),
+        ({"row_tokens": 1024}, 131072, "data.max_length is 2048, longer than data.row_tokens=1024"),
+    ],
+)
+def test_lengths_that_contradict_each_other(given, context, expected):
+    with pytest.raises(UserError) as caught:
+        data(**given).lengths(context)
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "expected"),
+    [("auto", 128256, 32000), ("auto", 32000, 32000), ("auto", 300, 300), (100, 300, 100), (300, 300, 300)],
+)
+def test_resolved_vocab_size(given, target, expected):
+    assert DraftConfig(vocab_size=given).resolved_vocab_size(target) == expected
+
+
+def test_a_draft_vocabulary_larger_than_the_targets():
+    with pytest.raises(UserError) as caught:
+        DraftConfig(vocab_size=301).resolved_vocab_size(300)
+    assert str(caught.value) == (
+        "draft.vocab_size is 301, larger than the target's vocabulary of 300: set draft.vocab_size=300 or less, or auto"
+    )
+
+
+@pytest.mark.parametrize("layers", [[1, 1], [1, 3, 4, 3], []])
+def test_aux_layers_must_be_distinct(layers):
+    with pytest.raises(UserError, match=r"draft\.aux_layers is .*: expected distinct layers"):
+        DraftConfig(aux_layers=layers)
+
+
+@pytest.mark.parametrize("layers", [None, [5], [1, 3, 4], [4, 1]])
+def test_aux_layers_that_are_distinct(layers):
+    assert DraftConfig(aux_layers=layers).aux_layers == layers
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "expected"),
+    [
+        ({"max_steps": 400}, 10**6, 400),
+        ({"max_steps": 400, "epochs": 3.0}, 10, 400),
+        ({"epochs": 1.0, "global_batch_size": 8}, 80, 10),
+        ({"epochs": 2.0, "global_batch_size": 8}, 80, 20),
+        ({"epochs": 0.5, "global_batch_size": 8}, 80, 5),
+        ({"epochs": 1.0, "global_batch_size": 8}, 83, 10),
+        ({"epochs": 1.0, "global_batch_size": 8}, 85, 11),
+        ({"epochs": 1.0, "global_batch_size": 8}, 1, 1),
+    ],
+)
+def test_total_steps(given, rows, expected):
+    assert TrainerConfig(**given).total_steps(rows) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (5, 1, 6)),
+        ({"num_steps": 3}, (3, 1, 4)),
+        ({"num_steps": 3, "num_draft_tokens": 4}, (3, 1, 4)),
+        ({"num_steps": 5, "topk": 4, "num_draft_tokens": 16}, (5, 4, 16)),
+    ],
+)
+def test_the_exporter_derives_the_draft_tokens_of_a_chain(given, expected):
+    exporter = ExporterConfig(**given)
+    assert (exporter.num_steps, exporter.topk, exporter.num_draft_tokens) == expected
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 7])
+def test_a_chain_verifies_one_token_more_than_it_drafts(tokens):
+    with pytest.raises(UserError, match=r"exporter.num_draft_tokens is \d: with exporter.topk=1 .* = 6$"):
+        ExporterConfig(num_draft_tokens=tokens)

@@ -1,0 +1,121 @@
+"""Rows of a fixed length."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import WINDOW, collate, pack
+
+
+def log_normal_lengths(count: int, row_tokens: int, seed: int = 0) -> list[int]:
+    """Like ShareGPT's: a median of some 700 tokens, a long tail, cut to the row."""
+    rng = random.Random(seed)
+    return [min(row_tokens, max(8, round(math.exp(rng.gauss(6.5, 1.0))))) for _ in range(count)]
+
+
+CASES = [
+    (log_normal_lengths(10_000, 2048), 2048),
+    (log_normal_lengths(5_000, 4096, seed=1), 4096),
+    (log_normal_lengths(WINDOW + 1, 512, seed=2), 512),
+    ([7] * 100, 64),
+    ([64] * 100, 64),
+    ([33] * 50 + [31] * 50, 64),
+    (list(range(1, 65)), 64),
+    ([5], 64),
+    ([], 64),
+]
+
+
+@pytest.mark.parametrize(("lengths", "row_tokens"), CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_document_is_in_exactly_one_row_and_no_row_is_too_long(lengths, row_tokens, seed):
+    rows = pack(lengths, row_tokens, seed)
+    assert Counter(d for row in rows for d in row) == Counter(range(len(lengths)))
+    assert all(row and sum(lengths[d] for d in row) <= row_tokens for row in rows)
+
+
+@pytest.mark.parametrize(("lengths", "row_tokens"), CASES[:2])
+def test_rows_are_nearly_full(lengths, row_tokens):
+    """97 % is what is asked for; best fit without the decreasing order would reach 98.8 and 99.2."""
+    rows = pack(lengths, row_tokens, seed=0)
+    assert sum(lengths) / (len(rows) * row_tokens) >= 0.995
+
+
+def test_complementary_documents_share_rows_without_a_gap():
+    assert len(pack([33] * 50 + [31] * 50, 64, seed=0)) == 50
+
+
+def test_the_rows_depend_on_the_seed_and_on_nothing_else():
+    lengths = log_normal_lengths(3_000, 2048)
+    random.seed(1)
+    first = pack(lengths, 2048, seed=5)
+    random.seed(2)
+    assert pack(tuple(lengths), 2048, seed=5) == first
+    assert pack(lengths, 2048, seed=6) != first
+
+
+def test_rows_do_not_come_by_length():
+    """A row of the longest documents would otherwise open every window."""
+    lengths = log_normal_lengths(2_000, 2048)
+    firsts = [lengths[row[0]] for row in pack(lengths, 2048, seed=0)]
+    assert firsts != sorted(firsts, reverse=True)
+    halves = sum(firsts[: len(firsts) // 2]), sum(firsts[len(firsts) // 2 :])
+    assert 0.9 < halves[0] / halves[1] < 1.1
+
+
+def naive_collate(rows: list[list[TokenRow]], row_tokens: int, pad_id: int) -> dict[str, list[list]]:
+    """Token by token."""
+    out: dict[str, list[list]] = {"input_ids": [], "loss_mask": [], "positions": [], "documents": []}
+    for row in rows:
+        cells = [
+            (token, supervised, position, number)
+            for number, document in enumerate(row)
+            for position, (token, supervised) in enumerate(zip(document.input_ids, document.loss_mask, strict=True))
+        ]
+        cells += [(pad_id, False, position, len(row)) for position in range(row_tokens - len(cells))]
+        for key, column in zip(out, zip(*cells, strict=True), strict=True):
+            out[key].append(list(column))
+    return out
+
+
+def documents(*lengths: int, seed: int = 0) -> list[TokenRow]:
+    rng = random.Random(seed)
+    return [
+        TokenRow(f"d{i}", [rng.randrange(300) for _ in range(n)], [rng.random() < 0.5 for _ in range(n)], "here")
+        for i, n in enumerate(lengths)
+    ]
+
+
+COLLATED = [
+    ([[3, 4]], 10),
+    ([[10], [4, 6], [1, 1, 1]], 10),
+    ([[5, 5]], 10),
+    ([[1]], 1),
+    ([[]], 4),
+    ([[2], []], 4),
+]
+
+
+@pytest.mark.parametrize("pad_id", [0, 1])
+@pytest.mark.parametrize(("lengths", "row_tokens"), COLLATED)
+def test_collate_against_a_naive_version(lengths, row_tokens, pad_id):
+    rows = [documents(*row, seed=r) for r, row in enumerate(lengths)]
+    batch = collate(rows, row_tokens, pad_id)
+    for key, expected in naive_collate(rows, row_tokens, pad_id).items():
+        found = getattr(batch, key)
+        assert found.dtype == (torch.bool if key == "loss_mask" else torch.long)
+        assert found.shape == (len(rows), row_tokens)
+        assert found.tolist() == expected, key
+    assert batch.ids == tuple(d.id for row in rows for d in row)
+    assert batch.num_tokens == len(rows) * row_tokens
+
+
+def test_a_batch_moves_with_all_its_tensors():
+    batch = collate([documents(2, 3)], 8, 0)
+    moved = batch.to(torch.device("meta"))
+    assert {getattr(moved, k).device.type for k in ("input_ids", "loss_mask", "positions", "documents")} == {"meta"}
+    assert moved.ids == batch.ids
