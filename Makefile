@@ -1,7 +1,10 @@
 # Every target makes what it needs; nothing outside this directory is touched.
 VENV := .venv
+VENV_SGLANG := .venv-sglang
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# What test-sglang judges: the draft of `make train`, if there is one, else a small random one.
+RUN ?= $(wildcard outputs/tiny-eagle3)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-sglang lint bench
@@ -22,6 +25,16 @@ train: $(READY)  ## make the embedded target, train an EAGLE-3 draft for it, mea
 
 test: $(READY)  ## the test suite
 	$(PYTHON) -m pytest $(ARGS)
+
+test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run
+	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang $(ARGS)
+
+$(VENV_SGLANG)/.ready: pyproject.toml requirements-sglang.txt
+	python3 -m venv $(VENV_SGLANG)
+	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-sglang.txt
+	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 sglang==0.5.23
+	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
 
 lint: $(READY)  ## style and types
 	$(PYTHON) -m ruff check .

@@ -8,7 +8,6 @@ import torch
 from nemo_speculative.drafts.eagle3 import DraftCache, Eagle3Draft
 from nemo_speculative.targets.hf import HFTarget
 
-
 FIRST_POSITIONS = 512
 
 

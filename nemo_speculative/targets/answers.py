@@ -13,6 +13,8 @@ from nemo_speculative.errors import UserError
 from nemo_speculative.progress import Progress
 from nemo_speculative.targets.hf import HFTarget
 
+ROUND_TOKENS = 48
+
 
 def answer(
     target: HFTarget, items: Sequence[Conversation | TokenRow], *, max_answer_tokens: int, batch_size: int,
@@ -52,13 +54,11 @@ def _answer_all(target, items, max_answer_tokens: int, batch_size: int, max_leng
         asked = [(i, d.prompt(turn)) for i, d in enumerate(dialogues) if turn < d.num_turns]
         too_long = sum(len(prompt) >= max_length for _, prompt in asked)
         progress.advance(by=too_long)
-        asked = sorted((a for a in asked if len(a[1]) < max_length), key=lambda a: len(a[1]))
-        for start in range(0, len(asked), batch_size):
-            batch = asked[start : start + batch_size]
-            answers = _generate(target, [prompt for _, prompt in batch], max_answer_tokens, max_length)
-            for (i, prompt), ids in zip(batch, answers, strict=True):
-                rows[i, turn] = dialogues[i].answered(turn, prompt, ids)
-            progress.advance(by=len(batch))
+        asked = [(i, prompt) for i, prompt in asked if len(prompt) < max_length]
+        limits = [min(max_answer_tokens, max_length - len(prompt)) for _, prompt in asked]
+        answers = _generate(target, [prompt for _, prompt in asked], limits, batch_size, progress)
+        for (i, prompt), ids in zip(asked, answers, strict=True):
+            rows[i, turn] = dialogues[i].answered(turn, prompt, ids)
     progress.close()
     return [rows[key] for key in sorted(rows)]
 
@@ -91,23 +91,46 @@ class _Dialogue:
         return TokenRow(identity, prompt + ids, [False] * len(prompt) + [True] * len(ids), self.item.origin)
 
 
+def _generate(
+    target: HFTarget, prompts: list[list[int]], limits: list[int], batch_size: int, progress: Progress
+) -> list[list[int]]:
+    """Greedy answers, each up to and including its stop token or its limit.
+
+    In rounds of a few tokens: what is finished leaves, and the rest is batched anew by length.  A batch would
+    otherwise run until its longest answer ends.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    pending = list(range(len(prompts)))
+    while pending:
+        pending.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
+        unfinished = []
+        for start in range(0, len(pending), batch_size):
+            batch = pending[start : start + batch_size]
+            for i, ids in zip(batch, _continue(target, [prompts[i] + answers[i] for i in batch]), strict=True):
+                answers[i] = (answers[i] + ids)[: limits[i]]
+                if len(answers[i]) < limits[i] and answers[i][-1] not in target.stop_ids:
+                    unfinished.append(i)
+            progress.advance(by=len(batch) - sum(i in unfinished for i in batch))
+        pending = unfinished
+    return answers
+
+
 @torch.inference_mode()
-def _generate(target: HFTarget, prompts: list[list[int]], max_answer_tokens: int, max_length: int) -> list[list[int]]:
-    """Greedy continuations, each up to and including its stop token."""
-    width, stop = max(map(len, prompts)), target.stop_ids
+def _continue(target: HFTarget, texts: list[list[int]]) -> list[list[int]]:
+    """Up to ``ROUND_TOKENS`` more greedy tokens of each text, up to and including a stop token."""
+    width, stop = max(map(len, texts)), target.stop_ids
     pad = next(iter(stop), 0)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
+    ids = torch.tensor([[pad] * (width - len(t)) + t for t in texts], device=target.device)
+    mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in texts], device=target.device)
     out = target.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=max(min(max_answer_tokens, max_length - min(map(len, prompts))), 1),
+        max_new_tokens=ROUND_TOKENS,
         do_sample=False,
         eos_token_id=sorted(stop) or None,
         pad_token_id=pad,
     )
-    answers = [_until_stop(row, stop) for row in out[:, width:].tolist()]
-    return [a[: max_length - len(p)] for a, p in zip(answers, prompts, strict=True)]
+    return [_until_stop(row, stop) for row in out[:, width:].tolist()]
 
 
 def _until_stop(ids: list[int], stop: frozenset[int]) -> list[int]:

@@ -1,0 +1,231 @@
+"""The command line: what it says for a checkpoint, and what it refuses."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_speculative.errors import UsageError
+from nemo_speculative.serve_sglang import main
+from nemo_speculative.serving import command
+from nemo_speculative.serving.command import CPU_ENGINE, from_checkpoint, serve_command, sglang_command
+
+
+@pytest.fixture
+def without_sglang(monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+
+
+def printed(capsys, *argv: str) -> list[str]:
+    """The words of what --print-only prints for ``argv``."""
+    assert main(["--print-only", *argv]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return shlex.split(out)
+
+
+def refused(capsys, *argv: str) -> str:
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def value(words: list[str], flag: str) -> str:
+    assert words.count(flag) == 1
+    return words[words.index(flag) + 1]
+
+
+def test_the_command_says_what_the_checkpoint_remembers(capsys, run_dir, without_sglang):
+    model = run_dir / "checkpoints" / "best" / "model"
+    assert printed(capsys, "--draft", str(run_dir)) == [
+        "python", "-m", "sglang.launch_server", "--model-path", "org/target", "--speculative-algorithm", "EAGLE3",
+        "--speculative-draft-model-path", str(model), "--speculative-num-steps", "5", "--speculative-eagle-topk", "1",
+        "--speculative-num-draft-tokens", "6", "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", "30000",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [".", "checkpoints/step_3", "checkpoints/step_3/model", "checkpoints/best"])
+def test_run_step_and_model_directories_are_accepted(capsys, run_dir, model_dir, given):
+    words = printed(capsys, "--draft", str(run_dir / given))
+    assert Path(value(words, "--speculative-draft-model-path")).resolve() == model_dir.resolve()
+
+
+def test_a_relative_path_is_printed_absolute(capsys, run_dir, monkeypatch):
+    monkeypatch.chdir(run_dir.parent)
+    words = printed(capsys, "--draft", run_dir.name)
+    assert value(words, "--speculative-draft-model-path") == str(run_dir / "checkpoints" / "best" / "model")
+
+
+def test_the_trainers_line_is_the_printed_line(capsys, model_dir):
+    line = sglang_command(model_dir)
+    assert shlex.split(line) == printed(capsys, "--draft", str(model_dir))
+    assert f"'{model_dir}'" in line
+
+
+def test_the_line_survives_a_shell(model_dir):
+    line = sglang_command(model_dir).replace("-m sglang.launch_server", "-c 'import sys; print(sys.argv[1:])'", 1)
+    line = line.replace(line.split()[0], shlex.quote(sys.executable), 1)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
+    assert str(model_dir) in eval(done.stdout)
+
+
+def test_options_override_what_is_remembered(capsys, run_dir):
+    words = printed(
+        capsys, "--draft", str(run_dir), "--target", "other/target", "--algorithm", "EAGLE3", "--num-steps", "3",
+        "--topk", "4", "--num-draft-tokens", "16", "--dtype", "float16", "--tp-size", "2", "--host", "0.0.0.0",
+        "--port", "1234", "--trust-remote-code",
+    )  # fmt: skip
+    flags = {"--model-path": "other/target", "--speculative-num-steps": "3", "--speculative-eagle-topk": "4",
+             "--speculative-num-draft-tokens": "16", "--dtype": "float16", "--tp-size": "2", "--host": "0.0.0.0",
+             "--port": "1234"}  # fmt: skip
+    assert {flag: value(words, flag) for flag in flags} == flags
+    assert "--trust-remote-code" in words
+
+
+@pytest.mark.parametrize(("given", "tokens"), [(["--num-steps", "2"], "3"), (["--topk", "4"], "21")])
+def test_the_number_of_draft_tokens_follows(capsys, run_dir, given, tokens):
+    assert value(printed(capsys, "--draft", str(run_dir), *given), "--speculative-num-draft-tokens") == tokens
+
+
+def test_what_stands_behind_two_dashes_goes_to_sglang(capsys, run_dir):
+    behind = ["--mem-fraction-static", "0.7", "--", "--json", '{"a b": 1}']
+    assert printed(capsys, "--draft", str(run_dir), "--", *behind)[-5:] == behind
+
+
+def test_an_existing_target_directory_is_printed_absolute(capsys, run_dir, tmp_path, monkeypatch):
+    (tmp_path / "a target").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert value(printed(capsys, "--draft", str(run_dir), "--target", "a target"), "--model-path") == str(
+        tmp_path / "a target"
+    )
+
+
+def test_the_cpu_line_brings_its_environment(capsys, run_dir, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/some where")
+    words = printed(capsys, "--draft", str(run_dir), "--device", "cpu")
+    assignments = dict(word.split("=", 1) for word in words[: words.index("-m") - 1])
+    assert assignments == {**command.CPU_ENVIRONMENT, "PYTHONPATH": f"{CPU_ENGINE}{os.pathsep}/some where"}
+    assert value(words, "--device") == "cpu"
+    assert value(words, "--dtype") == "float32"
+
+
+def test_print_only_touches_nothing(capsys, run_dir, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("touched")
+
+    monkeypatch.setattr(socket, "socket", forbidden)
+    monkeypatch.setattr(subprocess, "Popen", forbidden)
+    monkeypatch.setattr("tempfile.mkstemp", forbidden)
+    before = {path: path.lstat().st_mtime_ns for path in run_dir.rglob("*")}
+    printed(capsys, "--draft", str(run_dir), "--target", "/no/such/target")
+    assert {path: path.lstat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_the_command_needs_neither_hydra_nor_torchtitan_nor_sglang(model_dir):
+    script = (
+        "import sys\n"
+        "for name in ('hydra', 'omegaconf', 'torchtitan', 'sglang'): sys.modules[name] = None\n"
+        "from nemo_speculative.serve_sglang import main\n"
+        f"sys.exit(main(['--draft', {str(model_dir)!r}, '--print-only']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--num-steps", "0"], "--num-steps is 0"),
+        (["--num-steps", "-2"], "--num-steps is -2"),
+        (["--topk", "0"], "--topk is 0"),
+        (["--num-draft-tokens", "5"], "--num-steps + 1 = 6"),
+        (["--num-steps", "2", "--num-draft-tokens", "6"], "--num-steps + 1 = 3"),
+        (["--num-steps", "1", "--topk", "4", "--num-draft-tokens", "6"], "has 2 to 5 nodes"),
+        (["--algorithm", "EAGLE"], "--algorithm is EAGLE"),
+        (["--tp-size", "0"], "--tp-size is 0"),
+        (["--port", "70000"], "--port is 70000"),
+        (["--target", ""], "--target is empty"),
+        (["--num-steps", "many"], "--num-steps"),
+        (["--dtype", "int8"], "int8"),
+        (["--unknown"], "--unknown"),
+        (["--", "--port", "4"], "--port stands behind --"),
+        (["--", "--speculative-algorithm=EAGLE"], "--speculative-algorithm stands behind --"),
+    ],
+)
+def test_a_contradiction_is_refused(capsys, run_dir, given, named):
+    assert named in refused(capsys, "--draft", str(run_dir), *given)
+
+
+def test_a_missing_option_is_refused(capsys):
+    assert "--draft" in refused(capsys)
+
+
+def test_a_missing_path_is_refused(capsys, tmp_path):
+    assert f"{tmp_path}/no such run does not exist" in refused(capsys, "--draft", f"{tmp_path}/no such run")
+
+
+def test_a_directory_without_a_checkpoint_is_refused(capsys, tmp_path):
+    assert f"{tmp_path} holds no checkpoint" in refused(capsys, "--draft", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.pop("nemo_speculative"),
+        lambda config: config.update(nemo_speculative=[1]),
+        lambda config: config["nemo_speculative"].pop("target"),
+        lambda config: config["nemo_speculative"].update(target=None),
+        lambda config: config["nemo_speculative"].update(speculative=None),
+        lambda config: config["nemo_speculative"]["speculative"].update(num_steps="five"),
+        lambda config: config["nemo_speculative"]["speculative"].update(num_draft_tokens=9),
+        lambda config: config.update(architectures=["LlamaForCausalLMEagle"]),
+        lambda config: config.update(eagle_config="yes"),
+        lambda config: config.update(rope_parameters=None),
+        lambda config: config.update(draft_vocab_size="all"),
+    ],
+)
+def test_a_malformed_configuration_is_refused(capsys, model_dir, edit_config, change):
+    edit_config(change)
+    assert f"{model_dir}/config.json" in refused(capsys, "--draft", str(model_dir), "--print-only")
+
+
+def test_a_configuration_that_is_no_json_is_refused(capsys, model_dir):
+    (model_dir / "config.json").write_text('{"architectures": [')
+    assert f"{model_dir}/config.json" in refused(capsys, "--draft", str(model_dir), "--print-only")
+
+
+def test_a_machine_without_sglang_is_told_how_to_install_it(capsys, run_dir, without_sglang):
+    assert "requirements-sglang.txt" in refused(capsys, "--draft", str(run_dir))
+
+
+def test_a_missing_target_directory_is_refused(capsys, run_dir, fake_sglang):
+    assert "/no/such/target" in refused(capsys, "--draft", str(run_dir), "--target", "/no/such/target")
+
+
+def test_a_busy_port_is_refused(capsys, run_dir, fake_sglang):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        assert f"--port {port}" in refused(capsys, "--draft", str(run_dir), "--port", port)
+
+
+def test_the_program_ends_with_code_2_and_one_line(tmp_path):
+    program = [sys.executable, "-m", "nemo_speculative.serve_sglang", "--draft", str(tmp_path / "gone")]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_options_cannot_be_made_inconsistent(model_dir):
+    with pytest.raises(UsageError, match="--num-draft-tokens is 3"):
+        from_checkpoint(model_dir, {"num_draft_tokens": 3})
+
+
+def test_a_single_gpu_is_not_mentioned(model_dir):
+    assert "--tp-size" not in serve_command(from_checkpoint(model_dir, {"tp_size": 1}))

@@ -1,0 +1,106 @@
+"""A run directory without a training run: a random target, a random draft, and one that learnt a little.
+
+The target's weights are drawn wide, so that its choices are far from a tie, and what its layers add is damped, so that
+its text is neither a loop nor chaos: the trained draft agrees with it for whole, half and no chains.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
+from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.targets.hf import HFTarget, target_fingerprint
+
+VOCAB, DRAFT_VOCAB, CONTEXT = 256, 200, 512
+ANSWER = 48
+SPREAD, DAMPING = 0.15, 0.03
+TRAINING_ROWS, TRAINING_STEPS, UNROLL = 96, 160, 3
+SETTINGS = Speculative(num_steps=5, topk=1, num_draft_tokens=6)
+
+
+def make_runs(root: Path, num_questions: int) -> dict[str, Path]:
+    """Run directories of a "random" and a "trained" draft for one target, in ``root``."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    questions = [[draw.randrange(VOCAB) for _ in range(draw.randint(4, 40))] for _ in range(num_questions)]
+    model = _make_model()
+    texts = _greedy(model, torch.randint(VOCAB, (TRAINING_ROWS, 16)).tolist())
+    eos = _stop_token([_greedy(model, [question])[0] for question in questions])
+    target = _save(model, eos, root / "the target")  # a path with a space, on purpose
+    draft = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, DRAFT_VOCAB))
+    ids = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
+    draft.d2t.copy_(ids - torch.arange(DRAFT_VOCAB))
+    draft.t2d.zero_()[ids] = True
+    runs = {"random": _write_run(root / "random", target, draft, questions)}
+    _train(draft, target, torch.tensor(texts))
+    return {**runs, "trained": _write_run(root / "trained", target, draft, questions)}
+
+
+def _make_model() -> LlamaForCausalLM:
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=SPREAD,
+                    bos_token_id=None, eos_token_id=None)
+    ).eval().requires_grad_(False)  # fmt: skip
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.mul_(DAMPING)
+    return model
+
+
+def _save(model: LlamaForCausalLM, eos: int, path: Path) -> HFTarget:
+    """Writes the model and a tokenizer of one word per id."""
+    model.config.eos_token_id = model.generation_config.eos_token_id = eos
+    model.save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"t{eos}").save_pretrained(path)
+    return HFTarget(path, aux_layers=None)
+
+
+def _stop_token(answers: list[list[int]]) -> int:
+    """A token that ends about a third of the answers, none of them at once."""
+    late = [t for t in range(VOCAB) if not any(t in answer[:6] for answer in answers)]
+    return min(late, key=lambda t: abs(sum(t in answer for answer in answers) - len(answers) / 3))
+
+
+def _greedy(model: LlamaForCausalLM, prompts: list[list[int]]) -> list[list[int]]:
+    """The answers to prompts of one length, before there is a stop token."""
+    ids = torch.tensor(prompts)
+    return model.generate(ids, max_new_tokens=ANSWER, do_sample=False, pad_token_id=0)[:, ids.shape[1] :].tolist()
+
+
+def _train(draft: Eagle3Draft, target: HFTarget, tokens: torch.Tensor) -> None:
+    """A plain loop of its own on ``tokens`` [B, L]: the judge must not lean on the trainer that it judges."""
+    draft.lm_head.weight.data.copy_(target.head_weight[draft.draft_ids])
+    positions = torch.arange(ANSWER).expand_as(tokens)
+    aux, hidden = target.forward(tokens, positions)
+    best = target.logits(hidden).argmax(-1)
+    slots = torch.arange(ANSWER - UNROLL - 1).expand(len(tokens), -1)
+    draft_id = torch.full((VOCAB,), -100).index_put((draft.draft_ids,), torch.arange(DRAFT_VOCAB))
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
+    for _ in range(TRAINING_STEPS):
+        outputs = draft.unroll(target.embed(tokens), aux, positions, torch.zeros_like(tokens), slots, UNROLL)
+        losses = [
+            cross_entropy(draft.logits(output).flatten(0, 1), draft_id[best.gather(1, slots + 1 + i)].flatten())
+            for i, output in enumerate(outputs)
+        ]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _write_run(run: Path, target: HFTarget, draft: Eagle3Draft, questions: list[list[int]]) -> Path:
+    step = run / "checkpoints" / "step_1"
+    provenance = Provenance(str(target.path), target_fingerprint(target.path), "float32", SETTINGS, step=1)
+    ids = {"bos_token_id": None, "eos_token_id": target.config.eos_token_id}
+    write_servable(step / "model", draft.state_dict(), draft.shape, provenance, torch.float32, ids)
+    (step.parent / "best").symlink_to(step.name)
+    (run / "questions.jsonl").write_text("".join(json.dumps({"input_ids": q}) + "\n" for q in questions))
+    return run
