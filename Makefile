@@ -1,4 +1,5 @@
 # Every target makes what it needs; nothing outside this directory is touched.
+PYTHON3 ?= python3
 VENV := .venv
 VENV_SGLANG := .venv-sglang
 PYTHON := $(VENV)/bin/python
@@ -15,7 +16,9 @@ help:  ## this list
 setup: $(READY)  ## the virtual environment with pinned dependencies
 
 $(READY): pyproject.toml requirements.txt
-	python3 -m venv $(VENV)
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON3) is older than 3.11; name a newer one: make PYTHON3=python3.12 …" >&2; exit 1; }
+	$(PYTHON3) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
@@ -30,7 +33,7 @@ test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DI
 	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang $(ARGS)
 
 $(VENV_SGLANG)/.ready: pyproject.toml requirements-sglang.txt
-	python3 -m venv $(VENV_SGLANG)
+	$(PYTHON3) -m venv $(VENV_SGLANG)
 	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-sglang.txt
 	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 sglang==0.5.23
 	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
