@@ -1,7 +1,7 @@
 """Measure a draft checkpoint with the built-in lossless decoder, beside plain decoding and n-gram drafting.
 
-python recipes/evaluate.py checkpoint=outputs/tiny-eagle3                      on the questions of its run
-python recipes/evaluate.py checkpoint=RUN data=jsonl data.path=questions.jsonl on your own
+python recipes/evaluate.py checkpoint=outputs/tiny-eagle3          on the held-out questions of its run
+python recipes/evaluate.py checkpoint=RUN questions=FILE           on your own
 """
 
 import json

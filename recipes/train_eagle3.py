@@ -5,6 +5,8 @@ python recipes/train_eagle3.py plan=true             what would happen, without 
 torchrun --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data.path=conversations.jsonl
 """
 
+from contextlib import closing
+
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import Resume, TrainJob
 from nemo_speculative.devices import choose_device
@@ -18,11 +20,13 @@ from nemo_speculative.training.plan import describe
 def main(job: TrainJob) -> None:
     if job.plan:
         return print(describe(job))
+    assembly.check_target(job)
+    split = assembly.load_split(job)
     device = choose_device(job.trainer.device, "trainer.device")
     with process_group(device, job.parallelism) as dims:
         with fast_float32_matmuls(device):
             target = assembly.build_target(job, device)
-            data = assembly.build_data(job, target)
+            data = assembly.build_data(job, target, split)
             vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
             assembly.announce(data, vocabulary)
             draft = assembly.build_draft(job, target, vocabulary)
@@ -31,10 +35,11 @@ def main(job: TrainJob) -> None:
             trainer = assembly.build_trainer(
                 job, target=target, draft=draft, objective=objective, data=data, run=run, dims=dims, device=device
             )
-            if job.resume is Resume.auto:
-                trainer.resume()
-            trainer.train()
-            trainer.close()
+            with closing(trainer):
+                if job.resume is Resume.auto:
+                    trainer.resume()
+                assembly.save_config(job, run)
+                trainer.train()
         measure_and_summarize(job, target, run, data.prompts)
     return None
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from nemo_speculative import __version__
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
 from nemo_speculative.errors import UserError
+from nemo_speculative.speculative import Speculative
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 ALGORITHMS = {ARCHITECTURE: "EAGLE3"}
@@ -24,15 +25,6 @@ ALGORITHMS = {ARCHITECTURE: "EAGLE3"}
 OWN_KEY = "nemo_speculative"
 FIXED_FLAGS = {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Speculative:
-    """The speculative settings that a draft is served with."""
-
-    num_steps: int
-    topk: int
-    num_draft_tokens: int
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,15 @@ def run_program(program: Callable[[], None]) -> None:
         if NOT_AN_OPTION not in str(error):
             raise
         _fail(explain(error, sys.argv[1:]), 1)
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": "), 1)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo's threads now and then abort a process that is done, while the interpreter goes down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _fail(line: str, code: int) -> None:

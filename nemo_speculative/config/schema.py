@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from nemo_speculative.errors import UserError
+from nemo_speculative.speculative import default_draft_tokens, largest_tree
 
 
 class Dtype(Enum):
@@ -104,7 +105,7 @@ class TinyModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         _require(self.num_layers >= 7, f"model.num_layers is {self.num_layers}: the embedded target needs at least 7")
-        _require_positive(self, "model", "steps", "rows_per_step", "row_tokens")
+        _require_positive(self, "model", "steps", "rows_per_step", "row_tokens", "warmup_steps", "context")
 
 
 @dataclass
@@ -144,10 +145,11 @@ class DraftConfig:
         whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
         _require(whole or size == "auto", f"draft.vocab_size is {size!r}: expected a number above 0, or auto")
         if self.aux_layers is not None:
-            repeated = len(set(self.aux_layers)) != len(self.aux_layers)
+            # A server captures them in this order, whatever the order of the list.
+            ascending = self.aux_layers == sorted(set(self.aux_layers))
             _require(
-                bool(self.aux_layers) and not repeated,
-                f"draft.aux_layers is {self.aux_layers}: expected distinct layers, e.g. [1, 3, 4]",
+                bool(self.aux_layers) and ascending,
+                f"draft.aux_layers is {self.aux_layers}: expected distinct layers in ascending order, e.g. [1, 3, 4]",
             )
 
     def resolved_vocab_size(self, target_vocab_size: int) -> int:
@@ -269,6 +271,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "optimizer", "lr", "clip_norm", "eps")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"optimizer.betas is {self.betas}: expected two numbers of at least 0 and below 1",
+        )
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}: it must not be negative")
         for name in ("warmup_ratio", "decay_ratio"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optimizer.{name} is {value}: expected a share between 0 and 1")
@@ -282,6 +289,10 @@ class ParallelismConfig:
     """Groups of ranks that each hold a whole draft (HSDP)."""
     shard: int = -1
     """Ranks that share one draft (FSDP2); -1: all that replicate leaves."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "parallelism", "replicate")
+        _require(self.shard == -1 or self.shard > 0, f"parallelism.shard is {self.shard}: expected -1, or above 0")
 
 
 @dataclass
@@ -337,12 +348,18 @@ class ExporterConfig:
     topk: int = 1
     """Branches a draft step keeps (--speculative-eagle-topk); 1 is a chain."""
     num_draft_tokens: Optional[int] = None
-    """Tokens verified at once, the last sampled one included (--speculative-num-draft-tokens); null: num_steps + 1."""
+    """Tokens verified at once, the last sampled one included (SGLang: the same); null: steps * topk + 1."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "exporter", "num_steps", "topk", "num_draft_tokens")
         if self.num_draft_tokens is None:
-            self.num_draft_tokens = self.num_steps + 1
+            self.num_draft_tokens = default_draft_tokens(self.num_steps, self.topk)
+        most = largest_tree(self.num_steps, self.topk)
+        _require(
+            self.topk == 1 or 2 <= self.num_draft_tokens <= most,
+            f"exporter.num_draft_tokens is {self.num_draft_tokens}: a tree of {self.num_steps} steps and top-k "
+            f"{self.topk} has 2 to {most} nodes",
+        )
         _require(
             self.topk > 1 or self.num_draft_tokens == self.num_steps + 1,
             f"exporter.num_draft_tokens is {self.num_draft_tokens}: with exporter.topk=1 it must be "
@@ -419,14 +436,15 @@ class TrainJob:
 
 @dataclass
 class EvaluateJob:
-    """The measurement of a checkpoint on the questions of a data group."""
+    """The measurement of a checkpoint."""
 
     checkpoint: str = MISSING
     """A run directory, a step_<N> directory or its model/."""
     target: Optional[str] = None
     """The target's directory or hub name; null: the one that the checkpoint remembers."""
+    questions: Optional[str] = None
+    """JSONL of questions: conversations (asked up to the first answer) or input_ids; null: those of the run."""
     backend: BackendConfig = field(default_factory=BackendConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_steps: Optional[int] = None
     """Draft tokens in a chain; null: what the checkpoint remembers."""
@@ -434,11 +452,9 @@ class EvaluateJob:
     """auto: cuda where there is one, else cpu."""
     trust_remote_code: bool = False
     """Whether the target's own modelling code may run."""
-    seed: int = 0
-    """Of the order of the questions."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "evaluate", "num_steps")
+        _require(self.num_steps is None or self.num_steps > 0, f"num_steps is {self.num_steps}: it must be above 0")
 
 
 SCHEMAS: dict[tuple[str, str], type] = {

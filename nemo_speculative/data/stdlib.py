@@ -6,6 +6,7 @@ the name that was asked for, and many questions carry the ``def`` line that the 
 """
 
 import ast
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -104,6 +105,7 @@ def _turn(d: Definition, kind: str, question: str, answer: str) -> Conversation:
     return Conversation(f"{d.name}/{kind}", messages, f"the standard library's {d.module}")
 
 
+@functools.cache
 def stdlib_conversations(held_out: bool) -> list[Conversation]:
     """All conversations of one side of the split, in a fixed order, without repeated ids."""
     found = {c.id: c for d in definitions() if is_held_out(d) == held_out for c in conversations_about(d)}

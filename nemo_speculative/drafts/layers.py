@@ -36,6 +36,14 @@ class Rotary(nn.Module):
         )
         self.frequencies = LlamaRotaryEmbedding(config)
 
+    def _apply(self, fn, recurse=True):
+        """Moves with the module, stays float32: bfloat16 frequencies are a radian off within some hundred positions."""
+        exact = dict(self.frequencies.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self.frequencies, name, buffer.to(getattr(self.frequencies, name).device))
+        return self
+
     def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, 1, L, d] for ``positions`` int64 [B, L]."""
         like = torch.empty(0, dtype=dtype, device=positions.device)

@@ -4,10 +4,13 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from nemo_speculative.config.schema import EvaluationConfig
+from nemo_speculative.data.chat import prompt_ids
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.decoding.drafters import Drafter, Eagle3Drafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.generate import Generation, generate_greedy
 from nemo_speculative.drafts.eagle3 import Eagle3Draft
@@ -57,10 +60,20 @@ class Evaluation:
     ngram: Measured
     num_steps: int
 
+    FIGURES = (
+        "tau",
+        "acceptance_per_position",
+        "ngram_tau",
+        "tokens_per_second",
+        "baseline_tokens_per_second",
+        "lossless",
+    )
+    """The names in ``summary.json`` that other programs may rely on."""
+
     @property
     def lossless(self) -> bool:
         """Whether every answer is, token by token, the one that the target gives without a draft."""
-        return all(d.tokens == p.tokens for d, p in zip(self.draft.generations, self.plain.generations, strict=True))
+        return self.identical == len(self.plain.generations)
 
     @property
     def identical(self) -> int:
@@ -134,7 +147,16 @@ def measure_tau(
         return Measured([generate_greedy(target, drafter, p, config.max_new_tokens, stop_ids) for p in prompts]).tau
 
 
-def question_prompts(rows: Sequence, limit: int, max_prompt: int) -> list[list[int]]:
-    """The prompts of the first ``limit`` rows: their ids up to the first supervised token."""
-    prompts = (row.input_ids[: row.loss_mask.index(True)] for row in rows if True in row.loss_mask)
+def prompt_of(row: Conversation | TokenRow, tokenizer: Any) -> list[int]:
+    """The ids after which the first answer begins: of a conversation, or up to the first supervised token."""
+    if isinstance(row, TokenRow):
+        return row.input_ids[: row.loss_mask.index(True)] if True in row.loss_mask else list(row.input_ids)
+    roles = [m["role"] for m in row.messages]
+    asked = row.messages[: roles.index("assistant")] if "assistant" in roles else row.messages
+    return prompt_ids(tokenizer, asked, row.origin) if asked else []
+
+
+def question_prompts(rows: Sequence[TokenRow], limit: int, max_prompt: int) -> list[list[int]]:
+    """The prompts of the first ``limit`` rows that have one of at most ``max_prompt`` tokens."""
+    prompts = (row.input_ids[: row.loss_mask.index(True)] for row in rows)
     return [p for p in prompts if 0 < len(p) <= max_prompt][:limit]

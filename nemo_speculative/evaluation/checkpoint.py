@@ -1,16 +1,20 @@
 """The measurement of a checkpoint on disk: it remembers its target, its dtype and its chain."""
 
+from pathlib import Path
+
 import torch
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
 
 from nemo_speculative.checkpoints.servable import Servable, read_servable
 from nemo_speculative.config.schema import EvaluateJob, ModelConfig
-from nemo_speculative.data.documents import to_documents
+from nemo_speculative.data.conversations import read_jsonl
 from nemo_speculative.devices import choose_device
 from nemo_speculative.errors import UserError
-from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft, question_prompts
+from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft, prompt_of
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
+
+QUESTIONS = "questions.jsonl"
 
 
 def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
@@ -21,7 +25,7 @@ def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
     """
     servable = read_servable(job.checkpoint)
     target = _target_of(servable, job)
-    prompts = _prompts(job, target)
+    prompts = _prompts(job, servable, target)
     draft = servable.build(target.device, getattr(torch, servable.provenance.target_dtype))
     num_steps = job.num_steps or servable.provenance.speculative.num_steps
     return evaluate_draft(target, draft, prompts, num_steps, job.evaluation)
@@ -46,13 +50,23 @@ def _target_of(servable: Servable, job: EvaluateJob) -> HFTarget:
     return target
 
 
-def _prompts(job: EvaluateJob, target: HFTarget) -> list[list[int]]:
-    split = get_method(job.data._target_)(job.data, job.seed)
-    limit = job.evaluation.num_questions
-    items = (split.held_out or split.training)[: 2 * limit]
-    max_length, _ = job.data.lengths(target.config.max_position_embeddings)
-    documents = to_documents(items, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
-    prompts = question_prompts(documents.rows, limit, target.config.max_position_embeddings - 2)
+def _prompts(job: EvaluateJob, servable: Servable, target: HFTarget) -> list[list[int]]:
+    file = Path(job.questions) if job.questions else run_questions(servable.directory)
+    asked = (prompt_of(row, target.tokenizer) for row in read_jsonl(file, "questions"))
+    longest = target.config.max_position_embeddings - 2
+    prompts = [prompt for prompt in asked if 0 < len(prompt) <= longest][: job.evaluation.num_questions]
     if not prompts:
-        raise UserError(f"data: no question to measure with ({documents.report()})")
+        raise UserError(f"questions: {file} holds none of at most {longest} tokens, which the target's context allows")
     return prompts
+
+
+def run_questions(model: Path) -> Path:
+    """The held-out questions that a run left beside its checkpoints.
+
+    Raises:
+        UserError: the checkpoint does not lie in a run directory.
+    """
+    run = next((p for p in model.resolve().parents if (p / QUESTIONS).is_file()), None)
+    if run is None:
+        raise UserError(f"questions is not set, and {model} lies in no run that holds {QUESTIONS}: give questions=FILE")
+    return run / QUESTIONS

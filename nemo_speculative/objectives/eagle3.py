@@ -89,8 +89,8 @@ class Eagle3Objective:
         """Loss summed over the supervised slots of step i, and which slots hit: scalar, bool [B, S]."""
         active, real = rounded_indices(slots.supervised[i].flatten())
         label = labels.row_of[_flat_positions(slots, 1 + i, labels.row_of)[active]]
-        probabilities = labels.probabilities[label] * real[:, None]
-        loss, best = self._run(_head_loss, draft, output.flatten(0, 1)[active], probabilities)
+        rows = output.flatten(0, 1)[active]
+        loss, best = self._run(_head_loss, draft, rows, labels.probabilities, label, real)
         hits = torch.zeros_like(slots.supervised[i]).flatten()
         hits[active[real]] = (draft.draft_ids[best] == labels.best[label])[real]
         return loss, hits.view_as(slots.supervised[i])
@@ -124,9 +124,10 @@ class Eagle3Objective:
         return out | {f"acc_{i}": float(x) for i, x in enumerate(accuracy)}
 
 
-def _head_loss(draft: Eagle3Draft, output: torch.Tensor, probabilities: torch.Tensor):
+def _head_loss(draft: Eagle3Draft, output, probabilities, label, real):
+    """The summed loss and the draft's choice.  All of [rows, V_d] is made in here, where it can be recomputed."""
     logits = draft.logits(output)
-    return soft_cross_entropy(logits, probabilities).sum(), logits.argmax(-1)
+    return soft_cross_entropy(logits, probabilities[label] * real[:, None]).sum(), logits.argmax(-1)
 
 
 def _flat_positions(slots: Slots, ahead: int, like: torch.Tensor) -> torch.Tensor:

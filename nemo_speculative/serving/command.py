@@ -17,13 +17,13 @@ from typing import Any
 from nemo_speculative.checkpoints.servable import (
     ALGORITHMS,
     Provenance,
-    Speculative,
     find_model,
     provenance_of,
     read_config,
     shape_of,
 )
 from nemo_speculative.errors import UsageError
+from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree
 
 CPU_ENGINE = Path(__file__).parent / "cpu"
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
@@ -91,10 +91,10 @@ def _check_speculative(values: Speculative) -> None:
             tokens == steps + 1,
             f"--num-draft-tokens is {tokens}: with top-k 1 it is --num-steps + 1 = {steps + 1}; leave it out",
         )
-    candidates = topk + (steps - 1) * topk * topk
+    most = largest_tree(steps, topk)
     _require(
-        2 <= tokens <= candidates + 1,
-        f"--num-draft-tokens is {tokens}: a tree of {steps} steps and top-k {topk} has 2 to {candidates + 1} nodes",
+        2 <= tokens <= most,
+        f"--num-draft-tokens is {tokens}: a tree of {steps} steps and top-k {topk} has 2 to {most} nodes",
     )
 
 
@@ -152,7 +152,7 @@ def _merge(remembered: Speculative, given: dict[str, Any]) -> Speculative:
     """Takes the speculative settings out of ``given``."""
     changed = given.keys() & {"num_steps", "topk"}
     steps, topk = given.pop("num_steps", remembered.num_steps), given.pop("topk", remembered.topk)
-    tokens = steps * topk + 1 if changed else remembered.num_draft_tokens
+    tokens = default_draft_tokens(steps, topk) if changed else remembered.num_draft_tokens
     # Before a derived number of draft tokens can be blamed for them.
     _require(steps >= 1, f"--num-steps is {steps}: it must be at least 1")
     _require(topk >= 1, f"--topk is {topk}: it must be at least 1")

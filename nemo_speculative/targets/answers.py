@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from nemo_speculative.data.chat import prompt_ids
 from nemo_speculative.data.conversations import Conversation, TokenRow
@@ -14,6 +15,8 @@ from nemo_speculative.progress import Progress
 from nemo_speculative.targets.hf import HFTarget
 
 ROUND_TOKENS = 48
+RECIPE_VERSION = 1
+"""Raised when the answering changes, so that no stale answers are taken from the cache."""
 
 
 def answer(
@@ -39,7 +42,9 @@ def answer(
 
 
 def _fingerprint(target: HFTarget, items: Sequence[Conversation | TokenRow], *limits: int) -> str:
-    digest = hashlib.sha256(json.dumps([target.fingerprint, str(target.tokenizer.chat_template), limits]).encode())
+    dtype, stop = str(target.model.dtype), sorted(target.stop_ids)
+    shaping = [RECIPE_VERSION, target.fingerprint, str(target.tokenizer.chat_template), dtype, stop, limits]
+    digest = hashlib.sha256(json.dumps(shaping).encode())
     for item in items:
         content = item.messages if isinstance(item, Conversation) else [item.input_ids, item.loss_mask]
         digest.update(json.dumps([item.id, content]).encode())
@@ -61,6 +66,12 @@ def _answer_all(target, items, max_answer_tokens: int, batch_size: int, max_leng
             rows[i, turn] = dialogues[i].answered(turn, prompt, ids)
     progress.close()
     return [rows[key] for key in sorted(rows)]
+
+
+def unanswered(items: Sequence[Conversation | TokenRow], rows: Sequence[TokenRow]) -> list[str]:
+    """Ids of the items that got no answer: their question is too long, or they mark none."""
+    answered = {row.id for row in rows}
+    return [item.id for item in items if not {item.id, f"{item.id}#0"} & answered]
 
 
 class _Dialogue:
@@ -103,14 +114,14 @@ def _generate(
     pending = list(range(len(prompts)))
     while pending:
         pending.sort(key=lambda i: len(prompts[i]) + len(answers[i]))
-        unfinished = []
+        unfinished: list[int] = []
         for start in range(0, len(pending), batch_size):
-            batch = pending[start : start + batch_size]
+            batch, before = pending[start : start + batch_size], len(unfinished)
             for i, ids in zip(batch, _continue(target, [prompts[i] + answers[i] for i in batch]), strict=True):
                 answers[i] = (answers[i] + ids)[: limits[i]]
                 if len(answers[i]) < limits[i] and answers[i][-1] not in target.stop_ids:
                     unfinished.append(i)
-            progress.advance(by=len(batch) - sum(i in unfinished for i in batch))
+            progress.advance(by=len(batch) - (len(unfinished) - before))
         pending = unfinished
     return answers
 
@@ -125,10 +136,9 @@ def _continue(target: HFTarget, texts: list[list[int]]) -> list[list[int]]:
     out = target.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=ROUND_TOKENS,
-        do_sample=False,
-        eos_token_id=sorted(stop) or None,
-        pad_token_id=pad,
+        generation_config=GenerationConfig(
+            max_new_tokens=ROUND_TOKENS, do_sample=False, eos_token_id=sorted(stop) or None, pad_token_id=pad
+        ),
     )
     return [_until_stop(row, stop) for row in out[:, width:].tolist()]
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
 from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.targets.base import Supervision, aux_layers_for
+
+FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 512, 1 << 13
 
 
 class HFTarget:
@@ -39,6 +41,10 @@ class HFTarget:
         self.aux_layers = aux_layers_for(self.config.num_hidden_layers, aux_layers)
         self.tokenizer = load_tokenizer(path, trust_remote_code)
         self.model: Any = _load_model(path, dtype, self.device, attn_implementation, trust_remote_code)
+        self.stop_ids = stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
+        """The ids that end an answer: the generation configuration's, and the tokenizer's own."""
+        # Greedy means the argmax: a repetition penalty that the model ships would otherwise be taken over.
+        self.model.generation_config = GenerationConfig()
         self._decoder = self.model.get_decoder()
         self._head = self.model.get_output_embeddings()
         self._embedding = self.model.get_input_embeddings()
@@ -54,11 +60,6 @@ class HFTarget:
             self._captured[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """The ids that end an answer: the generation configuration's, and the tokenizer's own."""
-        return stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
 
     @property
     def fingerprint(self) -> str:
@@ -173,14 +174,16 @@ def stop_ids(generation_eos: int | list[int] | None, tokenizer: Any) -> frozense
 
 
 def target_fingerprint(path: Path) -> str:
-    """A hash over the configuration and the names, sizes, heads and tails of the weight files in ``path``."""
+    """A hash over the configuration and the names, sizes and evenly spaced samples of the weight files in ``path``."""
     digest = hashlib.sha256()
     config = json.loads((path / "config.json").read_text())
     config.pop("transformers_version", None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in sorted(path.glob("*.safetensors")):
         with file.open("rb") as weights:
-            digest.update(f"{file.name}:{file.stat().st_size}".encode() + weights.read(1 << 20))
-            weights.seek(-min(file.stat().st_size, 1 << 20), 2)
-            digest.update(weights.read())
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            for start in range(0, size, max(size // FINGERPRINT_SAMPLES, FINGERPRINT_BYTES)):
+                weights.seek(start)
+                digest.update(weights.read(FINGERPRINT_BYTES))
     return digest.hexdigest()[:16]

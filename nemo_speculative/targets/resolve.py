@@ -7,11 +7,14 @@ from huggingface_hub import snapshot_download
 from nemo_speculative.config.schema import ModelConfig
 from nemo_speculative.errors import UserError
 
-NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+WEIGHTS = ["*.safetensors"]
 
 
-def resolve_target(config: ModelConfig) -> Path:
+def resolve_target(config: ModelConfig, weights: bool = True) -> Path:
     """The local directory of ``config.path``: a directory, the hub's cache, or a download into it.
+
+    Without ``weights`` only the configuration and the tokenizer are downloaded.
 
     Raises:
         UserError: it is neither a model directory nor to be had from the hub.
@@ -23,8 +26,9 @@ def resolve_target(config: ModelConfig) -> Path:
         return local
     if local.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
         raise UserError(f"model.path: {config.path} does not exist; expected a Hugging Face model directory")
+    wanted = DESCRIPTION + WEIGHTS if weights else DESCRIPTION
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=NEEDED))
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=wanted))
     except Exception as error:  # one class per way in which a hub can fail
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(

@@ -36,6 +36,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SAMPLE_QUESTIONS = 3
+NOT_SHAPING = {"cache_dir", "path", "revision", "dtype", "trust_remote_code"}
 RECIPE_VERSION = 1
 """Raised when the conversations or the training change, so that no stale target is taken from the cache."""
 
@@ -59,7 +60,7 @@ def prepare_tiny(config: TinyModelConfig) -> Path:
 
 def directory_of(config: TinyModelConfig) -> Path:
     """Where the target of this configuration, Python version and template is cached."""
-    shape = {k: v for k, v in asdict(config).items() if k != "cache_dir"}
+    shape = {k: v for k, v in asdict(config).items() if k not in NOT_SHAPING}
     recipe = json.dumps([shape, TEMPLATE, RECIPE_VERSION, sys.version_info[:2]], sort_keys=True, default=str)
     return Path(config.cache_dir) / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 

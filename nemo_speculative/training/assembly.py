@@ -12,8 +12,8 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 
 from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.checkpoints.servable import Provenance, Speculative
-from nemo_speculative.config.schema import Answers, Resume, TrainJob
+from nemo_speculative.checkpoints.servable import Provenance, Servable
+from nemo_speculative.config.schema import Answers, Resume, TinyModelConfig, TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.data.documents import Documents, to_documents
@@ -26,8 +26,12 @@ from nemo_speculative.drafts.init import init_from_target
 from nemo_speculative.errors import UserError
 from nemo_speculative.evaluation.acceptance import measure_tau, question_prompts
 from nemo_speculative.objectives.base import Objective
-from nemo_speculative.targets.answers import answer
-from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.speculative import Speculative
+from nemo_speculative.targets.answers import answer, unanswered
+from nemo_speculative.targets.base import aux_layers_for
+from nemo_speculative.targets.hf import HFTarget, text_config
+from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.targets.tiny import llama_config
 from nemo_speculative.training import titan
 from nemo_speculative.training.parallelism import first_rank_first, first_rank_only
 from nemo_speculative.training.reporting import Reporter
@@ -66,7 +70,7 @@ def as_plain(job: Any) -> dict[str, Any]:
 
 
 def prepare_run(job: TrainJob) -> RunDirectory:
-    """The run directory with its config.yaml; an earlier run there is renamed unless this one resumes it."""
+    """The run directory; an earlier run there is renamed unless this one resumes it."""
     run = RunDirectory(job.output_dir)
     first_rank_only(lambda: _prepare(job, run))
     return run
@@ -78,7 +82,26 @@ def _prepare(job: TrainJob, run: RunDirectory) -> None:
     run.prepare()
     if not run.steps():
         run.keep_metrics_until(0)
-    (run.root / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(as_plain(job))))
+
+
+def save_config(job: TrainJob, run: RunDirectory) -> None:
+    """Writes config.yaml; not before a resumed run was found to be this one."""
+    first_rank_only(lambda: (run.root / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(as_plain(job)))))
+
+
+def check_target(job: TrainJob) -> None:
+    """Before anything heavy starts: the target can be had, and the job's lengths, vocabulary and layers fit it.
+
+    Raises:
+        UserError: they do not.
+    """
+    if isinstance(job.model, TinyModelConfig):
+        config: Any = llama_config(job.model)
+    else:
+        config = text_config(resolve_target(job.model, weights=False), job.model.trust_remote_code)
+    job.data.lengths(config.max_position_embeddings)
+    job.draft.resolved_vocab_size(config.vocab_size)
+    aux_layers_for(config.num_hidden_layers, job.draft.aux_layers)
 
 
 def build_target(job: TrainJob, device: torch.device) -> HFTarget:
@@ -94,14 +117,13 @@ def build_target(job: TrainJob, device: torch.device) -> HFTarget:
     )
 
 
-def build_data(job: TrainJob, target: HFTarget) -> RunData:
+def build_data(job: TrainJob, target: HFTarget, split: Split) -> RunData:
     """Conversations to documents; with answers=target the target writes every answer first.
 
     Raises:
         UserError: bad data, or none that is supervised.
     """
     max_length, row_tokens = job.data.lengths(target.config.max_position_embeddings)
-    split = load_split(job)
     enough = max(job.evaluation.num_questions, job.evaluation.selection_questions)
     training = _documents(job, target, split.training, max_length, "answering, training")
     held_out = _documents(job, target, split.held_out[: 2 * enough], max_length, "answering, held out")
@@ -119,24 +141,22 @@ def load_split(job: TrainJob) -> Split:
 def _documents(
     job: TrainJob, target: HFTarget, items: list[Conversation | TokenRow], max_length: int, title: str
 ) -> Documents:
-    config, rows = job.data, items
-    if config.answers is Answers.target and items:
-
-        def answered() -> list[Conversation | TokenRow]:
-            return [
-                *answer(
-                    target,
-                    items,
-                    max_answer_tokens=config.max_answer_tokens,
-                    batch_size=config.generation_batch_size,
-                    max_length=max_length,
-                    cache_dir=config.cache_dir,
-                    title=title,
-                )
-            ]
-
-        rows = first_rank_first(answered)
-    return to_documents(rows, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+    if job.data.answers is Answers.given or not items:
+        return to_documents(items, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+    rows = first_rank_first(
+        lambda: answer(
+            target,
+            items,
+            max_answer_tokens=job.data.max_answer_tokens,
+            batch_size=job.data.generation_batch_size,
+            max_length=max_length,
+            cache_dir=job.data.cache_dir,
+            title=title,
+        )
+    )
+    documents = to_documents(rows, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+    documents.unsupervised += unanswered(items, rows)
+    return documents
 
 
 def build_draft(job: TrainJob, target: HFTarget, vocabulary: DraftVocabulary) -> Eagle3Draft:
@@ -253,9 +273,9 @@ def build_saver(job: TrainJob, target: HFTarget, shape: Eagle3Shape, data: RunDa
     settings = Speculative(job.exporter.num_steps, job.exporter.topk, job.exporter.num_draft_tokens or 0)
     prompts = data.prompts[: job.evaluation.selection_questions]
 
-    def measure(selected: Eagle3Draft) -> float:
-        selected = selected.to(target.device, getattr(torch, job.model.dtype.value))
-        return measure_tau(target, selected, prompts, settings.num_steps, job.evaluation)
+    def measure(servable: Servable) -> float:
+        draft = servable.build(target.device, getattr(torch, job.model.dtype.value))
+        return measure_tau(target, draft, prompts, settings.num_steps, job.evaluation)
 
     return Saver(
         run=run,
@@ -272,4 +292,5 @@ def build_saver(job: TrainJob, target: HFTarget, shape: Eagle3Shape, data: RunDa
 def _target_name(job: TrainJob, target: HFTarget) -> str | Path:
     """A hub name stays one, so that the checkpoint works on the next machine; a directory is written in full."""
     local = Path(job.model.path).expanduser()
-    return job.model.path if job.model.path.count("/") == 1 and not local.exists() else target.path.resolve()
+    from_hub = job.model.path.count("/") == 1 and not local.exists() and not job.model.revision
+    return job.model.path if from_hub else target.path.resolve()

@@ -9,7 +9,8 @@ import torch
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import read_servable
 from nemo_speculative.config.schema import TrainJob
-from nemo_speculative.evaluation.acceptance import evaluate_draft
+from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
+from nemo_speculative.evaluation.checkpoint import QUESTIONS
 from nemo_speculative.evaluation.report import describe
 from nemo_speculative.serving.command import sglang_command
 from nemo_speculative.targets.hf import HFTarget
@@ -24,9 +25,11 @@ def measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, pr
 def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
     servable = read_servable(run.root)
     step = servable.directory.resolve().parent
-    summary: dict[str, object] = {}
+    # The names are there even where nothing could be measured.
+    summary: dict[str, object] = dict.fromkeys(Evaluation.FIGURES)
     if prompts:
-        (run.root / "questions.jsonl").write_text("".join(json.dumps({"input_ids": p}) + "\n" for p in prompts))
+        rows = ({"input_ids": p, "loss_mask": [0] * len(p)} for p in prompts)
+        (run.root / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
         evaluation = evaluate_draft(
             target,
             servable.build(target.device, getattr(torch, job.model.dtype.value)),

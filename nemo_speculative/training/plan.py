@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_method
 from transformers import AutoModelForCausalLM
 
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.data.documents import Documents, preview, to_documents
 from nemo_speculative.data.packing import pack
+from nemo_speculative.devices import choose_device
 from nemo_speculative.drafts.eagle3 import Eagle3Shape
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.base import aux_layers_for
 from nemo_speculative.targets.hf import load_tokenizer, stop_ids, text_config
+from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.training.assembly import load_split
 
 GB = 1e9
@@ -29,6 +30,7 @@ def describe(job: TrainJob) -> str:
     Raises:
         UserError: whatever the run itself would refuse before it loads weights.
     """
+    choose_device(job.trainer.device, "trainer.device")
     config, tokenizer, where = _target(job)
     aux = aux_layers_for(config.num_hidden_layers, job.draft.aux_layers)
     shape = Eagle3Shape.like_target(config, aux, job.draft.resolved_vocab_size(config.vocab_size))
@@ -36,7 +38,7 @@ def describe(job: TrainJob) -> str:
     with torch.device("meta"):
         target_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     items = load_split(job).training
-    documents = _tokenized(items, tokenizer, config, max_length)
+    documents = _tokenized(job, items, tokenizer, config, max_length)
     lines = [
         f"target    {where}: {target_parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, "
         f"{job.model.dtype.value}, aux layers {aux}",
@@ -61,14 +63,17 @@ def _target(job: TrainJob) -> tuple[Any, Any, str]:
         if not directory.exists():
             return tiny.llama_config(job.model), tiny.make_tokenizer(job.model), "embedded, to be made"
     else:
-        directory = get_method(job.model._target_)(job.model)
+        directory = resolve_target(job.model, weights=False)
     trust = job.model.trust_remote_code
     return text_config(directory, trust), load_tokenizer(directory, trust), str(directory)
 
 
-def _tokenized(items: list[Conversation | TokenRow], tokenizer: Any, config: Any, max_length: int) -> Documents:
-    answered = [item for item in items if isinstance(item, TokenRow) or item.has_answer]
-    return to_documents(answered, tokenizer, stop_ids(config.eos_token_id, tokenizer), max_length, config.vocab_size)
+def _tokenized(
+    job: TrainJob, items: list[Conversation | TokenRow], tokenizer: Any, config: Any, max_length: int
+) -> Documents:
+    if job.data.answers is Answers.target:  # those that have one already show what the others will be like
+        items = [item for item in items if isinstance(item, TokenRow) or item.has_answer]
+    return to_documents(items, tokenizer, stop_ids(config.eos_token_id, tokenizer), max_length, config.vocab_size)
 
 
 def _data_line(job: TrainJob, documents: Documents, items: list[Conversation | TokenRow]) -> str:
@@ -81,6 +86,8 @@ def _data_line(job: TrainJob, documents: Documents, items: list[Conversation | T
 
 def _steps_line(job: TrainJob, documents: Documents, row_tokens: int) -> str:
     rows = len(pack([len(r.input_ids) for r in documents.rows], row_tokens, job.seed))
+    if not rows and not job.trainer.max_steps:
+        return "as many steps as the answers give, not known before the target writes them"
     steps, batch = job.trainer.total_steps(max(rows, 1)), job.trainer.global_batch_size
     fill = documents.tokens / max(rows * row_tokens, 1)
     about = "about " if job.data.answers is Answers.target else ""

@@ -33,7 +33,7 @@ class Reporter:
         self._tokens += tokens
         self._steps_since += 1
 
-    def performance(self, step: int, wall: float, shares: Mapping[str, float], world_size: int) -> dict[str, float]:
+    def performance(self, wall: float, shares: Mapping[str, float], world_size: int) -> dict[str, float]:
         """``perf/*`` since the last call; tokens are those of all ranks, padding included."""
         metrics = {
             "perf/tokens_per_second": self._tokens * world_size / max(wall, 1e-9),
@@ -50,7 +50,7 @@ class Reporter:
             self._first_step, self._started = step, time.perf_counter()
         done = step - self._first_step
         left = duration((time.perf_counter() - self._started) / done * (self.total_steps - step)) if done else "?"
-        accuracy = " ".join(f"{m[k]:.2f}" for k in sorted(m) if k.startswith("train/acc_"))
+        accuracy = " ".join(f"{value:.2f}" for key, value in m.items() if key.startswith("train/acc_"))
         shares = " ".join(f"{part} {m.get(f'perf/share_{part}', 0):.0%}" for part in ("target", "draft", "data"))
         validation = f"  val loss {m['val/loss']:.3f} tau {m['val/tau']:.2f}" if "val/loss" in m else ""
         self.say(

@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.checkpoints.servable import Provenance, read_servable, write_servable
-from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.checkpoints.servable import Provenance, Servable, read_servable, write_servable
+from nemo_speculative.drafts.eagle3 import Eagle3Shape
 from nemo_speculative.errors import UserError
+from nemo_speculative.training.parallelism import first_rank_only
 from nemo_speculative.training.state import Position, ResumeState, root_cause
 
 
@@ -30,7 +31,7 @@ class Saver:
     special_ids: dict[str, Any]
     start: Position
     """The position of a fresh start: what a resumed run must agree with."""
-    measure: Callable[[Eagle3Draft], float] | None
+    measure: Callable[[Servable], float] | None
     """τ of a draft on the selection questions; None where there are none."""
 
     @property
@@ -47,18 +48,19 @@ class Saver:
             UserError: it could not be written; the checkpoints before it are as they were.
         """
         weights = get_model_state_dict(trainee, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        tau = None
+
+        def finish() -> None:
+            partial = self.run.partial(step)
+            self._write_model(partial, step, weights)
+            replace(self.start, step=step, data=data).write(partial)
+            tau = self.measure(read_servable(partial)) if measure and self.measure else None
+            before_publishing(tau)
+            self.run.publish(step, tau, self.keep)
+
         try:
-            partial = self.run.begin(step) if self.first else self.run.partial(step)
-            dist.barrier()
-            state.save(partial)
-            if self.first:
-                self._write_model(partial, step, weights)
-                replace(self.start, step=step, data=data).write(partial)
-                if measure and self.measure:
-                    tau = self.measure(read_servable(partial).build())
-                before_publishing(tau)
-                self.run.publish(step, tau, self.keep)
+            first_rank_only(lambda: self.run.begin(step))
+            state.save(self.run.partial(step))
+            first_rank_only(finish)
         except (OSError, CheckpointException) as error:
             if self.first:
                 self.run.abandon(step)
@@ -66,7 +68,6 @@ class Saver:
                 f"{self.run.path(step)}: could not be written ({root_cause(error)}); the last good checkpoint is "
                 f"{self.last_good()}; make room and go on with resume=auto"
             ) from error
-        dist.barrier()
 
     def _write_model(self, partial: Path, step: int, weights: Mapping[str, Any]) -> None:
         tensors = {name.removeprefix("draft."): value for name, value in weights.items()}

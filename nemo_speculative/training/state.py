@@ -18,7 +18,9 @@ from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
 
 FREE_TO_CHANGE = (
-    "resume", "plan", "output_dir", "logger", "evaluation", "parallelism", "exporter", "trainer.max_steps",
+    "resume", "plan", "output_dir", "logger", "parallelism", "exporter.dtype", "exporter.topk",
+    "exporter.num_draft_tokens", "evaluation.num_questions", "evaluation.num_threads", "evaluation.ngram",
+    "trainer.max_steps",
     "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.activation_checkpointing",
     "trainer.compile", "trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints",
     "trainer.val_interval", "trainer.val_batches", "trainer.profile", "data.cache_dir", "data.generation_batch_size",

@@ -50,6 +50,7 @@ class Taken:
 
     step: int
     loss: torch.Tensor
+    """Its loss on this rank plus the norm of its gradient: finite when both are."""
     ids: tuple[str, ...]
 
 
@@ -72,7 +73,7 @@ class DraftTrainer:
         self.optimizers = build_optimizers(job.optimizer, self.trainee)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
         self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers)
-        self.clock = Clock(device)
+        self.clock, self.learning_rate = Clock(device), 0.0
         self._unchecked: list[Taken] = []
         self._stop = threading.Event()
 
@@ -115,7 +116,7 @@ class DraftTrainer:
             self._check_losses()
             metrics = self._train_metrics(sums, grad_norm) | (self.validate() if validate else {})
             self._report_and_save(metrics, save, measure=not stop or last)
-        if stop and not last:
+        if stop:
             self.reporter.say(f"interrupted: saved step {self.step}; go on with resume=auto")
             raise SystemExit(INTERRUPTED)
 
@@ -143,12 +144,15 @@ class DraftTrainer:
             sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
         with self.clock.part("draft"):
             grad_norm = titan.clip_grad_norm_(self.trainee.parameters(), self.job.optimizer.clip_norm)
+            self.learning_rate = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
             self.optimizers.step()
             self.lr_schedulers.step()
             self.optimizers.zero_grad()
         self.step += 1
         ids = tuple(i for batch in batches for i in batch.ids)
-        self._unchecked.append(Taken(self.step, torch.stack(losses).sum(), ids))
+        norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
+        # Both at once: a gradient can overflow where the loss does not.
+        self._unchecked.append(Taken(self.step, torch.stack(losses).sum() + norm, ids))
         return sums, grad_norm, sum(b.num_tokens for b in batches), stop
 
     def _over_all_ranks(self, counts: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
@@ -172,24 +176,25 @@ class DraftTrainer:
         dist.all_reduce(anywhere)
         if bad:
             named = ", ".join(bad.ids[:8]) + (", …" if len(bad.ids) > 8 else "")
+            last_good = self.saver.last_good()
             raise UserError(
-                f"step {bad.step}: the loss is not finite on the batch of {named}; training stopped, the last good "
-                f"checkpoint is {self.saver.last_good()}; lower optimizer.lr or look at these conversations"
+                f"step {bad.step}: the loss or its gradient is not finite on the batch of {named}; training stopped, "
+                f"the last good checkpoint is {last_good}; lower optimizer.lr or look at these conversations"
             )
         if anywhere.item():
-            raise UserError("the loss is not finite on another rank; its message names the batch")
+            raise UserError("the loss or its gradient is not finite on another rank; its message names the batch")
 
     def _train_metrics(self, sums: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> dict[str, float]:
         learned = self.objective.metrics(reduce_sums(sums))
         metrics = {f"train/{name}": value for name, value in learned.items()}
-        metrics["train/lr"] = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
+        metrics["train/lr"] = self.learning_rate
         metrics["train/grad_norm"] = float(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
         wall, shares = self.clock.lap()
         supervised = float(reduce_sums({"count": sums["count"]})["count"][0])
         rows = self.config.global_batch_size * self.stream.row_tokens
         return (
             metrics
-            | self.reporter.performance(self.step, wall, shares, dist.get_world_size())
+            | self.reporter.performance(wall, shares, dist.get_world_size())
             | {
                 "data/epoch": self.stream.epoch,
                 "data/rows": self.stream.rows_consumed,

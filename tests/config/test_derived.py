@@ -63,7 +63,7 @@ def test_aux_layers_must_be_distinct(layers):
         DraftConfig(aux_layers=layers)
 
 
-@pytest.mark.parametrize("layers", [None, [5], [1, 3, 4], [4, 1]])
+@pytest.mark.parametrize("layers", [None, [5], [1, 3, 4]])
 def test_aux_layers_that_are_distinct(layers):
     assert DraftConfig(aux_layers=layers).aux_layers == layers
 

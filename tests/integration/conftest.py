@@ -53,8 +53,9 @@ def train(settings: list[str], output_dir: Path, *overrides: str, ranks: int = 1
     return run("recipes/train_eagle3.py", *settings, f"output_dir={output_dir}", *overrides, ranks=ranks)
 
 
-def drive(moment: str, step: int, settings: list[str], output_dir: Path) -> subprocess.CompletedProcess:
-    return run("tests/integration/driver.py", moment, str(step), *settings, f"output_dir={output_dir}", "resume=auto")
+def drive(moment: str, step: int, settings: list[str], output_dir: Path, ranks: int = 1) -> subprocess.CompletedProcess:
+    overrides = (*settings, f"output_dir={output_dir}", "resume=auto")
+    return run("tests/integration/driver.py", moment, str(step), *overrides, ranks=ranks)
 
 
 def metrics(output_dir: Path) -> list[dict]:

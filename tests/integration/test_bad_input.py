@@ -44,7 +44,9 @@ def test_bad_data_files(settings, tmp_path, lines, said):
         ("data.max_length=4096", "data.max_length is 4096, longer than the target's context of 256"),
         ("draft.vocab_size=301", "draft.vocab_size is 301, larger than the target's vocabulary of 300"),
         ("trainer.device=cuda", "trainer.device=cuda"),
-        ("optimizer.lr=1e30", "the loss is not finite on the batch of"),
+        ("optimizer.lr=1e30", "the loss or its gradient is not finite on the batch of"),
+        ("parallelism.replicate=0", "parallelism.replicate is 0"),
+        ("draft.aux_layers=[4,1,3]", "ascending"),
         ("data.path=/no/such/file.jsonl", "/no/such/file.jsonl does not exist"),
     ],
 )
@@ -73,7 +75,9 @@ def test_a_nan_names_the_step_and_the_batch_and_keeps_the_last_good_checkpoint(s
     line = only_error(
         drive("poison_from", 5, [*settings, f"trainer.log_interval={log_interval}"], tmp_path / "run"),
     )
-    assert re.search(r"step 5: the loss is not finite on the batch of \d+, \d+", line) and "step_3" in line
+    assert (
+        re.search(r"step 5: the loss or its gradient is not finite on the batch of \d+, \d+", line) and "step_3" in line
+    )
     assert read_servable(tmp_path / "run").provenance.step == 3
 
 
@@ -88,9 +92,10 @@ def test_a_nan_names_the_step_and_the_batch_and_keeps_the_last_good_checkpoint(s
 )
 def test_resuming_as_another_run_is_refused(settings, finished, tmp_path, override, said):
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    kept = ("metrics.jsonl", "config.yaml")
+    before = [(tmp_path / "run" / name).read_text() for name in kept]
     assert said in only_error(train(settings, tmp_path / "run", "resume=auto", override))
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert [(tmp_path / "run" / name).read_text() for name in kept] == before
 
 
 def test_resuming_with_another_target_is_refused(settings, finished, tmp_path):

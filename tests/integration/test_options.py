@@ -55,10 +55,13 @@ def test_a_profile_is_written(settings, tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_by_itself(finished, data_file):
-    base = ("recipes/evaluate.py", f"checkpoint={finished}", "data=jsonl", f"data.path={data_file}")
-    done = run(*base, "evaluation.num_questions=3", "evaluation.max_new_tokens=10", "num_steps=2")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    """On the questions of its run the figure is the run's; on a file of questions, each is asked up to its answer."""
+    base = ("recipes/evaluate.py", f"checkpoint={finished}", "evaluation.max_new_tokens=12")
+    same, other = run(*base), run(*base, f"questions={data_file}", "evaluation.num_questions=3", "num_steps=2")
+    assert same.returncode == 0 and other.returncode == 0, same.stderr + other.stderr
+    summary = json.loads(same.stdout.splitlines()[-1])
+    assert summary["tau"] == json.loads((finished / "summary.json").read_text())["tau"]
+    summary = json.loads(other.stdout.splitlines()[-1])
     assert summary["questions"] == 3 and summary["lossless"] and len(summary["acceptance_per_position"]) == 2
 
 

@@ -87,6 +87,13 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(settings, tm
     assert read_servable(tmp_path / "run").provenance.step == 3
 
 
+def test_a_save_that_fails_on_one_rank_ends_the_other(settings, tmp_path):
+    """The first rank alone writes the model; the second must not wait for it for ever."""
+    full = drive("fill_disk_at", 3, settings, tmp_path / "run", ranks=2)
+    assert full.returncode != 0 and "could not be written" in full.stderr
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_the_llama_recipe_ends_before_anything_heavy(tmp_path):
     line = only_error(run("recipes/train_eagle3.py", "model=llama31_8b", "draft=eagle3", f"output_dir={tmp_path}/run"))
     assert "meta-llama/Llama-3.1-8B-Instruct" in line and "model.path=/path/to/model" in line

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -6,7 +7,8 @@ import torch
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets import answers
-from nemo_speculative.targets.answers import answer
+from nemo_speculative.targets.answers import answer, unanswered
+from nemo_speculative.targets.hf import HFTarget
 from tests.conftest import WORDS
 
 LIMITS = {"max_answer_tokens": 12, "max_length": 120, "title": "answering"}
@@ -78,3 +80,21 @@ def test_a_conversation_that_asks_nothing_is_refused(target, tmp_path):
     silent = Conversation("a", [{"role": "assistant", "content": "hello"}], "file:3")
     with pytest.raises(UserError, match="file:3: the conversation asks nothing"):
         answer(target, [silent], batch_size=1, cache_dir=str(tmp_path), **LIMITS)
+
+
+def test_the_models_own_sampling_settings_change_no_answer(target, target_dir, tmp_path):
+    """Instruct models ship a repetition penalty; greedy decoding, which the draft is measured with, has none."""
+    items = [ask(WORDS[i : i + 30], identity=str(i)) for i in range(4)]
+    shutil.copytree(target_dir, tmp_path / "target")
+    settings = {"repetition_penalty": 1.9, "do_sample": True, "temperature": 0.3, "top_k": 2, "eos_token_id": 1}
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps(settings))
+    other = HFTarget(tmp_path / "target", aux_layers=None)
+    plain = answer(target, items, batch_size=4, cache_dir=str(tmp_path / "a"), **LIMITS)
+    assert answer(other, items, batch_size=4, cache_dir=str(tmp_path / "b"), **LIMITS) == plain
+
+
+def test_what_got_no_answer_is_named(target, tmp_path):
+    silent = TokenRow("silent", [0, 5, 6], [False] * 3, "file:2")
+    items = [ask("hi", identity="ok"), ask(WORDS * 9, identity="long"), silent, ask("a", "b", "c", identity="two")]
+    rows = answer(target, items, batch_size=4, cache_dir=str(tmp_path), **LIMITS)
+    assert unanswered(items, rows) == ["long", "silent"]
