@@ -321,15 +321,15 @@ class TrainerConfig:
     """Newest checkpoints kept, beside the best."""
     val_interval: int = 100
     """Steps between two losses on held-out rows."""
-    val_batches: int = 4
-    """Micro-batches of held-out rows in one validation."""
+    val_rows: int = 16
+    """Held-out rows in one validation."""
     profile: bool = False
     """Write a torch profiler trace to <output_dir>/profile."""
 
     def __post_init__(self) -> None:
         _require_positive(
             self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
-            "save_interval", "keep_checkpoints", "val_interval", "val_batches",
+            "save_interval", "keep_checkpoints", "val_interval", "val_rows",
         )  # fmt: skip
 
     def total_steps(self, num_rows: int) -> int:

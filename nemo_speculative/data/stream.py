@@ -35,7 +35,7 @@ class RowStream:
         self._epoch, self._epoch_start = 0, 0
 
     def rows_of(self, epoch: int) -> list[list[int]]:
-        """The packed rows of an epoch; only the current one and the next are kept."""
+        """The packed rows of an epoch; only the last two asked for are kept."""
         if epoch not in self._epochs:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}
             self._epochs[epoch] = pack(self._lengths, self.row_tokens, seed=self.seed * 1_000_003 + epoch)

@@ -54,6 +54,7 @@ class HFTarget:
         for layer in self.aux_layers:
             layers[layer].register_forward_hook(self._capture(layer))
         self._check_head()
+        self._check_packing()
 
     def _capture(self, layer: int):
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -118,6 +119,19 @@ class HFTarget:
             raise UserError(
                 f"{self.path}: the logits of {type(self.model).__name__} are not its head applied to the last hidden "
                 "state; this architecture is not supported by backend=hf"
+            )
+
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """transformers tells packed documents by positions that start anew; a model that does not would leak silently."""
+        ids = torch.arange(8, device=self.device)[None] % self.config.vocab_size
+        packed = self.forward(ids, torch.arange(4, device=self.device).repeat(2)[None])[1][:, 4:].float()
+        alone = self.forward(ids[:, 4:])[1].float()
+        if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True):
+            raise UserError(
+                f"{self.path}: {type(self.model).__name__} with {self.model.config._attn_implementation} attention lets "
+                "packed documents see each other; try backend.attn_implementation=eager"
             )
 
 

@@ -224,7 +224,7 @@ def validation_batches(job: TrainJob, target: HFTarget, data: RunData, dims: tit
     """This rank's share of the held-out rows; every rank gets as many batches, the last ones possibly without rows."""
     rows = pack([len(r.input_ids) for r in data.held_out.rows], data.row_tokens, VALIDATION_SEED)
     share, ranks = job.trainer.micro_batch_size, dims.world_size
-    rows = rows[: job.trainer.val_batches * share]
+    rows = rows[: job.trainer.val_rows]
     if not rows:
         return []
     mine = rows[torch.distributed.get_rank() :: ranks]

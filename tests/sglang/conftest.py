@@ -81,13 +81,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session", params=["run"] if RUN else ["random", "trained"])
 def case(request: pytest.FixtureRequest, runs: dict[str, Path], free_port: int) -> Case:
+    from nemo_speculative.checkpoints.servable import read_servable
     from nemo_speculative.targets.hf import HFTarget
 
     run = runs[request.param]
     options = from_checkpoint(run, {"device": "cpu", "port": free_port})
     lines = (run / "questions.jsonl").read_text().splitlines()[:NUM_QUESTIONS]
     questions = [json.loads(line)["input_ids"] for line in lines]
-    return Case(request.param, options, questions, tuple(HFTarget(Path(options.target), aux_layers=None).stop_ids))
+    target = HFTarget(Path(options.target), aux_layers=list(read_servable(options.draft).shape.aux_layers))
+    return Case(request.param, options, questions, tuple(target.stop_ids))
 
 
 @pytest.fixture(scope="session")

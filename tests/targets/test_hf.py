@@ -107,6 +107,12 @@ def test_a_head_that_does_more_than_a_product_is_refused(tmp_path, monkeypatch):
         HFTarget(tmp_path, aux_layers=None)
 
 
+def test_a_model_that_lets_packed_documents_see_each_other_is_refused(target_dir, monkeypatch):
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    with pytest.raises(UserError, match="packed documents see each other"):
+        HFTarget(target_dir, aux_layers=None)
+
+
 def test_fingerprint_tells_weights_apart_and_survives_a_copy(tmp_path, target_dir):
     same, other = make_target(tmp_path / "same"), make_target(tmp_path / "other", seed=1)
     assert target_fingerprint(same) == target_fingerprint(target_dir)
