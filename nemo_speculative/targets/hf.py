@@ -121,17 +121,16 @@ class HFTarget:
                 "state; this architecture is not supported by backend=hf"
             )
 
-
     @torch.no_grad()
     def _check_packing(self) -> None:
-        """transformers tells packed documents by positions that start anew; a model that does not would leak silently."""
+        """Documents are told apart by positions that start anew; a model that did not would leak silently."""
         ids = torch.arange(8, device=self.device)[None] % self.config.vocab_size
         packed = self.forward(ids, torch.arange(4, device=self.device).repeat(2)[None])[1][:, 4:].float()
         alone = self.forward(ids[:, 4:])[1].float()
         if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True):
             raise UserError(
-                f"{self.path}: {type(self.model).__name__} with {self.model.config._attn_implementation} attention lets "
-                "packed documents see each other; try backend.attn_implementation=eager"
+                f"{self.path}: {type(self.model).__name__} with {self.model.config._attn_implementation} attention "
+                "lets packed documents see each other; try backend.attn_implementation=eager"
             )
 
 
