@@ -101,16 +101,30 @@ def run_program(program: Callable[[], None]) -> None:
         _fail(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": "), 1)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo's threads now and then abort a process that is done, while the interpreter goes down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    except SystemExit as leaving:
+        if isinstance(leaving.code, int):
+            _leave(leaving.code)
+        raise
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    """Ends the program.
+
+    Where a process group was made its threads are not waited for: gloo's now and then abort a process that is done,
+    while the interpreter goes down.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _fail(line: str, code: int) -> None:
     print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    _leave(code)
 
 
 def explain(error: Exception, overrides: list[str]) -> str:

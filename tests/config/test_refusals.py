@@ -82,8 +82,11 @@ WRONG_VALUE = [
     ("draft.vocab_size=many", "draft.vocab_size is 'many': expected a number above 0, or auto"),
     ("draft.vocab_size=true", "draft.vocab_size is True: expected a number above 0, or auto"),
     ("draft.vocab_size=1.5", "draft.vocab_size is 1.5: expected a number above 0, or auto"),
-    ("draft.aux_layers=[1,3,1]", "draft.aux_layers is [1, 3, 1]: expected distinct layers, e.g. [1, 3, 4]"),
-    ("draft.aux_layers=[]", "draft.aux_layers is []: expected distinct layers, e.g. [1, 3, 4]"),
+    (
+        "draft.aux_layers=[1,3,1]",
+        "draft.aux_layers is [1, 3, 1]: expected distinct layers in ascending order, e.g. [1, 3, 4]",
+    ),
+    ("draft.aux_layers=[]", "draft.aux_layers is []: expected distinct layers in ascending order, e.g. [1, 3, 4]"),
     ("data.held_out_share=1", "data.held_out_share is 1.0: expected a share of at least 0 and below 1"),
     ("data.held_out_share=-0.1", "data.held_out_share is -0.1: expected a share"),
     ("data.row_tokens=0", "data.row_tokens is 0: it must be greater than 0"),
