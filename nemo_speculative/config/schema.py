@@ -371,7 +371,7 @@ class ExporterConfig:
 class LoggerConfig:
     """Where metrics go beside the console and metrics.jsonl."""
 
-    _target_: str = "nemo_speculative.training.loggers.NoLogger"
+    _target_: str = "nemo_speculative.training.loggers.no_logger"
 
 
 @dataclass

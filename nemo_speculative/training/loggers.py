@@ -8,11 +8,9 @@ from nemo_speculative.config.schema import WandbMode
 from nemo_speculative.training import titan
 
 
-class NoLogger(titan.BaseLogger):
+def no_logger(output_dir: Path, run_config: dict[str, Any]) -> titan.BaseLogger:
     """metrics.jsonl and the console only."""
-
-    def __init__(self, output_dir: Path, run_config: dict[str, Any]):
-        pass
+    return titan.BaseLogger()
 
 
 def tensorboard(output_dir: Path, run_config: dict[str, Any]) -> titan.BaseLogger:
