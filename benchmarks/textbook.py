@@ -12,7 +12,7 @@ from nemo_speculative.drafts.layers import rotate
 
 def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int, decay: float) -> torch.Tensor:
     """The objective of ``Eagle3Objective`` with the serving mask on a batch [B, L], computed densely."""
-    layer, attention = draft.midlayer, draft.midlayer.self_attn
+    layer = draft.midlayer
     groups = draft.shape.num_heads // draft.shape.num_kv_heads
     length = batch.input_ids.shape[1]
     documents = batch.documents
@@ -20,15 +20,15 @@ def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int
     diagonal = torch.eye(length, dtype=torch.bool).expand(len(documents), -1, -1)
     logits = target.logits(supervision.last_hidden).float()
     embeddings = target.embed(batch.input_ids)
-    feature, keys, values, visible = draft.fc(supervision.aux), [], [], []
+    feature, keys, values, visible = draft.read(supervision.aux, supervision.last_hidden), [], [], []
     unbroken = _left(batch.loss_mask, 1)
     loss = feature.new_zeros(())
     for i in range(num_steps):
-        x = layer.attention_input(layer.input_layernorm(_left(embeddings, 1 + i)), feature)
+        x, _ = draft.enter(draft.token_input(_left(embeddings, 1 + i)), feature)
         cos, sin = draft.rotary(batch.positions + i, x.dtype)
-        q = rotate(attention.heads(attention.q_proj, x), cos, sin)
-        keys.append(rotate(attention.heads(attention.k_proj, x), cos, sin).repeat_interleave(groups, 1))
-        values.append(attention.heads(attention.v_proj, x).repeat_interleave(groups, 1))
+        q, (k, v) = rotate(layer.queries(x), cos, sin), layer.keys_values(x, cos, sin)
+        keys.append(k.repeat_interleave(groups, 1))
+        values.append(v.repeat_interleave(groups, 1))
         visible.append(diagonal if i else causal)
         scores = q @ torch.cat(keys, 2).transpose(2, 3) * draft.shape.head_dim**-0.5
         weights = scores.masked_fill(~torch.cat(visible, 2)[:, None], float("-inf")).softmax(-1)

@@ -53,7 +53,7 @@ def make_case(size: dict[str, int], supervised: float):
         hidden_size=hidden, intermediate_size=3 * hidden, num_heads=hidden // 64, num_kv_heads=hidden // 128,
         head_dim=64, rms_norm_eps=1e-5, max_positions=2 * length,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, vocab_size=size["vocab"],
-        draft_vocab_size=size["draft_vocab"], aux_layers=(1, 2, 3),
+        draft_vocab_size=size["draft_vocab"], aux_layers=(1, 2, 3), target_hidden_size=hidden,
     )  # fmt: skip
     positions = torch.arange(length).expand(rows, -1)
     batch = Batch(
@@ -61,7 +61,8 @@ def make_case(size: dict[str, int], supervised: float):
         torch.zeros(rows, length, dtype=torch.long),
     )  # fmt: skip
     features = Supervision(torch.randn(rows, length, 3 * hidden), torch.randn(rows, length, hidden))
-    return Eagle3Draft(shape), RandomTarget(size["vocab"], hidden), batch, features
+    target = RandomTarget(size["vocab"], hidden)
+    return Eagle3Draft(shape).attach(target), target, batch, features
 
 
 def measure(step) -> tuple[float, float]:

@@ -12,6 +12,19 @@ class Speculative:
     num_draft_tokens: int
     """The last sampled token included."""
 
+    def with_changes(
+        self, num_steps: int | None = None, topk: int | None = None, num_draft_tokens: int | None = None
+    ) -> "Speculative":
+        """Where only steps or top-k change, the draft tokens follow them: all of a chain, or a full beam."""
+        steps, wide = num_steps or self.num_steps, topk or self.topk
+        kept = self.num_draft_tokens if (steps, wide) == (self.num_steps, self.topk) else None
+        return Speculative(steps, wide, num_draft_tokens or kept or default_draft_tokens(steps, wide))
+
+    def __str__(self) -> str:
+        if self.topk == 1:
+            return f"chains of {self.num_steps} draft tokens"
+        return f"trees of {self.num_draft_tokens - 1} draft tokens ({self.num_steps} levels, top-k {self.topk})"
+
 
 def default_draft_tokens(num_steps: int, topk: int) -> int:
     """All of a chain, or as many nodes as a full beam, and the token before them."""

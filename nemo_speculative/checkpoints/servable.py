@@ -15,15 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nemo_speculative import __version__
-from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.checkpoints.contract import Contract, contract_of, fields_of, shape_of
+from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.errors import UserError
 from nemo_speculative.speculative import Speculative
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
-ALGORITHMS = {ARCHITECTURE: "EAGLE3"}
-"""SGLang's --speculative-algorithm of each architecture."""
 OWN_KEY = "nemo_speculative"
-FIXED_FLAGS = {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,126 +48,46 @@ class Servable:
     """A checkpoint read back."""
 
     directory: Path
-    shape: Eagle3Shape
+    contract: Contract
+    shape: Any
     provenance: Provenance
     tensors: dict[str, torch.Tensor]
 
     @property
     def algorithm(self) -> str:
-        return ALGORITHMS[ARCHITECTURE]
+        return self.contract.draft.ALGORITHM
 
-    def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Eagle3Draft:
+    @property
+    def aux_layers(self) -> list[int]:
+        """Which of the target's layers it reads."""
+        return list(getattr(self.shape, "aux_layers", ()))
+
+    def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Draft:
         """The draft with its weights, in eval mode; ``dtype`` null keeps that of the file."""
-        draft = Eagle3Draft(self.shape).to(dtype or self.tensors["fc.weight"].dtype)
+        draft = self.contract.draft(self.shape).to(dtype or self.tensors["fc.weight"].dtype)
         draft.load_state_dict(self.tensors)
         return draft.to(device).eval().requires_grad_(False)
 
 
 def config_of(
-    shape: Eagle3Shape, provenance: Provenance, dtype: torch.dtype, special_ids: dict[str, Any]
+    contract: Contract, shape: DraftShape, provenance: Provenance, dtype: torch.dtype, special_ids: dict[str, Any]
 ) -> dict[str, Any]:
     """The contents of ``config.json``."""
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "num_hidden_layers": 1,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.rms_norm_eps,
-        "max_position_embeddings": shape.max_positions,
-        "rope_parameters": dict(shape.rope_parameters),
-        "vocab_size": shape.vocab_size,
-        "draft_vocab_size": shape.draft_vocab_size,
-        **FIXED_FLAGS,
-        **_said_twice(shape),
+        **fields_of(contract, shape, dtype),
         **special_ids,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(shape.aux_layers)},
         OWN_KEY: {**asdict(provenance), "version": __version__},
     }
 
 
-def _said_twice(shape: Eagle3Shape) -> dict[str, Any]:
-    """Fields that follow from others: older engines read the first two where transformers 5 reads rope_parameters."""
-    rope = shape.rope_parameters
-    scaled = rope.get("rope_type", "default") != "default"
-    return {
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
-        "num_aux_hidden_states": len(shape.aux_layers),
-        "target_hidden_size": shape.hidden_size,
-    }
-
-
-def shape_of(config: dict[str, Any], where: Path) -> Eagle3Shape:
-    """The network that a ``config.json`` describes.
-
-    Raises:
-        UserError: a field is missing or says what SGLang would misread.
-    """
-    fixed = {"architectures": [ARCHITECTURE], "model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu"}
-    _check_fields(config, fixed | FIXED_FLAGS, where)
-    try:
-        shape = Eagle3Shape(
-            hidden_size=_number(config, "hidden_size", where),
-            intermediate_size=_number(config, "intermediate_size", where),
-            num_heads=_number(config, "num_attention_heads", where),
-            num_kv_heads=_number(config, "num_key_value_heads", where),
-            head_dim=_number(config, "head_dim", where),
-            rms_norm_eps=_number(config, "rms_norm_eps", where, float),
-            max_positions=_number(config, "max_position_embeddings", where),
-            rope_parameters=config["rope_parameters"],
-            vocab_size=_number(config, "vocab_size", where),
-            draft_vocab_size=_number(config, "draft_vocab_size", where),
-            aux_layers=_aux_layers(config["eagle_config"], where),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: the field {error.args[0]} is missing") from None
-    if shape.draft_vocab_size > shape.vocab_size:
-        raise UserError(f"{where}: draft_vocab_size is {shape.draft_vocab_size}, vocab_size {shape.vocab_size}")
-    if not isinstance(shape.rope_parameters, dict):
-        raise UserError(f"{where}: rope_parameters is {shape.rope_parameters!r}, expected an object")
-    _check_fields(config, _said_twice(shape), where)
-    return shape
-
-
-def _check_fields(config: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
-    for key, value in expected.items():
-        if key not in config:
-            raise UserError(f"{where}: the field {key} is missing")
-        if config[key] != value:
-            raise UserError(f"{where}: {key} is {config[key]!r}, expected {value!r}")
-
-
-def _number(config: dict[str, Any], key: str, where: Path, *kinds: type) -> Any:
-    value = config[key]
-    if type(value) not in (int, *kinds) or value <= 0:
-        raise UserError(f"{where}: {key} is {value!r}, expected a number above 0")
-    return value
-
-
-def _aux_layers(eagle: Any, where: Path) -> tuple[int, ...]:
-    layers: Any = eagle.get("eagle_aux_hidden_state_layer_ids") if isinstance(eagle, dict) else None
-    numbers = isinstance(layers, list) and bool(layers) and all(type(v) is int and v >= 0 for v in layers)
-    if not numbers or len(set(layers)) != len(layers) or eagle.get("use_aux_hidden_state") is not True:
-        raise UserError(
-            f"{where}: eagle_config is {eagle!r}, expected use_aux_hidden_state=true and distinct layer ids"
-        )
-    return tuple(layers)
-
-
-def check_tensors(tensors: dict[str, torch.Tensor], shape: Eagle3Shape, where: Path) -> None:
+def check_tensors(contract: Contract, tensors: dict[str, torch.Tensor], shape: DraftShape, where: Path) -> None:
     """Refuses tensors that are missing, surplus, of another shape or dtype, or a d2t that is not an ascending offset.
 
     Raises:
         UserError: naming every offending tensor.
     """
     with torch.device("meta"):
-        expected = Eagle3Draft(shape).state_dict()
+        expected = contract.draft(shape).state_dict()
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"{name} is unknown" for name in sorted(tensors.keys() - expected.keys())]
     for name in sorted(expected.keys() & tensors.keys()):
@@ -181,7 +98,7 @@ def check_tensors(tensors: dict[str, torch.Tensor], shape: Eagle3Shape, where: P
             problems.append(f"{name} is {found.dtype}, expected {want.dtype}")
         elif found.is_floating_point() and not found.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
-    if not problems:
+    if not problems and contract.expected_ids(shape):
         problems = _vocabulary_problems(tensors["d2t"], tensors["t2d"])
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")
@@ -197,7 +114,7 @@ def _vocabulary_problems(d2t: torch.Tensor, t2d: torch.Tensor) -> list[str]:
 
 
 def write_servable(
-    directory: Path, tensors: dict[str, torch.Tensor], shape: Eagle3Shape, provenance: Provenance,
+    directory: Path, draft: type[Draft], tensors: dict[str, torch.Tensor], shape: DraftShape, provenance: Provenance,
     dtype: torch.dtype, special_ids: dict[str, Any],
 ) -> None:  # fmt: skip
     """Writes ``config.json`` and ``model.safetensors``, checked as the reader checks them.
@@ -207,8 +124,9 @@ def write_servable(
         OSError: the disk is full or not writable.
     """
     cast = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in tensors.items()}
-    config = config_of(shape, provenance, dtype, special_ids)
-    check_tensors(cast, shape_of(config, directory), directory)
+    contract = contract_of(draft)
+    config = config_of(contract, shape, provenance, dtype, special_ids)
+    check_tensors(contract, cast, shape_of(config, directory)[1], directory)
     directory.mkdir(parents=True, exist_ok=True)
     try:
         save_file(cast, directory / "model.safetensors", metadata={"format": "pt"})
@@ -217,6 +135,16 @@ def write_servable(
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("model.safetensors", "config.json"):
         _sync(directory / name)
+
+
+def restate(directory: Path, speculative: Speculative) -> None:
+    """Changes the settings that the checkpoint in ``directory`` remembers to be served with, at once or not at all."""
+    config = read_config(directory)
+    config[OWN_KEY]["speculative"] = asdict(speculative)
+    fresh = directory / ".config.json"
+    fresh.write_text(json.dumps(config, indent=2) + "\n")
+    _sync(fresh)
+    os.replace(fresh, directory / "config.json")
 
 
 def _sync(file: Path) -> None:
@@ -233,13 +161,13 @@ def read_servable(path: str | Path) -> Servable:
     """
     directory = find_model(path)
     config = read_config(directory)
-    shape = shape_of(config, directory / "config.json")
+    contract, shape = shape_of(config, directory / "config.json")
     try:
         tensors = load_file(directory / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{directory}/model.safetensors: cut off or not readable ({error})") from None
-    check_tensors(tensors, shape, directory / "model.safetensors")
-    return Servable(directory, shape, provenance_of(config, directory), tensors)
+    check_tensors(contract, tensors, shape, directory / "model.safetensors")
+    return Servable(directory, contract, shape, provenance_of(config, directory), tensors)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -267,7 +195,8 @@ def provenance_of(config: dict[str, Any], directory: Path) -> Provenance:
         return Provenance.from_dict(config[OWN_KEY])
     except (KeyError, TypeError):
         raise UserError(
-            f"{directory}/config.json: no usable {OWN_KEY!r} section; expected a checkpoint written by this project"
+            f"{directory}/config.json: no usable {OWN_KEY!r} section; expected a checkpoint written by this "
+            "project, or another one's after recipes/convert_draft.py"
         ) from None
 
 

@@ -18,9 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from nemo_speculative.config import schema
+from nemo_speculative.config import expressions, schema
+from nemo_speculative.config.published import filled
 from nemo_speculative.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -28,6 +29,7 @@ INTERRUPTED = 130
 NOT_AN_OPTION = "Config group override must be"
 
 schema.register()
+expressions.register()
 
 
 def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -65,9 +67,21 @@ def to_job(config: DictConfig) -> Any:
         with open_dict(config):
             config.output_dir = f"{config.output_dir}/{HydraConfig.get().job.num}"
     try:
-        return OmegaConf.to_object(config)
+        job: Any = OmegaConf.to_object(config)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give it on the command line, {error.full_key}=…") from None
+    except InterpolationResolutionError as error:
+        raise _said_by_a_resolver(error) or error from None
+    if isinstance(job, schema.TrainJob):
+        job.draft = filled(job.draft)
+    return job
+
+
+def _said_by_a_resolver(error: BaseException | None) -> UserError | None:
+    """The error of one of our own resolvers, which OmegaConf wraps."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _check_no_added_keys(config: Any, prefix: str) -> None:

@@ -20,7 +20,12 @@ A recipe composes one option of each group of `conf/`; every key below can be ov
 the composed configuration, `plan=true` what it would do.  An unknown key, a wrong type and a contradiction are one
 line and exit code 1.  The values below are the schema's; an option's YAML may set others, which `--cfg job` shows.
 """
-ROOTS = {"train_eagle3": schema.TrainJob, "evaluate": schema.EvaluateJob}
+ROOTS = {
+    "train_eagle3": schema.TrainJob,
+    "evaluate": schema.EvaluateJob,
+    "convert_draft": schema.ConvertJob,
+    "prune_vocabulary": schema.PruneJob,
+}
 
 
 def reference() -> str:
@@ -33,7 +38,9 @@ def reference() -> str:
     for group in groups:
         for (owner, option), cls in schema.SCHEMAS.items():
             if owner == group:
-                parts.append(_section(f"`{group}` ({option})", cls, f"{group}.", _own_fields(cls)))
+                parts.append(
+                    _section(f"`{group}` ({option})", cls, f"{schema.PACKAGES.get(group, group)}.", _own_fields(cls))
+                )
     return "\n".join(parts)
 
 

@@ -5,6 +5,7 @@ inside a group are rejected in its ``__post_init__``, those between groups in :m
 numbers are methods.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
@@ -13,7 +14,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from nemo_speculative.errors import UserError
-from nemo_speculative.speculative import default_draft_tokens, largest_tree
+from nemo_speculative.shapes import VocabularySize, aux_layers_for, parse_vocab_size
+from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree
 
 
 class Dtype(Enum):
@@ -32,12 +34,24 @@ class MaskConvention(Enum):
     automodel = "automodel"
 
 
+class Normalization(Enum):
+    token = "token"
+    conversation = "conversation"
+
+
+class FeatureNoise(Enum):
+    none = "none"
+    paper = "paper"
+    official = "official"
+
+
 class Resume(Enum):
     never = "never"
     auto = "auto"
 
 
 class DecayType(Enum):
+    constant = "constant"
     linear = "linear"
     cosine = "cosine"
     sqrt = "sqrt"
@@ -122,28 +136,132 @@ class InitFromTarget:
 
 @dataclass
 class DraftConfig:
-    """The draft network and its training objective."""
+    """The draft network and its training objective; every number that is null is the target's."""
 
-    _target_: str = "nemo_speculative.drafts.eagle3.Eagle3Draft"
-    objective: str = "nemo_speculative.objectives.eagle3.Eagle3Objective"
+    _target_: str = MISSING
+    objective: str = MISSING
     """The class of the loss."""
-    aux_layers: Optional[list[int]] = None
-    """Decoder layers (0-based) whose outputs are the aux hidden states; null: [1, N//2 - 1, N - 4] for N layers."""
-    vocab_size: Any = "auto"
-    """Entries of the draft vocabulary; auto: 32000, or the whole target vocabulary where that is smaller."""
+    config: Optional[str] = None
+    """A draft's config.json in the published EAGLE or SpecForge form: its numbers fill what is null here."""
+    init_from: Optional[str] = None
+    """A draft to start from: a checkpoint of this project, or another project's."""
+    num_layers: Optional[int] = None
+    """Decoder layers of the draft; null: 1."""
+    intermediate_size: Optional[int] = None
+    num_heads: Optional[int] = None
+    num_kv_heads: Optional[int] = None
+    head_dim: Optional[int] = None
     num_steps: int = 7
-    """Steps of the training-time-test unroll (T)."""
+    """Steps of the unroll in training (T)."""
     step_decay: float = 0.8
     """Step i weighs step_decay ** i in the loss."""
     mask_convention: MaskConvention = MaskConvention.serving
     """Which slots are supervised: serving is what inference asks for; official and automodel as those frameworks do."""
+    normalization: Normalization = Normalization.token
+    """What weighs the same in the loss: every supervised token, or every conversation."""
     init_from_target: InitFromTarget = field(default_factory=InitFromTarget)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "draft", "num_steps", "step_decay")
-        size = self.vocab_size
-        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        _require(whole or size == "auto", f"draft.vocab_size is {size!r}: expected a number above 0, or auto")
+        _require_positive(
+            self, "draft", "num_steps", "step_decay", "num_layers", "intermediate_size", "num_heads", "num_kv_heads",
+            "head_dim",
+        )  # fmt: skip
+
+    def chosen_aux_layers(self, num_layers: int) -> list[int]:
+        """The aux layers that it reads of a target of ``num_layers`` layers."""
+        return []
+
+    def vocabulary(self, target_vocab_size: int) -> VocabularySize:
+        """How many ids of a target of ``target_vocab_size`` it can propose."""
+        return VocabularySize(target_vocab_size)
+
+
+@dataclass
+class LossConfig:
+    """Between the target's distribution p and the draft's q: soft cross-entropy."""
+
+    _target_: str = "nemo_speculative.objectives.losses.SoftCrossEntropy"
+
+
+@dataclass
+class HardCrossEntropyConfig(LossConfig):
+    """Cross-entropy against the target's likeliest token."""
+
+    _target_: str = "nemo_speculative.objectives.losses.HardCrossEntropy"
+
+
+@dataclass
+class KLDivergenceConfig(LossConfig):
+    """KL divergence of p from q, both softened by a temperature."""
+
+    _target_: str = "nemo_speculative.objectives.losses.KLDivergence"
+    temperature: float = 1.0
+    """Above 1, unlikely tokens weigh more."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.temperature < math.inf,
+            f"draft.loss.temperature is {self.temperature}: expected a number above 0, e.g. 1",
+        )
+
+
+@dataclass
+class TotalVariationConfig(LossConfig):
+    """Total variation: the probability that a drafted token is rejected."""
+
+    _target_: str = "nemo_speculative.objectives.losses.TotalVariation"
+
+
+@dataclass
+class LKAlphaConfig(LossConfig):
+    """LK^alpha: minus the logarithm of the probability that a drafted token is accepted."""
+
+    _target_: str = "nemo_speculative.objectives.losses.LKAlpha"
+
+
+@dataclass
+class LKLambdaConfig(LossConfig):
+    """LK^lambda: from KL divergence towards total variation, the more is accepted."""
+
+    _target_: str = "nemo_speculative.objectives.losses.LKLambda"
+    eta: float = 3.0
+    """How fast: KL weighs exp(-eta * acceptance); 0 is KL alone."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.eta < math.inf,
+            f"draft.loss.eta is {self.eta}: expected a number of at least 0, e.g. 3",
+        )
+
+
+@dataclass
+class Eagle3DraftConfig(DraftConfig):
+    """EAGLE-3, and EAGLE-3.1 by its three switches."""
+
+    _target_: str = "nemo_speculative.drafts.eagle3.Eagle3Draft"
+    objective: str = "nemo_speculative.objectives.eagle3.Eagle3Objective"
+    hidden_size: Optional[int] = None
+    """Where it is not the target's, the draft trains an embedding of its own."""
+    aux_layers: Optional[list[int]] = None
+    """Decoder layers (0-based) whose outputs are the aux hidden states; null: [1, N//2 - 1, N - 4] for N layers."""
+    vocab_size: Any = "auto"
+    """Of the draft: a number, a coverage such as 99.5%, full, target_head (no head of its own), or auto: 32000, or the
+    whole target vocabulary where that is smaller."""
+    fc_norm: bool = False
+    """EAGLE-3.1: an RMSNorm over each aux state before fc."""
+    norm_before_fc: bool = False
+    """The other form: one RMSNorm over all aux states together."""
+    norm_output: bool = False
+    """EAGLE-3.1: the next step is fed the state after the final norm."""
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "draft", "hidden_size")
+        _require(
+            not (self.fc_norm and self.norm_before_fc),
+            "draft.fc_norm and draft.norm_before_fc are both true: they are two forms of one norm; set one of them",
+        )
         if self.aux_layers is not None:
             # A server captures them in this order, whatever the order of the list.
             ascending = self.aux_layers == sorted(set(self.aux_layers))
@@ -151,17 +269,38 @@ class DraftConfig:
                 bool(self.aux_layers) and ascending,
                 f"draft.aux_layers is {self.aux_layers}: expected distinct layers in ascending order, e.g. [1, 3, 4]",
             )
+        parse_vocab_size(self.vocab_size, 1 << 62)
 
-    def resolved_vocab_size(self, target_vocab_size: int) -> int:
-        """The number of draft vocabulary entries for a target of ``target_vocab_size``."""
-        if self.vocab_size == "auto":
-            return min(32000, target_vocab_size)
-        _require(
-            self.vocab_size <= target_vocab_size,
-            f"draft.vocab_size is {self.vocab_size}, larger than the target's vocabulary of {target_vocab_size}: "
-            f"set draft.vocab_size={target_vocab_size} or less, or auto",
-        )
-        return self.vocab_size
+    def chosen_aux_layers(self, num_layers: int) -> list[int]:
+        return aux_layers_for(num_layers, self.aux_layers)
+
+    def vocabulary(self, target_vocab_size: int) -> VocabularySize:
+        return parse_vocab_size(self.vocab_size, target_vocab_size)
+
+
+@dataclass
+class EagleDraftConfig(DraftConfig):
+    """EAGLE-1 and EAGLE-2: feature autoregression under the target's own head."""
+
+    _target_: str = "nemo_speculative.drafts.eagle.EagleDraft"
+    objective: str = "nemo_speculative.objectives.eagle.EagleObjective"
+    num_steps: int = 1
+    """Aligned passes over the draft's own features (HASS); 1 is EAGLE's."""
+    vloss_w: float = 1.0
+    """Weight of the regression of the target's next feature (smooth L1)."""
+    ploss_w: float = 0.1
+    """Weight of the cross-entropy between the two distributions."""
+    topk_w: float = 0.0
+    """Weight of the cross-entropy over the target's topk likeliest tokens (HASS uses 1)."""
+    topk: int = 10
+    noise: FeatureNoise = FeatureNoise.official
+    """Uniform noise on the features read in training: ±0.1 (paper), or that times 512 / length (official code)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "draft", "topk")
+        for name in ("vloss_w", "ploss_w", "topk_w"):
+            _require(getattr(self, name) >= 0, f"draft.{name} is {getattr(self, name)}: it must not be negative")
 
 
 @dataclass
@@ -255,6 +394,7 @@ class HubDataConfig(DataConfig):
 class OptimizerConfig:
     """AdamW with torchtitan's warm-up, stable and decay schedule."""
 
+    _target_: str = "nemo_speculative.training.optimization.adamw"
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
@@ -264,10 +404,13 @@ class OptimizerConfig:
     decay_ratio: float = 1.0
     """Share of the steps after warm-up in which it falls."""
     decay_type: DecayType = DecayType.cosine
+    """constant: it does not fall."""
     min_lr_factor: float = 0.0
     """The learning rate at the end, as a share of lr."""
     clip_norm: float = 0.5
     """Largest norm of the gradient."""
+    ema_decay: Optional[float] = None
+    """What a step leaves of the average of the weights that is measured and exported; null: no average is kept."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "optimizer", "lr", "clip_norm", "eps")
@@ -276,9 +419,40 @@ class OptimizerConfig:
             f"optimizer.betas is {self.betas}: expected two numbers of at least 0 and below 1",
         )
         _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}: it must not be negative")
-        for name in ("warmup_ratio", "decay_ratio"):
+        for name in ("warmup_ratio", "decay_ratio", "min_lr_factor"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optimizer.{name} is {value}: expected a share between 0 and 1")
+        _require(
+            self.decay_type is not DecayType.constant or self.min_lr_factor == 0,
+            f"optimizer.min_lr_factor is {self.min_lr_factor}, and with optimizer.decay_type=constant nothing falls to "
+            "it: leave out one of them",
+        )
+        _require(
+            self.ema_decay is None or 0 <= self.ema_decay < 1,
+            f"optimizer.ema_decay is {self.ema_decay}: expected at least 0 and below 1, e.g. 0.999, or null",
+        )
+
+    def decay_share(self, warmup_share: float) -> float:
+        """Share of all steps in which the learning rate falls, where it rises in ``warmup_share`` of them."""
+        return 0.0 if self.decay_type is DecayType.constant else self.decay_ratio * (1 - warmup_share)
+
+
+@dataclass
+class MuonConfig(OptimizerConfig):
+    """Muon for the matrices; AdamW for norms, biases, embedding and head."""
+
+    _target_: str = "nemo_speculative.training.optimization.muon"
+    muon_lr: Optional[float] = None
+    """Learning rate of the matrices, whose updates are scaled to the size of AdamW's; null: lr."""
+    momentum: float = 0.95
+    """Of Muon."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "optimizer", "muon_lr")
+        _require(
+            0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}: expected at least 0 and below 1, e.g. 0.95"
+        )
 
 
 @dataclass
@@ -347,24 +521,47 @@ class ExporterConfig:
     """Draft tokens in a chain (SGLang's --speculative-num-steps)."""
     topk: int = 1
     """Branches a draft step keeps (--speculative-eagle-topk); 1 is a chain."""
-    num_draft_tokens: Optional[int] = None
-    """Tokens verified at once, the last sampled one included (SGLang: the same); null: steps * topk + 1."""
+    num_draft_tokens: Any = None
+    """Tokens verified at once, the last sampled one included (SGLang: the same); null: steps * topk + 1; auto, with topk
+    above 1: several are measured when training is done, and the cheapest per token is kept."""
+    sglang_version: str = "0.5.23"
+    """The version that will serve it; what it cannot serve is refused."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "exporter", "num_steps", "topk", "num_draft_tokens")
+        _require_positive(self, "exporter", "num_steps", "topk")
         if self.num_draft_tokens is None:
             self.num_draft_tokens = default_draft_tokens(self.num_steps, self.topk)
-        most = largest_tree(self.num_steps, self.topk)
+        if self.measure_width:
+            return _require(
+                self.topk > 1,
+                "exporter.num_draft_tokens is auto: a chain (exporter.topk=1) always has exporter.num_steps + 1; set "
+                "exporter.topk above 1, or leave it out",
+            )
+        tokens, most = self.num_draft_tokens, largest_tree(self.num_steps, self.topk)
+        whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+        _require(whole and tokens > 0, f"exporter.num_draft_tokens is {tokens!r}: expected a number above 0, or auto")
         _require(
-            self.topk == 1 or 2 <= self.num_draft_tokens <= most,
-            f"exporter.num_draft_tokens is {self.num_draft_tokens}: a tree of {self.num_steps} steps and top-k "
-            f"{self.topk} has 2 to {most} nodes",
+            self.topk == 1 or 2 <= tokens <= most,
+            f"exporter.num_draft_tokens is {tokens}: a tree of {self.num_steps} steps and top-k {self.topk} has 2 to "
+            f"{most} nodes",
         )
         _require(
-            self.topk > 1 or self.num_draft_tokens == self.num_steps + 1,
-            f"exporter.num_draft_tokens is {self.num_draft_tokens}: with exporter.topk=1 it must be "
-            f"exporter.num_steps + 1 = {self.num_steps + 1}",
+            self.topk > 1 or tokens == self.num_steps + 1,
+            f"exporter.num_draft_tokens is {tokens}: with exporter.topk=1 it must be exporter.num_steps + 1 = "
+            f"{self.num_steps + 1}",
         )
+        return None
+
+    @property
+    def measure_width(self) -> bool:
+        """Whether num_draft_tokens is found by measuring."""
+        return self.num_draft_tokens == "auto"
+
+    @property
+    def speculative(self) -> Speculative:
+        """The settings; where they are yet to be measured, a full beam's."""
+        tokens = default_draft_tokens(self.num_steps, self.topk) if self.measure_width else self.num_draft_tokens
+        return Speculative(self.num_steps, self.topk, tokens)
 
 
 @dataclass
@@ -403,11 +600,36 @@ class EvaluationConfig:
     """CPU threads while measuring; null: torch's choice. A tiny model is fastest on one."""
     ngram: int = 3
     """Longest n-gram that prompt-lookup drafting, the baseline, matches."""
+    batch_size: int = 1
+    """Questions answered at once; speed is compared at this size."""
+    temperature: float = 0.0
+    """Of the answers; 0 is greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of the likeliest tokens that holds so much probability; 1: from all."""
+    top_k: int = 0
+    """Sample from so many of the likeliest tokens; 0: from all."""
+    rejection_sampling: bool = False
+    """At a temperature above 0, draw the draft tokens and accept each with min(1, p/q): chains only; false: SGLang's
+    default rule, which needs no draft probabilities."""
+    static_tree: bool = False
+    """EAGLE-1's published static tree in place of what the checkpoint is served with."""
+    seed: int = 0
+    """Of the sampling."""
 
     def __post_init__(self) -> None:
         _require_positive(
-            self, "evaluation", "num_questions", "selection_questions", "max_new_tokens", "ngram", "num_threads"
+            self, "evaluation", "num_questions", "selection_questions", "max_new_tokens", "ngram", "num_threads",
+            "batch_size",
+        )  # fmt: skip
+        _require(
+            0 <= self.temperature < math.inf,
+            f"evaluation.temperature is {self.temperature}: expected a number of at least 0 (0 is greedy), e.g. 1",
         )
+        _require(
+            0 < self.top_p <= 1,
+            f"evaluation.top_p is {self.top_p}: expected a share above 0 and at most 1 (1 is off)",
+        )
+        _require(self.top_k >= 0, f"evaluation.top_k is {self.top_k}: expected a number of tokens, or 0 for all")
 
 
 @dataclass
@@ -435,6 +657,23 @@ class TrainJob:
 
 
 @dataclass
+class PlacementConfig:
+    """Where the target of an evaluation lies."""
+
+    device_map: Optional[str] = None
+    """auto, balanced, sequential: transformers spreads it over the GPUs of this machine, and its memory if they are too
+    small (needs the accelerate package); null: on one device."""
+    max_memory: Optional[dict[str, str]] = None
+    """What device_map may use of each: {0: 20GiB, 1: 20GiB, cpu: 60GiB}."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_memory is None or self.device_map is not None,
+            "model.max_memory is set and model.device_map is not: add model.device_map=auto",
+        )
+
+
+@dataclass
 class EvaluateJob:
     """The measurement of a checkpoint."""
 
@@ -444,28 +683,99 @@ class EvaluateJob:
     """The target's directory or hub name; null: the one that the checkpoint remembers."""
     questions: Optional[str] = None
     """JSONL of questions: conversations (asked up to the first answer) or input_ids; null: those of the run."""
+    model: PlacementConfig = field(default_factory=PlacementConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_steps: Optional[int] = None
-    """Draft tokens in a chain; null: what the checkpoint remembers."""
+    """Draft tokens along a branch; null: what the checkpoint remembers."""
+    topk: Optional[int] = None
+    """Branches a draft step keeps; null: what the checkpoint remembers."""
+    num_draft_tokens: Optional[int] = None
+    """Tokens verified at once, the last sampled one included; null: as remembered, or steps * topk + 1."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
+    draft_class: Optional[str] = None
+    """The class of a draft that lies outside this package; importing it makes its architecture known."""
     trust_remote_code: bool = False
     """Whether the target's own modelling code may run."""
 
     def __post_init__(self) -> None:
-        _require(self.num_steps is None or self.num_steps > 0, f"num_steps is {self.num_steps}: it must be above 0")
+        for name in ("num_steps", "topk", "num_draft_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name} is {value}: it must be above 0")
+
+
+@dataclass
+class FormConfig:
+    """The form that a draft is converted into: what SGLang serves and every program of this project reads."""
+
+    _target_: str = "nemo_speculative.checkpoints.exports.sglang.SGLangExport"
+
+
+@dataclass
+class SpeculatorsFormConfig(FormConfig):
+    """The format of speculators, which vLLM serves (EAGLE-3)."""
+
+    _target_: str = "nemo_speculative.checkpoints.exports.speculators.SpeculatorsExport"
+
+
+@dataclass
+class TransformersFormConfig(FormConfig):
+    """What transformers loads with the code that lies beside it (trust_remote_code)."""
+
+    _target_: str = "nemo_speculative.checkpoints.exports.remote_code.RemoteCodeExport"
+
+
+@dataclass
+class ConvertJob:
+    """The conversion of a draft of any known format."""
+
+    checkpoint: str = MISSING
+    """Its directory: of this project, EAGLE (SafeAILab), SpecForge, NeMo AutoModel or speculators."""
+    target: Optional[str] = None
+    """The target's directory or hub name; null: the one that the draft says it was trained for."""
+    output: Optional[str] = None
+    """A directory that does not exist; null: beside the draft, its name and the form's."""
+    aux_layers: Optional[list[int]] = None
+    """Layers of the target whose outputs it reads, where it says so wrongly; null: what it says, or EAGLE's default."""
+    form: FormConfig = field(default_factory=FormConfig)
+    exporter: ExporterConfig = field(default_factory=ExporterConfig)
+    """What another project's draft is to be served with; dtype null keeps the file's."""
+    trust_remote_code: bool = False
+    """Whether the target's own modelling code may run."""
+
+
+@dataclass
+class PruneJob:
+    """A smaller draft vocabulary for a trained draft."""
+
+    checkpoint: str = MISSING
+    """A run directory, a step_<N> directory or its model/."""
+    output: str = MISSING
+    """A new directory; the pruned checkpoint is its model/."""
+    vocab_size: Any = MISSING
+    """Entries to keep: a number, or a coverage such as 99.5%."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Conversations whose assistant tokens are counted, best those that it was trained on."""
 
 
 SCHEMAS: dict[tuple[str, str], type] = {
     ("model", "hf"): ModelConfig,
     ("model", "tiny"): TinyModelConfig,
-    ("draft", "eagle3"): DraftConfig,
+    ("draft", "eagle"): EagleDraftConfig,
+    ("draft", "eagle3"): Eagle3DraftConfig,
     ("backend", "hf"): BackendConfig,
     ("data", "jsonl"): DataConfig,
     ("data", "tiny"): TinyDataConfig,
     ("data", "hub"): HubDataConfig,
+    ("loss", "soft_ce"): LossConfig,
+    ("loss", "hard_ce"): HardCrossEntropyConfig,
+    ("loss", "kl"): KLDivergenceConfig,
+    ("loss", "tv"): TotalVariationConfig,
+    ("loss", "lk_alpha"): LKAlphaConfig,
+    ("loss", "lk_lambda"): LKLambdaConfig,
     ("optimizer", "adamw"): OptimizerConfig,
+    ("optimizer", "muon"): MuonConfig,
     ("parallelism", "fsdp2"): ParallelismConfig,
     ("trainer", "default"): TrainerConfig,
     ("exporter", "sglang"): ExporterConfig,
@@ -473,14 +783,21 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("logger", "tensorboard"): TensorBoardConfig,
     ("logger", "wandb"): WandbConfig,
     ("evaluation", "default"): EvaluationConfig,
+    ("form", "sglang"): FormConfig,
+    ("form", "speculators"): SpeculatorsFormConfig,
+    ("form", "transformers"): TransformersFormConfig,
 }
 """Each group's schemas; conf/<group>/*.yaml names one of them as ``/schema/<group>``."""
+PACKAGES = {"loss": "draft.loss"}
+"""Where a group's keys lie, if not below the group's own name."""
 
 
 def register() -> None:
     """Makes the schemas known to Hydra as ``/schema/<group>: <name>``."""
     store = ConfigStore.instance()
     for (group, name), node in SCHEMAS.items():
-        store.store(group=f"schema/{group}", name=name, node=node, package=group)
+        store.store(group=f"schema/{group}", name=name, node=node, package=PACKAGES.get(group, group))
     store.store(name="train_job", node=TrainJob)
     store.store(name="evaluate_job", node=EvaluateJob)
+    store.store(name="prune_job", node=PruneJob)
+    store.store(name="convert_job", node=ConvertJob)

@@ -6,6 +6,18 @@ import torch
 
 
 @dataclass(frozen=True)
+class Span:
+    """Where a conversation lies: tokens ``start`` to ``end`` of ``row``."""
+
+    id: str
+    epoch: int
+    """Which pass over the data this is."""
+    row: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """Packed rows.  B rows of L tokens; a row holds whole documents one after the other, then padding."""
 
@@ -17,12 +29,17 @@ class Batch:
     """int64 [B, L]: from 0 in every document."""
     documents: torch.Tensor
     """int64 [B, L]: which document of the row; padding has a number of its own."""
-    ids: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
     """The conversations in it."""
 
     def to(self, device: torch.device) -> "Batch":
         moved = {k: getattr(self, k).to(device, non_blocking=True) for k in _TENSORS}
         return replace(self, **moved)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The names of the conversations."""
+        return tuple(span.id for span in self.spans)
 
     @property
     def num_tokens(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversations import TokenRow
 
 WINDOW = 2048
@@ -49,13 +49,16 @@ def _best_fit(documents: list[int], lengths: Sequence[int], row_tokens: int) -> 
     return rows
 
 
-def collate(rows: Sequence[Sequence[TokenRow]], row_tokens: int, pad_id: int) -> Batch:
-    """The tensors of packed ``rows``, padded to ``row_tokens``."""
+def collate(
+    rows: Sequence[Sequence[TokenRow]], row_tokens: int, pad_id: int, epochs: Sequence[int] | None = None
+) -> Batch:
+    """The tensors of packed ``rows``, padded to ``row_tokens``; ``epochs`` says which pass each row belongs to."""
     shape = (len(rows), row_tokens)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     positions, documents = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    for r, row in enumerate(rows):
+    spans = []
+    for r, (row, epoch) in enumerate(zip(rows, epochs or [0] * len(rows), strict=True)):
         start = 0
         for d, document in enumerate(row):
             end = start + len(document.input_ids)
@@ -63,7 +66,8 @@ def collate(rows: Sequence[Sequence[TokenRow]], row_tokens: int, pad_id: int) ->
             loss_mask[r, start:end] = torch.tensor(document.loss_mask)
             positions[r, start:end] = torch.arange(end - start)
             documents[r, start:end] = d
+            spans.append(Span(document.id, epoch, r, start, end))
             start = end
         positions[r, start:] = torch.arange(row_tokens - start)
         documents[r, start:] = len(row)
-    return Batch(input_ids, loss_mask, positions, documents, tuple(d.id for row in rows for d in row))
+    return Batch(input_ids, loss_mask, positions, documents, tuple(spans))

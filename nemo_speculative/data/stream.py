@@ -57,11 +57,16 @@ class RowStream:
     def next_global_batch(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch: rows rank, rank + world_size, … of it."""
         indices = range(self.rows_consumed, self.rows_consumed + self.global_batch_size)
-        rows = [self._row_at(i) for i in indices][self.rank :: self.world_size]
+        rows = [(self._row_at(i), self._epoch) for i in indices][self.rank :: self.world_size]
         self.rows_consumed += self.global_batch_size
         chunks = [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
         return [
-            collate([[self.documents[d] for d in row] for row in chunk], self.row_tokens, self.pad_id)
+            collate(
+                [[self.documents[d] for d in row] for row, _ in chunk],
+                self.row_tokens,
+                self.pad_id,
+                [epoch for _, epoch in chunk],
+            )
             for chunk in chunks
         ]
 

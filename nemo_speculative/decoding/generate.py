@@ -1,13 +1,15 @@
-"""Speculative decoding of one sequence: draft, verify, emit; the caches keep what was accepted."""
+"""Speculative decoding: draft, verify, emit; the caches keep what was accepted."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache
 
 from nemo_speculative.decoding.drafters import Drafter
-from nemo_speculative.decoding.verification import verify_greedy
+from nemo_speculative.decoding.target import CachedTarget
+from nemo_speculative.decoding.verification import Greedy, Rule
+from nemo_speculative.errors import UserError
 from nemo_speculative.targets.hf import HFTarget
 
 
@@ -23,37 +25,113 @@ class Generation:
     """Whether it ended with a stop token rather than at the length limit."""
 
 
+class Emission(NamedTuple):
+    """What a prefill or a verification added to one answer."""
+
+    sequence: int
+    """Which prompt's."""
+    tokens: list[int]
+
+
+class _Row:
+    """A prompt and the answer behind it."""
+
+    def __init__(self, number: int, prompt: Sequence[int], limit: int):
+        self.number, self.tokens, self.limit = number, list(prompt), limit
+        self.answer = Generation()
+
+    @property
+    def done(self) -> bool:
+        return self.answer.finished or len(self.answer.tokens) >= self.limit
+
+    def emit(self, new: Sequence[int], stop_ids: Collection[int]) -> Emission:
+        """Adds ``new`` up to a stop token, included, or the limit."""
+        stop = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
+        kept = list(new[: min(stop + 1, self.limit - len(self.answer.tokens))])
+        if self.answer.tokens:
+            self.answer.emitted.append(len(kept))
+        self.answer.finished = stop < len(kept)
+        self.answer.tokens += kept
+        self.tokens += kept
+        return Emission(self.number, kept)
+
+
+def generate(
+    target: HFTarget,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] | None = None,
+    rule: Rule | None = None,
+) -> list[Generation]:
+    """The target's answers to ``prompts``, all decoded at once: those of :func:`stream`, and how they came about."""
+    rows = _rows(target, prompts, max_new_tokens)
+    for _ in _decode(target, drafter, rows, target.stop_ids if stop_ids is None else stop_ids, rule or Greedy()):
+        pass
+    return [row.answer for row in rows]
+
+
+def stream(
+    target: HFTarget,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] | None = None,
+    rule: Rule | None = None,
+) -> Iterator[Emission]:
+    """The target's answers to ``prompts`` as they come, a few tokens of one sequence at a time.
+
+    Args:
+        max_new_tokens: of an answer; one also ends where the target's context does.
+        stop_ids: what ends an answer; None: the target's own.
+        rule: which draft tokens stay; None: greedy.  Whatever the drafter, greedy answers are those that the target
+            gives alone, and sampled ones have the target's distribution.
+
+    Raises:
+        UserError: no room for a single token, an empty prompt, or a drafter that cannot draft for ``rule``.
+    """
+    rows = _rows(target, prompts, max_new_tokens)
+    return _decode(target, drafter, rows, target.stop_ids if stop_ids is None else stop_ids, rule or Greedy())
+
+
+def _rows(target: HFTarget, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Row]:
+    context = target.config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
+    for number, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens: expected 1 to {context - 1}, so that the target's context "
+                f"of {context} holds it and a token of the answer"
+            )
+    return [_Row(i, prompt, min(max_new_tokens, context - len(prompt))) for i, prompt in enumerate(prompts)]
+
+
 @torch.inference_mode()
-def generate_greedy(
-    target: HFTarget, drafter: Drafter, prompt: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]
-) -> Generation:
-    """The target's greedy answer to ``prompt``: the same tokens with every drafter, in fewer target forwards."""
-    out, cache, tokens = Generation(), DynamicCache(config=target.config), list(prompt)
-    limit = min(max_new_tokens, target.config.max_position_embeddings - len(prompt))
-    drafter.start()
-    aux, hidden = target.forward(torch.tensor([tokens], device=target.device), cache=cache)
-    new = target.logits(hidden[:, -1]).argmax(-1).tolist()
-    while _emit(new, out, tokens, limit, stop_ids):
-        room = target.config.max_position_embeddings - len(tokens)
-        draft_tokens = drafter.propose(tokens, aux)[:room]
-        block = torch.tensor([[tokens[-1], *draft_tokens]], device=target.device)
-        aux, hidden = target.forward(block, cache=cache)
-        new = verify_greedy(draft_tokens, target.logits(hidden)[0].argmax(-1).tolist())
-        rejected = len(draft_tokens) + 1 - len(new)
-        if rejected:
-            cache.crop(-rejected)
-        aux = aux[:, : len(new)]
-        out.emitted.append(len(new))
-    return out
-
-
-def _emit(new: list[int], out: Generation, tokens: list[int], limit: int, stop_ids: Collection[int]) -> bool:
-    """Adds ``new`` up to a stop token or the limit; returns whether decoding goes on."""
-    stop = next((i for i, token in enumerate(new) if token in stop_ids), None)
-    kept = new[: limit - len(out.tokens)] if stop is None else new[: stop + 1][: limit - len(out.tokens)]
-    out.finished = stop is not None and len(kept) == stop + 1
-    out.tokens += kept
-    tokens += kept
-    if out.emitted:
-        out.emitted[-1] = len(kept)
-    return not out.finished and len(out.tokens) < limit
+def _decode(
+    target: HFTarget, drafter: Drafter, rows: list[_Row], stop_ids: Collection[int], rule: Rule
+) -> Iterator[Emission]:
+    if not rows:
+        return
+    model, drafting = CachedTarget(target, len(rows)), drafter.start(len(rows), rule)
+    states = model.prefill([row.tokens for row in rows])
+    new = rule.sample(target.logits(states.last())).tolist()
+    while True:
+        for row, tokens in zip(rows, new, strict=True):
+            yield row.emit(tokens, stop_ids)
+        going = [i for i, row in enumerate(rows) if not row.done]
+        if not going:
+            return
+        if len(going) < len(rows):
+            rows, states = [rows[i] for i in going], states.select(going)
+            model.select(going)
+            drafting.select(going)
+        trees = drafting.propose([row.tokens for row in rows], states)
+        trees = trees.cut([model.context - len(row.tokens) for row in rows])
+        states = model.read(trees)
+        verdicts = rule.verify(trees, target.logits(states.last_hidden))
+        paths = [verdict.path for verdict in verdicts]
+        model.keep(paths)
+        states, new = states.at(paths), [verdict.tokens for verdict in verdicts]

@@ -43,10 +43,16 @@ def unroll_attention(
     return out.reshape(batch, heads, slots, dim)
 
 
-def cached_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the newest q.shape[2] positions over a cache: [1, H, n, d] over [1, H_kv, m, d]."""
+def cached_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of the newest n positions over a cache: [B, H, n, d] over [B, H_kv, m, d].
+
+    ``visible`` is bool [B, n, m]; None: causal, the n positions being the last of the m.
+    """
     new, cached = q.shape[2], keys.shape[2]
-    mask = None
-    if new > 1:
-        mask = torch.ones(new, cached, dtype=torch.bool, device=q.device).tril(cached - new)
+    if visible is not None:
+        mask: torch.Tensor | None = visible[:, None]
+    else:
+        mask = torch.ones(new, cached, dtype=torch.bool, device=q.device).tril(cached - new) if new > 1 else None
     return scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])

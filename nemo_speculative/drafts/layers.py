@@ -22,6 +22,61 @@ class SwiGLU(nn.Module):
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Attention(nn.Module):
+    """The four projections, without bias; ``width`` features go in."""
+
+    def __init__(self, shape: Any, width: int):
+        super().__init__()
+        wide, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(width, wide, bias=False)
+        self.k_proj = nn.Linear(width, kv, bias=False)
+        self.v_proj = nn.Linear(width, kv, bias=False)
+        self.o_proj = nn.Linear(wide, shape.hidden_size, bias=False)
+
+
+class DraftLayer(nn.Module):
+    """A Llama layer in the pieces that an unroll needs: what its attention reads is the draft's business.
+
+    ``input_norm_name`` is the name that the served checkpoint gives to the norm in front of the attention; None where
+    the layer has none, or the draft applies its own.
+    """
+
+    def __init__(self, shape: Any, width: int, input_norm_name: str | None = None):
+        super().__init__()
+        self.head_dim, self.feature_size = shape.head_dim, shape.hidden_size
+        self.input_norm_name = input_norm_name
+        if input_norm_name:
+            self.add_module(input_norm_name, rms_norm(shape))
+        self.self_attn = Attention(shape, width)
+        self.post_attention_layernorm = rms_norm(shape)
+        self.mlp = SwiGLU(shape.hidden_size, shape.intermediate_size)
+
+    def normed(self, residual: torch.Tensor) -> torch.Tensor:
+        """What the attention of a layer that is not the first reads: [..., h]."""
+        return self.get_submodule(self.input_norm_name or "")(residual)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, L, width] → [B, H, L, d], not yet rotated."""
+        return self._heads(self.self_attn.q_proj, x)
+
+    def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, L, width] → rotated keys and values, [B, H_kv, L, d] each."""
+        return rotate(self._heads(self.self_attn.k_proj, x), cos, sin), self._heads(self.self_attn.v_proj, x)
+
+    def _heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Output projection, residuals and MLP: [B, L, h], [B, H, L, d] → [B, L, h]."""
+        x = residual + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rms_norm(shape: Any, width: int | None = None) -> nn.RMSNorm:
+    """An RMSNorm over ``width`` features, by default the draft's hidden size."""
+    return nn.RMSNorm(width or shape.hidden_size, eps=shape.rms_norm_eps)
+
+
 class Rotary(nn.Module):
     """Rotary embedding with the target's scaling; transformers computes the frequencies of every published kind."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -11,10 +11,14 @@ import torch
 from nemo_speculative.config.schema import EvaluationConfig
 from nemo_speculative.data.chat import prompt_ids
 from nemo_speculative.data.conversations import Conversation, TokenRow
-from nemo_speculative.decoding.drafters import Drafter, Eagle3Drafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.generate import Generation, generate_greedy
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
+from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
+from nemo_speculative.decoding.generate import Generation, generate
+from nemo_speculative.decoding.growth import Growth, StaticTree, growth_for
+from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.verification import Rule, rule_for
+from nemo_speculative.drafts.base import Draft
 from nemo_speculative.progress import Progress
+from nemo_speculative.speculative import Speculative
 from nemo_speculative.targets.hf import HFTarget
 
 
@@ -41,7 +45,7 @@ class Measured:
         return sum(len(g.tokens) for g in self.generations) / max(self.seconds, 1e-9)
 
     def acceptance_per_position(self, num_steps: int) -> list[float]:
-        """Share of the verifications that accepted draft token i and all before it; τ = 1 + their sum."""
+        """Share of the verifications that accepted a draft token at depth i + 1; τ = 1 + their sum."""
         emitted = [n for g in self.generations for n in g.emitted]
         return [sum(n > i + 1 for n in emitted) / max(len(emitted), 1) for i in range(num_steps)]
 
@@ -58,7 +62,11 @@ class Evaluation:
     draft: Measured
     plain: Measured
     ngram: Measured
-    num_steps: int
+    settings: Speculative
+    sampled: bool = False
+    """Whether the answers were sampled, at a temperature above 0."""
+    conditions: str = ""
+    """How it was measured, for the reader."""
 
     FIGURES = (
         "tau",
@@ -71,9 +79,17 @@ class Evaluation:
     """The names in ``summary.json`` that other programs may rely on."""
 
     @property
-    def lossless(self) -> bool:
-        """Whether every answer is, token by token, the one that the target gives without a draft."""
-        return self.identical == len(self.plain.generations)
+    def num_steps(self) -> int:
+        """Depth of the deepest draft tokens."""
+        return self.settings.num_steps
+
+    @property
+    def lossless(self) -> bool | None:
+        """Whether every answer is, token by token, the one that the target gives without a draft.
+
+        None for sampled answers, which differ by chance.
+        """
+        return None if self.sampled else self.identical == len(self.plain.generations)
 
     @property
     def identical(self) -> int:
@@ -92,7 +108,7 @@ class Evaluation:
             "baseline_tokens_per_second": self.plain.tokens_per_second,
             "ngram_tokens_per_second": self.ngram.tokens_per_second,
             "lossless": self.lossless,
-            "num_draft_tokens_per_chain": self.num_steps,
+            "speculative": asdict(self.settings),
             "questions": len(self.draft.generations),
             "finished_answers": sum(g.finished for g in self.plain.generations),
         }
@@ -110,41 +126,83 @@ def cpu_threads(number: int | None) -> Iterator[None]:
 
 
 def evaluate_draft(
-    target: HFTarget, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], num_steps: int, config: EvaluationConfig
+    target: HFTarget,
+    draft: Draft,
+    prompts: Sequence[Sequence[int]],
+    settings: Speculative,
+    config: EvaluationConfig,
 ) -> Evaluation:
-    """Answers every prompt three times, one way after the other, so that a noisy machine hits all alike."""
-    with cpu_threads(config.num_threads):
-        return _evaluate(target, draft, prompts, num_steps, config)
+    """Answers every prompt three times, one way after the other, so that a noisy machine hits all alike.
 
-
-def _evaluate(target, draft, prompts, num_steps: int, config: EvaluationConfig) -> Evaluation:
-    max_new_tokens = config.max_new_tokens
+    Raises:
+        UserError: ``settings`` make no tree, or none that is lossless with the sampling that ``config`` asks for.
+    """
+    settings, growth = _grown(settings, config)
     ways: dict[str, Drafter] = {
         "plain": NoDrafter(),
-        "ngram": NgramDrafter(num_steps, config.ngram),
-        "draft": Eagle3Drafter(draft, target, num_steps),
+        "ngram": NgramDrafter(settings.num_steps, config.ngram),
+        "draft": EagleDrafter(draft, target, growth),
     }
-    measured = {name: Measured() for name in ways}
-    stop_ids, progress = target.stop_ids, Progress("measuring", len(prompts))
-    for drafter in ways.values():  # warm-up: the first call allocates
-        generate_greedy(target, drafter, prompts[0], min(16, max_new_tokens), stop_ids)
-    for prompt in prompts:
-        for name, drafter in ways.items():
-            started = time.perf_counter()
-            measured[name].generations.append(generate_greedy(target, drafter, prompt, max_new_tokens, stop_ids))
-            measured[name].seconds += time.perf_counter() - started
-        progress.advance(lambda: f"tau {measured['draft'].tau:.2f}")
+    measured, rule = {name: Measured() for name in ways}, _rule(config, target)
+    batches, progress = _batches(prompts, config.batch_size), Progress("measuring", len(prompts))
+    with cpu_threads(config.num_threads):
+        for drafter in ways.values():  # warm-up: the first call allocates
+            generate(target, drafter, batches[0], max_new_tokens=min(16, config.max_new_tokens), rule=rule)
+        for batch in batches:
+            for name, drafter in ways.items():
+                started = time.perf_counter()
+                answers = generate(target, drafter, batch, max_new_tokens=config.max_new_tokens, rule=rule)
+                measured[name].seconds += time.perf_counter() - started
+                measured[name].generations += answers
+            progress.advance(lambda: f"tau {measured['draft'].tau:.2f}", len(batch))
     progress.close()
-    return Evaluation(**measured, num_steps=num_steps)
+    grown = "EAGLE-1's static tree" if config.static_tree else str(settings)
+    conditions = f"{_how(config)}, {grown}, {_at_once(config.batch_size)}"
+    return Evaluation(**measured, settings=settings, sampled=config.temperature > 0, conditions=conditions)
+
+
+def _how(config: EvaluationConfig) -> str:
+    if config.temperature == 0:
+        return "greedy"
+    rule = "rejection sampling" if config.rejection_sampling else "the target's samples"
+    return f"temperature {config.temperature:g} ({rule})"
+
+
+def _grown(settings: Speculative, config: EvaluationConfig) -> tuple[Speculative, Growth]:
+    """The settings that describe what is measured, and the way to grow it."""
+    if not config.static_tree:
+        return settings, growth_for(settings)
+    tree = StaticTree()
+    return Speculative(max(map(len, tree.paths)), tree.widest, len(tree.paths) + 1), tree
+
+
+def _at_once(batch_size: int) -> str:
+    return "one sequence at a time" if batch_size == 1 else f"{batch_size} sequences at a time"
 
 
 def measure_tau(
-    target: HFTarget, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], num_steps: int, config: EvaluationConfig
+    target: HFTarget,
+    draft: Draft,
+    prompts: Sequence[Sequence[int]],
+    settings: Speculative,
+    config: EvaluationConfig,
 ) -> float:
     """τ of the draft alone: the figure by which a run chooses its best checkpoint."""
-    drafter, stop_ids = Eagle3Drafter(draft, target, num_steps), target.stop_ids
+    drafter, rule = EagleDrafter(draft, target, _grown(settings, config)[1]), _rule(config, target)
+    measured = Measured()
     with cpu_threads(config.num_threads):
-        return Measured([generate_greedy(target, drafter, p, config.max_new_tokens, stop_ids) for p in prompts]).tau
+        for batch in _batches(prompts, config.batch_size):
+            measured.generations += generate(target, drafter, batch, max_new_tokens=config.max_new_tokens, rule=rule)
+    return measured.tau
+
+
+def _rule(config: EvaluationConfig, target: HFTarget) -> Rule:
+    sampling = Sampling(config.temperature, config.top_p, config.top_k)
+    return rule_for(sampling, config.rejection_sampling, torch.Generator(target.device).manual_seed(config.seed))
+
+
+def _batches(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:
+    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
 def prompt_of(row: Conversation | TokenRow, tokenizer: Any) -> list[int]:

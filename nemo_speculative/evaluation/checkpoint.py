@@ -3,32 +3,39 @@
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
-from nemo_speculative.checkpoints.servable import Servable, read_servable
+from nemo_speculative.checkpoints.foreign.servable import as_servable
+from nemo_speculative.checkpoints.servable import Servable
 from nemo_speculative.config.schema import EvaluateJob, ModelConfig
 from nemo_speculative.data.conversations import read_jsonl
 from nemo_speculative.devices import choose_device
 from nemo_speculative.errors import UserError
 from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft, prompt_of
+from nemo_speculative.speculative import Speculative, default_draft_tokens
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
 
 QUESTIONS = "questions.jsonl"
+CHAIN = 5
+"""Draft tokens where a checkpoint of another project does not say."""
 
 
 def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
-    """Measures ``job.checkpoint`` beside plain decoding and n-gram drafting.
+    """Measures ``job.checkpoint``, this project's or another's, beside plain decoding and n-gram drafting.
 
     Raises:
         UserError: no checkpoint there, another target than it was trained for, or no questions.
     """
-    servable = read_servable(job.checkpoint)
+    if job.draft_class:
+        get_class(job.draft_class)
+    settings = Speculative(CHAIN, 1, default_draft_tokens(CHAIN, 1))
+    servable, _ = as_servable(Path(job.checkpoint), job.target, settings, trust_remote_code=job.trust_remote_code)
     target = _target_of(servable, job)
     prompts = _prompts(job, servable, target)
     draft = servable.build(target.device, getattr(torch, servable.provenance.target_dtype))
-    num_steps = job.num_steps or servable.provenance.speculative.num_steps
-    return evaluate_draft(target, draft, prompts, num_steps, job.evaluation)
+    settings = servable.provenance.speculative.with_changes(job.num_steps, job.topk, job.num_draft_tokens)
+    return evaluate_draft(target, draft, prompts, settings, job.evaluation)
 
 
 def _target_of(servable: Servable, job: EvaluateJob) -> HFTarget:
@@ -37,10 +44,12 @@ def _target_of(servable: Servable, job: EvaluateJob) -> HFTarget:
     target: HFTarget = instantiate(
         job.backend,
         path=directory,
-        aux_layers=list(servable.shape.aux_layers),
+        aux_layers=servable.aux_layers,
         dtype=getattr(torch, remembered.target_dtype),
         device=choose_device(job.device, "device"),
         trust_remote_code=job.trust_remote_code,
+        device_map=job.model.device_map,
+        max_memory=job.model.max_memory,
     )
     if target.fingerprint != remembered.target_fingerprint:
         raise UserError(

@@ -1,10 +1,9 @@
 """What a trainer asks of an objective."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.targets.base import Supervision
@@ -27,7 +26,7 @@ class Objective(Protocol):
         """float64 [T]: supervised slots at each step, known before any model runs."""
         ...
 
-    def loss(self, draft: nn.Module, batch: Batch, supervision: Supervision, counts: torch.Tensor) -> LossSum:
+    def loss(self, draft: Any, batch: Batch, supervision: Supervision, counts: torch.Tensor) -> LossSum:
         """``counts`` are those of the global batch: all ranks, all micro-batches."""
         ...
 

@@ -14,14 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.checkpoints.servable import (
-    ALGORITHMS,
-    Provenance,
-    find_model,
-    provenance_of,
-    read_config,
-    shape_of,
-)
+from nemo_speculative.checkpoints.contract import shape_of
+from nemo_speculative.checkpoints.servable import Provenance, find_model, provenance_of, read_config
 from nemo_speculative.errors import UsageError
 from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree
 
@@ -134,7 +128,7 @@ def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
 def _read(model: Path) -> tuple[str, Provenance]:
     config, file = read_config(model), model / "config.json"
     try:
-        shape_of(config, file)
+        contract, _ = shape_of(config, file)
         remembered = provenance_of(config, model)
     except (AttributeError, TypeError) as error:  # a value of another type than its field has
         raise UsageError(f"{file}: malformed ({error}); expected a checkpoint written by this project") from None
@@ -145,7 +139,7 @@ def _read(model: Path) -> tuple[str, Provenance]:
     for name in ("target", "target_dtype"):
         value = getattr(remembered, name)
         _require(isinstance(value, str) and bool(value), f"{file}: malformed, {name} is {value!r}, expected a text")
-    return ALGORITHMS[config["architectures"][0]], remembered
+    return contract.draft.ALGORITHM, remembered
 
 
 def _merge(remembered: Speculative, given: dict[str, Any]) -> Speculative:

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import torch
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -37,33 +36,3 @@ class Target(Protocol):
     def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
         """[..., h] → [..., V], through the frozen head."""
         ...
-
-
-def aux_layers_for(num_layers: int, chosen: list[int] | None) -> list[int]:
-    """The aux layers of a target of ``num_layers`` decoder layers.
-
-    ``chosen``, or the published formula [1, N//2 - 1, N - 4] (EAGLE-3, algorithm as released; 0-based outputs).
-
-    Raises:
-        UserError: a layer is out of range, or the formula gives the same layer twice (fewer than 7 layers).
-    """
-    if chosen is None:
-        layers = [1, num_layers // 2 - 1, num_layers - 4]
-        if len(set(layers)) < 3 or min(layers) < 0 or layers != sorted(layers):
-            raise UserError(
-                f"the target has {num_layers} layers, too few for the default aux layers [1, N//2 - 1, N - 4] = "
-                f"{layers}; list them, e.g. draft.aux_layers={_spread(num_layers)}"
-            )
-        return layers
-    # The output of the last layer is not captured by SGLang (it reads layer inputs).
-    wrong = [layer for layer in chosen if not 0 <= layer < num_layers - 1]
-    if wrong:
-        raise UserError(
-            f"draft.aux_layers holds {wrong[0]}: the target has {num_layers} layers, so 0 to {num_layers - 2} can be "
-            "captured"
-        )
-    return list(chosen)
-
-
-def _spread(num_layers: int) -> list[int]:
-    return sorted({0, max(num_layers // 2 - 1, 0), max(num_layers - 2, 0)})

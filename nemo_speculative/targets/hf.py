@@ -1,7 +1,10 @@
 """The target through transformers: any ``AutoModelForCausalLM``."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
 from nemo_speculative.progress import quiet_transformers
-from nemo_speculative.targets.base import Supervision, aux_layers_for
+from nemo_speculative.shapes import aux_layers_for
+from nemo_speculative.targets.base import Supervision
 
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 512, 1 << 13
 
@@ -35,12 +39,21 @@ class HFTarget:
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
         trust_remote_code: bool = False,
+        device_map: str | None = None,
+        max_memory: dict[str, str] | None = None,
     ):
         self.path, self.device = Path(path), torch.device(device)
         self.config = text_config(path, trust_remote_code)
         self.aux_layers = aux_layers_for(self.config.num_hidden_layers, aux_layers)
         self.tokenizer = load_tokenizer(path, trust_remote_code)
-        self.model: Any = _load_model(path, dtype, self.device, attn_implementation, trust_remote_code)
+        self.model: Any = _load_model(
+            path,
+            None if device_map else self.device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            **(_spread(device_map, max_memory) if device_map else {}),
+        )
         self.stop_ids = stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
         """The ids that end an answer: the generation configuration's, and the tokenizer's own."""
         # Greedy means the argmax: a repetition penalty that the model ships would otherwise be taken over.
@@ -48,9 +61,10 @@ class HFTarget:
         self._decoder = self.model.get_decoder()
         self._head = self.model.get_output_embeddings()
         self._embedding = self.model.get_input_embeddings()
+        self._entry, self._exit = self._embedding.weight.device, self._head.weight.device
         self._captured: dict[int, torch.Tensor] = {}
         layers = _decoder_layers(self._decoder, self.config.num_hidden_layers)
-        self.last_layer = layers[-1]
+        self.layers = layers
         for layer in self.aux_layers:
             layers[layer].register_forward_hook(self._capture(layer))
         self._check_head()
@@ -69,34 +83,91 @@ class HFTarget:
 
     @torch.no_grad()
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: Any = None
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: Any = None,
+        visible: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The decoder without the head.
 
         Args:
             input_ids: int64 [B, L].
-            positions: int64 [B, L]; where they start anew, so does attention (packed documents).
+            positions: int64 [B or 1, L]; without a cache attention starts anew where they do (packed documents).
             cache: a transformers cache, extended in place.
+            visible: bool [B or 1, L, m], which of the m cached positions, the new ones last, each position sees; None:
+                all before it.
 
         Returns:
-            aux [B, L, A * h] and last hidden state [B, L, h].
+            aux [B, L, A * h] and last hidden state [B, L, h], on ``device``.
+
+        Raises:
+            UserError: the model has layers for which no mask can be given.
         """
-        out = self._decoder(
-            input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
-        )
-        aux = torch.cat([self._captured.pop(layer) for layer in self.aux_layers], dim=-1)
-        return aux, out.last_hidden_state
+        inputs = input_ids.to(self._entry)
+        with self._masked_attention(visible is not None):
+            out = self._decoder(
+                input_ids=inputs,
+                attention_mask=None if visible is None else self._masks(visible.to(inputs.device)),
+                position_ids=None if positions is None else positions.to(inputs.device),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        hidden = out.last_hidden_state.to(self.device)
+        aux = [self._captured.pop(layer).to(self.device) for layer in self.aux_layers]
+        return torch.cat(aux, dim=-1) if aux else hidden[..., :0], hidden
+
+    def _masks(self, visible: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """``visible`` as the decoder takes it: one mask, or where its layers are of several kinds one for each."""
+        kinds = set(getattr(self.config, "layer_types", None) or ()) or {self._only_kind()}
+        unknown = kinds - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise UserError(
+                f"{self.path}: {type(self.model).__name__} has layers of the kind {sorted(unknown)[0]}, which cannot "
+                "verify several tokens at once: only full_attention and sliding_attention can"
+            )
+        masks = {"full_attention": visible, "sliding_attention": self._within_window(visible)}
+        formed = {kind: self._mask(masks[kind]) for kind in sorted(kinds)}
+        return formed if len(formed) > 1 else formed.popitem()[1]
+
+    def _only_kind(self) -> str:
+        return "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
+
+    def _within_window(self, visible: torch.Tensor) -> torch.Tensor:
+        """Of what a position sees, the last so many: in a tree the same as so many before it on its path."""
+        window = getattr(self.config, "sliding_window", None)
+        if not window or window >= visible.shape[-1]:
+            return visible
+        return visible & (visible.flip(-1).cumsum(-1).flip(-1) <= window)
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
+        mask = visible[:, None]
+        if self._decoder.config._attn_implementation == "sdpa":
+            return mask
+        lowest = torch.finfo(self.model.dtype).min
+        return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
+
+    @contextlib.contextmanager
+    def _masked_attention(self, needed: bool) -> Iterator[None]:
+        """Flash attention takes no mask per position; eager attention, which every model has, does."""
+        config = self._decoder.config
+        chosen = config._attn_implementation
+        if needed and chosen not in ("sdpa", "eager"):
+            config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = chosen
 
     def supervise(self, batch: Batch) -> Supervision:
         return Supervision(*self.forward(batch.input_ids, batch.positions))
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self._embedding(input_ids)
+        return self._embedding(input_ids.to(self._entry)).to(self.device)
 
-    @torch.no_grad()
     def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._head(last_hidden)
+        logits = self._head(last_hidden.to(self._exit)).to(self.device)
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         if scale := getattr(self.config, "logit_scale", None):  # Cohere
@@ -104,6 +175,11 @@ class HFTarget:
         if divisor := getattr(self.config, "logits_scaling", None):  # Granite
             logits = logits / divisor
         return logits
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm in front of the head, where the decoder has one under its usual name."""
+        return getattr(self._decoder, "norm", None)
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -134,15 +210,26 @@ class HFTarget:
             )
 
 
-def _load_model(path: Path, dtype: torch.dtype, device: torch.device, attention: str, trust: bool) -> Any:
+def _load_model(path: Path, device: torch.device | None, **options: Any) -> Any:
+    """On ``device``; None leaves the placement to ``options``."""
     quiet_transformers()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, use_safetensors=True
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: the target cannot be loaded: {_first_line(error)}") from error
-    return model.to(device).eval().requires_grad_(False)
+    return (model.to(device) if device else model).eval().requires_grad_(False)
+
+
+def _spread(device_map: str, max_memory: dict[str, str] | None) -> dict[str, Any]:
+    """transformers' options for a model on several devices.
+
+    Raises:
+        UserError: the package that does it is missing.
+    """
+    if find_spec("accelerate") is None:
+        raise UserError(f"model.device_map={device_map} needs the accelerate package: pip install accelerate")
+    limits = {int(key) if key.isdigit() else key: value for key, value in (max_memory or {}).items()}
+    return {"device_map": device_map, "max_memory": limits or None}
 
 
 def text_config(path: Path, trust_remote_code: bool = False) -> Any:

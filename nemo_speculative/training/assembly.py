@@ -13,31 +13,31 @@ from omegaconf import OmegaConf
 
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable
-from nemo_speculative.config.schema import Answers, Resume, TinyModelConfig, TrainJob
+from nemo_speculative.config.schema import Answers, Resume, TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.data.documents import Documents, to_documents
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.sources import Split
 from nemo_speculative.data.stream import RowStream
-from nemo_speculative.data.vocabulary import DraftVocabulary, build_vocabulary
-from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.data.vocabulary import DraftVocabulary, build_vocabulary, vocabulary_of
+from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.drafts.init import init_from_target
 from nemo_speculative.errors import UserError
 from nemo_speculative.evaluation.acceptance import measure_tau, question_prompts
 from nemo_speculative.objectives.base import Objective
-from nemo_speculative.speculative import Speculative
+from nemo_speculative.objectives.unroll import UnrollObjective
+from nemo_speculative.serving.versions import check_servable
 from nemo_speculative.targets.answers import answer, unanswered
-from nemo_speculative.targets.base import aux_layers_for
-from nemo_speculative.targets.hf import HFTarget, text_config
-from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.targets.tiny import llama_config
+from nemo_speculative.targets.describe import target_config
+from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import titan
 from nemo_speculative.training.parallelism import first_rank_first, first_rank_only
 from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.state import Position
 from nemo_speculative.training.trainer import DraftTrainer
+from nemo_speculative.training.warmstart import read_start, with_its_shape
 
 VALIDATION_SEED = 1
 
@@ -95,22 +95,32 @@ def check_target(job: TrainJob) -> None:
     Raises:
         UserError: they do not.
     """
-    if isinstance(job.model, TinyModelConfig):
-        config: Any = llama_config(job.model)
-    else:
-        config = text_config(resolve_target(job.model, weights=False), job.model.trust_remote_code)
+    config = target_config(job.model)
+    settle_draft(job, config)
     job.data.lengths(config.max_position_embeddings)
-    job.draft.resolved_vocab_size(config.vocab_size)
-    aux_layers_for(config.num_hidden_layers, job.draft.aux_layers)
+
+
+def settle_draft(job: TrainJob, config: Any) -> None:
+    """The draft's shape is that of the draft it starts from, if any, and one that can be served.
+
+    Raises:
+        UserError: it is not.
+    """
+    if start := read_start(job.draft, config):
+        for note in start.notes:
+            print(f"draft.init_from: {note}", flush=True)
+        job.draft = with_its_shape(job.draft, start)
+    check_servable(draft_shape(job, config, entries=1), job.exporter.sglang_version)
 
 
 def build_target(job: TrainJob, device: torch.device) -> HFTarget:
     """The frozen target; made or downloaded by the first rank."""
     directory = first_rank_first(lambda: get_method(job.model._target_)(job.model))
+    aux_layers = job.draft.chosen_aux_layers(target_config(job.model).num_hidden_layers)
     return instantiate(
         job.backend,
         path=directory,
-        aux_layers=job.draft.aux_layers,
+        aux_layers=aux_layers,
         dtype=getattr(torch, job.model.dtype.value),
         device=device,
         trust_remote_code=job.model.trust_remote_code,
@@ -159,14 +169,24 @@ def _documents(
     return documents
 
 
-def build_draft(job: TrainJob, target: HFTarget, vocabulary: DraftVocabulary) -> Eagle3Draft:
+def draft_shape(job: TrainJob, target_config: Any, entries: int) -> DraftShape:
+    """The draft's shape for a target, with ``entries`` of draft vocabulary."""
+    aux_layers = job.draft.chosen_aux_layers(target_config.num_hidden_layers)
+    own_head = job.draft.vocabulary(target_config.vocab_size).own_head
+    draft: type[Draft] = get_class(job.draft._target_)
+    return draft.shape_for(job.draft, target_config, aux_layers, entries if own_head else None)
+
+
+def build_draft(job: TrainJob, target: HFTarget, vocabulary: DraftVocabulary) -> Draft:
     """The draft, initialised from the seed and, where asked, from the target: the same on every rank."""
-    shape = Eagle3Shape.like_target(target.config, target.aux_layers, vocabulary.size)
     torch.manual_seed(job.seed)
-    draft = get_class(job.draft._target_)(shape)
-    draft.d2t.copy_(vocabulary.d2t)
-    draft.t2d.copy_(vocabulary.t2d)
-    init_from_target(draft, target.head_weight, target.last_layer, job.draft.init_from_target)
+    shape = draft_shape(job, target.config, vocabulary.size)
+    draft = get_class(job.draft._target_)(shape).attach(target)
+    draft.use_vocabulary(vocabulary)
+    if start := read_start(job.draft, target.config):
+        draft.load_state_dict(start.tensors)
+    else:
+        init_from_target(draft, target, job.draft.init_from_target)
     return draft
 
 
@@ -183,17 +203,20 @@ def announce(data: RunData, vocabulary: DraftVocabulary) -> None:
 
 
 def build_draft_vocabulary(job: TrainJob, target: HFTarget, training: Documents) -> DraftVocabulary:
-    """The most frequent supervised ids of the training rows."""
-    size = job.draft.resolved_vocab_size(target.config.vocab_size)
+    """The most frequent supervised ids of the training rows, or those of the draft that it starts from."""
+    start = read_start(job.draft, target.config)
+    if start and "d2t" in start.tensors:
+        return vocabulary_of(start.tensors["d2t"], training.rows, target.config.vocab_size)
+    size = job.draft.vocabulary(target.config.vocab_size)
     return build_vocabulary(training.rows, size, target.config.vocab_size)
 
 
 def build_objective(job: TrainJob, target: HFTarget) -> Objective:
-    return get_class(job.draft.objective)(
+    objective: type[UnrollObjective] = get_class(job.draft.objective)
+    return objective.build(
         target,
-        num_steps=job.draft.num_steps,
-        step_decay=job.draft.step_decay,
-        convention=job.draft.mask_convention,
+        job.draft,
+        seed=job.seed,
         tau_steps=job.exporter.num_steps,
         recompute=job.trainer.activation_checkpointing,
     )
@@ -241,7 +264,7 @@ def _pad_id(target: HFTarget) -> int:
 
 
 def build_trainer(
-    job: TrainJob, *, target: HFTarget, draft: Eagle3Draft, objective: Objective, data: RunData, run: RunDirectory,
+    job: TrainJob, *, target: HFTarget, draft: Draft, objective: Objective, data: RunData, run: RunDirectory,
     dims: titan.ParallelDims, device: torch.device,
 ) -> DraftTrainer:  # fmt: skip
     """The trainer with everything that it composes."""
@@ -263,24 +286,25 @@ def build_trainer(
         total_steps=total_steps,
         parallel_dims=dims,
         device=device,
-        saver=build_saver(job, target, draft.shape, data, run),
+        saver=build_saver(job, target, draft, data, run),
         reporter=Reporter(run.root, logger, device, total_steps),
     )
 
 
-def build_saver(job: TrainJob, target: HFTarget, shape: Eagle3Shape, data: RunData, run: RunDirectory) -> Saver:
+def build_saver(job: TrainJob, target: HFTarget, draft: Draft, data: RunData, run: RunDirectory) -> Saver:
     """What writes the checkpoints of a run, and measures each with the decoder."""
-    settings = Speculative(job.exporter.num_steps, job.exporter.topk, job.exporter.num_draft_tokens or 0)
+    settings = job.exporter.speculative
     prompts = data.prompts[: job.evaluation.selection_questions]
 
     def measure(servable: Servable) -> float:
-        draft = servable.build(target.device, getattr(torch, job.model.dtype.value))
-        return measure_tau(target, draft, prompts, settings.num_steps, job.evaluation)
+        built = servable.build(target.device, getattr(torch, job.model.dtype.value))
+        return measure_tau(target, built, prompts, settings, job.evaluation)
 
     return Saver(
         run=run,
         keep=job.trainer.keep_checkpoints,
-        shape=shape,
+        draft=type(draft),
+        shape=draft.shape,
         provenance=Provenance(str(_target_name(job, target)), target.fingerprint, job.model.dtype.value, settings, 0),
         export_dtype=getattr(torch, (job.exporter.dtype or job.model.dtype).value),
         special_ids={"bos_token_id": target.config.bos_token_id, "eos_token_id": target.config.eos_token_id},

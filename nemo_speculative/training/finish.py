@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 
 from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.checkpoints.servable import find_model, read_servable, restate
 from nemo_speculative.config.schema import TrainJob
+from nemo_speculative.drafts.base import Draft
 from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
 from nemo_speculative.evaluation.checkpoint import QUESTIONS
 from nemo_speculative.evaluation.report import describe
+from nemo_speculative.evaluation.widths import cheapest, describe_widths, measure_widths
 from nemo_speculative.serving.command import sglang_command
+from nemo_speculative.speculative import Speculative
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training.parallelism import first_rank_only
 
@@ -30,13 +33,13 @@ def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, p
     if prompts:
         rows = ({"input_ids": p, "loss_mask": [0] * len(p)} for p in prompts)
         (run.root / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        evaluation = evaluate_draft(
-            target,
-            servable.build(target.device, getattr(torch, job.model.dtype.value)),
-            prompts,
-            job.exporter.num_steps,
-            job.evaluation,
-        )
+        draft = servable.build(target.device, getattr(torch, job.model.dtype.value))
+        settings = servable.provenance.speculative
+        if job.exporter.measure_width:
+            settings = choose_width(job, target, draft, prompts)
+            for checkpoint in {servable.directory, find_model(run.root / "checkpoints" / "latest")}:
+                restate(checkpoint, settings)
+        evaluation = evaluate_draft(target, draft, prompts, settings, job.evaluation)
         summary = evaluation.summary()
         print(describe(evaluation))
     else:
@@ -46,6 +49,14 @@ def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, p
     summary |= {"checkpoint": str(step / "model"), "serve_command": sglang_command(step / "model")}
     write_summary(run.root, summary)
     print(f"checkpoint: {step / 'model'}\nserve it:   {summary['serve_command']}", flush=True)
+
+
+def choose_width(job: TrainJob, target: HFTarget, draft: Draft, prompts: Sequence[list[int]]) -> Speculative:
+    """The speculative settings whose trees cost the least time per token, and the table that says so."""
+    exporter, questions = job.exporter, prompts[: job.evaluation.selection_questions]
+    widths = measure_widths(target, draft, questions, exporter.num_steps, exporter.topk, job.evaluation)
+    print(describe_widths(widths))
+    return cheapest(widths).settings
 
 
 def write_summary(directory: Path, summary: dict[str, object]) -> None:

@@ -2,23 +2,25 @@
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 from transformers import AutoModelForCausalLM
 
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.data.documents import Documents, preview, to_documents
 from nemo_speculative.data.packing import pack
+from nemo_speculative.data.vocabulary import build_vocabulary
 from nemo_speculative.devices import choose_device
-from nemo_speculative.drafts.eagle3 import Eagle3Shape
+from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.targets import tiny
-from nemo_speculative.targets.base import aux_layers_for
 from nemo_speculative.targets.hf import load_tokenizer, stop_ids, text_config
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.training.assembly import load_split
+from nemo_speculative.training.assembly import draft_shape, load_split, settle_draft
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -32,21 +34,24 @@ def describe(job: TrainJob) -> str:
     """
     choose_device(job.trainer.device, "trainer.device")
     config, tokenizer, where = _target(job)
-    aux = aux_layers_for(config.num_hidden_layers, job.draft.aux_layers)
-    shape = Eagle3Shape.like_target(config, aux, job.draft.resolved_vocab_size(config.vocab_size))
+    settle_draft(job, config)
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
     with torch.device("meta"):
         target_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     items = load_split(job).training
     documents = _tokenized(job, items, tokenizer, config, max_length)
+    entries = build_vocabulary(documents.rows, job.draft.vocabulary(config.vocab_size), config.vocab_size).size
+    shape = draft_shape(job, config, entries)
+    aux = job.draft.chosen_aux_layers(config.num_hidden_layers)
+    parameters = _num_parameters(get_class(job.draft._target_), shape)
     lines = [
         f"target    {where}: {target_parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, "
         f"{job.model.dtype.value}, aux layers {aux}",
-        f"draft     {shape.num_parameters / 1e6:.1f} M parameters, {shape.draft_vocab_size} of {config.vocab_size} "
+        f"draft     {parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.num_steps} steps, computed in {job.trainer.dtype.value}",
         f"data      {len(items)} conversations: {_data_line(job, documents, items)}",
         f"training  {_steps_line(job, documents, row_tokens)}",
-        *_memory_lines(job, shape, target_parameters, row_tokens),
+        *_memory_lines(job, shape, Sizes(target_parameters, parameters, entries, row_tokens)),
         f"writes    {Path(job.output_dir).resolve()}",
     ]
     if documents.rows:
@@ -97,15 +102,30 @@ def _steps_line(job: TrainJob, documents: Documents, row_tokens: int) -> str:
     )
 
 
-def _memory_lines(job: TrainJob, shape: Eagle3Shape, target_parameters: int, row_tokens: int) -> list[str]:
+def _num_parameters(draft: type[Draft], shape: DraftShape) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in draft(shape).parameters())  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on beside the layer's shape."""
+
+    target_parameters: int
+    draft_parameters: int
+    draft_vocab_size: int
+    row_tokens: int
+
+
+def _memory_lines(job: TrainJob, shape: DraftShape, sizes: Sizes) -> list[str]:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     shards = max(ranks // job.parallelism.replicate, 1) if job.parallelism.shard == -1 else job.parallelism.shard
     compute = BYTES[job.trainer.dtype.value]
-    target = target_parameters * BYTES[job.model.dtype.value] / GB
+    target = sizes.target_parameters * BYTES[job.model.dtype.value] / GB
     # float32 weights, gradients and two AdamW moments, sharded; the gathered copy and its gradient, whole.
-    states = shape.num_parameters * 16 / shards / GB
-    gathered = shape.num_parameters * (compute + compute) / GB if shards > 1 or compute < 4 else 0.0
-    activations = _activation_bytes(job, shape, row_tokens, compute) / GB
+    states = sizes.draft_parameters * 16 / shards / GB
+    gathered = sizes.draft_parameters * (compute + compute) / GB if shards > 1 or compute < 4 else 0.0
+    activations = _activation_bytes(job, shape, sizes, compute) / GB
     total = target + states + gathered + activations
     return [
         f"memory    about {total:.2f} GB a device on {ranks} rank(s): target {target:.2f}, draft and optimizer "
@@ -113,14 +133,14 @@ def _memory_lines(job: TrainJob, shape: Eagle3Shape, target_parameters: int, row
     ]
 
 
-def _activation_bytes(job: TrainJob, shape: Eagle3Shape, row_tokens: int, compute: int) -> float:
+def _activation_bytes(job: TrainJob, shape: DraftShape, sizes: Sizes, compute: int) -> float:
     """What an unroll keeps for its backward pass, were every token supervised."""
     rows = min(job.trainer.micro_batch_size, job.trainer.global_batch_size)
-    tokens, steps = rows * row_tokens, job.draft.num_steps
+    tokens, steps = rows * sizes.row_tokens, job.draft.num_steps
     heads = shape.num_heads * shape.head_dim
-    layer = tokens * compute * (8 * shape.hidden_size + 4 * heads + 4 * shape.intermediate_size)
-    scores = rows * shape.num_heads * row_tokens**2 * (4 + compute)
-    logits = tokens * shape.draft_vocab_size * 4 * 2
-    labels = tokens * shape.draft_vocab_size * 4
+    layer = shape.num_layers * tokens * compute * (8 * shape.hidden_size + 4 * heads + 4 * shape.intermediate_size)
+    scores = shape.num_layers * rows * shape.num_heads * sizes.row_tokens**2 * (4 + compute)
+    logits = tokens * sizes.draft_vocab_size * 4 * 2
+    labels = tokens * sizes.draft_vocab_size * 4
     per_step = layer + scores + logits
     return labels + (per_step if job.trainer.activation_checkpointing else steps * per_step)

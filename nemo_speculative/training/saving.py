@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable, read_servable, write_servable
-from nemo_speculative.drafts.eagle3 import Eagle3Shape
+from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.errors import UserError
 from nemo_speculative.training.parallelism import first_rank_only
 from nemo_speculative.training.state import Position, ResumeState, root_cause
@@ -25,7 +25,8 @@ class Saver:
 
     run: RunDirectory
     keep: int
-    shape: Eagle3Shape
+    draft: type[Draft]
+    shape: DraftShape
     provenance: Provenance
     export_dtype: torch.dtype
     special_ids: dict[str, Any]
@@ -47,7 +48,8 @@ class Saver:
         Raises:
             UserError: it could not be written; the checkpoints before it are as they were.
         """
-        weights = get_model_state_dict(trainee, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        with state.average.applied():
+            weights = get_model_state_dict(trainee, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
         def finish() -> None:
             partial = self.run.partial(step)
@@ -72,7 +74,9 @@ class Saver:
     def _write_model(self, partial: Path, step: int, weights: Mapping[str, Any]) -> None:
         tensors = {name.removeprefix("draft."): value for name, value in weights.items()}
         provenance = replace(self.provenance, step=step)
-        write_servable(partial / "model", tensors, self.shape, provenance, self.export_dtype, self.special_ids)
+        write_servable(
+            partial / "model", self.draft, tensors, self.shape, provenance, self.export_dtype, self.special_ids
+        )
 
     def load_latest(self, state: ResumeState) -> Position | None:
         """Loads the newest checkpoint into ``state``; None where there is none.

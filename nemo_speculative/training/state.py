@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
+from nemo_speculative.training.ema import WeightAverage
 
 FREE_TO_CHANGE = (
     "resume", "plan", "output_dir", "logger", "parallelism", "exporter.dtype", "exporter.topk",
@@ -83,11 +84,16 @@ def _select(config: dict[str, Any], key: str) -> Any:
 class ResumeState:
     """The tensors of a run: what :func:`save` writes and :func:`load` puts back in place."""
 
-    def __init__(self, model: nn.Module, optimizers: titan.OptimizersContainer, schedules: titan.LRSchedulersContainer):
+    def __init__(
+        self, model: nn.Module, optimizers: titan.OptimizersContainer, schedules: titan.LRSchedulersContainer,
+        average: WeightAverage,
+    ):  # fmt: skip
         self.model, self.optimizers, self.schedules = titan.ModelWrapper(model), optimizers, schedules
+        self.average = average
 
     def _states(self) -> dict[str, Any]:
-        return {**self.model.state_dict(), "optimizer": self.optimizers, "lr_scheduler": self.schedules}
+        rest = {"optimizer": self.optimizers, "lr_scheduler": self.schedules, "ema": self.average}
+        return {**self.model.state_dict(), **rest}
 
     def save(self, checkpoint: Path) -> None:
         """Writes on every rank at once."""

@@ -18,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.stream import RowStream
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
+from nemo_speculative.drafts.base import Draft
 from nemo_speculative.errors import UserError
 from nemo_speculative.objectives.base import LossSum, Objective
 from nemo_speculative.targets.base import Supervision, Target
 from nemo_speculative.training import titan
 from nemo_speculative.training.clock import Clock
+from nemo_speculative.training.ema import WeightAverage
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
 from nemo_speculative.training.parallelism import shard_draft
 from nemo_speculative.training.reporting import Reporter
@@ -36,7 +37,7 @@ INTERRUPTED = 130
 class Trainee(nn.Module):
     """What FSDP wraps: one forward is one loss, so that the parameters are gathered once per micro-batch."""
 
-    def __init__(self, draft: Eagle3Draft, objective: Objective):
+    def __init__(self, draft: Draft, objective: Objective):
         super().__init__()
         self.draft, self.objective = draft, objective
 
@@ -58,7 +59,7 @@ class DraftTrainer:
     """Trains a draft against a frozen target; ``saver`` writes its checkpoints, ``reporter`` its metrics."""
 
     def __init__(
-        self, job: TrainJob, *, target: Target, draft: Eagle3Draft, objective: Objective, stream: RowStream,
+        self, job: TrainJob, *, target: Target, draft: Draft, objective: Objective, stream: RowStream,
         validation: list[Batch], total_steps: int, parallel_dims: titan.ParallelDims, device: torch.device,
         saver: Saver, reporter: Reporter,
     ):  # fmt: skip
@@ -67,12 +68,14 @@ class DraftTrainer:
         self.parallel_dims, self.saver, self.reporter = parallel_dims, saver, reporter
         self.step, self.total_steps = 0, total_steps
         if job.trainer.compile:
-            draft.midlayer.finish = torch.compile(draft.midlayer.finish)  # type: ignore[method-assign]
+            for layer in draft.stack:
+                layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         dtype = getattr(torch, job.trainer.dtype.value)
         self.trainee = shard_draft(Trainee(draft.to(device), objective), parallel_dims, dtype)
         self.optimizers = build_optimizers(job.optimizer, self.trainee)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
-        self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers)
+        self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
+        self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average)
         self.clock, self.learning_rate = Clock(device), 0.0
         self._unchecked: list[Taken] = []
         self._stop = threading.Event()
@@ -149,6 +152,7 @@ class DraftTrainer:
             self.lr_schedulers.step()
             self.optimizers.zero_grad()
         self.step += 1
+        self.average.update(self.step)
         ids = tuple(i for batch in batches for i in batch.ids)
         norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
         # Both at once: a gradient can overflow where the loss does not.
@@ -208,12 +212,13 @@ class DraftTrainer:
         if not self.validation:
             return {}
         sums: dict[str, torch.Tensor] = {}
-        for batch in self.validation:
-            moved = batch.to(self.device)
-            out = self.trainee(moved, self.target.supervise(moved), self.objective.counts(batch))
-            sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
-        if isinstance(self.trainee, FSDPModule):
-            self.trainee.reshard()  # no backward pass will
+        with self.average.applied():
+            for batch in self.validation:
+                moved = batch.to(self.device)
+                out = self.trainee(moved, self.target.supervise(moved), self.objective.counts(batch))
+                sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
+            if isinstance(self.trainee, FSDPModule):
+                self.trainee.reshard()  # no backward pass will
         return {f"val/{name}": value for name, value in self.objective.metrics(reduce_sums(sums)).items()}
 
     def _report_and_save(self, metrics: dict[str, float], save: bool, measure: bool) -> None:

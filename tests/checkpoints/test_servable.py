@@ -40,6 +40,7 @@ SHAPE = Eagle3Shape(
     vocab_size=20,
     draft_vocab_size=6,
     aux_layers=(1, 3, 4),
+    target_hidden_size=8,
 )
 CONTRACT = {
     "fc.weight": [8, 24],  # [h, 3 * h_target]
@@ -73,7 +74,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write(directory: Path, values=None, shape: Eagle3Shape = SHAPE, dtype=torch.float32) -> Path:
-    write_servable(directory, tensors() if values is None else values, shape, PROVENANCE, dtype, SPECIAL)
+    write_servable(directory, Eagle3Draft, tensors() if values is None else values, shape, PROVENANCE, dtype, SPECIAL)
     return directory
 
 
@@ -297,16 +298,15 @@ def test_the_writer_refuses_a_shape_that_cannot_be_served(tmp_path, change, expe
 
 
 CHANGED = [
-    ("architectures", ["LlamaForCausalLM"], "expected ['LlamaForCausalLMEagle3']"),
-    ("architectures", [], "expected ['LlamaForCausalLMEagle3']"),
+    ("architectures", ["LlamaForCausalLM"], "expected one of LlamaForCausalLMEagle, LlamaForCausalLMEagle3"),
+    ("architectures", [], "expected one of LlamaForCausalLMEagle, LlamaForCausalLMEagle3"),
+    ("architectures", ["LlamaForCausalLMEagle"], "eagle_config belongs to EAGLE-3"),
     ("model_type", "qwen3", "expected 'llama'"),
-    ("num_hidden_layers", 2, "expected 1"),
     ("hidden_act", "gelu", "expected 'silu'"),
     ("tie_word_embeddings", True, "expected False"),
     ("attention_bias", True, "expected False"),
     ("mlp_bias", True, "expected False"),
     ("num_aux_hidden_states", 2, "expected 3"),
-    ("target_hidden_size", 16, "expected 8"),
     ("rope_theta", 10000.0, "expected 500000.0"),
     ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "expected None"),
     ("rope_parameters", None, "expected an object"),
@@ -315,7 +315,6 @@ CHANGED = [
     ("head_dim", None, "expected a number above 0"),
     ("rms_norm_eps", "small", "expected a number above 0"),
     ("vocab_size", 20.0, "expected a number above 0"),
-    ("draft_vocab_size", None, "expected a number above 0"),
     ("draft_vocab_size", 21, "draft_vocab_size is 21, vocab_size 20"),
     ("eagle_config", None, "expected use_aux_hidden_state=true and distinct layer ids"),
     ("eagle_config", {"use_aux_hidden_state": True}, "expected use_aux_hidden_state=true"),
@@ -347,6 +346,23 @@ def test_layers_that_make_another_network_do_not_fit_the_tensors(model):
 
 
 OPTIONAL = {"bos_token_id", "eos_token_id", "torch_dtype", "nemo_speculative"}
+
+
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("num_hidden_layers", 2, "layers.1.hidden_norm.weight is missing"),
+        ("target_hidden_size", 16, "embed_tokens.weight is missing"),
+        ("draft_vocab_size", None, "lm_head.weight is unknown"),
+        ("fc_norm", True, "fc_norm.2.weight is missing"),
+        ("norm_before_fc", True, "input_norm.weight is missing"),
+    ],
+)
+def test_a_field_that_describes_another_network(model, field, value, expected):
+    config = config_of(model)
+    (model / "config.json").write_text(json.dumps(config | {field: value}))
+    message = refusal(lambda: read_servable(model))
+    assert message.startswith(f"{model}/model.safetensors: ") and expected in message
 
 
 def test_every_missing_field_is_named(model):

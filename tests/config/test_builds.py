@@ -1,16 +1,18 @@
 """What every YAML names can be built: each option of conf/ through the code that a recipe would use."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+import yaml
 from hydra.utils import get_class, get_method, instantiate
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from nemo_speculative.config.app import to_job
+from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets import tiny
-from nemo_speculative.targets.base import aux_layers_for
 from nemo_speculative.targets.hf import text_config
 from nemo_speculative.training import assembly
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
@@ -51,7 +53,7 @@ def test_model(option, target_dir, monkeypatch):
         config = text_config(get_method(job.model._target_)(job.model))
     with torch.device("meta"):
         assert AutoModelForCausalLM.from_config(config).num_parameters() > 0
-    assert len(aux_layers_for(config.num_hidden_layers, job.draft.aux_layers)) == 3
+    assert len(job.draft.chosen_aux_layers(config.num_hidden_layers)) == 3
 
 
 @pytest.mark.parametrize("option", options("backend"))
@@ -62,11 +64,19 @@ def test_backend(option, target_dir):
 
 @pytest.mark.parametrize("option", options("draft"))
 def test_draft(option, target):
-    job = job_of(f"draft={option}", "draft.vocab_size=50")
+    entries = 50 if "eagle3" in option else target.config.vocab_size
+    job = job_of(f"draft={option}", *(["draft.vocab_size=50"] if entries == 50 else []))
     rows = assembly.to_documents([], target.tokenizer, target.stop_ids, 64, 300)
     draft = assembly.build_draft(job, target, assembly.build_draft_vocabulary(job, target, rows))
-    assert isinstance(draft, get_class(job.draft._target_)) and len(draft.draft_ids) == 50
+    assert isinstance(draft, get_class(job.draft._target_)) and len(draft.draft_ids) == entries
     assert assembly.build_objective(job, target).num_steps == job.draft.num_steps
+
+
+@pytest.mark.parametrize("option", options("loss"))
+def test_loss(option, target):
+    distance = assembly.build_objective(job_of(f"loss={option}"), target).distance
+    logits = torch.zeros(2, 5)
+    assert distance(logits, logits.softmax(-1)).shape == (2,)
 
 
 @pytest.mark.parametrize("option", options("data"))
@@ -87,6 +97,12 @@ def test_optimizer(option):
     assert build_schedules(config, optimizers, 10).schedulers[0].get_last_lr()[0] > 0
 
 
+@pytest.mark.parametrize("option", options("form"))
+def test_form(option):
+    form = instantiate(dataclasses.asdict(to_job(composed("convert_draft", f"form={option}")).form))
+    assert callable(form.write)
+
+
 @pytest.mark.parametrize("option", options("logger"))
 def test_logger(option, tmp_path):
     logger = instantiate(
@@ -99,5 +115,14 @@ def test_logger(option, tmp_path):
 def test_groups_of_plain_values_have_no_other_options():
     """These name nothing to build; an option that does belongs to a test above."""
     plain = {"parallelism", "trainer", "exporter", "evaluation", "hydra"}
-    built = {"model", "backend", "draft", "data", "optimizer", "logger"}
-    assert {group for group, _ in GROUPS} == plain | built
+    built = {"model", "backend", "draft", "loss", "data", "optimizer", "logger", "form"}
+    assert {group for group, _ in GROUPS} == plain | built | {"model_draft"}
+
+
+@pytest.mark.parametrize("option", options("model_draft"))
+def test_what_suits_a_draft_on_a_model(option):
+    """Named after a model and a draft, and composed with them."""
+    model, draft = next((m, d) for m in options("model") for d in options("draft") if option == f"{m}_{d}")
+    suited = yaml.safe_load((CONF / "model_draft" / f"{option}.yaml").read_text())
+    config = composed("train_eagle3", f"model={model}", f"draft={draft}")
+    assert suited and OmegaConf.merge(config, suited) == config

@@ -2,8 +2,15 @@
 
 import pytest
 
-from nemo_speculative.config.schema import DataConfig, DraftConfig, ExporterConfig, TrainerConfig
+from nemo_speculative.config.schema import (
+    DataConfig,
+    Eagle3DraftConfig,
+    EagleDraftConfig,
+    ExporterConfig,
+    TrainerConfig,
+)
 from nemo_speculative.errors import UserError
+from nemo_speculative.shapes import VocabularySize
 
 
 def data(**values) -> DataConfig:
@@ -43,15 +50,37 @@ def test_lengths_that_contradict_each_other(given, context, expected):
 
 @pytest.mark.parametrize(
     ("given", "target", "expected"),
-    [("auto", 128256, 32000), ("auto", 32000, 32000), ("auto", 300, 300), (100, 300, 100), (300, 300, 300)],
+    [
+        ("auto", 128256, VocabularySize(32000)),
+        ("auto", 32000, VocabularySize(32000)),
+        ("auto", 300, VocabularySize(300)),
+        (100, 300, VocabularySize(100)),
+        (300, 300, VocabularySize(300)),
+        ("full", 300, VocabularySize(300)),
+        ("target_head", 300, VocabularySize(300, own_head=False)),
+        ("99.5%", 300, VocabularySize(None, 0.995)),
+        ("100%", 300, VocabularySize(None, 1.0)),
+    ],
 )
-def test_resolved_vocab_size(given, target, expected):
-    assert DraftConfig(vocab_size=given).resolved_vocab_size(target) == expected
+def test_vocabulary_size(given, target, expected):
+    assert Eagle3DraftConfig(vocab_size=given).vocabulary(target) == expected
+
+
+def test_eagle1_drafts_any_id():
+    assert EagleDraftConfig().vocabulary(300) == VocabularySize(300)
+
+
+@pytest.mark.parametrize("given", [0, -1, True, 2.5, "all", "0%", "101%", "99.5", None, "%"])
+def test_a_vocabulary_of_no_known_form(given):
+    with pytest.raises(
+        UserError, match=r"^draft\.vocab_size is .*: expected a number above 0, a coverage such as 99.5%"
+    ):
+        Eagle3DraftConfig(vocab_size=given)
 
 
 def test_a_draft_vocabulary_larger_than_the_targets():
     with pytest.raises(UserError) as caught:
-        DraftConfig(vocab_size=301).resolved_vocab_size(300)
+        Eagle3DraftConfig(vocab_size=301).vocabulary(300)
     assert str(caught.value) == (
         "draft.vocab_size is 301, larger than the target's vocabulary of 300: set draft.vocab_size=300 or less, or auto"
     )
@@ -60,12 +89,12 @@ def test_a_draft_vocabulary_larger_than_the_targets():
 @pytest.mark.parametrize("layers", [[1, 1], [1, 3, 4, 3], []])
 def test_aux_layers_must_be_distinct(layers):
     with pytest.raises(UserError, match=r"draft\.aux_layers is .*: expected distinct layers"):
-        DraftConfig(aux_layers=layers)
+        Eagle3DraftConfig(aux_layers=layers)
 
 
 @pytest.mark.parametrize("layers", [None, [5], [1, 3, 4]])
 def test_aux_layers_that_are_distinct(layers):
-    assert DraftConfig(aux_layers=layers).aux_layers == layers
+    assert Eagle3DraftConfig(aux_layers=layers).aux_layers == layers
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ WRONG_TYPE = [
     ("data.answers=mine", "'mine'", "[given, target]"),
     ("resume=always", "'always'", "[never, auto]"),
     ("draft.mask_convention=ours", "'ours'", "[serving, official, automodel]"),
-    ("optimizer.decay_type=step", "'step'", "[linear, cosine, sqrt]"),
+    ("optimizer.decay_type=step", "'step'", "[constant, linear, cosine, sqrt]"),
 ]
 
 
@@ -78,10 +78,10 @@ def test_a_wrong_type_names_the_override_what_was_found_and_what_is_expected(ove
 WRONG_VALUE = [
     ("model.num_layers=5", "model.num_layers is 5: the embedded target needs at least 7"),
     ("draft.num_steps=0", "draft.num_steps is 0: it must be greater than 0"),
-    ("draft.vocab_size=-1", "draft.vocab_size is -1: expected a number above 0, or auto"),
-    ("draft.vocab_size=many", "draft.vocab_size is 'many': expected a number above 0, or auto"),
-    ("draft.vocab_size=true", "draft.vocab_size is True: expected a number above 0, or auto"),
-    ("draft.vocab_size=1.5", "draft.vocab_size is 1.5: expected a number above 0, or auto"),
+    ("draft.vocab_size=-1", "draft.vocab_size is -1: expected a number above 0, a coverage such as"),
+    ("draft.vocab_size=many", "draft.vocab_size is 'many': expected a number above 0, a coverage such as"),
+    ("draft.vocab_size=true", "draft.vocab_size is True: expected a number above 0, a coverage such as"),
+    ("draft.vocab_size=1.5", "draft.vocab_size is 1.5: expected a number above 0, a coverage such as"),
     (
         "draft.aux_layers=[1,3,1]",
         "draft.aux_layers is [1, 3, 1]: expected distinct layers in ascending order, e.g. [1, 3, 4]",

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from nemo_speculative.config.schema import InitFromTarget
-from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
-from nemo_speculative.drafts.init import LOW_AUX_SCALE, init_from_target
+from nemo_speculative.drafts.eagle3 import LOW_AUX_SCALE, Eagle3Draft, Eagle3Shape
+from nemo_speculative.drafts.init import init_from_target
 from nemo_speculative.errors import UserError
 
 PARTS = ("head", "layer", "fc")
@@ -18,7 +20,7 @@ def drafts(target, chosen):
         draft.d2t.copy_(torch.arange(0, 280, 7)[:40] - torch.arange(40))
         made.append(draft)
     parts = InitFromTarget(**{part: part in chosen for part in PARTS})
-    init_from_target(made[1], target.head_weight, target.last_layer, parts)
+    init_from_target(made[1], target, parts)
     return made
 
 
@@ -39,7 +41,7 @@ def test_each_part_changes_its_own_weights_and_no_others(target):
 
 def test_the_weights_are_the_targets(target):
     before, after = drafts(target, PARTS)
-    hidden, layer = target.config.hidden_size, target.last_layer
+    hidden, layer = target.config.hidden_size, target.layers[-1]
     assert torch.equal(after.lm_head.weight, target.head_weight[torch.arange(0, 280, 7)[:40]])
     for name in ("q_proj", "k_proj", "v_proj"):
         own = getattr(after.midlayer.self_attn, name).weight
@@ -54,5 +56,6 @@ def test_the_weights_are_the_targets(target):
 
 def test_a_layer_of_another_form_is_refused_by_name(target):
     draft = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, 40))
-    with pytest.raises(UserError, match=r"no input_layernorm.weight of shape.*init_from_target.layer=false"):
-        init_from_target(draft, target.head_weight, torch.nn.Linear(2, 2), InitFromTarget())
+    other = SimpleNamespace(head_weight=target.head_weight, final_norm=None, layers=[torch.nn.Linear(2, 2)])
+    with pytest.raises(UserError, match=r"no hidden_norm.weight of shape.*init_from_target.layer=false"):
+        init_from_target(draft, other, InitFromTarget())

@@ -39,13 +39,14 @@ def settings(target_dir, data_file) -> list[str]:
     ]  # fmt: skip
 
 
-def run(*command: str, ranks: int = 1, timeout: int = 240) -> subprocess.CompletedProcess:
-    """A program of the repository in a process of its own."""
+def run(*command: str, ranks: int = 1, timeout: int = 240, path: str = "") -> subprocess.CompletedProcess:
+    """A program of the repository in a process of its own, which also imports from ``path``."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), path)))}
     return subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=ROOT, check=False
+        [*launcher, *command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False
     )
 
 

@@ -3,23 +3,24 @@
 import pytest
 
 from benchmarks.textbook import textbook_loss
-from tests.objectives.test_eagle3 import (
+from tests.objectives.cases import (
     DECAY,
     STEPS,
     FrozenStandIn,
     assert_same_gradients,
+    eagle3,
     lay_out,
     make_documents,
-    make_draft,
     run,
 )
 
 
 @pytest.mark.parametrize("draft_vocab", [23, 9])
 def test_textbook_and_ours_give_one_loss_and_one_gradient(draft_vocab):
-    draft, documents = make_draft(draft_vocab), make_documents([13, 9, 21, 6])
+    case, documents = eagle3(draft_vocab), make_documents([13, 9, 21, 6])
+    draft = case.make_draft()
     rows = [documents[:2], documents[2:]]
-    expected, expected_gradients, _ = run(draft, [(rows, 32)])
+    expected, expected_gradients, _ = run(draft, case.make_objective(), [(rows, 32)])
     draft.zero_grad()
     loss = textbook_loss(draft, FrozenStandIn(), *lay_out(rows, 32), STEPS, DECAY)
     loss.backward()

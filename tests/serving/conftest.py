@@ -45,12 +45,12 @@ def run_dir(tmp_path: Path) -> Path:
     """A run directory, with a space in its path, whose only checkpoint is the best one."""
     shape = Eagle3Shape(hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=1, head_dim=4, rms_norm_eps=1e-6,
                         max_positions=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-                        vocab_size=16, draft_vocab_size=16, aux_layers=(1, 3, 4))  # fmt: skip
+                        vocab_size=16, draft_vocab_size=16, aux_layers=(1, 3, 4), target_hidden_size=8)  # fmt: skip
     provenance = Provenance("org/target", "0" * 16, "bfloat16", Speculative(5, 1, 6), step=3)
     run = tmp_path / "my run"
     step = run / "checkpoints" / "step_3"
     ids = {"bos_token_id": 0, "eos_token_id": 1}
-    write_servable(step / "model", Eagle3Draft(shape).state_dict(), shape, provenance, torch.float32, ids)
+    write_servable(step / "model", Eagle3Draft, Eagle3Draft(shape).state_dict(), shape, provenance, torch.float32, ids)
     (step.parent / "best").symlink_to(step.name)
     return run
 

@@ -1,12 +1,13 @@
-"""A run directory without a training run: a random target, a random draft, and one that learnt a little.
+"""Run directories without a training run: a random target, and drafts of the family that learnt a little.
 
 The target's weights are drawn wide, so that its choices are far from a tie, and what its layers add is damped, so that
-its text is neither a loop nor chaos: the trained draft agrees with it for whole, half and no chains.
+its text is neither a loop nor chaos: the drafts agree with it for whole, half and no chains.
 """
 
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,32 +15,42 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
+from nemo_speculative.data.vocabulary import DraftVocabulary
+from nemo_speculative.drafts.base import Draft
+from nemo_speculative.drafts.eagle import EagleDraft
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
 from nemo_speculative.targets.hf import HFTarget, target_fingerprint
 
+NAMES = ("eagle3", "eagle3_1", "eagle1")
 VOCAB, DRAFT_VOCAB, CONTEXT = 256, 200, 512
-ANSWER = 48
 SPREAD, DAMPING = 0.15, 0.03
-TRAINING_ROWS, TRAINING_STEPS, UNROLL = 96, 160, 3
+ROWS, LENGTH, BATCH, EPOCHS, UNROLL = 96, 48, 16, 12, 3
 SETTINGS = Speculative(num_steps=5, topk=1, num_draft_tokens=6)
 
 
-def make_runs(root: Path, num_questions: int) -> dict[str, Path]:
-    """Run directories of a "random" and a "trained" draft for one target, in ``root``."""
+def make_runs(root: Path, num_questions: int, max_new_tokens: int) -> dict[str, Path]:
+    """Run directories of drafts for one target, by their :data:`NAMES`, in ``root``."""
     torch.manual_seed(0)
     draw = random.Random(0)
     questions = [[draw.randrange(VOCAB) for _ in range(draw.randint(4, 40))] for _ in range(num_questions)]
     model = _make_model()
-    texts = _greedy(model, torch.randint(VOCAB, (TRAINING_ROWS, 16)).tolist())
-    eos = _stop_token([_greedy(model, [question])[0] for question in questions])
+    texts = torch.tensor(_greedy(model, torch.randint(VOCAB, (ROWS, 16)).tolist(), LENGTH))
+    eos = _stop_token([_greedy(model, [question], max_new_tokens)[0] for question in questions])
     target = _save(model, eos, root / "the target")  # a path with a space, on purpose
-    draft = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, DRAFT_VOCAB))
-    ids = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
-    draft.d2t.copy_(ids - torch.arange(DRAFT_VOCAB))
-    draft.t2d.zero_()[ids] = True
-    runs = {"random": _write_run(root / "random", target, draft, questions)}
-    _train(draft, target, torch.tensor(texts))
-    return {**runs, "trained": _write_run(root / "trained", target, draft, questions)}
+    runs = {}
+    for name, draft in _random_drafts(target).items():
+        _train(draft.attach(target), target, texts)
+        runs[name] = _write_run(root / name, target, draft, questions)
+    return runs
+
+
+def _random_drafts(target: HFTarget) -> dict[str, Draft]:
+    like = (target.config, target.aux_layers, DRAFT_VOCAB)
+    eagle3 = Eagle3Draft(Eagle3Shape.like_target(*like))
+    eagle3_1 = Eagle3Draft(Eagle3Shape.like_target(*like, num_layers=2, fc_norm=True, norm_output=True))
+    for draft in (eagle3, eagle3_1):
+        draft.use_vocabulary(DraftVocabulary(torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values, VOCAB, coverage=1.0))
+    return dict(zip(NAMES, (eagle3, eagle3_1, EagleDraft(EagleDraft.shape_for(None, target.config))), strict=True))
 
 
 def _make_model() -> LlamaForCausalLM:
@@ -70,37 +81,37 @@ def _stop_token(answers: list[list[int]]) -> int:
     return min(late, key=lambda t: abs(sum(t in answer for answer in answers) - len(answers) / 3))
 
 
-def _greedy(model: LlamaForCausalLM, prompts: list[list[int]]) -> list[list[int]]:
+def _greedy(model: Any, prompts: list[list[int]], length: int) -> list[list[int]]:
     """The answers to prompts of one length, before there is a stop token."""
     ids = torch.tensor(prompts)
-    return model.generate(ids, max_new_tokens=ANSWER, do_sample=False, pad_token_id=0)[:, ids.shape[1] :].tolist()
+    return model.generate(ids, max_new_tokens=length, do_sample=False, pad_token_id=0)[:, ids.shape[1] :].tolist()
 
 
-def _train(draft: Eagle3Draft, target: HFTarget, tokens: torch.Tensor) -> None:
+def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
     """A plain loop of its own on ``tokens`` [B, L]: the judge must not lean on the trainer that it judges."""
-    draft.lm_head.weight.data.copy_(target.head_weight[draft.draft_ids])
-    positions = torch.arange(ANSWER).expand_as(tokens)
-    aux, hidden = target.forward(tokens, positions)
-    best = target.logits(hidden).argmax(-1)
-    slots = torch.arange(ANSWER - UNROLL - 1).expand(len(tokens), -1)
-    draft_id = torch.full((VOCAB,), -100).index_put((draft.draft_ids,), torch.arange(DRAFT_VOCAB))
+    with torch.no_grad():
+        draft.start_head(target.head_weight, None)
+        draft.start_fc()
+    positions = torch.arange(tokens.shape[1]).expand(BATCH, -1)
+    slots = torch.arange(tokens.shape[1] - UNROLL - 1).expand(BATCH, -1)
+    draft_id = torch.full((VOCAB,), -100).index_put((draft.draft_ids,), torch.arange(len(draft.draft_ids)))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
-    for _ in range(TRAINING_STEPS):
-        outputs = draft.unroll(target.embed(tokens), aux, positions, torch.zeros_like(tokens), slots, UNROLL)
-        losses = [
-            cross_entropy(draft.logits(output).flatten(0, 1), draft_id[best.gather(1, slots + 1 + i)].flatten())
-            for i, output in enumerate(outputs)
-        ]
-        torch.stack(losses).sum().backward()
+    for rows in tokens.split(BATCH) * EPOCHS:
+        aux, hidden = target.forward(rows, positions)
+        best = draft_id[target.logits(hidden).argmax(-1)]
+        features = draft.read(aux, hidden)
+        outputs = draft.unroll(draft.embed(rows), features, positions, torch.zeros_like(rows), slots, UNROLL)
+        labels = torch.stack([best.gather(1, slots + 1 + step) for step in range(UNROLL)])
+        cross_entropy(draft.logits(torch.stack(outputs)).flatten(0, 2), labels.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def _write_run(run: Path, target: HFTarget, draft: Eagle3Draft, questions: list[list[int]]) -> Path:
+def _write_run(run: Path, target: HFTarget, draft: Draft, questions: list[list[int]]) -> Path:
     step = run / "checkpoints" / "step_1"
     provenance = Provenance(str(target.path), target_fingerprint(target.path), "float32", SETTINGS, step=1)
     ids = {"bos_token_id": None, "eos_token_id": target.config.eos_token_id}
-    write_servable(step / "model", draft.state_dict(), draft.shape, provenance, torch.float32, ids)
+    write_servable(step / "model", type(draft), draft.state_dict(), draft.shape, provenance, torch.float32, ids)
     (step.parent / "best").symlink_to(step.name)
     (run / "questions.jsonl").write_text("".join(json.dumps({"input_ids": q}) + "\n" for q in questions))
     return run

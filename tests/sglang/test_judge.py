@@ -1,53 +1,170 @@
 """What the real SGLang makes of our checkpoints: it loads all of them, answers the same, and counts as we count."""
 
+import json
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_speculative.checkpoints.servable import read_servable
-from nemo_speculative.decoding.drafters import Eagle3Drafter
-from nemo_speculative.decoding.generate import Generation, generate_greedy
+from nemo_speculative.checkpoints.servable import Servable, read_servable
+from nemo_speculative.decoding.drafters import EagleDrafter
+from nemo_speculative.decoding.generate import Generation, generate
+from nemo_speculative.decoding.growth import growth_for
 from nemo_speculative.serving.command import ServeOptions
+from nemo_speculative.speculative import Speculative
 from nemo_speculative.targets.hf import HFTarget
+from tests.sglang.conftest import (
+    MAX_NEW_TOKENS,
+    NUM_QUESTIONS,
+    RUN,
+    Answer,
+    Ask,
+    Questions,
+    with_draft,
+    without_draft,
+)
+from tests.sglang.family import ignored, never_loaded
+from tests.sglang.random_run import NAMES, make_runs
+
+TREE = Speculative(num_steps=3, topk=4, num_draft_tokens=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint on trial."""
+
+    name: str
+    options: ServeOptions
+    servable: Servable
+    questions: Questions
+
+    @property
+    def target(self) -> HFTarget:
+        return HFTarget(Path(self.options.target), aux_layers=self.servable.aux_layers)
 
 
 @pytest.fixture(scope="session")
-def decoded(case) -> list[Generation]:
-    """Our own decoder on the same questions."""
-    draft = read_servable(case.options.draft)
-    target = HFTarget(Path(case.options.target), aux_layers=list(draft.shape.aux_layers))
-    drafter = Eagle3Drafter(draft.build(), target, case.options.speculative.num_steps)
-    return [generate_greedy(target, drafter, q, case.max_new_tokens, case.stop_ids) for q in case.questions]
+def cases(tmp_path_factory, options_for) -> dict[str, Case]:
+    runs = {"run": Path(RUN)} if RUN else make_runs(tmp_path_factory.mktemp("runs"), NUM_QUESTIONS, MAX_NEW_TOKENS)
+    return {name: _case(name, run, options_for(run)) for name, run in runs.items()}
+
+
+def _case(name: str, run: Path, options: ServeOptions) -> Case:
+    lines = (run / "questions.jsonl").read_text().splitlines()[:NUM_QUESTIONS]
+    case = Case(name, options, read_servable(run), Questions([json.loads(line)["input_ids"] for line in lines], ()))
+    return replace(case, questions=replace(case.questions, stop_ids=tuple(sorted(case.target.stop_ids))))
+
+
+@pytest.fixture(scope="session", params=["run"] if RUN else NAMES)
+def case(request, cases) -> Case:
+    return cases[request.param]
+
+
+def _remembered(case: Case) -> Speculative:
+    """What the checkpoint was written with: a chain, as a rule."""
+    return case.options.speculative
+
+
+def _tree(case: Case) -> Speculative:
+    return TREE
+
+
+SETTINGS = {"as_remembered": _remembered, "tree": _tree}
+
+
+@pytest.fixture(scope="session", params=SETTINGS)
+def speculative(request, case) -> Speculative:
+    return SETTINGS[request.param](case)
 
 
 @pytest.fixture(scope="session")
-def on_cpu(case, inspect) -> dict[str, object]:
-    """SGLang's reading of the CPU command and of the draft."""
-    return inspect(case.options, load=True)
+def asked_ahead(request, cases, ask) -> None:
+    """Lets the servers that the selected tests need start side by side."""
+    for item in request.session.items:
+        needs = getattr(item, "fixturenames", ())
+        if "plain" in needs:
+            _ask_plain(ask, cases[item.callspec.params["case"]])
+        if "served" in needs:
+            case, settings = (item.callspec.params[name] for name in ("case", "speculative"))
+            _ask_served(ask, cases[case], SETTINGS[settings](cases[case]))
 
 
-def test_no_tensor_is_lost(case, on_cpu):
-    assert on_cpu["architecture"] == "LlamaForCausalLMEagle3"
-    assert on_cpu["unfilled"] == ["model.embed_tokens.weight"], "only the embedding is the target's"
-    assert on_cpu["ignored"] == ["t2d"], "only t2d is for other tools"
-    assert on_cpu["ids"] == read_servable(case.options.draft).build().draft_ids.tolist()
+def _ask_plain(ask: Ask, case: Case) -> Future[list[Answer]]:
+    return ask(without_draft, case.options, case.questions)
 
 
-def test_the_cpu_command_is_understood(case, on_cpu):
-    assert on_cpu["settings"] == _settings(case.options)
+def _ask_served(ask: Ask, case: Case, speculative: Speculative) -> Future[list[Answer]]:
+    return ask(with_draft, replace(case.options, speculative=speculative), case.questions)
 
 
-def test_the_gpu_command_is_understood(case, inspect):
-    options = replace(case.options, device="cuda", trust_remote_code=True, tp_size=2, dtype="bfloat16", host="0.0.0.0")
-    assert inspect(options)["settings"] == _settings(options)
+@pytest.fixture(scope="session")
+def inspected(cases, inspect, asked_ahead) -> dict[str, Any]:
+    """SGLang's reading of all commands and drafts."""
+    cpu = {name: case.options for name, case in cases.items()}
+    gpu = {f"{name} on GPUs": _on_gpus(case.options) for name, case in cases.items()}
+    return inspect(cpu | gpu, {name: case.options.draft for name, case in cases.items()})
 
 
-def _settings(options: ServeOptions) -> dict[str, object]:
+def _on_gpus(options: ServeOptions) -> ServeOptions:
+    return replace(options, device="cuda", trust_remote_code=True, tp_size=2, dtype="bfloat16", host="0.0.0.0")
+
+
+@pytest.fixture(scope="session")
+def plain(case, ask, asked_ahead) -> list[Answer]:
+    """SGLang without the draft."""
+    return _ask_plain(ask, case).result()
+
+
+@pytest.fixture(scope="session")
+def served(case, speculative, ask, asked_ahead) -> list[Answer]:
+    """SGLang with the draft."""
+    return _ask_served(ask, case, speculative).result()
+
+
+@pytest.fixture(scope="session")
+def decode() -> Callable[[Case, Speculative], list[Generation]]:
+    """Our own decoder, all questions of a case at once."""
+
+    def run(case: Case, speculative: Speculative) -> list[Generation]:
+        target, asked = case.target, case.questions
+        drafter = EagleDrafter(case.servable.build(), target, growth_for(speculative))
+        limit, stop_ids = asked.max_new_tokens, asked.stop_ids
+        return generate(target, drafter, asked.prompts, max_new_tokens=limit, stop_ids=stop_ids)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def decoded(case, speculative, decode) -> list[Generation]:
+    return decode(case, speculative)
+
+
+def test_no_tensor_is_lost(case, inspected):
+    found, servable = inspected["drafts"][case.name], case.servable
+    assert found["architecture"] == servable.contract.architecture
+    assert set(found["unfilled"]) == never_loaded(servable)
+    assert found["ignored"] == ignored(servable)
+    if found["ids"] is not None:
+        assert found["ids"] == servable.build().draft_ids.tolist()
+
+
+def test_the_cpu_command_is_understood(case, inspected):
+    assert inspected["commands"][case.name] == _settings(case.options, case.servable.algorithm)
+
+
+def test_the_gpu_command_is_understood(case, inspected):
+    found = inspected["commands"][f"{case.name} on GPUs"]
+    assert found == _settings(_on_gpus(case.options), case.servable.algorithm)
+
+
+def _settings(options: ServeOptions, algorithm: str) -> dict[str, object]:
     return {
         "model_path": options.target,
-        "speculative_algorithm": "EAGLE3",
+        "speculative_algorithm": algorithm,
         "speculative_draft_model_path": str(options.draft),
         "speculative_num_steps": options.speculative.num_steps,
         "speculative_eagle_topk": options.speculative.topk,
@@ -64,10 +181,6 @@ def test_the_draft_changes_no_answer(plain, served):
     assert [a.tokens for a in served] == [a.tokens for a in plain]
 
 
-def test_a_tree_changes_no_answer(plain, served_as_tree):
-    assert [a.tokens for a in served_as_tree] == [a.tokens for a in plain]
-
-
 def test_our_decoder_gives_the_same_answers(served, decoded):
     assert [a.tokens for a in served] == [g.tokens for g in decoded]
 
@@ -77,8 +190,8 @@ def test_our_decoder_counts_the_same_verifications(served, decoded):
     assert [a.verifications for a in served] == [len(g.emitted) for g in decoded]
 
 
-def test_our_decoder_accepts_the_same_chains(served, decoded):
-    """Chain by chain.  The last one of an answer may be cut by its end: SGLang's histogram does not know that."""
+def test_our_decoder_accepts_the_same_drafts(served, decoded):
+    """Verification by verification.  An answer's last may be cut by its end: SGLang's histogram does not know that."""
     for answer, generation in zip(served, decoded, strict=True):
         theirs = Counter({accepted: n for accepted, n in enumerate(answer.histogram) if n})
         ours = Counter(emitted - 1 for emitted in generation.emitted[:-1])
@@ -88,10 +201,18 @@ def test_our_decoder_accepts_the_same_chains(served, decoded):
         assert all(accepted >= generation.emitted[-1] - 1 for accepted in last)
 
 
-def test_the_judge_saw_chains_accepted_and_rejected(case, decoded):
+@pytest.mark.skipif(bool(RUN), reason="other drafts accept what they accept")
+def test_the_judge_saw_drafts_accepted_and_rejected(case, speculative, decoded):
     """On equal counts of nothing the tests above would prove little."""
-    if case.name != "trained":
-        pytest.skip("other drafts accept what they accept")
     emitted = Counter(n for g in decoded for n in g.emitted)
-    assert len(emitted) >= 3 and sum(n > 1 for n in emitted.elements()) > 20
+    assert emitted[1] and emitted[1 + speculative.num_steps] and len(emitted) >= 4
+    assert sum(n > 1 for n in emitted.elements()) > 20
     assert any(g.finished for g in decoded) and not all(g.finished for g in decoded)
+
+
+@pytest.mark.skipif(bool(RUN), reason="other drafts accept what they accept")
+def test_a_tree_accepts_what_no_chain_would(case, decode):
+    """So many levels of the same draft: side branches are accepted, or the tree would prove no more than the chain."""
+    chain = replace(TREE, topk=1, num_draft_tokens=TREE.num_steps + 1)
+    verifications = [sum(len(g.emitted) for g in decode(case, settings)) for settings in (TREE, chain)]
+    assert verifications[0] < verifications[1]

@@ -8,7 +8,7 @@ from nemo_speculative.config.schema import ModelConfig
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
-from nemo_speculative.targets.base import aux_layers_for
+from nemo_speculative.shapes import aux_layers_for
 from nemo_speculative.targets.hf import HFTarget, target_fingerprint
 from nemo_speculative.targets.resolve import resolve_target
 from tests.conftest import make_target, make_tokenizer
@@ -174,3 +174,18 @@ def test_config_of_the_embedded_target_has_layers_enough():
     assert isinstance(config, LlamaConfig) and len(set(aux_layers_for(config.num_hidden_layers, None))) == 3
     with pytest.raises(UserError, match="at least 7"):
         TinyModelConfig(num_layers=6)
+
+
+def test_a_target_placed_by_device_map_computes_the_same(target, target_dir):
+    """On a machine without GPUs the map has one entry, the CPU."""
+    placed = HFTarget(target_dir, aux_layers=None, device_map="auto", max_memory={"cpu": "1GiB"})
+    assert {parameter.device.type for parameter in placed.model.parameters()} == {"cpu"}
+    ids = torch.arange(5, 17)[None]
+    for found, expected in zip(placed.forward(ids), target.forward(ids), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_device_map_without_the_package_that_makes_it(target_dir, monkeypatch):
+    monkeypatch.setattr("nemo_speculative.targets.hf.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"model\.device_map=auto needs the accelerate package: pip install accelerate"):
+        HFTarget(target_dir, aux_layers=None, device_map="auto")

@@ -1,15 +1,18 @@
-"""What SGLang makes of a command and of the draft that it names; run with the command's environment, prints JSON.
+"""What SGLang makes of commands and of drafts, in one process of it; run with the CPU command's environment.
 
-    python inspect_draft.py [--load] FLAG ...
+    python -m tests.sglang.inspect_drafts WANTED.json      (prints JSON)
 
-``settings``: the flags as SGLang's own parser reads them.  With --load also what SGLang's own class does with the
-draft's tensors, which it does without a word: every parameter is NaN before, so ``unfilled`` names those that no tensor
-filled whole, and ``ignored`` the tensors that, loaded alone, change nothing.
+``WANTED.json`` holds two objects.  ``commands`` are flags by name, reported as SGLang's own parser reads them.
+``drafts`` are directories of checkpoints by name.  Reported is what SGLang's own class does with their tensors, which
+it does without a word: every parameter is NaN before, so ``unfilled`` names those that no tensor filled whole, and
+``ignored`` the tensors that, loaded alone, change nothing.  Where a ``given.safetensors`` lies beside a checkpoint,
+SGLang's computation is left there too, see :mod:`tests.sglang.replay`.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +22,8 @@ from sglang.srt.distributed import bootstrap
 from sglang.srt.models.registry import ModelRegistry
 from sglang.srt.runtime_context import SpawnRanks, get_device, publish, spawn_world_rank
 from sglang.srt.server_args import PortArgs, ServerArgs, prepare_server_args
+
+from tests.sglang.replay import replay
 
 SETTINGS = (
     "model_path", "speculative_algorithm", "speculative_draft_model_path", "speculative_num_steps",
@@ -40,8 +45,8 @@ def start_engine(args: ServerArgs) -> None:
 class PoisonedDraft:
     """SGLang's draft model, whose every value is NaN until it is loaded."""
 
-    def __init__(self, args: ServerArgs, directory: str):
-        config = ModelConfig.from_server_args(args, model_path=directory, is_draft_model=True).hf_config
+    def __init__(self, args: ServerArgs, directory: Path):
+        config = ModelConfig.from_server_args(args, model_path=str(directory), is_draft_model=True).hf_config
         model_class, self.architecture = ModelRegistry.resolve_model_cls(config.architectures)
         self.model = model_class(config)
 
@@ -58,10 +63,9 @@ class PoisonedDraft:
         return self.model.hot_token_id is None and all(p.isnan().all() for p in self.model.parameters())
 
 
-def load_report(args: ServerArgs) -> dict[str, object]:
-    start_engine(args)
-    directory = args.speculative_draft_model_path
-    draft, tensors = PoisonedDraft(args, directory), load_file(Path(directory) / "model.safetensors")
+def inspect(args: ServerArgs, directory: Path) -> dict[str, Any]:
+    """SGLang's reading of the checkpoint in ``directory``."""
+    draft, tensors = PoisonedDraft(args, directory), load_file(directory / "model.safetensors")
     ignored = []
     for name, tensor in tensors.items():
         draft.load({name: tensor})
@@ -69,17 +73,21 @@ def load_report(args: ServerArgs) -> dict[str, object]:
             ignored.append(name)
     draft.load(tensors)
     ids = draft.model.hot_token_id
-    return {"architecture": draft.architecture, "unfilled": draft.unfilled(), "ignored": ignored, "ids": ids.tolist()}
+    report = {"architecture": draft.architecture, "unfilled": draft.unfilled(), "ignored": ignored}
+    if (directory.parent / "given.safetensors").is_file():
+        replay(draft.model, directory)
+    return {**report, "ids": None if ids is None else ids.tolist()}
 
 
-def main(flags: list[str]) -> None:
-    load = flags[:1] == ["--load"]
-    args = prepare_server_args(flags[load:])
-    report: dict[str, object] = {"settings": {name: getattr(args, name) for name in SETTINGS}}
-    if load:
-        report |= load_report(args)
-    print(json.dumps(report))
+def main(file: str) -> None:
+    wanted = json.loads(Path(file).read_text())
+    commands = {name: prepare_server_args(flags) for name, flags in wanted["commands"].items()}
+    settings = {name: {key: getattr(args, key) for key in SETTINGS} for name, args in commands.items()}
+    first = next(iter(commands.values()))
+    start_engine(first)
+    drafts = {name: inspect(first, Path(directory)) for name, directory in wanted["drafts"].items()}
+    print(json.dumps({"commands": settings, "drafts": drafts}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1])

@@ -1,0 +1,66 @@
+"""The loss of one draft on one batch under each convention of mask and normalisation.
+
+    python -m benchmarks.conventions RUN ROWS.jsonl
+
+RUN is a run of an EAGLE-3 draft, ROWS.jsonl holds rows of input_ids and loss_mask (an answers cache is one).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.config.schema import MaskConvention, Normalization
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.conversations import TokenRow, read_jsonl
+from nemo_speculative.data.packing import collate, pack
+from nemo_speculative.objectives.eagle3 import Eagle3Objective
+from nemo_speculative.targets.hf import HFTarget
+
+STEPS, ROW_TOKENS, ROWS = 5, 512, 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("rows")
+    options = parser.parse_args()
+    servable = read_servable(options.run)
+    target = HFTarget(Path(servable.provenance.target), aux_layers=servable.aux_layers)
+    draft, batch = servable.build().attach(target), make_batch(options.rows)
+    print(f"{batch.num_tokens} tokens, {float(batch.loss_mask.float().mean()):.0%} the assistant's, {STEPS} steps")
+    for convention in MaskConvention:
+        objective = {n: _objective(target, convention, n) for n in Normalization}
+        sums = {n: _sums(goal, target, draft, batch) for n, goal in objective.items()}
+        for normalization in Normalization:
+            found = objective[normalization].metrics(sums[normalization])
+            _print(f"{convention.value}, {normalization.value} mean", [found[f"ploss_{i}"] for i in range(STEPS)])
+        everywhere = sums[Normalization.token]["loss"] / batch.num_tokens
+        _print(f"{convention.value}, mean over all positions", everywhere.tolist())
+
+
+def make_batch(path: str) -> Batch:
+    """The first rows of ``path``, packed."""
+    rows = [row for row in read_jsonl(path) if isinstance(row, TokenRow)]
+    packed = pack([len(row.input_ids) for row in rows], ROW_TOKENS, seed=0)[:ROWS]
+    return collate([[rows[d] for d in row] for row in packed], ROW_TOKENS, pad_id=0)
+
+
+def _objective(target: HFTarget, convention: MaskConvention, normalization: Normalization) -> Eagle3Objective:
+    return Eagle3Objective(
+        target, num_steps=STEPS, step_decay=0.8, convention=convention, normalization=normalization, tau_steps=STEPS
+    )
+
+
+@torch.no_grad()
+def _sums(objective: Eagle3Objective, target: HFTarget, draft, batch: Batch) -> dict[str, torch.Tensor]:
+    return objective.loss(draft, batch, target.supervise(batch), objective.counts(batch)).sums
+
+
+def _print(name: str, losses: list[float]) -> None:
+    print(f"{name:40}" + " ".join(f"{loss:7.3f}" for loss in losses))
+
+
+if __name__ == "__main__":
+    main()

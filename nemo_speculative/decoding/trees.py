@@ -1,0 +1,81 @@
+"""Trees of draft tokens, for several sequences at once.
+
+Node 0 is the root: the last sampled token, which the target has not read yet.  Parents come before children, and the
+children of a node stand in the order in which they are tried.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The distributions that the children of each node were drawn from."""
+
+    q: torch.Tensor
+    """float32 [B, n, V_d]; a leaf's is never read."""
+    ids: torch.Tensor
+    """int64 [V_d], the target's ids of the draft vocabulary."""
+
+    def at(self, node: int, vocab_size: int) -> torch.Tensor:
+        """The distribution at a node, over the target's vocabulary: float32 [B, V]."""
+        q = self.q[:, node]
+        return q.new_zeros(len(q), vocab_size).index_copy_(1, self.ids, q)
+
+
+@dataclass(frozen=True)
+class Trees:
+    """The trees of B sequences, n nodes each; a structure that all of them share has one row."""
+
+    tokens: torch.Tensor
+    """int64 [B, n]."""
+    parents: torch.Tensor
+    """int64 [B or 1, n]; -1: the root's, and that of a node which is out of reach."""
+    depths: torch.Tensor
+    """int64 [B or 1, n]: nodes between a node and its root, 0 at the root."""
+    ancestors: torch.Tensor | None
+    """bool [B or 1, n, n]: what each node sees, itself included; None: chains, which see all before them."""
+    levels: int
+    """Depth of the deepest node."""
+    drawn: Drawn | None = None
+    """None: the draft tokens were not left to chance."""
+
+    def cut(self, rooms: Sequence[int]) -> "Trees":
+        """Puts the nodes of row b that are deeper than ``rooms[b]`` out of reach."""
+        if min(rooms) >= self.levels:
+            return self
+        deepest = torch.tensor(rooms, device=self.tokens.device)[:, None]
+        return replace(self, parents=self.parents.masked_fill(self.depths > deepest, -1))
+
+
+def chains(tokens: torch.Tensor, drawn: Drawn | None = None) -> Trees:
+    """Chains: int64 [B, n], the root first."""
+    parents, depths = _chain(tokens.shape[1], tokens.device)
+    return Trees(tokens, parents, depths, None, tokens.shape[1] - 1, drawn)
+
+
+@lru_cache(maxsize=64)
+def _chain(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    depths = torch.arange(n, device=device)[None]
+    return depths - 1, depths
+
+
+def trees(tokens: torch.Tensor, parents: torch.Tensor, levels: int, drawn: Drawn | None = None) -> Trees:
+    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n]."""
+    ancestors = ancestors_of(parents, levels)
+    return Trees(tokens, parents, ancestors.sum(-1) - 1, ancestors, levels, drawn)
+
+
+def ancestors_of(parents: torch.Tensor, levels: int) -> torch.Tensor:
+    """Itself, its parent, that one's parent, …: int64 [B, n] → bool [B, n, n]."""
+    n = parents.shape[1]
+    itself = torch.eye(n, dtype=torch.bool, device=parents.device)
+    above = parents.clamp(min=0)[..., None].expand(-1, -1, n)
+    has_parent = (parents >= 0)[..., None]
+    sees = itself.expand(len(parents), n, n)
+    for _ in range(levels):
+        sees = itself | (sees.gather(1, above) & has_parent)
+    return sees

@@ -1,0 +1,278 @@
+"""What every draft of the EAGLE family is: Llama-like layers that read a token and a feature, run on their own output.
+
+Training unrolls it (:meth:`Draft.unroll`), decoding extends a cache (:meth:`Draft.extend`); a subclass says what its
+first layer reads, where features come from, and what the head is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+from torch import nn
+
+from nemo_speculative.data.vocabulary import DraftVocabulary
+from nemo_speculative.drafts.attention import cached_attention, unroll_attention
+from nemo_speculative.drafts.cache import KVCache
+from nemo_speculative.drafts.layers import DraftLayer, Rotary, rotate
+
+if TYPE_CHECKING:  # a served command needs no Hydra
+    from nemo_speculative.config.schema import DraftConfig
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values [B, H_kv, n, d]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftShape:
+    """Every number that shapes a draft network; subclasses add their own."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_positions: int
+    rope_parameters: dict[str, Any]
+    vocab_size: int
+    """Of the target."""
+    num_layers: int = 1
+
+
+def numbers_for(config: "DraftConfig | None", target_config: Any) -> dict[str, Any]:
+    """The fields of :class:`DraftShape`: those of one of the target's layers, unless ``config`` says otherwise."""
+    heads = target_config.num_attention_heads
+    like_target = {
+        "hidden_size": target_config.hidden_size,
+        "intermediate_size": target_config.intermediate_size,
+        "num_heads": heads,
+        "num_kv_heads": getattr(target_config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+        "num_layers": 1,
+    }
+    chosen = {name: getattr(config, name, None) for name in like_target}
+    return {
+        **like_target,
+        **{name: value for name, value in chosen.items() if value is not None},
+        "rms_norm_eps": getattr(target_config, "rms_norm_eps", 1e-6),
+        "max_positions": target_config.max_position_embeddings,
+        "rope_parameters": _full_attention_rope(target_config),
+        "vocab_size": target_config.vocab_size,
+    }
+
+
+def _full_attention_rope(config: Any) -> dict[str, Any]:
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
+    return dict(rope.get("full_attention", rope))
+
+
+class FrozenEnds(Protocol):
+    """The two parts of the target that a draft uses and never owns."""
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor: ...
+
+    def logits(self, last_hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+class Draft(nn.Module, ABC):
+    """See the module's text.
+
+    Parameter names are those of the served checkpoint, so exporting renames nothing.
+    """
+
+    ARCHITECTURE: ClassVar[str]
+    """The class that serves it, as ``config.json`` names it."""
+    ALGORITHM: ClassVar[str]
+    """SGLang's --speculative-algorithm."""
+
+    target: FrozenEnds
+    """Set by :meth:`attach`; neither saved nor trained."""
+
+    def __init__(self, shape: DraftShape):
+        super().__init__()
+        self.rotary = Rotary(shape.rope_parameters, shape.head_dim, shape.max_positions)
+
+    shape: Any
+
+    @classmethod
+    @abstractmethod
+    def shape_for(
+        cls, config: "DraftConfig", target_config: Any, aux_layers: Sequence[int], vocabulary_size: int | None
+    ) -> DraftShape:
+        """The shape that ``config`` gives for a target.
+
+        Args:
+            vocabulary_size: entries of the draft vocabulary; None: the target's head gives the logits.
+        """
+
+    def attach(self, target: FrozenEnds) -> Self:
+        """Gives the draft the target's frozen embedding and head."""
+        self.target = target
+        return self
+
+    @property
+    @abstractmethod
+    def stack(self) -> Sequence[DraftLayer]:
+        """The decoder layers, lowest first."""
+
+    @property
+    @abstractmethod
+    def draft_ids(self) -> torch.Tensor:
+        """int64 [V_d]: the target ids of the draft vocabulary, ascending."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self.parameters()).dtype
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [...] → [..., h], of the target's frozen embedding."""
+        return self.target.embed(input_ids).to(self.dtype)
+
+    @abstractmethod
+    def read(self, aux: torch.Tensor, last_hidden: torch.Tensor) -> torch.Tensor:
+        """The features of positions that the target has seen: [..., A * h], [..., h] → [..., h]."""
+
+    @abstractmethod
+    def token_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """What depends on the token alone, computed once per token: [..., h] → [..., h]."""
+
+    @abstractmethod
+    def enter(self, token: torch.Tensor, feature: torch.Tensor) -> Pair:
+        """What the first layer's attention reads, and its residual [..., h]."""
+
+    @abstractmethod
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """[..., h], as ``unroll`` and ``extend`` return it → [..., V_d]."""
+
+    def feed_back(self, output: torch.Tensor) -> torch.Tensor:
+        """The feature of the next step: [..., h] → [..., h]."""
+        return output
+
+    def use_vocabulary(self, vocabulary: DraftVocabulary) -> None:
+        """Sets the ids of the draft vocabulary; a draft under the target's head proposes any id."""
+
+    @abstractmethod
+    def start_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
+        """Starts the head from the target's, [V, h] and [h]."""
+
+    @abstractmethod
+    def start_fc(self) -> None:
+        """Starts fc as an identity on the features that are nearest to the target's output."""
+
+    def unroll(
+        self,
+        embeddings: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        documents: torch.Tensor,
+        slots: torch.Tensor,
+        num_steps: int,
+        run_step: Callable[..., Any] = lambda step, *args: step(*args),
+    ) -> list[torch.Tensor]:
+        """The training-time test: ``num_steps`` teacher-forced steps of every slot.
+
+        Step i of slot t reads the embedding of x_{t+1+i}, at position t + i.  After the step-0 keys and values a slot
+        touches no other, so everything else is computed for the given slots only.
+
+        Args:
+            embeddings: [B, L, h] of the tokens x_t, from :meth:`embed`.
+            features: [B, L, h], from :meth:`read`.
+            positions, documents: int64 [B, L].
+            slots: int64 [B, S].
+            run_step: runs one step; the trainer passes activation checkpointing here.
+
+        Returns:
+            ``num_steps`` layer outputs [B, S, h].
+        """
+        tokens = self.token_input(_next(embeddings, 1))
+        memory = self._first_pass(tokens, features, positions, documents)
+        visible, at = visible_keys(documents, slots), positions.gather(1, slots)
+
+        feature = _rows(features, slots)
+        own: list[list[Pair]] = [[] for _ in self.stack]
+        outputs = []
+        for i in range(num_steps):
+            token = _rows(tokens, (slots + i).clamp(max=tokens.shape[1] - 1))
+            output, pairs = run_step(self._slot_step, i, token, feature, at + i, memory, visible, own)
+            own = [[*before, *new] for before, new in zip(own, pairs, strict=True)]
+            outputs.append(output)
+            feature = self.feed_back(output)
+        return outputs
+
+    def _first_pass(self, tokens, features, positions, documents) -> list[Pair]:
+        """Step 0's keys and values of every position, layer by layer; the last layer stops at them."""
+        cos, sin = self.rotary(positions, features.dtype)
+        x, residual = self.enter(tokens, features)
+        visible, memory = None, []
+        for n, layer in enumerate(self.stack):
+            keys, values = layer.keys_values(x, cos, sin)
+            memory.append((keys, values))
+            if n + 1 < len(self.stack):
+                if visible is None:
+                    everywhere = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+                    visible = visible_keys(documents, everywhere)
+                q = rotate(layer.queries(x), cos, sin)
+                residual = layer.finish(residual, unroll_attention(q, keys, values, visible, [], []))
+                x = self.stack[n + 1].normed(residual)
+        return memory
+
+    def _slot_step(self, i: int, token, feature, positions, memory, visible, own: list[list[Pair]]):
+        """One step of all slots; ``own`` holds each layer's keys and values of steps 1 … i - 1."""
+        cos, sin = self.rotary(positions, feature.dtype)
+        x, residual = self.enter(token, feature)
+        added: list[list[Pair]] = []
+        for n, layer in enumerate(self.stack):
+            if n:
+                x = layer.normed(residual)
+            # Step 0's own key is among the causal block's.
+            added.append([layer.keys_values(x, cos, sin)] if i else [])
+            seen = own[n] + added[n]
+            q = rotate(layer.queries(x), cos, sin)
+            keys, values = memory[n]
+            attended = unroll_attention(q, keys, values, visible, [k for k, _ in seen], [v for _, v in seen])
+            residual = layer.finish(residual, attended)
+        return residual, added
+
+    def extend(
+        self, embeddings: torch.Tensor, feature: torch.Tensor, rotation: Pair, cache: KVCache,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Decoding: the layers on n new positions of each sequence behind ``cache``, to which their keys are added.
+
+        Args:
+            embeddings: [B, n, h] of the tokens after those positions, from :meth:`embed`.
+            feature: [B, n, h]: from :meth:`read`, or from :meth:`feed_back` of the step before.
+            rotation: cos and sin [B or 1, 1, n, d] of those positions, from ``rotary``.
+            visible: bool [B, n, m] over the m cached positions, the new ones last; None: causal.
+
+        Returns:
+            Layer outputs [B, n, h].
+        """
+        cos, sin = rotation
+        x, residual = self.enter(self.token_input(embeddings), feature)
+        for n, layer in enumerate(self.stack):
+            if n:
+                x = layer.normed(residual)
+            keys, values = cache.append(n, *layer.keys_values(x, cos, sin))
+            q = rotate(layer.queries(x), cos, sin)
+            residual = layer.finish(residual, cached_attention(q, keys, values, visible))
+        return residual
+
+
+def _next(x: torch.Tensor, n: int) -> torch.Tensor:
+    """y[:, t] = x[:, t + n]; the last n wrap around, and are never supervised."""
+    return x.roll(-n, dims=1)
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x[b, index[b, s]]: [B, L, h], [B, S] → [B, S, h]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def visible_keys(documents: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """bool [B, S, L]: same document, not after the slot."""
+    here = torch.arange(documents.shape[1], device=documents.device)
+    return (documents.gather(1, slots)[..., None] == documents[:, None]) & (here <= slots[..., None])

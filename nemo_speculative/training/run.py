@@ -1,0 +1,43 @@
+"""What every training recipe does, from a job to a measured checkpoint."""
+
+from contextlib import closing
+
+from nemo_speculative.config.schema import Resume, TrainJob
+from nemo_speculative.devices import choose_device
+from nemo_speculative.training import assembly
+from nemo_speculative.training.finish import measure_and_summarize
+from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
+from nemo_speculative.training.plan import describe
+
+
+def train(job: TrainJob) -> None:
+    """Trains the draft of ``job``, measures it and writes ``summary.json``; with ``plan=true`` says what it would do.
+
+    Raises:
+        UserError: bad input, or a loss that is not finite.
+        SystemExit: interrupted; a checkpoint was saved.
+    """
+    if job.plan:
+        return print(describe(job))
+    assembly.check_target(job)
+    split = assembly.load_split(job)
+    device = choose_device(job.trainer.device, "trainer.device")
+    with process_group(device, job.parallelism) as dims:
+        with fast_float32_matmuls(device):
+            target = assembly.build_target(job, device)
+            data = assembly.build_data(job, target, split)
+            vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
+            assembly.announce(data, vocabulary)
+            draft = assembly.build_draft(job, target, vocabulary)
+            objective = assembly.build_objective(job, target)
+            run = assembly.prepare_run(job)
+            trainer = assembly.build_trainer(
+                job, target=target, draft=draft, objective=objective, data=data, run=run, dims=dims, device=device
+            )
+            with closing(trainer):
+                if job.resume is Resume.auto:
+                    trainer.resume()
+                assembly.save_config(job, run)
+                trainer.train()
+        measure_and_summarize(job, target, run, data.prompts)
+    return None

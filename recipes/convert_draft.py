@@ -1,0 +1,24 @@
+"""Convert a draft: other projects' into one that is served and trained on here, or into a form that others read.
+
+python recipes/convert_draft.py checkpoint=DIR target=DIR                to a servable directory, DIR-servable
+python recipes/convert_draft.py checkpoint=RUN form=speculators          for vLLM
+python recipes/convert_draft.py checkpoint=RUN form=transformers         for AutoModel.from_pretrained
+
+The draft stays as it is.  What its files do not state, and what was assumed instead, is printed.
+"""
+
+from nemo_speculative.checkpoints.exports.convert import convert_draft
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import ConvertJob
+
+
+@recipe("convert_draft")
+def main(job: ConvertJob) -> None:
+    done = convert_draft(job)
+    for note in done.notes:
+        print(f"note: {note}")
+    print(f"{done.directory}: written, from the format of {done.format}")
+
+
+if __name__ == "__main__":
+    main()

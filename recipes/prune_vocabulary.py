@@ -1,0 +1,19 @@
+"""Leave out the rows of a trained draft's head that its data hardly uses, and show what they covered.
+
+python recipes/prune_vocabulary.py checkpoint=outputs/local-eagle3 output=outputs/pruned vocab_size=8000 data.path=FILE
+python recipes/prune_vocabulary.py checkpoint=RUN output=DIR vocab_size=99.5% data.path=FILE
+"""
+
+from nemo_speculative.checkpoints.pruning import prune_checkpoint
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import PruneJob
+
+
+@recipe("prune_vocabulary")
+def main(job: PruneJob) -> None:
+    print(prune_checkpoint(job))
+    print(f"checkpoint: {job.output}/model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
+from nemo_speculative.decoding.growth import Chain, DynamicTree, StaticTree
+from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.target import CachedTarget
+from nemo_speculative.decoding.verification import Greedy, Rejection, TargetOnly
+from nemo_speculative.drafts.cache import KVCache
+from nemo_speculative.errors import UserError
+from tests.decoding.models import DRAFTS, GROWTHS, VOCAB_SIZE, prompts, random_draft, small_target
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return small_target(tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_decoding_a_chain_equals_the_training_unroll(target, kind):
+    """Train = serve: the draft's outputs behind a cache are those of the unroll on the same tokens."""
+    draft, num_steps = random_draft(kind, target, seed=1), 4
+    ids = torch.randint(0, VOCAB_SIZE, (1, 20), generator=torch.Generator().manual_seed(5))
+    features, embeddings = draft.read(*target.forward(ids)), draft.embed(ids)
+    positions, slots = torch.arange(20)[None], torch.arange(20 - num_steps - 1)[None]
+    unrolled = draft.unroll(embeddings, features, positions, torch.zeros_like(ids), slots, num_steps)
+    for t in slots[0].tolist():
+        cache = KVCache(1)
+        here = draft.rotary(positions[:, : t + 1], torch.float32)
+        output = draft.extend(embeddings[:, 1 : t + 2], features[:, : t + 1], here, cache)[:, -1:]
+        cache.advance(t + 1)
+        for i in range(num_steps):
+            torch.testing.assert_close(output[0, 0], unrolled[i][0, t], rtol=1e-4, atol=1e-4)
+            token = embeddings[:, t + 2 + i : t + 3 + i]
+            here = draft.rotary(positions[:, t + 1 + i : t + 2 + i], torch.float32)
+            output = draft.extend(token, draft.feed_back(output), here, cache)
+            cache.advance(1)
+
+
+def states(target, sequences):
+    """What the target knows of ``sequences`` but their last tokens."""
+    return CachedTarget(target, len(sequences)).prefill([tokens[:-1] for tokens in sequences])
+
+
+@pytest.mark.parametrize("tree", GROWTHS)
+@pytest.mark.parametrize("kind", ["eagle", "eagle3.1", "eagle3 of 2 layers"])
+def test_a_tree_node_is_drafted_as_behind_its_path_alone(target, kind, tree):
+    """Every draft token by the logits behind its own path, run as a chain through an empty cache."""
+    draft = random_draft(kind, target)
+    sequences = prompts(5, seed=8)
+    drafter = EagleDrafter(draft, target, GROWTHS[tree])
+    grown = drafter.start(5, Greedy()).propose(sequences, states(target, sequences))
+    parents = grown.parents.expand_as(grown.tokens).tolist()
+    for row, tokens in enumerate(sequences):
+        nodes, above = grown.tokens[row].tolist(), parents[row]
+        children = {parent: [nodes[n] for n, p in enumerate(above) if p == parent] for parent in set(above) - {-1}}
+        for parent, proposed in children.items():
+            path = []
+            while parent:
+                path, parent = [nodes[parent], *path], above[parent]
+            best = draft.draft_ids[_logits(draft, target, tokens, path).topk(len(proposed)).indices]
+            assert sorted(proposed) == sorted(best.tolist())
+
+
+def _logits(draft, target, tokens, path):
+    """The draft's logits behind a path: true features up to the last verified token, then its own outputs."""
+    feature = draft.read(*target.forward(torch.tensor([tokens[:-1]])))
+    cache, length = KVCache(1), len(tokens) - 1
+    rotation = draft.rotary(torch.arange(length)[None], torch.float32)
+    output = draft.extend(draft.embed(torch.tensor([tokens[1:]])), feature, rotation, cache)[:, -1:]
+    cache.advance(length)
+    for i, token in enumerate(path):
+        rotation = draft.rotary(torch.tensor([[length + i]]), torch.float32)
+        output = draft.extend(draft.embed(torch.tensor([[token]])), draft.feed_back(output), rotation, cache)
+        cache.advance(1)
+    return draft.logits(output)[0, 0]
+
+
+@pytest.mark.parametrize("tree", GROWTHS)
+def test_what_the_draft_has_read_is_not_read_again_and_trees_leave_no_trace(target, tree):
+    """Sequences verified piece by piece, in pieces of different lengths, one leaving: the trees of a fresh start."""
+    drafter = EagleDrafter(random_draft("eagle3", target), target, GROWTHS[tree])
+    whole = [(prompt * 9)[:30] for prompt in prompts(3, seed=9)]
+    known = states(target, [[*tokens, 0] for tokens in whole])
+    drafting, read, rows = drafter.start(3, Greedy()), [0, 0, 0], [0, 1, 2]
+    for step, counts in enumerate([(5, 3, 9), (1, 4, 2), (3, 1, 1), (2, 6, 6)]):
+        if step == 2:
+            rows = [2, 0]
+            drafting.select(rows)
+        sequences = [whole[row][: read[row] + counts[row] + 1] for row in rows]
+        piece = known.select(rows).at([range(read[row], read[row] + counts[row]) for row in rows])
+        read = [done + n for done, n in zip(read, counts, strict=True)]
+        found = drafting.propose(sequences, piece)
+        fresh = drafter.start(len(rows), Greedy()).propose(sequences, states(target, sequences))
+        assert torch.equal(found.tokens, fresh.tokens)
+        assert torch.equal(found.parents, fresh.parents)
+
+
+def test_ngram_proposes_what_followed_the_latest_longest_match():
+    drafter = NgramDrafter(num_steps=3, max_ngram=3)
+    tokens = [1, 2, 3, 4, 9, 2, 3, 5, 6, 7, 1, 2, 3]
+    assert drafter.lookup(tokens) == [4, 9, 2]  # "1 2 3" is longer than the later "2 3"
+    assert drafter.lookup([8, 2, 3, 5, 6, 2, 3]) == [5, 6, 2]
+    assert drafter.lookup([1, 2, 3]) == []
+
+
+def test_ngram_proposals_of_a_batch_may_differ_in_length(target):
+    sequences = [[8, 2, 3, 5, 6, 2, 3], [1, 2, 3], [4, 7, 4]]
+    grown = NgramDrafter(3).propose(sequences, states(target, sequences))
+    assert grown.tokens.tolist() == [[3, 5, 6, 2], [3, 0, 0, 0], [4, 7, 4, 0]]
+    assert grown.parents.tolist() == [[-1, 0, 1, 2], [-1, -1, -1, -1], [-1, 0, 1, -1]]
+
+
+def test_no_drafter_proposes_nothing(target):
+    assert NoDrafter().propose([[1, 2]], states(target, [[1, 2]])).tokens.tolist() == [[2]]
+
+
+@pytest.mark.parametrize("growth", [DynamicTree(2, 10, 12), StaticTree(tuple((i,) for i in range(10)))])
+def test_more_children_than_the_draft_has_tokens_are_one_line(target, growth):
+    with pytest.raises(UserError, match="topk is 10: the draft vocabulary has 9 tokens") as error:
+        EagleDrafter(random_draft("eagle3", target, draft_vocab=9), target, growth)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dynamic_tree_cannot_be_verified_by_rejection(target):
+    """It drops draft tokens for what they are, and what is left was not drawn from q."""
+    drafter = EagleDrafter(random_draft("eagle3", target), target, GROWTHS["dynamic"])
+    assert drafter.start(1, TargetOnly(Sampling(1.0)))
+    with pytest.raises(UserError, match="set topk=1") as error:
+        drafter.start(1, Rejection(Sampling(1.0)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_draft_for_other_aux_layers_is_refused(target, tmp_path):
+    draft = random_draft("eagle3", target)
+    monkeyed = small_target(tmp_path)
+    monkeyed.aux_layers = [0, 2]
+    with pytest.raises(ValueError, match="layers"):
+        EagleDrafter(draft, monkeyed, Chain(3))

@@ -1,0 +1,58 @@
+"""A draft that lies outside the package: a class and a YAML of its own, found through hydra.searchpath."""
+
+import json
+
+from tests.integration.conftest import run
+
+MODULE = '''
+import torch
+from nemo_speculative.checkpoints.contract import Eagle3Contract, register
+from nemo_speculative.drafts.eagle3 import Eagle3Draft
+
+
+class GatedDraft(Eagle3Draft):
+    """EAGLE-3 with a learned gate on its features, served by a class of its own."""
+
+    ARCHITECTURE = "GatedForCausalLMEagle3"
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.gate = torch.nn.Parameter(torch.ones(shape.hidden_size))
+
+    def read(self, aux, last_hidden):
+        return self.gate * super().read(aux, last_hidden)
+
+
+class GatedContract(Eagle3Contract):
+    draft = GatedDraft
+
+
+register(GatedContract())
+'''
+YAML = """
+# @package _global_
+defaults:
+  - /schema/draft: eagle3
+  - /loss: tv
+  - _self_
+draft:
+  _target_: my_drafts.GatedDraft
+  num_steps: 2
+"""
+
+
+def test_it_trains_is_measured_and_is_written_under_its_own_architecture(settings, tmp_path):
+    (tmp_path / "my_drafts.py").write_text(MODULE)
+    (tmp_path / "conf" / "draft").mkdir(parents=True)
+    (tmp_path / "conf" / "draft" / "gated.yaml").write_text(YAML.lstrip())
+    out, path = tmp_path / "run", str(tmp_path)
+    chosen = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "draft=gated", f"output_dir={out}", "draft.num_steps=2"]
+    done = run("recipes/train_eagle3.py", *settings, *chosen, "trainer.max_steps=2", path=path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((out / "checkpoints/best/model/config.json").read_text())
+    assert config["architectures"] == ["GatedForCausalLMEagle3"]
+    assert json.loads((out / "summary.json").read_text())["lossless"] is True
+    measured = run("recipes/evaluate.py", f"checkpoint={out}", "draft_class=my_drafts.GatedDraft", path=path)
+    assert measured.returncode == 0, measured.stderr
+    unknown = run("recipes/evaluate.py", f"checkpoint={out}", path=path)
+    assert unknown.returncode == 1 and "GatedForCausalLMEagle3" in unknown.stderr

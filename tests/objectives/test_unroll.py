@@ -1,0 +1,114 @@
+"""Every algorithm against its float64 oracle, and in every layout."""
+
+import pytest
+import torch
+
+from nemo_speculative.config.schema import FeatureNoise, Normalization
+from tests.objectives.cases import (
+    EXACT,
+    assert_same_gradients,
+    eagle,
+    eagle3,
+    lay_out,
+    make_documents,
+    oracle_of,
+    run,
+)
+
+CASES = {
+    "eagle3": eagle3(),
+    "eagle3, reduced vocabulary": eagle3(9),
+    "fc_norm": eagle3(fc_norm=True),
+    "norm_before_fc": eagle3(norm_before_fc=True),
+    "norm_output": eagle3(norm_output=True),
+    "eagle3.1, 2 layers": eagle3(9, fc_norm=True, norm_output=True, num_layers=2),
+    "eagle3, 3 layers": eagle3(num_layers=3),
+    "eagle1": eagle(),
+    "eagle1, 2 layers": eagle(num_layers=2),
+    "hass": eagle(num_steps=3, num_layers=2, ploss_w=0.3, topk_w=1.0),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request):
+    return request.param
+
+
+def test_loss_and_every_gradient_equal_the_float64_oracle(case):
+    draft, documents = case.make_draft(), make_documents([13, 9, 21, 6])
+    loss, gradients, metrics = run(draft, case.make_objective(), [([documents[:3], documents[3:]], 48)])
+    expected, expected_gradients, counts, hits = oracle_of(case, draft, documents)
+    assert loss == pytest.approx(expected, rel=EXACT)
+    assert_same_gradients(gradients, expected_gradients)
+    for i, (count, hit) in enumerate(zip(counts, hits, strict=True)):
+        assert metrics[f"acc_{i}"] == pytest.approx(hit / count)
+
+
+def test_normalised_by_conversation(case):
+    """Every conversation weighs the same, however long its answer is."""
+    draft, documents = case.make_draft(), make_documents([13, 9, 21, 6])
+    goal = case.make_objective(normalization=Normalization.conversation)
+    loss, gradients, _ = run(draft, goal, [([documents[:3]], 48), ([documents[3:]], 10)])
+    expected, expected_gradients, _, _ = oracle_of(case, draft, documents, by_conversation=True)
+    assert loss == pytest.approx(expected, rel=EXACT)
+    assert_same_gradients(gradients, expected_gradients)
+
+
+def test_recomputation_changes_nothing(case):
+    draft, layouts = case.make_draft(), [([make_documents([13, 9, 12])], 40)]
+    loss, gradients, metrics = run(draft, case.make_objective(), layouts)
+    again, recomputed, metrics_again = run(draft, case.make_objective(recompute=True), layouts)
+    assert again == pytest.approx(loss, rel=EXACT) and metrics_again == pytest.approx(metrics, rel=EXACT)
+    assert_same_gradients(recomputed, gradients)
+
+
+def test_every_trainable_parameter_gets_a_gradient(case):
+    _, gradients, _ = run(case.make_draft(), case.make_objective(), [([make_documents([15])], 16)])
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+LAYOUTS = {
+    "unpacked": lambda d: [([[x] for x in d], 21)],
+    "padded": lambda d: [([[x] for x in d], 64)],
+    "one row": lambda d: [([d], 60)],
+    "other order": lambda d: [([d[::-1]], 60)],
+    "accumulated": lambda d: [([[x]], 30) for x in d],
+    "uneven split": lambda d: [([d[2:], [d[0]]], 40), ([[d[1]]], 9)],
+}
+
+
+@pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize(
+    "name, case, normalization",
+    [
+        ("eagle3", eagle3(9, fc_norm=True, norm_output=True, num_layers=2), Normalization.token),
+        ("eagle3", eagle3(9), Normalization.conversation),
+        ("noisy", eagle(num_steps=2, noise=FeatureNoise.official), Normalization.token),
+        ("noisy", eagle(noise=FeatureNoise.paper, topk_w=1.0), Normalization.conversation),
+    ],
+)
+def test_loss_and_gradients_do_not_depend_on_padding_packing_or_split(layouts, name, case, normalization):
+    draft, documents = case.make_draft(), make_documents([13, 9, 21, 6])
+    goal = case.make_objective(normalization=normalization)
+    expected, expected_gradients, expected_metrics = run(draft, goal, [([documents[:2], documents[2:]], 32)])
+    loss, gradients, metrics = run(draft, goal, layouts(documents))
+    assert loss == pytest.approx(expected, rel=EXACT)
+    assert_same_gradients(gradients, expected_gradients, 2 * EXACT)
+    assert metrics == pytest.approx(expected_metrics, rel=EXACT)
+
+
+def test_a_document_does_not_leak_into_its_neighbour(case):
+    """Changing one document of a row changes nothing that the others contribute."""
+    draft, goal = case.make_draft(), case.make_objective()
+    documents, others = make_documents([13, 9, 12]), make_documents([13, 9, 12], seed=1)
+    changed = [documents[0], others[1], documents[2]]
+    counts = torch.ones(case.num_steps, dtype=torch.float64)
+
+    def contribution(row):
+        batch, supervision = lay_out([row], 40)
+        muted = batch.loss_mask.clone()
+        muted[0, 13:22] = False
+        batch = type(batch)(batch.input_ids, muted, batch.positions, batch.documents)
+        return float(goal.loss(draft, batch, supervision, counts).loss.detach())
+
+    assert contribution(documents) == pytest.approx(contribution(changed), rel=EXACT)

@@ -1,0 +1,110 @@
+"""Train = serve: SGLang's own classes compute what ours do, for every network of the family."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nemo_speculative.checkpoints.servable import Servable, read_servable
+from nemo_speculative.drafts.base import Draft
+from nemo_speculative.drafts.cache import KVCache
+from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, ignored, never_loaded, write_family
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A draft, what it was given, and what SGLang made of both."""
+
+    servable: Servable
+    given: Given
+    report: dict[str, object]
+    logits: torch.Tensor
+    states: torch.Tensor
+    drafted: torch.Tensor
+    """See :func:`tests.sglang.replay.replay`."""
+
+    @property
+    def draft(self) -> Draft:
+        return self.servable.build().attach(self.given.ends)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory, inspect, options_for) -> dict[str, Replayed]:
+    """All of them, through one process of SGLang."""
+    root = tmp_path_factory.mktemp("family")
+    write_family(root, _target(root / "target"))
+    models = {name: root / name / "model" for name in FAMILY}
+    report = inspect({"any": options_for(models["plain-as_is-1"])}, models)["drafts"]
+    return {name: _replayed(root / name, report[name]) for name in FAMILY}
+
+
+def _target(path: Path) -> Path:
+    """Only its configuration is looked at."""
+    from transformers import LlamaConfig
+
+    shape = next(iter(FAMILY.values()))
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"], vocab_size=shape.vocab_size, hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size, num_hidden_layers=8, num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads, max_position_embeddings=shape.max_positions,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def _replayed(directory: Path, report: dict[str, object]) -> Replayed:
+    found = load_file(directory / "returned.safetensors")
+    return Replayed(read_servable(directory / "model"), Given.load(directory / "given.safetensors"), report, **found)
+
+
+@pytest.fixture(params=FAMILY)
+def replayed(request, family) -> Replayed:
+    return family[request.param]
+
+
+def test_no_tensor_is_lost(replayed):
+    servable = replayed.servable
+    assert replayed.report["architecture"] == servable.contract.architecture
+    assert set(replayed.report["unfilled"]) == never_loaded(servable)
+    assert replayed.report["ignored"] == ignored(servable)
+
+
+@torch.no_grad()
+def test_decoding_computes_what_sglang_does(replayed):
+    """Logits and fed-back states of the given positions, and of steps on the draft's own output."""
+    draft, given, cache = replayed.draft, replayed.given, KVCache()
+    tokens, feature, start = given.tokens[None], draft.read(given.features, given.features)[None], 0
+    logits, states, drafted = [], [], []
+    for _ in range(1 + STEPS):
+        n = tokens.shape[1]
+        rotation = draft.rotary(torch.arange(start, start + n)[None], draft.dtype)
+        output = draft.extend(draft.embed(tokens), feature, rotation, cache)
+        cache.advance(n)
+        logits.append(draft.logits(output)[0])
+        states.append(draft.feed_back(output)[0])
+        tokens, feature, start = draft.draft_ids[logits[-1][-1:].argmax(-1)][None], states[-1][None, -1:], start + n
+        drafted.append(tokens[0])
+    assert torch.cat(drafted)[:STEPS].tolist() == replayed.drafted.tolist()
+    _assert_same(torch.cat(logits), replayed.logits)
+    _assert_same(torch.cat(states), replayed.states)
+
+
+@torch.no_grad()
+def test_training_computes_what_sglang_does(replayed):
+    """The unroll on the tokens that SGLang drafted: step 0 of every slot, and all steps of the last."""
+    draft, given = replayed.draft, replayed.given
+    x = torch.cat((torch.zeros(1, dtype=torch.long), given.tokens, replayed.drafted))[None]
+    unseen = given.features.new_zeros(1 + STEPS, given.features.shape[1])
+    features = draft.read(*[torch.cat((given.features, unseen))[None]] * 2)
+    positions, slots = torch.arange(x.shape[1])[None], torch.arange(LENGTH)[None]
+    outputs = draft.unroll(draft.embed(x), features, positions, torch.zeros_like(x), slots, 1 + STEPS)
+    chain = torch.cat([output[0, -1:] for output in outputs])
+    _assert_same(draft.logits(outputs[0][0]), replayed.logits[:LENGTH])
+    _assert_same(draft.logits(chain), replayed.logits[LENGTH - 1 :])
+    _assert_same(draft.feed_back(chain), replayed.states[LENGTH - 1 :])
+
+
+def _assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """To 1e-5 of the largest."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
