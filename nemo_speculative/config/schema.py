@@ -522,7 +522,7 @@ class ExporterConfig:
     topk: int = 1
     """Branches a draft step keeps (--speculative-eagle-topk); 1 is a chain."""
     num_draft_tokens: Any = None
-    """Tokens verified at once, the last sampled one included (as in SGLang); null: steps * topk + 1; auto (topk above 1):
+    """Tokens verified at once, the last sampled one included; null: steps * topk + 1; auto (with topk above 1):
     several are measured when training is done, and the cheapest per token is kept."""
     sglang_version: str = "0.5.23"
     """The version that will serve it; what it cannot serve is refused."""

@@ -180,10 +180,12 @@ def draft_shape(job: TrainJob, target_config: Any, entries: int) -> DraftShape:
 def build_draft(job: TrainJob, target: HFTarget, vocabulary: DraftVocabulary) -> Draft:
     """The draft, initialised from the seed and, where asked, from the target: the same on every rank."""
     torch.manual_seed(job.seed)
-    shape = draft_shape(job, target.config, vocabulary.size)
+    start = read_start(job.draft, target.config)
+    # All of its shape: it was trained with its own positions and norms.
+    shape = start.shape if start else draft_shape(job, target.config, vocabulary.size)
     draft = get_class(job.draft._target_)(shape).attach(target)
     draft.use_vocabulary(vocabulary)
-    if start := read_start(job.draft, target.config):
+    if start:
         draft.load_state_dict(start.tensors)
     else:
         init_from_target(draft, target, job.draft.init_from_target)

@@ -51,7 +51,7 @@ def random_draft(kind: str, target: HFTarget, seed: int = 0, draft_vocab: int = 
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
         elif "self_attn" in name:  # what it attends to must matter
-            parameter.data.mul_(3)
+            parameter.data.mul_(2)
     return draft.eval().requires_grad_(False)
 
 

@@ -29,7 +29,7 @@ def test_every_draft_and_tree_gives_the_targets_own_answers(target, answers, kin
     found = generate(target, drafter, PROMPTS, max_new_tokens=LIMIT, stop_ids=NO_STOP)
     assert [g.tokens for g in found] == answers
     accepted = Measured(found).acceptance_per_position(4)
-    assert accepted[1] > 0.003 and accepted[0] < 0.95, "nothing accepted, or nothing rejected, proves little"
+    assert accepted[1] > 0.001 and accepted[0] < 0.95, "nothing accepted, or nothing rejected, proves little"
 
 
 @pytest.mark.parametrize("drafter", [NoDrafter(), NgramDrafter(5)], ids=["plain", "n-gram"])

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_speculative.checkpoints.servable import read_servable
-from tests.integration.conftest import metrics, run, train
+from tests.integration.conftest import drive, metrics, run, train
 
 
 def losses(directory):
@@ -83,3 +83,30 @@ def test_pretokenised_rows_need_no_template(settings, target_dir, tmp_path):
     )
     done = train(settings, tmp_path / "run", f"data.path={rows}", "trainer.max_steps=2")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        ["draft=eagle1", "draft.num_layers=2", "draft.num_steps=2"],
+        ["draft=eagle3_1", "draft.vocab_size=200", "draft.num_layers=2", "draft.normalization=conversation"],
+    ],
+    ids=["eagle1", "eagle3_1"],
+)
+def test_every_algorithm_resumes_exactly_with_muon_and_averaged_weights(algorithm, settings, tmp_path):
+    """Killed in step 5 and in a save, gone on with over two ranks: noise, average and momentum are where they were."""
+    own = [s for s in settings if not s.startswith("draft.")]
+    chosen = [*own, *algorithm, "optimizer=muon", "optimizer.ema_decay=0.9", "trainer.max_steps=6"]
+    whole = train(chosen, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "run"
+    assert drive("kill_in_step", 5, chosen, out).returncode == -9
+    assert drive("kill_in_save", 6, chosen, out).returncode == -9
+    done = train(chosen, out, "resume=auto")
+    assert done.returncode == 0, done.stderr
+    assert metrics(out) == metrics(tmp_path / "whole")
+    ours, theirs = (read_servable(d).tensors for d in (out, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ranks = train(chosen, tmp_path / "ranks", ranks=2)
+    assert ranks.returncode == 0, ranks.stderr
+    assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)

@@ -147,3 +147,8 @@ def never_loaded(servable: Servable) -> set[str]:
 def ignored(servable: Servable) -> list[str]:
     """The tensors of a checkpoint that SGLang does not want: t2d is for other tools."""
     return [name for name in servable.tensors if name == "t2d"]
+
+
+def expected_ids(servable: Servable) -> list[int] | None:
+    """The target's ids as SGLang should read them from d2t; None: the draft has any id."""
+    return servable.build().draft_ids.tolist() if "d2t" in servable.tensors else None

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from nemo_speculative.checkpoints.servable import Servable, read_servable
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.cache import KVCache
-from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, ignored, never_loaded, write_family
+from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, expected_ids, ignored, never_loaded, write_family
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def test_no_tensor_is_lost(replayed):
     assert replayed.report["architecture"] == servable.contract.architecture
     assert set(replayed.report["unfilled"]) == never_loaded(servable)
     assert replayed.report["ignored"] == ignored(servable)
+    assert replayed.report["ids"] == expected_ids(servable)
 
 
 @torch.no_grad()

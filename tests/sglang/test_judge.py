@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from tests.sglang.conftest import (
     with_draft,
     without_draft,
 )
-from tests.sglang.family import ignored, never_loaded
+from tests.sglang.family import expected_ids, ignored, never_loaded
 from tests.sglang.random_run import NAMES, make_runs
 
 TREE = Speculative(num_steps=3, topk=4, num_draft_tokens=8)
@@ -64,21 +63,14 @@ def case(request, cases) -> Case:
     return cases[request.param]
 
 
-def _remembered(case: Case) -> Speculative:
-    """What the checkpoint was written with: a chain, as a rule."""
-    return case.options.speculative
-
-
-def _tree(case: Case) -> Speculative:
-    return TREE
-
-
-SETTINGS = {"as_remembered": _remembered, "tree": _tree}
-
-
-@pytest.fixture(scope="session", params=SETTINGS)
+@pytest.fixture(scope="session", params=["as_remembered", "tree"])
 def speculative(request, case) -> Speculative:
-    return SETTINGS[request.param](case)
+    return _settings_called(request.param, case)
+
+
+def _settings_called(name: str, case: Case) -> Speculative:
+    """A dynamic tree, or what the checkpoint was written with: a chain, as a rule."""
+    return TREE if name == "tree" else case.options.speculative
 
 
 @pytest.fixture(scope="session")
@@ -89,8 +81,8 @@ def asked_ahead(request, cases, ask) -> None:
         if "plain" in needs:
             _ask_plain(ask, cases[item.callspec.params["case"]])
         if "served" in needs:
-            case, settings = (item.callspec.params[name] for name in ("case", "speculative"))
-            _ask_served(ask, cases[case], SETTINGS[settings](cases[case]))
+            case = cases[item.callspec.params["case"]]
+            _ask_served(ask, case, _settings_called(item.callspec.params["speculative"], case))
 
 
 def _ask_plain(ask: Ask, case: Case) -> Future[list[Answer]]:
@@ -126,21 +118,16 @@ def served(case, speculative, ask, asked_ahead) -> list[Answer]:
 
 
 @pytest.fixture(scope="session")
-def decode() -> Callable[[Case, Speculative], list[Generation]]:
-    """Our own decoder, all questions of a case at once."""
-
-    def run(case: Case, speculative: Speculative) -> list[Generation]:
-        target, asked = case.target, case.questions
-        drafter = EagleDrafter(case.servable.build(), target, growth_for(speculative))
-        limit, stop_ids = asked.max_new_tokens, asked.stop_ids
-        return generate(target, drafter, asked.prompts, max_new_tokens=limit, stop_ids=stop_ids)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def decoded(case, speculative, decode) -> list[Generation]:
+def decoded(case, speculative) -> list[Generation]:
     return decode(case, speculative)
+
+
+def decode(case: Case, speculative: Speculative) -> list[Generation]:
+    """Our own decoder, all questions of a case at once."""
+    target, asked = case.target, case.questions
+    drafter = EagleDrafter(case.servable.build(), target, growth_for(speculative))
+    limit, stop_ids = asked.max_new_tokens, asked.stop_ids
+    return generate(target, drafter, asked.prompts, max_new_tokens=limit, stop_ids=stop_ids)
 
 
 def test_no_tensor_is_lost(case, inspected):
@@ -148,8 +135,7 @@ def test_no_tensor_is_lost(case, inspected):
     assert found["architecture"] == servable.contract.architecture
     assert set(found["unfilled"]) == never_loaded(servable)
     assert found["ignored"] == ignored(servable)
-    if found["ids"] is not None:
-        assert found["ids"] == servable.build().draft_ids.tolist()
+    assert found["ids"] == expected_ids(servable)
 
 
 def test_the_cpu_command_is_understood(case, inspected):
@@ -211,7 +197,7 @@ def test_the_judge_saw_drafts_accepted_and_rejected(case, speculative, decoded):
 
 
 @pytest.mark.skipif(bool(RUN), reason="other drafts accept what they accept")
-def test_a_tree_accepts_what_no_chain_would(case, decode):
+def test_a_tree_accepts_what_no_chain_would(case):
     """So many levels of the same draft: side branches are accepted, or the tree would prove no more than the chain."""
     chain = replace(TREE, topk=1, num_draft_tokens=TREE.num_steps + 1)
     verifications = [sum(len(g.emitted) for g in decode(case, settings)) for settings in (TREE, chain)]
