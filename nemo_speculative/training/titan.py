@@ -1,6 +1,6 @@
 """Every torchtitan import of the project (0.3.0), and what it needs on a released torch and without a GPU.
 
-torchtitan is composed, not subclassed: mesh, FSDP2 helpers, optimizer and schedule containers, clipping, checkpoint
+torchtitan is composed: mesh, FSDP2 helpers, optimizer and schedule containers, clipping, checkpoint
 wrapper, loggers and profiler come from it; the step function is ours.
 """
 
