@@ -103,7 +103,7 @@ class CachedTarget:
         if self._kv.ragged:
             positions = torch.tensor(self._kv.lengths, device=tree.tokens.device)[:, None] + tree.depths
         else:
-            positions = tree.depths + self._kv.longest
+            positions = (tree.depths + self._kv.longest).expand_as(tree.tokens)
         if self._kv.longest + tree.levels >= self.context:  # only nodes that are out of reach
             positions = positions.clamp(max=self.context - 1)
         ancestors = tree.ancestors

@@ -64,18 +64,17 @@ def _chain(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trees(tokens: torch.Tensor, parents: torch.Tensor, levels: int, drawn: Drawn | None = None) -> Trees:
-    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n]."""
+    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n], the root's -1."""
     ancestors = ancestors_of(parents, levels)
     return Trees(tokens, parents, ancestors.sum(-1) - 1, ancestors, levels, drawn)
 
 
 def ancestors_of(parents: torch.Tensor, levels: int) -> torch.Tensor:
-    """Itself, its parent, that one's parent, …: int64 [B, n] → bool [B, n, n]."""
+    """Itself, its parent, that one's parent, …: int64 [B, n], at most ``levels`` deep → bool [B, n, n]."""
     n = parents.shape[1]
     itself = torch.eye(n, dtype=torch.bool, device=parents.device)
     above = parents.clamp(min=0)[..., None].expand(-1, -1, n)
-    has_parent = (parents >= 0)[..., None]
     sees = itself.expand(len(parents), n, n)
     for _ in range(levels):
-        sees = itself | (sees.gather(1, above) & has_parent)
+        sees = itself | sees.gather(1, above)
     return sees

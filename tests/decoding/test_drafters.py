@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -42,13 +44,20 @@ def states(target, sequences):
     return CachedTarget(target, len(sequences)).prefill([tokens[:-1] for tokens in sequences])
 
 
-@pytest.mark.parametrize("tree", GROWTHS)
+BUSHY = {
+    "chain": Chain(5),
+    "static": StaticTree(tuple(path for n in range(1, 5) for path in itertools.product((0, 1), repeat=n))),
+    "dynamic": DynamicTree(num_steps=4, topk=4, num_draft_tokens=50),
+}
+
+
+@pytest.mark.parametrize("tree", BUSHY)
 @pytest.mark.parametrize("kind", ["eagle", "eagle3.1", "eagle3 of 2 layers"])
 def test_a_tree_node_is_drafted_as_behind_its_path_alone(target, kind, tree):
     """Every draft token by the logits behind its own path, run as a chain through an empty cache."""
     draft = random_draft(kind, target)
     sequences = prompts(5, seed=8)
-    drafter = EagleDrafter(draft, target, GROWTHS[tree])
+    drafter = EagleDrafter(draft, target, BUSHY[tree])
     grown = drafter.start(5, Greedy()).propose(sequences, states(target, sequences))
     parents = grown.parents.expand_as(grown.tokens).tolist()
     for row, tokens in enumerate(sequences):

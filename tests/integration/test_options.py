@@ -109,4 +109,5 @@ def test_every_algorithm_resumes_exactly_with_muon_and_averaged_weights(algorith
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ranks = train(chosen, tmp_path / "ranks", ranks=2)
     assert ranks.returncode == 0, ranks.stderr
-    assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    # Muon orthogonalises in bfloat16, which makes more of a last bit that was summed in another order.
+    assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
