@@ -293,7 +293,7 @@ class EagleDraftConfig(DraftConfig):
     topk_w: float = 0.0
     """Weight of the cross-entropy over the target's topk likeliest tokens (HASS uses 1)."""
     topk: int = 10
-    noise: FeatureNoise = FeatureNoise.official
+    noise: FeatureNoise = FeatureNoise.paper
     """Uniform noise on the features read in training: ±0.1 (paper), or that times 512 / length (official code)."""
 
     def __post_init__(self) -> None:
