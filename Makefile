@@ -26,8 +26,8 @@ $(READY): pyproject.toml requirements.txt
 train: $(READY)  ## make the embedded target, train an EAGLE-3 draft for it, measure it (no GPU, no download)
 	$(PYTHON) recipes/train_eagle3.py $(ARGS)
 
-test: $(READY)  ## the test suite
-	$(PYTHON) -m pytest $(ARGS)
+test: $(READY)  ## the test suite, on as many processes as there are cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run
 	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang $(ARGS)

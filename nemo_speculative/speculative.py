@@ -31,6 +31,11 @@ def default_draft_tokens(num_steps: int, topk: int) -> int:
     return num_steps * topk + 1
 
 
+def smallest_tree(topk: int) -> int:
+    """The last sampled token and a first level of ``topk`` branches."""
+    return topk + 1
+
+
 def largest_tree(num_steps: int, topk: int) -> int:
     """Candidates of ``num_steps`` levels that keep ``topk`` branches each, and the root."""
     return topk + (num_steps - 1) * topk * topk + 1

@@ -85,6 +85,16 @@ class Eagle3Contract(Contract):
             raise UserError(f"{where}: draft_vocab_size is {shape.draft_vocab_size}, vocab_size {shape.vocab_size}")
         if shape.fc_norm and shape.norm_before_fc:
             raise UserError(f"{where}: fc_norm and norm_before_fc are both true; expected at most one of them")
+        if shape.draft_vocab_size is None and shape.own_embedding:
+            raise UserError(
+                f"{where}: draft_vocab_size is null, but the target's head reads {shape.target_hidden_size} features, "
+                f"and hidden_size is {shape.hidden_size}"
+            )
+        if shape.fc_width == shape.hidden_size:
+            raise UserError(
+                f"{where}: {len(shape.aux_layers)} aux states are as wide as hidden_size {shape.hidden_size}; SGLang "
+                "applies fc only where the widths differ"
+            )
         return shape
 
     def expected_ids(self, shape: Eagle3Shape) -> bool:

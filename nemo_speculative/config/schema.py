@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 from nemo_speculative.errors import UserError
 from nemo_speculative.shapes import VocabularySize, aux_layers_for, parse_vocab_size
-from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree
+from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree, smallest_tree
 
 
 class Dtype(Enum):
@@ -537,13 +537,13 @@ class ExporterConfig:
                 "exporter.num_draft_tokens is auto: a chain (exporter.topk=1) always has exporter.num_steps + 1; set "
                 "exporter.topk above 1, or leave it out",
             )
-        tokens, most = self.num_draft_tokens, largest_tree(self.num_steps, self.topk)
+        tokens, least, most = self.num_draft_tokens, smallest_tree(self.topk), largest_tree(self.num_steps, self.topk)
         whole = isinstance(tokens, int) and not isinstance(tokens, bool)
         _require(whole and tokens > 0, f"exporter.num_draft_tokens is {tokens!r}: expected a number above 0, or auto")
         _require(
-            self.topk == 1 or 2 <= tokens <= most,
-            f"exporter.num_draft_tokens is {tokens}: a tree of {self.num_steps} steps and top-k {self.topk} has 2 to "
-            f"{most} nodes",
+            self.topk == 1 or least <= tokens <= most,
+            f"exporter.num_draft_tokens is {tokens}: a tree of {self.num_steps} steps and top-k {self.topk} has "
+            f"{least} to {most} nodes",
         )
         _require(
             self.topk > 1 or tokens == self.num_steps + 1,

@@ -9,7 +9,7 @@ import torch
 from nemo_speculative.decoding.trees import Drawn, Trees, chains, trees
 from nemo_speculative.decoding.verification import Rule
 from nemo_speculative.errors import UserError
-from nemo_speculative.speculative import Speculative, largest_tree
+from nemo_speculative.speculative import Speculative, largest_tree, smallest_tree
 
 NodePath = tuple[int, ...]
 
@@ -188,11 +188,11 @@ class DynamicTree:
     ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        most = largest_tree(self.num_steps, self.topk)
-        if self.num_steps < 1 or self.topk < 1 or not 2 <= self.num_draft_tokens <= most:
+        least, most = smallest_tree(self.topk), largest_tree(self.num_steps, self.topk)
+        if self.num_steps < 1 or self.topk < 1 or not least <= self.num_draft_tokens <= most:
             raise UserError(
                 f"num_draft_tokens is {self.num_draft_tokens}: a tree of num_steps={self.num_steps} and "
-                f"topk={self.topk} has 2 to {most} nodes, the last sampled token included"
+                f"topk={self.topk} has {least} to {most} nodes, the last sampled token included"
             )
 
     @property

@@ -64,7 +64,7 @@ def _chain(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trees(tokens: torch.Tensor, parents: torch.Tensor, levels: int, drawn: Drawn | None = None) -> Trees:
-    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n], the root's -1."""
+    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n], a root's -1."""
     ancestors = ancestors_of(parents, levels)
     return Trees(tokens, parents, ancestors.sum(-1) - 1, ancestors, levels, drawn)
 

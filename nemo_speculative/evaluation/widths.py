@@ -35,7 +35,7 @@ def measure_widths(
 ) -> list[Width]:  # fmt: skip
     """Every width on the same questions, one after the other on each, so that a noisy machine hits all alike."""
     most = largest_tree(num_steps, topk)
-    sizes = sorted({min(width, most) for width in WIDTHS if width > num_steps})
+    sizes = sorted({min(width, most) for width in WIDTHS if width > topk})
     widths = [Width(Speculative(num_steps, topk, size), Measured()) for size in sizes]
     drafters = [EagleDrafter(draft, target, DynamicTree(num_steps, topk, size)) for size in sizes]
     with cpu_threads(config.num_threads):

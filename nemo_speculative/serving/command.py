@@ -17,7 +17,7 @@ from typing import Any
 from nemo_speculative.checkpoints.contract import shape_of
 from nemo_speculative.checkpoints.servable import Provenance, find_model, provenance_of, read_config
 from nemo_speculative.errors import UsageError
-from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree
+from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree, smallest_tree
 
 CPU_ENGINE = Path(__file__).parent / "cpu"
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
@@ -85,10 +85,10 @@ def _check_speculative(values: Speculative) -> None:
             tokens == steps + 1,
             f"--num-draft-tokens is {tokens}: with top-k 1 it is --num-steps + 1 = {steps + 1}; leave it out",
         )
-    most = largest_tree(steps, topk)
+    least, most = smallest_tree(topk), largest_tree(steps, topk)
     _require(
-        2 <= tokens <= most,
-        f"--num-draft-tokens is {tokens}: a tree of {steps} steps and top-k {topk} has 2 to {most} nodes",
+        least <= tokens <= most,
+        f"--num-draft-tokens is {tokens}: a tree of {steps} steps and top-k {topk} has {least} to {most} nodes",
     )
 
 

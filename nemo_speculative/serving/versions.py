@@ -35,6 +35,11 @@ def check_servable(shape: Any, version: str) -> None:
             f"draft's hidden size {shape.hidden_size}; no version of SGLang applies fc then: choose more aux layers, "
             "or another draft.hidden_size"
         )
+    if getattr(shape, "draft_vocab_size", 0) is None and shape.own_embedding:
+        raise UserError(
+            f"draft.vocab_size is target_head: the target's head reads {shape.target_hidden_size} features, and "
+            f"draft.hidden_size is {shape.hidden_size}; give the draft a head of its own, e.g. draft.vocab_size=auto"
+        )
 
 
 def parse_version(version: str) -> tuple[int, ...]:

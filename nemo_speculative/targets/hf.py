@@ -105,7 +105,7 @@ class HFTarget:
             UserError: the model has layers for which no mask can be given.
         """
         inputs = input_ids.to(self._entry)
-        with self._masked_attention(visible is not None):
+        with contextlib.nullcontext() if visible is None else self._masked_attention():
             out = self._decoder(
                 input_ids=inputs,
                 attention_mask=None if visible is None else self._masks(visible.to(inputs.device)),
@@ -148,12 +148,14 @@ class HFTarget:
         return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
 
     @contextlib.contextmanager
-    def _masked_attention(self, needed: bool) -> Iterator[None]:
+    def _masked_attention(self) -> Iterator[None]:
         """Flash attention takes no mask per position; eager attention, which every model has, does."""
         config = self._decoder.config
         chosen = config._attn_implementation
-        if needed and chosen not in ("sdpa", "eager"):
-            config._attn_implementation = "eager"
+        if chosen in ("sdpa", "eager"):
+            yield
+            return
+        config._attn_implementation = "eager"
         try:
             yield
         finally:

@@ -111,6 +111,12 @@ def settle_draft(job: TrainJob, config: Any) -> None:
             print(f"draft.init_from: {note}", flush=True)
         job.draft = with_its_shape(job.draft, start)
     check_servable(draft_shape(job, config, entries=1), job.exporter.sglang_version)
+    entries = job.draft.vocabulary(config.vocab_size).entries
+    if entries is not None and job.exporter.topk > entries:
+        raise UserError(
+            f"exporter.topk is {job.exporter.topk}: the draft vocabulary has {entries} entries (draft.vocab_size); "
+            "lower exporter.topk"
+        )
 
 
 def build_target(job: TrainJob, device: torch.device) -> HFTarget:

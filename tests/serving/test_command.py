@@ -146,7 +146,7 @@ def test_the_command_needs_neither_hydra_nor_torchtitan_nor_sglang(model_dir):
         (["--topk", "0"], "--topk is 0"),
         (["--num-draft-tokens", "5"], "--num-steps + 1 = 6"),
         (["--num-steps", "2", "--num-draft-tokens", "6"], "--num-steps + 1 = 3"),
-        (["--num-steps", "1", "--topk", "4", "--num-draft-tokens", "6"], "has 2 to 5 nodes"),
+        (["--num-steps", "1", "--topk", "4", "--num-draft-tokens", "6"], "has 5 to 5 nodes"),
         (["--algorithm", "EAGLE"], "--algorithm is EAGLE"),
         (["--tp-size", "0"], "--tp-size is 0"),
         (["--port", "70000"], "--port is 70000"),

@@ -52,6 +52,12 @@ def test_aux_states_as_wide_as_the_draft_are_never_projected():
         check_servable(eagle3(aux_layers=(1, 3), hidden_size=16), NEWEST)
 
 
+def test_the_targets_head_cannot_read_a_draft_of_another_size():
+    check_servable(eagle3(draft_vocab_size=None), NEWEST)
+    with pytest.raises(UserError, match=r"draft\.vocab_size is target_head: .* reads 8 features, and .* is 12"):
+        check_servable(eagle3(draft_vocab_size=None, hidden_size=12), NEWEST)
+
+
 @pytest.mark.parametrize("version", ["", "newest", "0.5.x"])
 def test_what_is_no_version(version):
     with pytest.raises(UserError, match=r"exporter\.sglang_version"):
