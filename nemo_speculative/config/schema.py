@@ -655,6 +655,14 @@ class TrainJob:
     plan: bool = False
     """Print what would happen and stop, without loading any weights."""
 
+    def __post_init__(self) -> None:
+        _require(
+            not self.evaluation.rejection_sampling or self.exporter.topk == 1 or self.evaluation.static_tree,
+            f"evaluation.rejection_sampling is true and exporter.topk is {self.exporter.topk}: a dynamic tree keeps "
+            "draft tokens for their score, and then rejection sampling is not lossless; set exporter.topk=1, or leave "
+            "it off",
+        )
+
 
 @dataclass
 class PlacementConfig:

@@ -127,7 +127,7 @@ class StaticTree:
     """The same structure every time, as EAGLE-1 has it.
 
     Raises:
-        UserError: a path lacks its parent or an elder sibling, or there is none.
+        UserError: a path lacks its parent or an elder sibling, or comes twice, or there is none.
     """
 
     paths: tuple[NodePath, ...] = MC_SIM_7B_63
@@ -137,10 +137,10 @@ class StaticTree:
         known = {(), *self.paths}
         for path in self.paths or ((),):
             elder = path[:-1] if path[-1:] in ((), (0,)) else (*path[:-1], path[-1] - 1)
-            if not path or elder not in known:
+            if not path or elder not in known or self.paths.count(path) > 1:
                 raise UserError(
                     f"the static tree {list(self.paths)} is none at {path}: expected each node as a path of child "
-                    "numbers, e.g. (0, 1), and with it its parent and its elder siblings"
+                    "numbers, e.g. (0, 1), once, and with it its parent and its elder siblings"
                 )
 
     @property

@@ -46,7 +46,7 @@ def numbers_for(config: "DraftConfig | None", target_config: Any) -> dict[str, A
     heads = target_config.num_attention_heads
     like_target = {
         "hidden_size": target_config.hidden_size,
-        "intermediate_size": target_config.intermediate_size,
+        "intermediate_size": getattr(target_config, "intermediate_size", None) or 4 * target_config.hidden_size,
         "num_heads": heads,
         "num_kv_heads": getattr(target_config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
@@ -125,7 +125,8 @@ class Draft(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        return next(self.parameters()).dtype
+        # Of one weight: a walk over all of them, at every token, would cost as much as the embedding.
+        return self.stack[0].self_attn.q_proj.weight.dtype
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 [...] → [..., h], of the target's frozen embedding."""

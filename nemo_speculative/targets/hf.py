@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -119,24 +120,27 @@ class HFTarget:
 
     def _masks(self, visible: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """``visible`` as the decoder takes it: one mask, or where its layers are of several kinds one for each."""
-        kinds = set(getattr(self.config, "layer_types", None) or ()) or {self._only_kind()}
-        unknown = kinds - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise UserError(
-                f"{self.path}: {type(self.model).__name__} has layers of the kind {sorted(unknown)[0]}, which cannot "
-                "verify several tokens at once: only full_attention and sliding_attention can"
-            )
-        masks = {"full_attention": visible, "sliding_attention": self._within_window(visible)}
-        formed = {kind: self._mask(masks[kind]) for kind in sorted(kinds)}
+        formed = {kind: self._mask(form(visible)) for kind, form in self._mask_forms.items()}
         return formed if len(formed) > 1 else formed.popitem()[1]
 
-    def _only_kind(self) -> str:
-        return "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
+    @cached_property
+    def _mask_forms(self) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        """What each kind of layer sees of what is visible."""
+        forms = {"full_attention": lambda visible: visible, "sliding_attention": self._within_window}
+        only = "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
+        kinds = sorted(set(getattr(self.config, "layer_types", None) or [only]))
+        unknown = [kind for kind in kinds if kind not in forms]
+        if unknown:
+            raise UserError(
+                f"{self.path}: {type(self.model).__name__} has layers of the kind {unknown[0]}, which cannot verify "
+                f"several tokens at once: only {' and '.join(forms)} can"
+            )
+        return {kind: forms[kind] for kind in kinds}
 
     def _within_window(self, visible: torch.Tensor) -> torch.Tensor:
         """Of what a position sees, the last so many: in a tree the same as so many before it on its path."""
-        window = getattr(self.config, "sliding_window", None)
-        if not window or window >= visible.shape[-1]:
+        window = self.config.sliding_window
+        if window >= visible.shape[-1]:
             return visible
         return visible & (visible.flip(-1).cumsum(-1).flip(-1) <= window)
 

@@ -10,6 +10,7 @@ from nemo_speculative.decoding.target import CachedTarget
 from nemo_speculative.decoding.verification import Greedy, Rejection, TargetOnly
 from nemo_speculative.drafts.cache import KVCache
 from nemo_speculative.errors import UserError
+from nemo_speculative.targets.hf import HFTarget
 from tests.decoding.models import DRAFTS, GROWTHS, VOCAB_SIZE, prompts, random_draft, small_target
 
 
@@ -140,9 +141,22 @@ def test_a_dynamic_tree_cannot_be_verified_by_rejection(target):
     assert "\n" not in str(error.value)
 
 
-def test_a_draft_for_other_aux_layers_is_refused(target, tmp_path):
+def test_eagle_needs_no_aux_layers(target):
+    """It reads the last hidden state; a target may then be loaded without any."""
+    bare = HFTarget(target.path, aux_layers=[])
+    assert states(bare, [[1, 2, 3]]).aux.shape == (1, 2, 0)
+    proposed = [
+        EagleDrafter(random_draft("eagle", any_target), any_target, Chain(4))
+        .start(1, Greedy())
+        .propose([[1, 2, 3]], states(any_target, [[1, 2, 3]]))
+        .tokens
+        for any_target in (bare, target)
+    ]
+    assert torch.equal(*proposed)
+
+
+def test_a_draft_for_other_aux_layers_is_refused(target):
     draft = random_draft("eagle3", target)
-    monkeyed = small_target(tmp_path)
-    monkeyed.aux_layers = [0, 2]
+    other = HFTarget(target.path, aux_layers=[0, 2])
     with pytest.raises(ValueError, match="layers"):
-        EagleDrafter(draft, monkeyed, Chain(3))
+        EagleDrafter(draft, other, Chain(3))

@@ -190,7 +190,9 @@ def test_settings_that_make_no_tree_are_one_line(settings, said):
     assert largest_tree(5, 4) == 69
 
 
-@pytest.mark.parametrize("paths", [(), ((),), ((1,),), ((0,), (0, 1)), ((0,), (1, 0)), ((0,), (0, 0, 0)), ((-1,),)])
+@pytest.mark.parametrize(
+    "paths", [(), ((),), ((1,),), ((0,), (0, 1)), ((0,), (1, 0)), ((0,), (0, 0, 0)), ((-1,),), ((0,), (0,))]
+)
 def test_a_static_tree_with_a_gap_is_one_line(paths):
     with pytest.raises(UserError, match="static tree") as error:
         StaticTree(paths)
