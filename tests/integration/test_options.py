@@ -94,20 +94,24 @@ def test_pretokenised_rows_need_no_template(settings, target_dir, tmp_path):
     ids=["eagle1", "eagle3_1"],
 )
 def test_every_algorithm_resumes_exactly_with_muon_and_averaged_weights(algorithm, settings, tmp_path):
-    """Killed in step 5 and in a save, gone on with over two ranks: noise, average and momentum are where they were."""
+    """Killed in a save, gone on with: noise, average and momentum are where they were."""
     own = [s for s in settings if not s.startswith("draft.")]
     chosen = [*own, *algorithm, "optimizer=muon", "optimizer.ema_decay=0.9", "trainer.max_steps=6"]
     whole = train(chosen, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "run"
-    assert drive("kill_in_step", 5, chosen, out).returncode == -9
     assert drive("kill_in_save", 6, chosen, out).returncode == -9
     done = train(chosen, out, "resume=auto")
     assert done.returncode == 0, done.stderr
     assert metrics(out) == metrics(tmp_path / "whole")
     ours, theirs = (read_servable(d).tensors for d in (out, tmp_path / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ranks = train(chosen, tmp_path / "ranks", ranks=2)
-    assert ranks.returncode == 0, ranks.stderr
-    # Muon orthogonalises in bfloat16, which makes more of a last bit that was summed in another order.
-    assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+
+
+def test_eagle1_with_its_noise_trains_alike_on_two_ranks(settings, tmp_path):
+    own = [s for s in settings if not s.startswith("draft.")]
+    chosen = [*own, "draft=eagle1", "draft.num_steps=2", "optimizer.ema_decay=0.9", "trainer.max_steps=4"]
+    for name, ranks in (("one", 1), ("two", 2)):
+        done = train(chosen, tmp_path / name, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
