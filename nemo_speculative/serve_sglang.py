@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import torch
+
 from nemo_speculative.errors import UsageError, UserError
 from nemo_speculative.serving.command import (
     ServeOptions,
@@ -86,6 +88,8 @@ def check_startable(options: ServeOptions) -> None:
     if looks_local and not target.is_dir():
         raise UsageError(f"the target {options.target} does not exist; say where it is: --target DIRECTORY")
     require_free(options.host, options.port)
+    if options.device != "cpu" and not torch.accelerator.is_available():
+        raise UsageError("--device cuda: no accelerator is found here; add --device cpu, which serves to judge a draft")
 
 
 def serve(options: ServeOptions, timeout: float) -> None:

@@ -11,7 +11,14 @@ import re
 import shutil
 from pathlib import Path
 
+from nemo_speculative.errors import UserError
+
 STEP = re.compile(r"step_(\d+)")
+OWN = re.compile(
+    r"config\.yaml|metrics(\.previous-\d+)?\.(jsonl|partial)|checkpoints|tensorboard|wandb|profile|questions\.jsonl|"
+    r"summary\.json"
+)
+"""What a run writes into its directory."""
 
 
 class RunDirectory:
@@ -20,6 +27,25 @@ class RunDirectory:
     def __init__(self, root: str | Path):
         self.root = Path(root).absolute()
         self.checkpoints = self.root / "checkpoints"
+
+    def check_usable(self) -> None:
+        """Refuses a place where a run would mix with, or rename, what is not its own.
+
+        Raises:
+            UserError: the root is where the program runs or above it, cannot be written, or holds other files.
+        """
+        if self.root in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"output_dir: {self.root} is the working directory or above it; choose one inside it")
+        there = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is not writable" if there.is_dir() else "is a file"
+            raise UserError(f"output_dir: {self.root} cannot be written, {there} {why}; choose another output_dir")
+        entries = self.root.iterdir() if self.root.exists() else ()
+        other = sorted(entry.name for entry in entries if not OWN.fullmatch(entry.name))
+        if other:
+            raise UserError(
+                f"output_dir: {self.root} holds what is not a run's ({', '.join(other[:3])}); choose another output_dir"
+            )
 
     def set_aside(self) -> Path | None:
         """Renames an earlier run in the same place, so that a fresh start loses nothing; returns its new name."""
@@ -30,6 +56,15 @@ class RunDirectory:
             number += 1
         self.root.rename(aside)
         return aside
+
+    def set_metrics_aside(self) -> Path | None:
+        """Renames metrics of a run that left no checkpoint; returns their new name."""
+        metrics, number = self.root / "metrics.jsonl", 1
+        if not metrics.exists():
+            return None
+        while (aside := self.root / f"metrics.previous-{number}.jsonl").exists():
+            number += 1
+        return metrics.rename(aside)
 
     def prepare(self) -> None:
         """Makes the directory, removes what a crash left behind and puts the links right."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nemo_speculative import __version__
@@ -168,6 +168,19 @@ def read_servable(path: str | Path) -> Servable:
         raise UserError(f"{directory}/model.safetensors: cut off or not readable ({error})") from None
     check_tensors(contract, tensors, shape, directory / "model.safetensors")
     return Servable(directory, contract, shape, provenance_of(config, directory), tensors)
+
+
+def check_whole(directory: Path) -> None:
+    """Refuses weights that are cut off, from their header alone.
+
+    Raises:
+        UserError: they are.
+    """
+    try:
+        with safe_open(directory / "model.safetensors", "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{directory}/model.safetensors: cut off or not readable ({error})") from None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -47,6 +47,13 @@ def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], N
                 main(to_job(config))
             except UserError as error:
                 _fail(str(error), error.exit_code)
+            except OSError as error:
+                _fail(_file_error(error), 1)
+            except HydraException as error:  # what it instantiates may refuse its input, too
+                said = _user_error_within(error)
+                if said is None:
+                    raise
+                _fail(str(said), said.exit_code)
 
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
         program = functools.partial(run_program, hydra_main)
@@ -71,14 +78,14 @@ def to_job(config: DictConfig) -> Any:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give it on the command line, {error.full_key}=…") from None
     except InterpolationResolutionError as error:
-        raise _said_by_a_resolver(error) or error from None
+        raise _user_error_within(error) or error from None
     if isinstance(job, schema.TrainJob):
         job.draft = filled(job.draft)
     return job
 
 
-def _said_by_a_resolver(error: BaseException | None) -> UserError | None:
-    """The error of one of our own resolvers, which OmegaConf wraps."""
+def _user_error_within(error: BaseException | None) -> UserError | None:
+    """The error of our own that OmegaConf or Hydra wrapped."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
@@ -112,14 +119,18 @@ def run_program(program: Callable[[], None]) -> None:
             raise
         _fail(explain(error, sys.argv[1:]), 1)
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": "), 1)
+        _fail(_file_error(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        _fail("interrupted; start again with the same command (a training with resume=auto)", INTERRUPTED)
     except SystemExit as leaving:
         if isinstance(leaving.code, int):
             _leave(leaving.code)
         raise
     _leave(0)
+
+
+def _file_error(error: OSError) -> str:
+    return f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
 
 
 def _leave(code: int) -> None:

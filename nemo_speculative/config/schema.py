@@ -6,7 +6,7 @@ numbers are methods.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Optional
 
@@ -118,6 +118,10 @@ class TinyModelConfig(ModelConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _require(
+            self.path == "embedded",
+            f"model.path is {self.path}, and model is tiny, the embedded target: add model=local for a model of yours",
+        )
         _require(self.num_layers >= 7, f"model.num_layers is {self.num_layers}: the embedded target needs at least 7")
         _require_positive(self, "model", "steps", "rows_per_step", "row_tokens", "warmup_steps", "context")
 
@@ -594,10 +598,10 @@ class EvaluationConfig:
     """Held-out questions at the end of a run."""
     selection_questions: int = 16
     """Held-out questions measured at every checkpoint, by which `best` is chosen."""
-    max_new_tokens: int = 256
-    """Longest answer."""
+    max_new_tokens: Optional[int] = None
+    """Longest answer; null: 256, or in evaluate.py what the run used."""
     num_threads: Optional[int] = None
-    """CPU threads while measuring; null: torch's choice. A tiny model is fastest on one."""
+    """CPU threads while measuring; null: torch's choice, or in evaluate.py what the run used."""
     ngram: int = 3
     """Longest n-gram that prompt-lookup drafting, the baseline, matches."""
     batch_size: int = 1
@@ -630,6 +634,19 @@ class EvaluationConfig:
             f"evaluation.top_p is {self.top_p}: expected a share above 0 and at most 1 (1 is off)",
         )
         _require(self.top_k >= 0, f"evaluation.top_k is {self.top_k}: expected a number of tokens, or 0 for all")
+
+    @property
+    def answer_tokens(self) -> int:
+        """Longest answer."""
+        return self.max_new_tokens or 256
+
+    def like(self, run: dict[str, Any]) -> "EvaluationConfig":
+        """With what the configuration of a run says where this one says nothing."""
+        return replace(
+            self,
+            max_new_tokens=self.max_new_tokens or run.get("max_new_tokens"),
+            num_threads=self.num_threads or run.get("num_threads"),
+        )
 
 
 @dataclass

@@ -147,11 +147,11 @@ def evaluate_draft(
     batches, progress = _batches(prompts, config.batch_size), Progress("measuring", len(prompts))
     with cpu_threads(config.num_threads):
         for drafter in ways.values():  # warm-up: the first call allocates
-            generate(target, drafter, batches[0], max_new_tokens=min(16, config.max_new_tokens), rule=rule)
+            generate(target, drafter, batches[0], max_new_tokens=min(16, config.answer_tokens), rule=rule)
         for batch in batches:
             for name, drafter in ways.items():
                 started = time.perf_counter()
-                answers = generate(target, drafter, batch, max_new_tokens=config.max_new_tokens, rule=rule)
+                answers = generate(target, drafter, batch, max_new_tokens=config.answer_tokens, rule=rule)
                 measured[name].seconds += time.perf_counter() - started
                 measured[name].generations += answers
             progress.advance(lambda: f"tau {measured['draft'].tau:.2f}", len(batch))
@@ -192,7 +192,7 @@ def measure_tau(
     measured = Measured()
     with cpu_threads(config.num_threads):
         for batch in _batches(prompts, config.batch_size):
-            measured.generations += generate(target, drafter, batch, max_new_tokens=config.max_new_tokens, rule=rule)
+            measured.generations += generate(target, drafter, batch, max_new_tokens=config.answer_tokens, rule=rule)
     return measured.tau
 
 

@@ -1,9 +1,11 @@
 """The measurement of a checkpoint on disk: it remembers its target, its dtype and its chain."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
 
 from nemo_speculative.checkpoints.foreign.servable import as_servable
 from nemo_speculative.checkpoints.servable import Servable
@@ -35,12 +37,20 @@ def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
     prompts = _prompts(job, servable, target)
     draft = servable.build(target.device, getattr(torch, servable.provenance.target_dtype))
     settings = servable.provenance.speculative.with_changes(job.num_steps, job.topk, job.num_draft_tokens)
-    return evaluate_draft(target, draft, prompts, settings, job.evaluation)
+    return evaluate_draft(target, draft, prompts, settings, job.evaluation.like(_run_evaluation(servable.directory)))
+
+
+def _run_evaluation(model: Path) -> dict[str, Any]:
+    """How the run measured in which the checkpoint lies; nothing where it lies in none."""
+    file = next((p / "config.yaml" for p in model.resolve().parents if (p / "config.yaml").is_file()), None)
+    run: Any = OmegaConf.to_container(OmegaConf.load(file)) if file else {}
+    found = run.get("evaluation") if isinstance(run, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _target_of(servable: Servable, job: EvaluateJob) -> HFTarget:
     remembered = servable.provenance
-    directory = resolve_target(ModelConfig(path=job.target or remembered.target))
+    directory = resolve_target(ModelConfig(path=job.target or remembered.target), key="target")
     target: HFTarget = instantiate(
         job.backend,
         path=directory,

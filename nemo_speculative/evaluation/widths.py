@@ -40,11 +40,11 @@ def measure_widths(
     drafters = [EagleDrafter(draft, target, DynamicTree(num_steps, topk, size)) for size in sizes]
     with cpu_threads(config.num_threads):
         for drafter in drafters:  # warm-up: the first call allocates
-            generate(target, drafter, prompts[:1], max_new_tokens=min(16, config.max_new_tokens))
+            generate(target, drafter, prompts[:1], max_new_tokens=min(16, config.answer_tokens))
         for prompt in prompts:
             for width, drafter in zip(widths, drafters, strict=True):
                 started = time.perf_counter()
-                answers = generate(target, drafter, [prompt], max_new_tokens=config.max_new_tokens)
+                answers = generate(target, drafter, [prompt], max_new_tokens=config.answer_tokens)
                 width.measured.seconds += time.perf_counter() - started
                 width.measured.generations += answers
     return widths

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_speculative.checkpoints.contract import shape_of
-from nemo_speculative.checkpoints.servable import Provenance, find_model, provenance_of, read_config
+from nemo_speculative.checkpoints.servable import Provenance, check_whole, find_model, provenance_of, read_config
 from nemo_speculative.errors import UsageError
 from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree, smallest_tree
 
@@ -106,6 +106,7 @@ def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     model = Path(os.path.abspath(find_model(path)))
+    check_whole(model)
     algorithm, remembered = _read(model)
     wanted = given.pop("algorithm", algorithm)
     if wanted != algorithm:

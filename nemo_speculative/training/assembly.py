@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,19 @@ def as_plain(job: Any) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
+def check_output_dir(job: TrainJob) -> None:
+    """Before anything heavy starts: the run has a place.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not job.output_dir:
+        raise UserError("output_dir is empty: name a directory for the run")
+    first_rank = os.environ.get("RANK", "0") == "0"
+    if first_rank:
+        RunDirectory(job.output_dir).check_usable()
+
+
 def prepare_run(job: TrainJob) -> RunDirectory:
     """The run directory; an earlier run there is renamed unless this one resumes it."""
     run = RunDirectory(job.output_dir)
@@ -80,8 +94,10 @@ def _prepare(job: TrainJob, run: RunDirectory) -> None:
     if job.resume is Resume.never and (aside := run.set_aside()):
         print(f"{run.root} held an earlier run; it is now {aside} (go on with one by resume=auto)", flush=True)
     run.prepare()
-    if not run.steps():
-        run.keep_metrics_until(0)
+    if job.resume is Resume.auto and not run.steps():
+        aside = run.set_metrics_aside()
+        kept = f"; the metrics that were there are now {aside.name}" if aside else ""
+        print(f"resume=auto: no checkpoint in {run.root}, starting from step 0{kept}", flush=True)
 
 
 def save_config(job: TrainJob, run: RunDirectory) -> None:

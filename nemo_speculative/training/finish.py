@@ -1,6 +1,7 @@
 """The end of a run: the best checkpoint measured on held-out questions, beside its baselines."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, p
     summary |= {"checkpoint": str(step / "model"), "serve_command": sglang_command(step / "model")}
     write_summary(run.root, summary)
     print(f"checkpoint: {step / 'model'}\nserve it:   {summary['serve_command']}", flush=True)
+    if not torch.accelerator.is_available():
+        print(
+            f"on a CPU:   python -m nemo_speculative.serve_sglang --draft {shlex.quote(str(run.root))} --device cpu   "
+            "(in the environment of SGLang: docs/serving.md)",
+            flush=True,
+        )
 
 
 def choose_width(job: TrainJob, target: HFTarget, draft: Draft, prompts: Sequence[list[int]]) -> Speculative:

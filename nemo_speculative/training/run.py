@@ -19,6 +19,7 @@ def train(job: TrainJob) -> None:
     """
     if job.plan:
         return print(describe(job))
+    assembly.check_output_dir(job)
     assembly.check_target(job)
     split = assembly.load_split(job)
     device = choose_device(job.trainer.device, "trainer.device")

@@ -95,6 +95,12 @@ class Saver:
             self.run.keep_metrics_until(position.step)
         return position
 
+    def report(self, step: int) -> str:
+        """What was saved, what it accepts when it decodes, and which is the best so far."""
+        tau = self.run.tau(step)
+        measured = "" if tau is None else f", tau {tau:.2f} decoded"
+        return f"saved {self.run.path(step).name}{measured}; best: step_{self.run.best()}"
+
     def last_good(self) -> str:
         steps = self.run.steps()
         return str(self.run.path(steps[-1])) if steps else "none"

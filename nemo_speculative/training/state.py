@@ -123,5 +123,5 @@ def damaged(checkpoint: Path, error: BaseException) -> UserError:
     """The error for a checkpoint that cannot be read back."""
     return UserError(
         f"{checkpoint}: the resume state is damaged or of another draft shape ({root_cause(error)}); "
-        "remove this directory to resume from the checkpoint before it"
+        "remove this directory, and resume=auto goes on from the one before it, or where there is none from step 0"
     )

@@ -232,6 +232,7 @@ class DraftTrainer:
                 self.step, metrics if tau is None else metrics | {"val/tau_decoded": tau}
             ),
         )  # fmt: skip
+        self.reporter.say(self.saver.report(self.step))
         self.clock.lap()
         return None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.errors import UserError
 
 
 def save(run: RunDirectory, step: int, tau: float | None = None, keep: int = 2) -> None:
@@ -309,3 +310,29 @@ def test_metrics_alone_are_set_aside_too(tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     assert RunDirectory(tmp_path / "run").set_aside() == tmp_path / "run.previous-1"
     assert tree(tmp_path / "run.previous-1") == {"metrics.jsonl": "{}\n"}
+
+
+def test_a_place_that_is_not_a_runs_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "proj" / "src").mkdir(parents=True)
+    (tmp_path / "proj" / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"output_dir: .*proj holds what is not a run's \(src, thesis.txt\)"):
+        RunDirectory(tmp_path / "proj").check_usable()
+    monkeypatch.chdir(tmp_path / "proj")
+    for place in (".", "..", tmp_path):
+        with pytest.raises(UserError, match="is the working directory or above it"):
+            RunDirectory(place).check_usable()
+    with pytest.raises(UserError, match=r"output_dir: .* cannot be written, .*thesis.txt is a file"):
+        RunDirectory(tmp_path / "proj" / "thesis.txt" / "run").check_usable()
+    RunDirectory("src/run").check_usable()
+    assert not (tmp_path / "proj" / "src" / "run").exists()
+
+
+def test_metrics_without_a_checkpoint_are_kept_under_another_name(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.prepare()
+    assert run.set_metrics_aside() is None
+    for number in (1, 2):
+        (run.root / "metrics.jsonl").write_text(f"{number}\n")
+        assert run.set_metrics_aside().name == f"metrics.previous-{number}.jsonl"
+    assert (run.root / "metrics.previous-1.jsonl").read_text() == "1\n"
+    run.check_usable()

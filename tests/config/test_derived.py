@@ -6,7 +6,9 @@ from nemo_speculative.config.schema import (
     DataConfig,
     Eagle3DraftConfig,
     EagleDraftConfig,
+    EvaluationConfig,
     ExporterConfig,
+    TinyModelConfig,
     TrainerConfig,
 )
 from nemo_speculative.errors import UserError
@@ -132,3 +134,17 @@ def test_the_exporter_derives_the_draft_tokens_of_a_chain(given, expected):
 def test_a_chain_verifies_one_token_more_than_it_drafts(tokens):
     with pytest.raises(UserError, match=r"exporter.num_draft_tokens is \d: with exporter.topk=1 .* = 6$"):
         ExporterConfig(num_draft_tokens=tokens)
+
+
+def test_a_path_for_the_embedded_target_is_a_forgotten_model_local():
+    with pytest.raises(
+        UserError, match=r"model\.path is /my/llm, and model is tiny, the embedded target: add model=local"
+    ):
+        TinyModelConfig(path="/my/llm")
+
+
+def test_an_evaluation_is_as_the_run_was_where_it_says_nothing():
+    run = {"max_new_tokens": 128, "num_threads": 1, "batch_size": 8}
+    assert EvaluationConfig().like(run) == EvaluationConfig(max_new_tokens=128, num_threads=1)
+    assert EvaluationConfig(max_new_tokens=64).like(run).answer_tokens == 64
+    assert EvaluationConfig().like({}).answer_tokens == 256

@@ -47,7 +47,7 @@ def test_the_official_form(published):
 
 
 def test_it_reaches_the_job(published):
-    job = to_job(composed("train_eagle3", f"draft.config={published(SPECFORGE)}", "model.path=x"))
+    job = to_job(composed("train_eagle3", f"draft.config={published(SPECFORGE)}"))
     assert job.draft == filled(Eagle3DraftConfig(config=job.draft.config, num_steps=5))
 
 

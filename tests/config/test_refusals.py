@@ -183,7 +183,11 @@ def test_each_job_of_a_multirun_writes_to_a_directory_of_its_own(monkeypatch):
     ("error", "code", "line"),
     [
         (UserError("data.path: two\n  lines"), 1, "error: data.path: two lines\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "error: interrupted; start again with the same command (a training with resume=auto)\n",
+        ),
         (ValueError("Config group override must be a string or a list. Got int"), 1, None),
     ],
 )

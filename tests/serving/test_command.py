@@ -229,3 +229,15 @@ def test_options_cannot_be_made_inconsistent(model_dir):
 
 def test_a_single_gpu_is_not_mentioned(model_dir):
     assert "--tp-size" not in serve_command(from_checkpoint(model_dir, {"tp_size": 1}))
+
+
+def test_weights_that_are_cut_off_are_refused_before_anything_starts(capsys, model_dir):
+    weights = model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "model.safetensors: cut off" in refused(capsys, "--draft", str(model_dir), "--print-only")
+
+
+def test_no_accelerator_is_said_before_sglang_says_it(capsys, run_dir, tmp_path, fake_sglang, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    (tmp_path / "target").mkdir()
+    assert "add --device cpu" in refused(capsys, "--draft", str(run_dir), "--target", str(tmp_path / "target"))

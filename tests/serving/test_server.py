@@ -72,7 +72,7 @@ def test_stopping_ends_the_whole_process_group(server, options):
 
 def test_a_server_that_dies_shows_its_last_lines(capsys, run_dir, free_port, monkeypatch):
     monkeypatch.setenv("FAKE_SGLANG", "die")
-    assert main(["--draft", str(run_dir), "--port", str(free_port), "--timeout", "60"]) == 1
+    assert main(["--draft", str(run_dir), "--device", "cpu", "--port", str(free_port), "--timeout", "60"]) == 1
     *log, last = capsys.readouterr().err.splitlines()
     assert log[-1] == "CUDA error: out of memory"
     assert last.startswith("error: SGLang ended with code 7")
@@ -80,7 +80,7 @@ def test_a_server_that_dies_shows_its_last_lines(capsys, run_dir, free_port, mon
 
 def test_a_server_that_never_answers_is_ended(capsys, run_dir, free_port, monkeypatch):
     monkeypatch.setenv("FAKE_SGLANG", "hang")
-    assert main(["--draft", str(run_dir), "--port", str(free_port), "--timeout", "1"]) == 1
+    assert main(["--draft", str(run_dir), "--device", "cpu", "--port", str(free_port), "--timeout", "1"]) == 1
     *log, last = capsys.readouterr().err.splitlines()
     assert log[-1].startswith("fake SGLang:")
     assert last.startswith("error: SGLang was not ready after 1 s")
@@ -95,7 +95,8 @@ def test_a_server_that_goes_down_later_is_an_error(server):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_program_and_server(run_dir, free_port, number):
-    program = [sys.executable, "-m", "nemo_speculative.serve_sglang", "--draft", str(run_dir), "--port", str(free_port)]
+    program = [sys.executable, "-m", "nemo_speculative.serve_sglang", "--device", "cpu"]
+    program += ["--draft", str(run_dir), "--port", str(free_port)]
     with subprocess.Popen([*program, "--", "--some-flag"], stdout=subprocess.PIPE, text=True) as process:
         log = Path(process.stdout.readline().split()[-1])
         serving = process.stdout.readline()

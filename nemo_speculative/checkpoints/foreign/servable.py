@@ -32,7 +32,7 @@ def as_servable(
     name = target or stated_target(path)
     if name is None:
         raise UserError(f"target is not set, and {path} does not say which it was trained for: give target=DIR")
-    directory = resolve_target(ModelConfig(path=name, trust_remote_code=trust_remote_code))
+    directory = resolve_target(ModelConfig(path=name, trust_remote_code=trust_remote_code), key="target")
     config = text_config(directory, trust_remote_code)
     draft = read_foreign(path, config, aux_layers)
     local = Path(name).expanduser()
