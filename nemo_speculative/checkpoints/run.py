@@ -25,7 +25,7 @@ class RunDirectory:
     """One rank, the first, changes it; the others only read."""
 
     def __init__(self, root: str | Path):
-        self.root = Path(root).absolute()
+        self.root = Path(os.path.abspath(root))
         self.checkpoints = self.root / "checkpoints"
 
     def check_usable(self) -> None:
@@ -34,7 +34,8 @@ class RunDirectory:
         Raises:
             UserError: the root is where the program runs or above it, cannot be written, or holds other files.
         """
-        if self.root in (Path.cwd(), *Path.cwd().parents):
+        here = Path.cwd().resolve()
+        if self.root.resolve() in (here, *here.parents):
             raise UserError(f"output_dir: {self.root} is the working directory or above it; choose one inside it")
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
