@@ -27,6 +27,11 @@ from nemo_speculative.errors import UserError
 CONF = Path(__file__).parents[2] / "conf"
 INTERRUPTED = 130
 NOT_AN_OPTION = "Config group override must be"
+UNUSED_GROUP = re.compile(
+    r"Could not override '([^']+)'\.\s(?:Did you mean to override (.+)\?|No match .*)\n"
+    r"To append to your default list use \+(.+)"
+)
+"""Hydra's words for a group that nothing composed chooses from.  What they advise, ``+``, our schema would refuse."""
 
 schema.register()
 expressions.register()
@@ -160,6 +165,11 @@ def explain(error: Exception, overrides: list[str]) -> str:
     if NOT_AN_OPTION in text:
         override = next((o for o in overrides if _is_no_option(o)), "")
         return f"{override}: expected one of {', '.join(_options(override.split('=')[0]))}"
+    unused = UNUSED_GROUP.match(text)
+    if unused:
+        group, meant, given = unused.groups()
+        what_to_do = f"did you mean {meant!r}?" if meant else "leave it out; --cfg job prints what there is"
+        return f"{given}: no group {group!r} is chosen from here; {what_to_do}"
     full_key = re.search(r"full_key: (\S+)", text)
     where = override or (full_key[1] if full_key else "")
     unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)

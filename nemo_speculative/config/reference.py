@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 from enum import Enum
 from typing import Any
 
@@ -13,7 +14,7 @@ from nemo_speculative.config import schema
 
 HEAD = """# Configuration
 
-Generated from `nemo_speculative/config/schema.py` by `python -m nemo_speculative.config.reference`; do not edit.
+Generated from `nemo_speculative/config/schema/` by `python -m nemo_speculative.config.reference`; do not edit.
 
 A recipe composes one option of each group of `conf/`; every key below can be overridden on the command line
 (`trainer.max_steps=100`), every group replaced (`data=jsonl`), and swept (`--multirun seed=0,1,2`).  `--cfg job` prints
@@ -36,12 +37,17 @@ def reference() -> str:
         parts.append(_section(f"`recipes/{name}.py`", root, "", plain))
     groups = dict.fromkeys(group for group, _ in schema.SCHEMAS)
     for group in groups:
-        for (owner, option), cls in schema.SCHEMAS.items():
-            if owner == group:
-                parts.append(
-                    _section(f"`{group}` ({option})", cls, f"{schema.PACKAGES.get(group, group)}.", _own_fields(cls))
-                )
+        options = {option: cls for (owner, option), cls in schema.SCHEMAS.items() if owner == group}
+        shared = dict.fromkeys(b for cls in options.values() for b in _bases(cls) if b not in options.values())
+        named = {f"`{group}`, every option ({base.__name__})": base for base in shared}
+        named |= {f"`{group}` ({option})": cls for option, cls in options.items()}
+        prefix = f"{schema.PACKAGES.get(group, group)}."
+        parts += [_section(title, cls, prefix, _own_fields(cls)) for title, cls in named.items()]
     return "\n".join(parts)
+
+
+def _bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
 
 
 def _own_fields(cls: type) -> list[dataclasses.Field]:
@@ -75,6 +81,8 @@ def _type(annotation: Any) -> str:
         return " \\| ".join(member.value for member in annotation)
     name = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
     text = name or str(annotation).replace("typing.", "")
+    # Users import from the package, whichever of its modules holds the class.
+    text = re.sub(rf"({re.escape(schema.__name__)})\.\w+(?=\.)", r"\1", text)
     return text.replace("|", "\\|")
 
 

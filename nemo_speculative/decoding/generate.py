@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,16 @@ from nemo_speculative.decoding.target import CachedTarget
 from nemo_speculative.decoding.verification import Greedy, Rule
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets.hf import HFTarget
+
+
+class Emission(NamedTuple):
+    """What a prefill or a verification added to one answer."""
+
+    sequence: int
+    """Which prompt's."""
+    tokens: list[int]
+    finished: bool
+    """Whether the last of them is a stop token."""
 
 
 @dataclass
@@ -24,52 +34,40 @@ class Generation:
     finished: bool = False
     """Whether it ended with a stop token rather than at the length limit."""
 
-
-class Emission(NamedTuple):
-    """What a prefill or a verification added to one answer."""
-
-    sequence: int
-    """Which prompt's."""
-    tokens: list[int]
+    def add(self, emission: Emission) -> None:
+        """Appends what came next."""
+        if self.tokens:
+            self.emitted.append(len(emission.tokens))
+        self.tokens += emission.tokens
+        self.finished = emission.finished
 
 
 class _Row:
-    """A prompt and the answer behind it."""
+    """A prompt and the answer behind it, to which ``room`` tokens can still be added."""
 
-    def __init__(self, number: int, prompt: Sequence[int], limit: int):
-        self.number, self.tokens, self.limit = number, list(prompt), limit
-        self.answer = Generation()
+    def __init__(self, number: int, prompt: Sequence[int], room: int):
+        self.number, self.tokens, self.room, self.finished = number, list(prompt), room, False
 
     @property
     def done(self) -> bool:
-        return self.answer.finished or len(self.answer.tokens) >= self.limit
+        return self.finished or not self.room
 
     def emit(self, new: Sequence[int], stop_ids: Collection[int]) -> Emission:
-        """Adds ``new`` up to a stop token, included, or the limit."""
+        """Adds ``new`` up to a stop token, included, or the end of the room."""
         stop = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
-        kept = list(new[: min(stop + 1, self.limit - len(self.answer.tokens))])
-        if self.answer.tokens:
-            self.answer.emitted.append(len(kept))
-        self.answer.finished = stop < len(kept)
-        self.answer.tokens += kept
+        kept = list(new[: min(stop + 1, self.room)])
+        self.finished = stop < len(kept)
+        self.room -= len(kept)
         self.tokens += kept
-        return Emission(self.number, kept)
+        return Emission(self.number, kept, self.finished)
 
 
-def generate(
-    target: HFTarget,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Collection[int] | None = None,
-    rule: Rule | None = None,
-) -> list[Generation]:
-    """The target's answers to ``prompts``, all decoded at once: those of :func:`stream`, and how they came about."""
-    rows = _rows(target, prompts, max_new_tokens)
-    for _ in _decode(target, drafter, rows, target.stop_ids if stop_ids is None else stop_ids, rule or Greedy()):
-        pass
-    return [row.answer for row in rows]
+def generate(target: HFTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
+    """The answers of :func:`stream`, which takes the same ``options``, each as a whole and how it came about."""
+    answers = [Generation() for _ in prompts]
+    for emission in stream(target, drafter, prompts, **options):
+        answers[emission.sequence].add(emission)
+    return answers
 
 
 def stream(
@@ -81,7 +79,7 @@ def stream(
     stop_ids: Collection[int] | None = None,
     rule: Rule | None = None,
 ) -> Iterator[Emission]:
-    """The target's answers to ``prompts`` as they come, a few tokens of one sequence at a time.
+    """The target's answers to ``prompts``, all decoded at once, a few tokens of one sequence at a time.
 
     Args:
         max_new_tokens: of an answer; one also ends where the target's context does.

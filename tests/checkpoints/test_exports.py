@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from nemo_speculative.checkpoints.contract import contract_of
 from nemo_speculative.checkpoints.exports.base import Export
 from nemo_speculative.checkpoints.exports.convert import convert_draft
-from nemo_speculative.checkpoints.exports.modeling_eagle_draft import Eagle3DraftModel, EagleDraftConfig
+from nemo_speculative.checkpoints.exports.modeling_eagle_draft import DraftModel, Eagle3DraftModel, EagleDraftConfig
 from nemo_speculative.checkpoints.exports.remote_code import MODELLING_FILE, RemoteCodeExport, config_of
 from nemo_speculative.checkpoints.exports.speculators import SpeculatorsExport
 from nemo_speculative.checkpoints.foreign.read import detect, read_foreign
@@ -236,6 +236,14 @@ class TestRemoteCode:
             expected = exported.build().rotary(positions, like.dtype)
             assert all(torch.equal(*pair) for pair in zip(network.rotation(like, positions), expected, strict=True))
             network = network.to(torch.bfloat16)
+
+    def test_what_the_two_networks_share_is_no_draft_by_itself(self):
+        shared = DraftModel(EagleDraftConfig(**config_of(servable("eagle1"))))
+        states = torch.zeros(1, 2, HIDDEN)
+        with pytest.raises(
+            NotImplementedError, match=r"^DraftModel has no first layer.* AutoModel.* EagleDraftModel or"
+        ):
+            shared(states, states)
 
     def test_the_modelling_file_needs_torch_and_transformers_only(self):
         tree = ast.parse(MODELLING_FILE.read_text())

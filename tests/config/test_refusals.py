@@ -17,14 +17,14 @@ REPOSITORY = CONF.parent
 JSONL = ["model=local", "model.path=/nowhere", "data=jsonl", "data.path=some.jsonl"]
 
 
-def refused(*overrides: str, config_dir: Path = CONF) -> str:
+def refused(*overrides: str, root: str = "train_eagle3", config_dir: Path = CONF) -> str:
     """The line that a user would read for these overrides."""
-    given = [*overrides, "output_dir=out"]
+    given = [*overrides, "output_dir=out"] if root.startswith("train") else list(overrides)
     with (
         initialize_config_dir(str(config_dir), version_base="1.3"),
         pytest.raises(Exception) as caught,
     ):
-        to_job(compose("train_eagle3", overrides=given))
+        to_job(compose(root, overrides=given))
     message = str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value, given)
     assert "\n" not in message
     return message
@@ -91,6 +91,7 @@ WRONG_VALUE = [
     ("data.held_out_share=-0.1", "data.held_out_share is -0.1: expected a share"),
     ("data.row_tokens=0", "data.row_tokens is 0: it must be greater than 0"),
     ("optimizer.lr=0", "optimizer.lr is 0.0: it must be greater than 0"),
+    ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0: it must not be negative"),
     ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio is 2.0: expected a share between 0 and 1"),
     ("optimizer.decay_ratio=-1", "optimizer.decay_ratio is -1.0: expected a share between 0 and 1"),
     ("trainer.max_steps=0", "trainer.max_steps is 0: it must be greater than 0"),
@@ -108,6 +109,10 @@ WRONG_VALUE = [
 @pytest.mark.parametrize(("override", "expected"), WRONG_VALUE)
 def test_a_value_that_makes_no_sense(override, expected):
     assert refused(override).startswith(expected)
+
+
+def test_a_negative_weight_of_an_eagle1_loss():
+    assert refused("draft.ploss_w=-1", root="train_eagle1") == "draft.ploss_w is -1.0: it must not be negative"
 
 
 MISSING = [
@@ -138,6 +143,23 @@ def test_a_group_given_a_value_instead_of_an_option(value):
 
 def test_a_group_given_a_value_names_the_group_that_is_wrong():
     assert refused("data=tiny", "trainer=5", "logger=none") == "trainer=5: expected one of default"
+
+
+NO_GROUP = [
+    ("evaluate", ["draft=eagle3"], "draft=eagle3: no group 'draft' is chosen from here; leave it out; --cfg job"),
+    ("evaluate", ["evaluation=default", "data=tiny"], "data=tiny: no group 'data' is chosen from here; leave it out;"),
+    ("train_eagle3", ["form=sglang"], "form=sglang: no group 'form' is chosen from here; leave it out;"),
+    ("train_eagle1", ["loss=kl"], "loss=kl: no group 'loss' is chosen from here; leave it out;"),
+    ("train_eagle3", ["loss@x=kl"], "loss@x=kl: no group 'loss@x' is chosen from here; did you mean 'loss'?"),
+]
+
+
+@pytest.mark.parametrize(("root", "overrides", "expected"), NO_GROUP)
+def test_a_group_that_this_recipe_does_not_choose_from(root, overrides, expected):
+    message = refused(*overrides, root=root)
+    assert message.startswith(expected)
+    assert "defaults list" not in message
+    assert "append" not in message
 
 
 def test_the_longer_of_two_matching_overrides_is_named():

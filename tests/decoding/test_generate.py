@@ -143,8 +143,9 @@ def test_streaming_gives_the_whole_as_it_comes(target, drafter):
     asked, stop_ids = prompts(6, seed=4), frozenset({4})
     whole = generate(target, drafter, asked, max_new_tokens=15, stop_ids=stop_ids)
     streamed: list[list[list[int]]] = [[] for _ in asked]
-    for sequence, tokens in stream(target, drafter, asked, max_new_tokens=15, stop_ids=stop_ids):
+    for sequence, tokens, finished in stream(target, drafter, asked, max_new_tokens=15, stop_ids=stop_ids):
         assert tokens, "an emission without tokens"
+        assert finished == (tokens[-1] in stop_ids)
         streamed[sequence].append(tokens)
     for pieces, generation in zip(streamed, whole, strict=True):
         assert [token for piece in pieces for token in piece] == generation.tokens
@@ -313,6 +314,12 @@ def test_prompts_without_room_for_an_answer_are_one_line(target, asked, limit, s
         with pytest.raises(UserError, match=said) as error:
             start(target, NoDrafter(), asked, max_new_tokens=limit)
         assert "\n" not in str(error.value)
+
+
+def test_an_unknown_option_is_refused(target):
+    for start in (generate, stream):
+        with pytest.raises(TypeError, match="max_tokens"):
+            start(target, NoDrafter(), [[1]], max_new_tokens=5, max_tokens=5)
 
 
 def test_no_prompts_give_no_answers(target):

@@ -122,7 +122,10 @@ class DraftModel(PreTrainedModel):
 
     def _enter(self, embeddings, features):
         """What the first layer's attention reads, and its residual."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no first layer to enter: load the draft with AutoModel.from_pretrained, or "
+            "make an EagleDraftModel or an Eagle3DraftModel"
+        )
 
     def feed_back(self, output):
         """The feature of the next step: [..., h] → [..., h]."""

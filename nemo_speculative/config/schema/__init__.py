@@ -1,0 +1,94 @@
+"""The typed schema behind every config group.
+
+A field's documentation is the string below it; ``docs/configuration.md`` is generated from these files.  Contradictions
+inside a group are rejected in its ``__post_init__``, those between groups in :meth:`TrainJob.__post_init__`; derived
+numbers are methods.
+"""
+
+from nemo_speculative.config.schema.common import Dtype
+from nemo_speculative.config.schema.data import Answers, DataConfig, HubDataConfig, TinyDataConfig
+from nemo_speculative.config.schema.draft import (
+    DepthSampling,
+    DraftConfig,
+    Eagle3DraftConfig,
+    EagleDraftConfig,
+    FeatureNoise,
+    InitFromTarget,
+    MaskConvention,
+    Normalization,
+)
+from nemo_speculative.config.schema.evaluation import EvaluationConfig
+from nemo_speculative.config.schema.exporter import (
+    ExporterConfig,
+    FormConfig,
+    SpeculatorsFormConfig,
+    TransformersFormConfig,
+)
+from nemo_speculative.config.schema.groups import PACKAGES, SCHEMAS, register
+from nemo_speculative.config.schema.jobs import ConvertJob, EvaluateJob, PruneJob, Resume, TrainJob
+from nemo_speculative.config.schema.loss import (
+    HardCrossEntropyConfig,
+    KLDivergenceConfig,
+    LKAlphaConfig,
+    LKLambdaConfig,
+    LossConfig,
+    TotalVariationConfig,
+)
+from nemo_speculative.config.schema.model import BackendConfig, ModelConfig, PlacementConfig, TinyModelConfig
+from nemo_speculative.config.schema.optimizer import DecayType, MuonConfig, OptimizerConfig
+from nemo_speculative.config.schema.trainer import (
+    LoggerConfig,
+    ParallelismConfig,
+    TensorBoardConfig,
+    TrainerConfig,
+    WandbConfig,
+    WandbMode,
+)
+
+__all__ = [
+    "PACKAGES",
+    "SCHEMAS",
+    "Answers",
+    "BackendConfig",
+    "ConvertJob",
+    "DataConfig",
+    "DecayType",
+    "DepthSampling",
+    "DraftConfig",
+    "Dtype",
+    "Eagle3DraftConfig",
+    "EagleDraftConfig",
+    "EvaluateJob",
+    "EvaluationConfig",
+    "ExporterConfig",
+    "FeatureNoise",
+    "FormConfig",
+    "HardCrossEntropyConfig",
+    "HubDataConfig",
+    "InitFromTarget",
+    "KLDivergenceConfig",
+    "LKAlphaConfig",
+    "LKLambdaConfig",
+    "LoggerConfig",
+    "LossConfig",
+    "MaskConvention",
+    "ModelConfig",
+    "MuonConfig",
+    "Normalization",
+    "OptimizerConfig",
+    "ParallelismConfig",
+    "PlacementConfig",
+    "PruneJob",
+    "Resume",
+    "SpeculatorsFormConfig",
+    "TensorBoardConfig",
+    "TinyDataConfig",
+    "TinyModelConfig",
+    "TotalVariationConfig",
+    "TrainJob",
+    "TrainerConfig",
+    "TransformersFormConfig",
+    "WandbConfig",
+    "WandbMode",
+    "register",
+]

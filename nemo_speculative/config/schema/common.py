@@ -1,0 +1,31 @@
+"""What several groups need: the checks, and the dtypes."""
+
+from enum import Enum
+from typing import Any
+
+from nemo_speculative.errors import UserError
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises a :class:`UserError` with ``message`` where a group's values do not hold together."""
+    if not holds:
+        raise UserError(message)
+
+
+def require_positive(config: Any, group: str, *names: str) -> None:
+    """Refuses the keys ``names`` of ``group`` at or below 0; null passes, for it leaves the choice to others."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{group}.{name} is {value}: it must be greater than 0")
+
+
+def require_not_negative(config: Any, group: str, *names: str) -> None:
+    """Refuses the keys ``names`` of ``group`` below 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{group}.{name} is {value}: it must not be negative")

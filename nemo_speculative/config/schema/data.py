@@ -1,0 +1,92 @@
+"""Conversations, and where they come from."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+from omegaconf import MISSING
+
+from nemo_speculative.config.schema.common import require, require_positive
+
+
+class Answers(Enum):
+    given = "given"
+    target = "target"
+
+
+@dataclass
+class DataConfig:
+    """Conversations, and how they become rows of tokens."""
+
+    _target_: str = "nemo_speculative.data.sources.load_jsonl"
+    path: Optional[str] = MISSING
+    """JSONL: {"conversations": [{"role", "content"}]} a line, or {"input_ids", "loss_mask"}."""
+    held_out_path: Optional[str] = None
+    """The same, for validation and evaluation; null: held_out_share of path, chosen by id."""
+    held_out_share: float = 0.05
+    """Share of the conversations kept out of training when held_out_path is null."""
+    max_conversations: Optional[int] = None
+    """Train on the first so many only (of a seeded order)."""
+    answers: Answers = Answers.given
+    """given: train on the answers in the data; target: the target answers every question itself first (on-policy)."""
+    max_answer_tokens: int = 512
+    """Longest answer generated with answers=target, in tokens."""
+    generation_batch_size: int = 64
+    """Conversations answered at once with answers=target."""
+    max_length: Optional[int] = None
+    """Longest conversation, in tokens; what is cut off is counted. null: 2048, or the target's context if shorter."""
+    row_tokens: Optional[int] = None
+    """Tokens in one packed row; null: max_length."""
+    cache_dir: str = "cache/answers"
+    """Where generated answers are kept."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "data", "max_length", "row_tokens", "max_answer_tokens", "generation_batch_size", "max_conversations"
+        )
+        require(
+            0 <= self.held_out_share < 1,
+            f"data.held_out_share is {self.held_out_share}: expected a share of at least 0 and below 1",
+        )
+
+    def lengths(self, context: int) -> tuple[int, int]:
+        """max_length and row_tokens for a target whose longest sequence is ``context`` tokens.
+
+        Raises:
+            UserError: max_length is longer than that, or than a row.
+        """
+        longest = self.max_length or min(2048, context)
+        row = self.row_tokens or longest
+        require(
+            longest <= context,
+            f"data.max_length is {longest}, longer than the target's context of {context}: lower data.max_length",
+        )
+        require(
+            longest <= row,
+            f"data.max_length is {longest}, longer than data.row_tokens={row}: a conversation must fit into one row; "
+            "raise data.row_tokens or lower data.max_length",
+        )
+        return longest, row
+
+
+@dataclass
+class TinyDataConfig(DataConfig):
+    """Questions on the standard library, answered by the target itself."""
+
+    _target_: str = "nemo_speculative.data.sources.load_stdlib"
+    path: Optional[str] = None
+
+
+@dataclass
+class HubDataConfig(DataConfig):
+    """A chat dataset that the `datasets` library can load: a hub repository or a directory."""
+
+    _target_: str = "nemo_speculative.data.sources.load_hub"
+    path: Optional[str] = None
+    repository: str = MISSING
+    """Name on the hub, or a directory of JSON, JSONL or Parquet files."""
+    split: str = "train"
+    held_out_split: Optional[str] = None
+    """null: held_out_share of split."""
+    messages_key: str = "messages"
+    """The column that holds the messages."""

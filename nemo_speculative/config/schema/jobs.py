@@ -1,0 +1,118 @@
+"""The roots: what a recipe is given; contradictions between groups end here."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from nemo_speculative.config.schema.common import require
+from nemo_speculative.config.schema.data import DataConfig
+from nemo_speculative.config.schema.draft import DraftConfig
+from nemo_speculative.config.schema.evaluation import EvaluationConfig
+from nemo_speculative.config.schema.exporter import ExporterConfig, FormConfig
+from nemo_speculative.config.schema.model import BackendConfig, ModelConfig, PlacementConfig
+from nemo_speculative.config.schema.optimizer import OptimizerConfig
+from nemo_speculative.config.schema.trainer import LoggerConfig, ParallelismConfig, TrainerConfig
+
+
+class Resume(Enum):
+    never = "never"
+    auto = "auto"
+
+
+@dataclass
+class TrainJob:
+    """A whole training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exporter: ExporterConfig = field(default_factory=ExporterConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = MISSING
+    """The run's directory: config.yaml, metrics.jsonl, checkpoints/, summary.json."""
+    seed: int = 0
+    """Of the draft's initialisation and the order of the data."""
+    resume: Resume = Resume.never
+    """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    plan: bool = False
+    """Print what would happen and stop, without loading any weights."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.evaluation.rejection_sampling or self.exporter.topk == 1 or self.evaluation.static_tree,
+            f"evaluation.rejection_sampling is true and exporter.topk is {self.exporter.topk}: a dynamic tree keeps "
+            "draft tokens for their score, and then rejection sampling is not lossless; set exporter.topk=1, or leave "
+            "it off",
+        )
+
+
+@dataclass
+class EvaluateJob:
+    """The measurement of a checkpoint."""
+
+    checkpoint: str = MISSING
+    """A run directory, a step_<N> directory or its model/."""
+    target: Optional[str] = None
+    """The target's directory or hub name; null: the one that the checkpoint remembers."""
+    questions: Optional[str] = None
+    """JSONL of questions: conversations (asked up to the first answer) or input_ids; null: those of the run."""
+    model: PlacementConfig = field(default_factory=PlacementConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    num_steps: Optional[int] = None
+    """Draft tokens along a branch; null: what the checkpoint remembers."""
+    topk: Optional[int] = None
+    """Branches a draft step keeps; null: what the checkpoint remembers."""
+    num_draft_tokens: Optional[int] = None
+    """Tokens verified at once, the last sampled one included; null: as remembered, or steps * topk + 1."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    draft_class: Optional[str] = None
+    """The class of a draft that lies outside this package; importing it makes its architecture known."""
+    trust_remote_code: bool = False
+    """Whether the target's own modelling code may run."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "topk", "num_draft_tokens"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}: it must be above 0")
+
+
+@dataclass
+class ConvertJob:
+    """The conversion of a draft of any known format."""
+
+    checkpoint: str = MISSING
+    """Its directory: of this project, EAGLE (SafeAILab), SpecForge, NeMo AutoModel or speculators."""
+    target: Optional[str] = None
+    """The target's directory or hub name; null: the one that the draft says it was trained for."""
+    output: Optional[str] = None
+    """A directory that does not exist; null: beside the draft, its name and the form's."""
+    aux_layers: Optional[list[int]] = None
+    """Layers of the target whose outputs it reads, where it says so wrongly; null: what it says, or EAGLE's default."""
+    form: FormConfig = field(default_factory=FormConfig)
+    exporter: ExporterConfig = field(default_factory=ExporterConfig)
+    """What another project's draft is to be served with; dtype null keeps the file's."""
+    trust_remote_code: bool = False
+    """Whether the target's own modelling code may run."""
+
+
+@dataclass
+class PruneJob:
+    """A smaller draft vocabulary for a trained draft."""
+
+    checkpoint: str = MISSING
+    """A run directory, a step_<N> directory or its model/."""
+    output: str = MISSING
+    """A new directory; the pruned checkpoint is its model/."""
+    vocab_size: Any = MISSING
+    """Entries to keep: a number, or a coverage such as 99.5%."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Conversations whose assistant tokens are counted, best those that it was trained on."""

@@ -1,0 +1,87 @@
+"""The target: which model, what runs it, and where it lies."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from omegaconf import MISSING
+
+from nemo_speculative.config.schema.common import Dtype, require, require_positive
+
+
+@dataclass
+class ModelConfig:
+    """The target model, whose decoding is to be made faster."""
+
+    _target_: str = "nemo_speculative.targets.resolve.resolve_target"
+    path: str = MISSING
+    """A Hugging Face directory on this machine, or a repository name on the hub."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub repository."""
+    dtype: Dtype = Dtype.float32
+    """The dtype the frozen target runs in."""
+    trust_remote_code: bool = False
+    """Whether a repository's own modelling code may run."""
+
+
+@dataclass
+class TinyModelConfig(ModelConfig):
+    """The embedded target: made on first use from the standard library's documentation, then cached."""
+
+    _target_: str = "nemo_speculative.targets.tiny.prepare_tiny"
+    path: str = "embedded"
+    cache_dir: str = "cache/targets"
+    """Where it is kept."""
+    num_layers: int = 10
+    """Decoder layers; the default aux layers need at least 7."""
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    head_dim: int = 64
+    vocab_size: int = 1024
+    """Entries of its byte-level BPE."""
+    context: int = 1024
+    """Its longest sequence, in tokens."""
+    row_tokens: int = 256
+    """Tokens in one row of its training."""
+    rows_per_step: int = 8
+    steps: int = 1000
+    """Training steps; by steps, not seconds, so that two machines make the same target."""
+    warmup_steps: int = 50
+    muon_lr: float = 0.03
+    """Learning rate of the matrices."""
+    adamw_lr: float = 0.004
+    """Learning rate of the embedding and the norms."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            self.path == "embedded",
+            f"model.path is {self.path}, and model is tiny, the embedded target: add model=local for a model of yours",
+        )
+        require(self.num_layers >= 7, f"model.num_layers is {self.num_layers}: the embedded target needs at least 7")
+        require_positive(self, "model", "steps", "rows_per_step", "row_tokens", "warmup_steps", "context")
+
+
+@dataclass
+class BackendConfig:
+    """What runs the frozen target in training."""
+
+    _target_: str = "nemo_speculative.targets.hf.HFTarget"
+    attn_implementation: str = "sdpa"
+    """transformers' name of the target's attention."""
+
+
+@dataclass
+class PlacementConfig:
+    """Where the target of an evaluation lies."""
+
+    device_map: Optional[str] = None
+    """auto, balanced, sequential: transformers spreads it over the GPUs of this machine, and its memory if they are too
+    small (needs the accelerate package); null: on one device."""
+    max_memory: Optional[dict[str, str]] = None
+    """What device_map may use of each: {0: 20GiB, 1: 20GiB, cpu: 60GiB}."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_memory is None or self.device_map is not None,
+            "model.max_memory is set and model.device_map is not: add model.device_map=auto",
+        )

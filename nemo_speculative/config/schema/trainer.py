@@ -1,0 +1,90 @@
+"""The loop of training: its steps, its processes, and where its metrics go."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+from nemo_speculative.config.schema.common import Dtype, require, require_positive
+
+
+class WandbMode(Enum):
+    online = "online"
+    offline = "offline"
+
+
+@dataclass
+class ParallelismConfig:
+    """How the draft is spread over the processes that torchrun starts."""
+
+    replicate: int = 1
+    """Groups of ranks that each hold a whole draft (HSDP)."""
+    shard: int = -1
+    """Ranks that share one draft (FSDP2); -1: all that replicate leaves."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "parallelism", "replicate")
+        require(self.shard == -1 or self.shard > 0, f"parallelism.shard is {self.shard}: expected -1, or above 0")
+
+
+@dataclass
+class TrainerConfig:
+    max_steps: Optional[int] = None
+    """Optimizer steps; null: as many as epochs asks for."""
+    epochs: float = 1.0
+    """Passes over the data, where max_steps is null."""
+    global_batch_size: int = 8
+    """Rows in one optimizer step, over all ranks and accumulation."""
+    micro_batch_size: int = 8
+    """At most so many rows in one forward; the rest is accumulated."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    dtype: Dtype = Dtype.float32
+    """What the draft computes in; its master weights, reductions and optimizer are float32 always."""
+    activation_checkpointing: bool = False
+    """Recompute each unroll step in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
+    log_interval: int = 10
+    """Steps between two lines of metrics."""
+    save_interval: int = 500
+    """Steps between two checkpoints; each is measured with the decoder, and the best kept."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best."""
+    val_interval: int = 100
+    """Steps between two losses on held-out rows."""
+    val_rows: int = 16
+    """Held-out rows in one validation."""
+    profile: bool = False
+    """Write a torch profiler trace to <output_dir>/profile."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
+            "save_interval", "keep_checkpoints", "val_interval", "val_rows",
+        )  # fmt: skip
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the whole run over ``num_rows`` packed rows."""
+        return self.max_steps or max(1, round(self.epochs * num_rows / self.global_batch_size))
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go beside the console and metrics.jsonl."""
+
+    _target_: str = "nemo_speculative.training.loggers.no_logger"
+
+
+@dataclass
+class TensorBoardConfig(LoggerConfig):
+    _target_: str = "nemo_speculative.training.loggers.tensorboard"
+
+
+@dataclass
+class WandbConfig(LoggerConfig):
+    _target_: str = "nemo_speculative.training.loggers.WandbLogger"
+    project: str = "nemo_speculative"
+    name: Optional[str] = None
+    """The run's name; null: wandb's own choice."""
+    mode: WandbMode = WandbMode.offline
+    """offline needs no account; upload later with `wandb sync`."""
