@@ -1,6 +1,7 @@
 """The one shape in which tokens travel from the data to the target and the draft."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -40,6 +41,20 @@ class Batch:
     def ids(self) -> tuple[str, ...]:
         """The names of the conversations."""
         return tuple(span.id for span in self.spans)
+
+    def document_lengths(self) -> list[int]:
+        """Tokens of each document, padding being one of its own, row after row; they sum up to ``num_tokens``.
+
+        Known without a look at the tensors, which may be on a device, where there are ``spans``.
+        """
+        length = self.input_ids.shape[1]
+        if self.spans:
+            starts = {row * length for row in range(len(self.input_ids))}
+            starts |= {span.row * length + at for span in self.spans for at in (span.start, span.end)}
+            edges = sorted(starts | {self.num_tokens})
+        else:
+            edges = [*(self.positions == 0).flatten().nonzero()[:, 0].tolist(), self.num_tokens]
+        return [end - start for start, end in pairwise(edges)]
 
     @property
     def num_tokens(self) -> int:

@@ -29,6 +29,10 @@ class Target(Protocol):
 
     def supervise(self, batch: Batch) -> Supervision: ...
 
+    def compile(self) -> None:
+        """Compiles what it can of :meth:`supervise`."""
+        ...
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 [...] → [..., h], from the frozen embedding."""
         ...

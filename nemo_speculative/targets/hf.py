@@ -19,6 +19,7 @@ from nemo_speculative.errors import UserError
 from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.shapes import aux_layers_for
 from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.packed_attention import BY_DOCUMENT, packed_documents
 
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 512, 1 << 13
 
@@ -69,6 +70,7 @@ class HFTarget:
         for layer in self.aux_layers:
             layers[layer].register_forward_hook(self._capture(layer))
         self._check_head()
+        self._by_document = self._can_attend_by_document()
         self._check_packing()
 
     def _capture(self, layer: int):
@@ -94,7 +96,7 @@ class HFTarget:
 
         Args:
             input_ids: int64 [B, L].
-            positions: int64 [B or 1, L]; without a cache attention starts anew where they do (packed documents).
+            positions: int64 [B or 1, L]; without a cache attention starts anew where they do, by a dense mask.
             cache: a transformers cache, extended in place.
             visible: bool [B or 1, L, m], which of the m cached positions, the new ones last, each position sees; None:
                 all before it.
@@ -151,22 +153,35 @@ class HFTarget:
         lowest = torch.finfo(self.model.dtype).min
         return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, lowest)
 
-    @contextlib.contextmanager
-    def _masked_attention(self) -> Iterator[None]:
+    def _masked_attention(self) -> contextlib.AbstractContextManager[None]:
         """Flash attention takes no mask per position; eager attention, which every model has, does."""
+        takes_masks = self._decoder.config._attn_implementation in ("sdpa", "eager")
+        return contextlib.nullcontext() if takes_masks else self._attention("eager")
+
+    @contextlib.contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
         config = self._decoder.config
         chosen = config._attn_implementation
-        if chosen in ("sdpa", "eager"):
-            yield
-            return
-        config._attn_implementation = "eager"
+        config._attn_implementation = name
         try:
             yield
         finally:
             config._attn_implementation = chosen
 
+    def compile(self) -> None:
+        """torch.compile what every layer does to each token by itself: its shapes do not depend on the documents."""
+        for layer in self.layers:
+            if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
+                mlp.compile()
+
     def supervise(self, batch: Batch) -> Supervision:
+        if self._by_document:
+            return self._supervise_by_document(batch)
         return Supervision(*self.forward(batch.input_ids, batch.positions))
+
+    def _supervise_by_document(self, batch: Batch) -> Supervision:
+        with self._attention(BY_DOCUMENT), packed_documents(batch.document_lengths()):
+            return Supervision(*self.forward(batch.input_ids, batch.positions))
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -203,17 +218,32 @@ class HFTarget:
                 "state; this architecture is not supported by backend=hf"
             )
 
-    @torch.no_grad()
+    def _can_attend_by_document(self) -> bool:
+        """Whether packed rows need no dense mask; a model whose own code wants a tensor for one does without."""
+        if self._decoder.config._attn_implementation != "sdpa":
+            return False
+        try:
+            return self._separates_documents(self._supervise_by_document)
+        except (NotImplementedError, AttributeError, TypeError):
+            return False
+
     def _check_packing(self) -> None:
-        """Documents are told apart by positions that start anew; a model that did not would leak silently."""
-        ids = torch.arange(8, device=self.device)[None] % self.config.vocab_size
-        packed = self.forward(ids, torch.arange(4, device=self.device).repeat(2)[None])[1][:, 4:].float()
-        alone = self.forward(ids[:, 4:])[1].float()
-        if not torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True):
+        """A model that does not tell documents apart would leak silently."""
+        if not self._separates_documents(self.supervise):
             raise UserError(
                 f"{self.path}: {type(self.model).__name__} with {self.model.config._attn_implementation} attention "
                 "lets packed documents see each other; try backend.attn_implementation=eager"
             )
+
+    @torch.no_grad()
+    def _separates_documents(self, supervise: Callable[[Batch], Supervision]) -> bool:
+        """Whether the second of two packed documents gets the hidden states that it has alone."""
+        place = torch.arange(8, device=self.device)[None]
+        ids = place % self.config.vocab_size
+        batch = Batch(ids, torch.zeros_like(ids, dtype=torch.bool), positions=place % 4, documents=place // 4)
+        packed = supervise(batch).last_hidden[:, 4:].float()
+        alone = self.forward(ids[:, 4:])[1].float()
+        return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True)
 
 
 def _load_model(path: Path, device: torch.device | None, **options: Any) -> Any:

@@ -3,6 +3,8 @@
 import math
 import random
 from collections import Counter
+from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
@@ -36,6 +38,14 @@ def test_every_document_is_in_exactly_one_row_and_no_row_is_too_long(lengths, ro
     rows = pack(lengths, row_tokens, seed)
     assert Counter(d for row in rows for d in row) == Counter(range(len(lengths)))
     assert all(row and sum(lengths[d] for d in row) <= row_tokens for row in rows)
+
+
+@pytest.mark.parametrize("row_tokens", [16384, 32768])
+def test_long_rows_are_nearly_full(row_tokens):
+    """Each window of documents ends with a row that is not full: one of some 70 rows of 32k."""
+    lengths = log_normal_lengths(5_000, row_tokens, seed=3)
+    rows = pack(lengths, row_tokens, seed=0)
+    assert sum(lengths) / (len(rows) * row_tokens) >= 0.985
 
 
 @pytest.mark.parametrize(("lengths", "row_tokens"), CASES[:2])
@@ -112,6 +122,22 @@ def test_collate_against_a_naive_version(lengths, row_tokens, pad_id):
         assert found.tolist() == expected, key
     assert batch.ids == tuple(d.id for row in rows for d in row)
     assert batch.num_tokens == len(rows) * row_tokens
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["from the spans", "from the positions"])
+@pytest.mark.parametrize(("lengths", "row_tokens"), COLLATED)
+def test_the_lengths_of_a_batchs_documents(lengths, row_tokens, known):
+    """Against runs of equal document numbers, row by row; padding is a document."""
+    batch = collate([documents(*row) for row in lengths], row_tokens, 0)
+    expected = [len(list(run)) for row in batch.documents.tolist() for _, run in groupby(row)]
+    assert (batch if known else replace(batch, spans=())).document_lengths() == expected
+    assert sum(expected) == batch.num_tokens
+
+
+def test_the_lengths_are_known_without_a_look_at_the_device():
+    """There a look would wait for the device; a tensor on ``meta`` has nothing to look at."""
+    batch = collate([documents(2, 3), documents(8)], 8, 0)
+    assert batch.to(torch.device("meta")).document_lengths() == [2, 3, 3, 8]
 
 
 def test_a_batch_moves_with_all_its_tensors():

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nemo_speculative.config.schema import ModelConfig
+from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
@@ -107,10 +108,25 @@ def test_a_head_that_does_more_than_a_product_is_refused(tmp_path, monkeypatch):
         HFTarget(tmp_path, aux_layers=None)
 
 
-def test_a_model_that_lets_packed_documents_see_each_other_is_refused(target_dir, monkeypatch):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_model_that_lets_packed_documents_see_each_other_is_refused(target_dir, monkeypatch, attention):
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
+    monkeypatch.setattr(Batch, "document_lengths", lambda self: [self.num_tokens])
     with pytest.raises(UserError, match="packed documents see each other"):
-        HFTarget(target_dir, aux_layers=None)
+        HFTarget(target_dir, aux_layers=None, attn_implementation=attention)
+
+
+def test_supervision_runs_the_decoder_without_the_head(target):
+    """The head of a large vocabulary costs more than several layers; the loss asks for the slots it needs."""
+    calls = []
+    handle = target._head.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        supervision = target.supervise(collate([rows([11, 7])], 20, pad_id=1))
+        assert not calls
+        target.logits(supervision.last_hidden)
+        assert calls
+    finally:
+        handle.remove()
 
 
 def test_fingerprint_tells_weights_apart_and_survives_a_copy(tmp_path, target_dir):
@@ -189,3 +205,12 @@ def test_a_device_map_without_the_package_that_makes_it(target_dir, monkeypatch)
     monkeypatch.setattr("nemo_speculative.targets.hf.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model\.device_map=auto needs the accelerate package: pip install accelerate"):
         HFTarget(target_dir, aux_layers=None, device_map="auto")
+
+
+def test_a_compiled_target_computes_the_same(target, target_dir):
+    compiled, batch = HFTarget(target_dir, aux_layers=None), collate([rows([11, 7])], 20, pad_id=1)
+    compiled.compile()
+    assert all(layer.mlp._compiled_call_impl is not None for layer in compiled.layers)
+    expected, found = target.supervise(batch), compiled.supervise(batch)
+    torch.testing.assert_close(found.last_hidden, expected.last_hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.aux, expected.aux, rtol=1e-5, atol=1e-5)
