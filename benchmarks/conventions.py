@@ -55,7 +55,8 @@ def _objective(target: HFTarget, convention: MaskConvention, normalization: Norm
 
 @torch.no_grad()
 def _sums(objective: Eagle3Objective, target: HFTarget, draft, batch: Batch) -> dict[str, torch.Tensor]:
-    return objective.loss(draft, batch, target.supervise(batch), objective.counts(batch)).sums
+    schedule = objective.schedule(batch, training=False)
+    return objective.loss(draft, schedule, target.supervise(batch), schedule.counts).sums
 
 
 def _print(name: str, losses: list[float]) -> None:

@@ -32,7 +32,7 @@ def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int
         visible.append(diagonal if i else causal)
         scores = q @ torch.cat(keys, 2).transpose(2, 3) * draft.shape.head_dim**-0.5
         weights = scores.masked_fill(~torch.cat(visible, 2)[:, None], float("-inf")).softmax(-1)
-        feature = layer.finish(feature, weights @ torch.cat(values, 2))
+        feature = layer.finish(feature, (weights @ torch.cat(values, 2)).transpose(1, 2).flatten(2))
         unbroken = unbroken & _left(batch.loss_mask, 2 + i) & (_left(documents, 2 + i, -1) == documents)
         label = _left(logits, 1 + i)
         inside = unbroken & draft.t2d[label.argmax(-1)]

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from nemo_speculative.data.vocabulary import DraftVocabulary
-from nemo_speculative.drafts.attention import cached_attention, unroll_attention
+from nemo_speculative.drafts.attention import Pair, cached_attention
 from nemo_speculative.drafts.cache import KVCache
 from nemo_speculative.drafts.layers import DraftLayer, Rotary, rotate
+from nemo_speculative.drafts.slots import Slots
+from nemo_speculative.drafts.unroll import Entry, unroll
 
 if TYPE_CHECKING:  # a served command needs no Hydra
     from nemo_speculative.config.schema import DraftConfig
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values [B, H_kv, n, d]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +144,19 @@ class Draft(nn.Module, ABC):
     def enter(self, token: torch.Tensor, feature: torch.Tensor) -> Pair:
         """What the first layer's attention reads, and its residual [..., h]."""
 
-    @abstractmethod
+    def head_input(self, output: torch.Tensor) -> torch.Tensor:
+        """What the head reads: [..., h], as ``unroll`` and ``extend`` return it → [..., h]."""
+        return output
+
+    @property
+    def head_weight(self) -> torch.Tensor | None:
+        """[V_d, h] of the draft's own head; None: the target's gives the logits."""
+        return None
+
     def logits(self, output: torch.Tensor) -> torch.Tensor:
         """[..., h], as ``unroll`` and ``extend`` return it → [..., V_d]."""
+        state, weight = self.head_input(output), self.head_weight
+        return self.target.logits(state) if weight is None else linear(state, weight)
 
     def feed_back(self, output: torch.Tensor) -> torch.Tensor:
         """The feature of the next step: [..., h] → [..., h]."""
@@ -163,17 +173,21 @@ class Draft(nn.Module, ABC):
     def start_fc(self) -> None:
         """Starts fc as an identity on the features that are nearest to the target's output."""
 
+    @abstractmethod
+    def entry(self) -> Entry:
+        """:meth:`token_input`, :meth:`enter` and the first layer's projections, with the token's share apart.
+
+        Made for each batch: it holds the weights as they are now.
+        """
+
     def unroll(
         self,
         embeddings: torch.Tensor,
         features: torch.Tensor,
-        positions: torch.Tensor,
-        documents: torch.Tensor,
-        slots: torch.Tensor,
-        num_steps: int,
+        slots: Slots,
         run_step: Callable[..., Any] = lambda step, *args: step(*args),
     ) -> list[torch.Tensor]:
-        """The training-time test: ``num_steps`` teacher-forced steps of every slot.
+        """The training-time test: the teacher-forced steps of every slot.
 
         Step i of slot t reads the embedding of x_{t+1+i}, at position t + i.  After the step-0 keys and values a slot
         touches no other, so everything else is computed for the given slots only.
@@ -181,61 +195,13 @@ class Draft(nn.Module, ABC):
         Args:
             embeddings: [B, L, h] of the tokens x_t, from :meth:`embed`.
             features: [B, L, h], from :meth:`read`.
-            positions, documents: int64 [B, L].
-            slots: int64 [B, S].
+            slots: of this batch.
             run_step: runs one step; the trainer passes activation checkpointing here.
 
         Returns:
-            ``num_steps`` layer outputs [B, S, h].
+            Layer outputs [n_i, h] for each step i: of the first n_i = ``slots.alive[i]`` slots.
         """
-        tokens = self.token_input(_next(embeddings, 1))
-        memory = self._first_pass(tokens, features, positions, documents)
-        visible, at = visible_keys(documents, slots), positions.gather(1, slots)
-
-        feature = _rows(features, slots)
-        own: list[list[Pair]] = [[] for _ in self.stack]
-        outputs = []
-        for i in range(num_steps):
-            token = _rows(tokens, (slots + i).clamp(max=tokens.shape[1] - 1))
-            output, pairs = run_step(self._slot_step, i, token, feature, at + i, memory, visible, own)
-            own = [[*before, *new] for before, new in zip(own, pairs, strict=True)]
-            outputs.append(output)
-            feature = self.feed_back(output)
-        return outputs
-
-    def _first_pass(self, tokens, features, positions, documents) -> list[Pair]:
-        """Step 0's keys and values of every position, layer by layer; the last layer stops at them."""
-        cos, sin = self.rotary(positions, features.dtype)
-        x, residual = self.enter(tokens, features)
-        visible, memory = None, []
-        for n, layer in enumerate(self.stack):
-            keys, values = layer.keys_values(x, cos, sin)
-            memory.append((keys, values))
-            if n + 1 < len(self.stack):
-                if visible is None:
-                    everywhere = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-                    visible = visible_keys(documents, everywhere)
-                q = rotate(layer.queries(x), cos, sin)
-                residual = layer.finish(residual, unroll_attention(q, keys, values, visible, [], []))
-                x = self.stack[n + 1].normed(residual)
-        return memory
-
-    def _slot_step(self, i: int, token, feature, positions, memory, visible, own: list[list[Pair]]):
-        """One step of all slots; ``own`` holds each layer's keys and values of steps 1 … i - 1."""
-        cos, sin = self.rotary(positions, feature.dtype)
-        x, residual = self.enter(token, feature)
-        added: list[list[Pair]] = []
-        for n, layer in enumerate(self.stack):
-            if n:
-                x = layer.normed(residual)
-            # Step 0's own key is among the causal block's.
-            added.append([layer.keys_values(x, cos, sin)] if i else [])
-            seen = own[n] + added[n]
-            q = rotate(layer.queries(x), cos, sin)
-            keys, values = memory[n]
-            attended = unroll_attention(q, keys, values, visible, [k for k, _ in seen], [v for _, v in seen])
-            residual = layer.finish(residual, attended)
-        return residual, added
+        return unroll(self, embeddings.flatten(0, 1), features.flatten(0, 1), slots, run_step)
 
     def extend(
         self, embeddings: torch.Tensor, feature: torch.Tensor, rotation: Pair, cache: KVCache,
@@ -259,21 +225,6 @@ class Draft(nn.Module, ABC):
                 x = layer.normed(residual)
             keys, values = cache.append(n, *layer.keys_values(x, cos, sin))
             q = rotate(layer.queries(x), cos, sin)
-            residual = layer.finish(residual, cached_attention(q, keys, values, visible))
+            attended = cached_attention(q, keys, values, visible)
+            residual = layer.finish(residual, attended.transpose(1, 2).flatten(2))
         return residual
-
-
-def _next(x: torch.Tensor, n: int) -> torch.Tensor:
-    """y[:, t] = x[:, t + n]; the last n wrap around, and are never supervised."""
-    return x.roll(-n, dims=1)
-
-
-def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[b, index[b, s]]: [B, L, h], [B, S] → [B, S, h]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def visible_keys(documents: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """bool [B, S, L]: same document, not after the slot."""
-    here = torch.arange(documents.shape[1], device=documents.device)
-    return (documents.gather(1, slots)[..., None] == documents[:, None]) & (here <= slots[..., None])

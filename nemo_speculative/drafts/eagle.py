@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from nemo_speculative.drafts.base import Draft, DraftShape, numbers_for
 from nemo_speculative.drafts.layers import DraftLayer
@@ -28,6 +29,21 @@ EMBEDDING_SCALE = 0.2
 @dataclass(frozen=True, kw_only=True)
 class EagleShape(DraftShape):
     """Every number that shapes the network; the hidden size is the target's."""
+
+
+class EagleEntry:
+    """q, k and v of fc([embedding ; feature]); see :class:`nemo_speculative.drafts.unroll.Entry`."""
+
+    def __init__(self, draft: "EagleDraft"):
+        self.of_token, self.of_feature = draft.fc.weight.chunk(2, dim=1)
+        self.bias, self.weight = draft.fc.bias, draft.stack[0].qkv_weight()
+
+    def token(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return linear(embeddings, self.of_token, self.bias)
+
+    def project(self, token: torch.Tensor, feature: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.addmm(token, feature, self.of_feature.T)
+        return linear(x, self.weight[rows]), x
 
 
 class EagleDraft(Draft):
@@ -69,8 +85,8 @@ class EagleDraft(Draft):
         x = self.fc(torch.cat((token, feature), dim=-1))
         return x, x
 
-    def logits(self, output: torch.Tensor) -> torch.Tensor:
-        return self.target.logits(output)
+    def entry(self) -> "EagleEntry":
+        return EagleEntry(self)
 
     def start_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
         """The head is the target's own already."""

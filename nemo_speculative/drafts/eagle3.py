@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from nemo_speculative.data.vocabulary import DraftVocabulary
 from nemo_speculative.drafts.base import Draft, DraftShape, numbers_for
@@ -72,6 +73,20 @@ class Eagle3FirstLayer(DraftLayer):
     def __init__(self, shape: Eagle3Shape):
         super().__init__(shape, 2 * shape.hidden_size, "hidden_norm")
         self.input_layernorm = rms_norm(shape)
+
+
+class Eagle3Entry:
+    """q, k and v of [embedding ; feature]; see :class:`nemo_speculative.drafts.unroll.Entry`."""
+
+    def __init__(self, layer: Eagle3FirstLayer):
+        self.layer, h = layer, layer.feature_size
+        self.of_token, self.of_feature = layer.qkv_weight(slice(0, h)), layer.qkv_weight(slice(h, None))
+
+    def token(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return linear(self.layer.input_layernorm(embeddings), self.of_token)
+
+    def project(self, token: torch.Tensor, feature: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.addmm(token[:, rows], self.layer.normed(feature), self.of_feature[rows].T), feature
 
 
 class Eagle3Draft(Draft):
@@ -146,12 +161,18 @@ class Eagle3Draft(Draft):
     def enter(self, token: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat((token, self.stack[0].normed(feature)), dim=-1), feature
 
+    def entry(self) -> "Eagle3Entry":
+        return Eagle3Entry(self.stack[0])
+
     def feed_back(self, output: torch.Tensor) -> torch.Tensor:
         return self.norm(output) if self.shape.norm_output else output
 
-    def logits(self, output: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(output)
-        return self.lm_head(normed) if self.shape.draft_vocab_size else self.target.logits(normed)
+    def head_input(self, output: torch.Tensor) -> torch.Tensor:
+        return self.norm(output)
+
+    @property
+    def head_weight(self) -> torch.Tensor | None:
+        return self.lm_head.weight if self.shape.draft_vocab_size else None
 
     def use_vocabulary(self, vocabulary: DraftVocabulary) -> None:
         self.d2t.copy_(vocabulary.d2t)

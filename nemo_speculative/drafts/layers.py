@@ -63,12 +63,17 @@ class DraftLayer(nn.Module):
         """[B, L, width] → rotated keys and values, [B, H_kv, L, d] each."""
         return rotate(self._heads(self.self_attn.k_proj, x), cos, sin), self._heads(self.self_attn.v_proj, x)
 
+    def qkv_weight(self, columns: slice = slice(None)) -> torch.Tensor:
+        """The weights of queries, keys and values, one below the other, of the inputs ``columns``."""
+        attention = self.self_attn
+        return torch.cat([p.weight[:, columns] for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+
     def _heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residuals and MLP: [B, L, h], [B, H, L, d] → [B, L, h]."""
-        x = residual + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+        """Output projection, residuals and MLP: [..., h], [..., H * d] → [..., h]."""
+        x = residual + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

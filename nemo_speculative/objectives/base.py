@@ -22,11 +22,14 @@ class LossSum:
 class Objective(Protocol):
     """A training objective: who is supervised, and what it costs."""
 
-    def counts(self, batch: Batch) -> torch.Tensor:
-        """float64 [T]: supervised slots at each step, known before any model runs."""
+    def schedule(self, batch: Batch, device: torch.device, training: bool = True) -> Any:
+        """What a step computes of ``batch``, which is on the host; its ``batch`` is on ``device``.
+
+        Its ``counts``, float64 [T] on the host, say what the supervised slots weigh at each step.
+        """
         ...
 
-    def loss(self, draft: Any, batch: Batch, supervision: Supervision, counts: torch.Tensor) -> LossSum:
+    def loss(self, draft: Any, schedule: Any, supervision: Supervision, counts: torch.Tensor) -> LossSum:
         """``counts`` are those of the global batch: all ranks, all micro-batches."""
         ...
 

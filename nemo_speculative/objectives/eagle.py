@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import log_softmax, smooth_l1_loss
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import smooth_l1_loss
 
 from nemo_speculative.config.schema import FeatureNoise
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.drafts.base import Draft
+from nemo_speculative.objectives.head import Judge, Judged
+from nemo_speculative.objectives.losses import normalised_
 from nemo_speculative.objectives.noise import document_noise
-from nemo_speculative.objectives.slots import Slots
-from nemo_speculative.objectives.unroll import Rows, StepLoss, UnrollObjective
+from nemo_speculative.objectives.schedule import Rows
+from nemo_speculative.objectives.unroll import UnrollObjective
 from nemo_speculative.targets.base import Supervision
-
-HEAD_CHUNK = 512
-"""Rows whose logits [rows, V] are alive at once; they are computed anew in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,16 @@ class EagleObjective(UnrollObjective):
     Args:
         weights: of the parts of the loss.
         noise: what is added to the features that the draft reads in training; the labels stay clean.
-        seed: of the noise.
     """
 
-    def __init__(self, target: Any, *, weights: EagleWeights, noise: FeatureNoise, seed: int, **unroll: Any):
+    def __init__(self, target: Any, *, weights: EagleWeights, noise: FeatureNoise, **unroll: Any):
         super().__init__(target, **unroll)
-        self.parts, self.noise, self.seed = weights, noise, seed
+        self.parts, self.noise = weights, noise
 
     @classmethod
-    def own_settings(cls, config: Any, seed: int) -> dict[str, Any]:
+    def own_settings(cls, config: Any) -> dict[str, Any]:
         weights = EagleWeights(config.vloss_w, config.ploss_w, config.topk_w, config.topk)
-        return {"weights": weights, "noise": config.noise, "seed": seed}
+        return {"weights": weights, "noise": config.noise}
 
     def features(self, draft: Draft, batch: Batch, supervision: Supervision) -> torch.Tensor:
         clean = super().features(draft, batch, supervision)
@@ -59,37 +56,19 @@ class EagleObjective(UnrollObjective):
             return clean
         return clean + document_noise(batch, clean, self.noise, self.seed)
 
-    def labels(self, draft: Draft, supervision: Supervision, slots: Slots) -> torch.Tensor:
-        """[B * L, h]: the target's features; distributions are made of them where they are needed."""
-        return supervision.last_hidden.flatten(0, 1)
+    def judged(
+        self, draft: Any, predicted: torch.Tensor, supervision: Supervision, rows: Rows, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        features = supervision.last_hidden.flatten(0, 1)[rows.labels[rows.label]]
+        vloss = smooth_l1_loss(predicted.float(), features.float(), reduction="none").mean(-1)
+        loss, values, hit = super().judged(draft, predicted, supervision, rows, weight)
+        total = loss + self.parts.vloss_w * (vloss * weight).sum()
+        regression = vloss.detach()
+        values["loss"] = values["loss"] + self.parts.vloss_w * regression
+        return total, values | {"vloss": regression}, hit
 
-    def step(self, draft: Draft, outputs: torch.Tensor, labels: torch.Tensor, rows: Rows) -> StepLoss:
-        features = labels[rows.positions]
-        vloss = smooth_l1_loss(outputs.float(), features.float(), reduction="none").mean(-1)
-        vsum = (vloss * rows.weight).sum()
-        psum, topk_sum, hits = torch.zeros_like(vsum), torch.zeros_like(vsum), []
-        for start in range(0, len(outputs), HEAD_CHUNK):
-            chunk = slice(start, start + HEAD_CHUNK)
-            p, k, hit = checkpoint(
-                self._distributions, draft, outputs[chunk], features[chunk], rows.weight[chunk], use_reentrant=False
-            )
-            psum, topk_sum = psum + p, topk_sum + k
-            hits.append(hit)
-        w = self.parts
-        loss = w.vloss_w * vsum + w.ploss_w * psum + w.topk_w * topk_sum
-        return StepLoss({"loss": loss, "vloss": vsum, "ploss": psum}, torch.cat(hits))
-
-    def _distributions(self, draft: Draft, outputs, features, weight):
-        """The weighed sums of both cross-entropies, and which rows agree in their argmax."""
-        with torch.no_grad():
-            p = self.target.logits(features).float().softmax(-1)
-        logits = draft.logits(outputs)
-        log_q = log_softmax(logits.float(), dim=-1)
-        soft = -(p * log_q).sum(-1)
-        top, ids = p.topk(min(self.parts.topk, p.shape[-1]), dim=-1)
-        likeliest = -(top * log_q.gather(-1, ids)).sum(-1)
-        hit = logits.argmax(-1) == p.argmax(-1)
-        return (soft * weight).sum(), (likeliest * weight).sum(), hit
+    def judge(self, draft: Any, last_hidden: torch.Tensor, rows: Rows, weight: torch.Tensor) -> Judge:
+        return _EagleJudge(self.target, self.parts, last_hidden, rows, weight)
 
     def metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """As the base's; ``ploss_i`` is the cross-entropy alone, ``vloss_i`` the regression."""
@@ -98,3 +77,42 @@ class EagleObjective(UnrollObjective):
         for part in ("vloss", "ploss"):
             out |= {f"{part}_{i}": float(x) for i, x in enumerate(sums[part] / total)}
         return out
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The target's distributions p [P, V], its likeliest tokens ``top`` with their ``ids`` [P, k], and its choice."""
+
+    p: torch.Tensor
+    top: torch.Tensor
+    ids: torch.Tensor
+    best: torch.Tensor
+    start: int
+
+    def of(self, label: torch.Tensor) -> list[torch.Tensor]:
+        return [x.index_select(0, label - self.start) for x in (self.p, self.top, self.ids, self.best)]
+
+
+@dataclass
+class _EagleJudge:
+    target: Any
+    parts: EagleWeights
+    last_hidden: torch.Tensor
+    rows: Rows
+    weight: torch.Tensor
+
+    @torch.no_grad()
+    def labels(self, span: slice) -> _Labels:
+        p = self.target.logits(self.last_hidden.index_select(0, self.rows.labels[span])).float().softmax(-1)
+        top, ids = p.topk(min(self.parts.topk, p.shape[-1]) if self.parts.topk_w else 0, dim=-1)
+        return _Labels(p, top, ids, p.argmax(-1), span.start)
+
+    def judge(self, logits: torch.Tensor, labels: _Labels, part: slice) -> Judged:
+        p, top, ids, best = labels.of(self.rows.label[part])
+        w, logits, choice = self.parts, logits.float(), logits.argmax(-1)
+        cross, cross_top = (p * logits).sum(-1), (top * logits.gather(-1, ids)).sum(-1)
+        q, normaliser = normalised_(logits, choice)
+        soft, likeliest = normaliser - cross, normaliser * top.sum(-1) - cross_top
+        gradient = q.mul_((w.ploss_w + w.topk_w * top.sum(-1))[:, None]).sub_(p, alpha=w.ploss_w)
+        gradient = gradient.scatter_add_(-1, ids, -w.topk_w * top).mul_(self.weight[part][:, None])
+        return Judged({"loss": w.ploss_w * soft + w.topk_w * likeliest, "ploss": soft}, choice == best, gradient)

@@ -6,7 +6,6 @@ counted, and is a miss in every accuracy and in τ.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +13,18 @@ import torch
 from hydra.utils import instantiate
 
 from nemo_speculative.drafts.eagle3 import Eagle3Draft
-from nemo_speculative.objectives.losses import SoftCrossEntropy
-from nemo_speculative.objectives.slots import Slots, rounded_indices
-from nemo_speculative.objectives.unroll import Rows, StepLoss, UnrollObjective, flat_positions
-from nemo_speculative.targets.base import Supervision
-
-LABEL_CHUNK = 1024
-"""Rows of target logits [rows, V] alive at once."""
+from nemo_speculative.objectives.head import Judge, Judged
+from nemo_speculative.objectives.losses import Loss, SoftCrossEntropy
+from nemo_speculative.objectives.schedule import Rows
+from nemo_speculative.objectives.unroll import UnrollObjective
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The target's view of the P positions that any slot predicts from."""
+    """The target's view of some positions."""
 
-    row_of: torch.Tensor
-    """int64 [B * L]: where a position's labels are (anything where it has none)."""
     probabilities: torch.Tensor
-    """float32 [P, V_d]: of the draft vocabulary alone, each row summing to 1.  P is rounded up."""
+    """float32 [P, V_d]: of the draft vocabulary alone, each row summing to 1."""
     inside: torch.Tensor
     """bool [P]: the target's argmax lies in the draft vocabulary."""
     best: torch.Tensor
@@ -38,44 +32,43 @@ class Labels:
 
 
 class Eagle3Objective(UnrollObjective):
-    """See the module's text.
+    """See the module's text; ``loss`` is one of :mod:`nemo_speculative.objectives.losses`."""
 
-    Args:
-        loss: logits [N, V_d] and the target's probabilities float32 [N, V_d] → float32 [N].
-    """
-
-    def __init__(self, target: Any, *, loss: Callable[..., torch.Tensor] | None = None, **unroll: Any):
+    def __init__(self, target: Any, *, loss: Loss | None = None, **unroll: Any):
         super().__init__(target, **unroll)
         self.distance = loss or SoftCrossEntropy()
 
     @classmethod
-    def own_settings(cls, config: Any, seed: int) -> dict[str, Any]:
+    def own_settings(cls, config: Any) -> dict[str, Any]:
         return {"loss": instantiate(dataclasses.asdict(config.loss))}
 
-    def step(self, draft: Eagle3Draft, outputs: torch.Tensor, labels: Labels, rows: Rows) -> StepLoss:
-        logits, label = draft.logits(outputs), labels.row_of[rows.positions]
-        weight = rows.weight * labels.inside[label]
-        loss = (self.distance(logits, labels.probabilities[label]) * weight).sum()
-        return StepLoss({"loss": loss}, draft.draft_ids[logits.argmax(-1)] == labels.best[label])
+    def judge(self, draft: Any, last_hidden: torch.Tensor, rows: Rows, weight: torch.Tensor) -> Judge:
+        return _Eagle3Judge(self, draft, last_hidden, rows, weight)
 
     @torch.no_grad()
-    def labels(self, draft: Eagle3Draft, supervision: Supervision, slots: Slots) -> Labels:
-        flat = supervision.last_hidden.flatten(0, 1)
-        row_of, needed = self._positions(slots, flat)
-        rows, ids = flat[needed], draft.draft_ids
-        probabilities = torch.empty(len(rows), len(ids), dtype=torch.float32, device=flat.device)
-        best = torch.empty(len(rows), dtype=torch.long, device=flat.device)
-        for start in range(0, len(rows), LABEL_CHUNK):
-            chunk = slice(start, start + LABEL_CHUNK)
-            logits = self.target.logits(rows[chunk]).float()
-            best[chunk] = logits.argmax(-1)
-            probabilities[chunk] = logits[:, ids].softmax(-1)
-        return Labels(row_of, probabilities, draft.t2d[best], best)
+    def labels(self, draft: Eagle3Draft, hidden: torch.Tensor) -> Labels:
+        """From the target's last hidden states [P, h]."""
+        logits = self.target.logits(hidden)
+        best = logits.argmax(-1)
+        return Labels(logits.index_select(1, draft.draft_ids).float().softmax(-1), draft.t2d[best], best)
 
-    def _positions(self, slots: Slots, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the labels of each position will be, and the positions that have any."""
-        needed = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-        length = len(flat) // len(slots.index)
-        for i in range(self.num_steps):
-            needed[flat_positions(slots, 1 + i, length)[slots.supervised[i].flatten()]] = True
-        return needed.cumsum(0) - 1, rounded_indices(needed)[0]
+
+@dataclass
+class _Eagle3Judge:
+    objective: Eagle3Objective
+    draft: Eagle3Draft
+    last_hidden: torch.Tensor
+    rows: Rows
+    weight: torch.Tensor
+
+    def labels(self, span: slice) -> tuple[Labels, int]:
+        hidden = self.last_hidden.index_select(0, self.rows.labels[span])
+        return self.objective.labels(self.draft, hidden), span.start
+
+    def judge(self, logits: torch.Tensor, labels: tuple[Labels, int], part: slice) -> Judged:
+        found, start = labels
+        of_row = self.rows.label[part] - start
+        choice, inside = logits.argmax(-1), found.inside[of_row]
+        p = found.probabilities.index_select(0, of_row)
+        losses, gradient = self.objective.distance.with_gradient(logits, p, self.weight[part] * inside, choice)
+        return Judged({"loss": losses * inside}, self.draft.draft_ids[choice] == found.best[of_row], gradient)

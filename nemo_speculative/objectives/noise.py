@@ -20,12 +20,13 @@ def document_noise(batch: Batch, features: torch.Tensor, kind: FeatureNoise, see
     noise = torch.zeros_like(features)
     for span in batch.spans:
         length = span.end - span.start
-        drawn = _uniform(f"{seed}:{span.epoch}:{span.id}", (length, features.shape[-1]))
+        drawn = (document_uniform(f"{seed}:{span.epoch}:{span.id}", (length, features.shape[-1])) - 0.5) * 2
         scale = OFFICIAL_LENGTH / length if kind is FeatureNoise.official else 1.0
-        noise[span.row, span.start : span.end] = (drawn * scale).to(noise)
+        noise[span.row, span.start : span.end] = (drawn * (AMPLITUDE * scale)).to(noise)
     return noise
 
 
-def _uniform(key: str, shape: tuple[int, int]) -> torch.Tensor:
+def document_uniform(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Uniform draws in [0, 1) of ``shape``, the same for the same ``key``, on the host."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) - 0.5) * (2 * AMPLITUDE)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))

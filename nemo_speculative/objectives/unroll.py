@@ -6,41 +6,22 @@ packing, nor the split into micro-batches, nor the number of ranks.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nemo_speculative.config.schema import MaskConvention, Normalization
+from nemo_speculative.config.schema import DepthSampling, MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.objectives.base import LossSum
-from nemo_speculative.objectives.slots import Slots, rounded_indices, supervised_slots
+from nemo_speculative.objectives.depths import geometric_depths
+from nemo_speculative.objectives.head import FrozenHead, Head, Judge, LinearHead, head_loss
+from nemo_speculative.objectives.schedule import Rows, Schedule, make_schedule
+from nemo_speculative.objectives.supervision import supervision_mask
 from nemo_speculative.targets.base import Supervision, Target
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The slots of one step as M rows, M rounded up."""
-
-    step: int
-    active: torch.Tensor
-    """int64 [M]: indices into the flattened [B * S] slots (0 where a row is filler)."""
-    weight: torch.Tensor
-    """float32 [M]: 0 for filler."""
-    positions: torch.Tensor
-    """int64 [M]: the position whose target output is the label, as an index into the flattened [B * L] batch."""
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """What a step of the unroll costs, row by row."""
-
-    parts: dict[str, torch.Tensor]
-    """Scalars: the weighed sums of the loss's parts; ``loss`` is what is minimised."""
-    hit: torch.Tensor
-    """bool [M]: the draft's choice is the target's."""
+CPU = torch.device("cpu")
 
 
 class UnrollObjective(ABC):
@@ -50,6 +31,8 @@ class UnrollObjective(ABC):
         num_steps: T, steps of the unroll.
         step_decay: step i weighs ``step_decay ** i``.
         normalization: what a slot weighs.
+        depth_sampling: whether a slot that weighs less at a later step runs it less often instead.
+        seed: of those draws.
         tau_steps: draft tokens of the chain that ``tau`` simulates.
         recompute: activation checkpointing of every step.
     """
@@ -62,10 +45,13 @@ class UnrollObjective(ABC):
         step_decay: float,
         convention: MaskConvention,
         normalization: Normalization = Normalization.token,
+        depth_sampling: DepthSampling = DepthSampling.none,
+        seed: int = 0,
         tau_steps: int,
         recompute: bool = False,
     ):
         self.target, self.num_steps, self.convention = target, num_steps, convention
+        self.step_decay, self.depth_sampling, self.seed = step_decay, depth_sampling, seed
         self.weights = torch.tensor([step_decay**i for i in range(num_steps)], dtype=torch.float64)
         self.normalization = normalization
         self.tau_steps, self.recompute = min(tau_steps, num_steps), recompute
@@ -75,74 +61,68 @@ class UnrollObjective(ABC):
         """The objective that the draft's configuration describes."""
         return cls(
             target,
-            **cls.own_settings(config, seed),
+            **cls.own_settings(config),
             num_steps=config.num_steps,
             step_decay=config.step_decay,
             convention=config.mask_convention,
             normalization=config.normalization,
+            depth_sampling=config.depth_sampling,
+            seed=seed,
             tau_steps=tau_steps,
             recompute=recompute,
         )
 
     @classmethod
-    def own_settings(cls, config: Any, seed: int) -> dict[str, Any]:
+    def own_settings(cls, config: Any) -> dict[str, Any]:
         """The arguments that a subclass takes beside the unroll's."""
         return {}
 
-    def counts(self, batch: Batch) -> torch.Tensor:
-        slots = supervised_slots(batch, self.num_steps, self.convention)
-        return self._slot_weights(slots, batch).sum((1, 2)).cpu()
+    def schedule(self, batch: Batch, device: torch.device = CPU, training: bool = True) -> Schedule:
+        """What a step computes of ``batch``, which is on the host; in validation no depth is sampled."""
+        mask = supervision_mask(batch.loss_mask, batch.documents, self.num_steps, self.convention)
+        sampled = training and self.depth_sampling is DepthSampling.geometric
+        depths = geometric_depths(batch, self.step_decay, self.seed) if sampled else None
+        # Who survives to a later step weighs 1 there.
+        per_step = torch.ones_like(self.weights) if sampled else self.weights
+        return make_schedule(batch, mask, depths, self.normalization, per_step, device)
 
-    def loss(self, draft: Draft, batch: Batch, supervision: Supervision, counts: torch.Tensor) -> LossSum:
-        slots = supervised_slots(batch, self.num_steps, self.convention)
-        slot_weights = self._slot_weights(slots, batch)
-        labels = self.labels(draft, supervision, slots)
+    def loss(self, draft: Draft, schedule: Schedule, supervision: Supervision, counts: torch.Tensor) -> LossSum:
+        batch, rows = schedule.batch, schedule.rows
         outputs = draft.unroll(
-            draft.embed(batch.input_ids),
-            self.features(draft, batch, supervision),
-            batch.positions,
-            batch.documents,
-            slots.index,
-            self.num_steps,
-            run_step=self._run,
+            draft.embed(batch.input_ids), self.features(draft, batch, supervision), schedule.slots, run_step=self._run
         )
-        steps, hits = [], torch.zeros_like(slots.supervised)
-        for i, output in enumerate(outputs):
-            rows = _rows_of_step(i, slots, slot_weights, batch)
-            step = self._run(self.step, draft, output.flatten(0, 1)[rows.active], labels, rows)
-            real = rows.weight > 0
-            hits[i].view(-1)[rows.active[real]] = step.hit[real]
-            steps.append(step.parts)
-        scale = (self.weights / counts.clamp(min=1e-9)).to(device=slots.index.device, dtype=torch.float32)
-        sums = {name: torch.stack([parts[name] for parts in steps]) for name in steps[0]}
-        loss = (sums["loss"] * scale).sum()
-        known = {name: value.detach().double() for name, value in sums.items()}
-        return LossSum(loss, {**known, "weight": slot_weights.sum((1, 2)), **_chain_sums(hits, slots)})
+        predicted = torch.cat(outputs).index_select(0, rows.output)
+        scale = (schedule.step_weights / counts.clamp(min=1e-9)).to(device=predicted.device, dtype=torch.float32)
+        weight = rows.weight * scale[rows.step]
+        loss, values, hit = self.judged(draft, predicted, supervision, rows, weight)
+        sums = {name: _by_step(value * rows.weight, rows, self.num_steps) for name, value in values.items()}
+        sums["weight"] = _by_step(rows.weight, rows, self.num_steps)
+        return LossSum(loss, sums | chain_sums(_hits(hit, schedule), schedule.supervised))
 
     def features(self, draft: Draft, batch: Batch, supervision: Supervision) -> torch.Tensor:
         """What the draft reads of the target: [B, L, h]."""
         return draft.read(supervision.aux, supervision.last_hidden)
 
-    @abstractmethod
-    def labels(self, draft: Any, supervision: Supervision, slots: Slots) -> Any:
-        """Whatever of the target's outputs is computed once for all steps."""
+    def judged(
+        self, draft: Any, predicted: torch.Tensor, supervision: Supervision, rows: Rows, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """The loss of the draft's outputs ``predicted`` [M, h], the values [M] of its parts, and the hits, bool [M]."""
+        judge = self.judge(draft, supervision.last_hidden.flatten(0, 1), rows, weight)
+        own = draft.head_weight
+        head: Head = FrozenHead(self.target.logits) if own is None else LinearHead(own)
+        return head_loss(draft.head_input(predicted), head, judge, rows, weight, len(draft.draft_ids))
 
     @abstractmethod
-    def step(self, draft: Any, outputs: torch.Tensor, labels: Any, rows: Rows) -> StepLoss:
-        """The loss of a step from the draft's outputs [M, h].  All of [M, V] is made in here, to be recomputed."""
+    def judge(self, draft: Any, last_hidden: torch.Tensor, rows: Rows, weight: torch.Tensor) -> Judge:
+        """What judges logits by the target's outputs at the rows' labels.
+
+        Args:
+            last_hidden: [B * L, h]
+            weight: float32 [M], what the loss of a row is multiplied with.
+        """
 
     def _run(self, function, *args):
         return checkpoint(function, *args, use_reentrant=False) if self.recompute else function(*args)
-
-    def _slot_weights(self, slots: Slots, batch: Batch) -> torch.Tensor:
-        """float64 [T, B, S]: 0 where a step does not supervise a slot."""
-        if self.normalization is Normalization.token:
-            return slots.supervised.double()
-        of_slot = batch.documents.gather(1, slots.index).expand(self.num_steps, -1, -1)
-        shape = (self.num_steps, len(of_slot[0]), int(batch.documents.max()) + 1)
-        per_document = torch.zeros(shape, dtype=torch.float64, device=of_slot.device)
-        per_document.scatter_add_(2, of_slot, slots.supervised.double())
-        return slots.supervised / per_document.gather(2, of_slot).clamp(min=1)
 
     def metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """``loss``, ``ploss_i``, ``acc_i`` for each step, and ``tau`` of a chain of ``tau_steps`` draft tokens."""
@@ -154,23 +134,32 @@ class UnrollObjective(ABC):
         return out | {f"acc_{i}": float(x) for i, x in enumerate(accuracy)}
 
 
-def _rows_of_step(i: int, slots: Slots, slot_weights: torch.Tensor, batch: Batch) -> Rows:
-    active, real = rounded_indices(slots.supervised[i].flatten())
-    weight = slot_weights[i].flatten()[active].float() * real
-    return Rows(i, active, weight, flat_positions(slots, 1 + i, batch.input_ids.shape[1])[active])
+def _by_step(values: torch.Tensor, rows: Rows, num_steps: int) -> torch.Tensor:
+    """float64 [T]: the sums over the rows of each step."""
+    zeros = torch.zeros(num_steps, dtype=torch.float64, device=values.device)
+    return zeros.index_add_(0, rows.step, values.detach().double())
 
 
-def flat_positions(slots: Slots, ahead: int, length: int) -> torch.Tensor:
-    """int64 [B * S]: the position ``ahead`` of each slot, as an index into the flattened [B * length] batch."""
-    start = torch.arange(len(slots.index), device=slots.index.device)[:, None] * length
-    return ((slots.index + ahead).clamp(max=length - 1) + start).flatten()
+def _hits(hit: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """bool [T, N] from bool [M]."""
+    supervised = schedule.supervised
+    # One cell more than there are, for the filler.
+    cells = torch.zeros(supervised.numel() + 1, dtype=torch.bool, device=hit.device)
+    return cells.index_copy_(0, schedule.rows.cell, hit)[:-1].view_as(supervised)
 
 
-def _chain_sums(hits: torch.Tensor, slots: Slots) -> dict[str, torch.Tensor]:
-    """How often a chain's first i + 1 tokens all hit, over the slots supervised up to that step: float64 [T] each."""
-    prefix = hits.int().cumprod(0).bool() & slots.supervised
+def chain_sums(hits: torch.Tensor, supervised: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How often a chain's first i + 1 tokens all hit, over the slots supervised at that step.
+
+    Args:
+        hits, supervised: bool [T, N].
+
+    Returns:
+        float64 [T] each.
+    """
+    prefix = hits.int().cumprod(0).bool() & supervised
     return {
-        "count": slots.counts,
-        "hit": (hits & slots.supervised).sum((1, 2)).double(),
-        "prefix_hit": prefix.sum((1, 2)).double(),
+        "count": supervised.sum(1).double(),
+        "hit": (hits & supervised).sum(1).double(),
+        "prefix_hit": prefix.sum(1).double(),
     }

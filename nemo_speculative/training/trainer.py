@@ -6,7 +6,6 @@ of rows, losses are divided by counts over all of it, and the only state beside 
 
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from nemo_speculative.targets.base import Supervision, Target
 from nemo_speculative.training import titan
 from nemo_speculative.training.clock import Clock
 from nemo_speculative.training.ema import WeightAverage
+from nemo_speculative.training.feed import Feed, GlobalBatch, TargetAhead
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
 from nemo_speculative.training.parallelism import shard_draft
 from nemo_speculative.training.reporting import Reporter
@@ -41,8 +41,8 @@ class Trainee(nn.Module):
         super().__init__()
         self.draft, self.objective = draft, objective
 
-    def forward(self, batch: Batch, supervision: Supervision, counts: torch.Tensor) -> LossSum:
-        return self.objective.loss(self.draft, batch, supervision, counts)
+    def forward(self, schedule: Any, supervision: Supervision, counts: torch.Tensor) -> LossSum:
+        return self.objective.loss(self.draft, schedule, supervision, counts)
 
 
 @dataclass
@@ -64,10 +64,12 @@ class DraftTrainer:
         saver: Saver, reporter: Reporter,
     ):  # fmt: skip
         self.job, self.config, self.device = job, job.trainer, device
-        self.target, self.objective, self.stream, self.validation = target, objective, stream, validation
+        self.target, self.objective, self.stream = target, objective, stream
+        self.validation = [objective.schedule(batch, device, training=False) for batch in validation]
         self.parallel_dims, self.saver, self.reporter = parallel_dims, saver, reporter
         self.step, self.total_steps = 0, total_steps
         if job.trainer.compile:
+            target.compile()
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         dtype = getattr(torch, job.trainer.dtype.value)
@@ -77,6 +79,8 @@ class DraftTrainer:
         self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
         self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average)
         self.clock, self.learning_rate = Clock(device), 0.0
+        self.feed, self.ahead = Feed(stream, objective, device), TargetAhead(target, device, self.clock)
+        self.position: GlobalBatch
         self._unchecked: list[Taken] = []
         self._stop = threading.Event()
 
@@ -131,17 +135,15 @@ class DraftTrainer:
             was asked to stop.
         """
         with self.clock.part("data"):
-            batches = self.stream.next_global_batch()
-            counts, stop = self._over_all_ranks([self.objective.counts(b) for b in batches])
-            batches = [batch.to(self.device) for batch in batches]
+            taken = self.feed.take()
+            self.position = taken
+            counts, stop = self._over_all_ranks(taken.counts)
         sums: dict[str, torch.Tensor] = {}
-        losses = []
-        for batch, is_last in _with_last(batches):
-            with self.clock.part("target"):
-                supervision = self.target.supervise(batch)
+        losses: list[torch.Tensor] = []
+        for schedule, supervision in self.ahead.over(taken.schedules, lambda: self.feed.peek().schedules):
             with self.clock.part("draft"):
-                self._reduce_gradients_when(is_last)
-                out = self.trainee(batch, supervision, counts)
+                self._reduce_gradients_when(len(losses) + 1 == len(taken.schedules))
+                out = self.trainee(schedule, supervision, counts)
                 out.loss.backward()
             losses.append(out.loss.detach())
             sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
@@ -153,17 +155,14 @@ class DraftTrainer:
             self.optimizers.zero_grad()
         self.step += 1
         self.average.update(self.step)
-        ids = tuple(i for batch in batches for i in batch.ids)
         norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
         # Both at once: a gradient can overflow where the loss does not.
-        self._unchecked.append(Taken(self.step, torch.stack(losses).sum() + norm, ids))
-        return sums, grad_norm, sum(b.num_tokens for b in batches), stop
+        self._unchecked.append(Taken(self.step, torch.stack(losses).sum() + norm, taken.ids))
+        return sums, grad_norm, taken.num_tokens, stop
 
-    def _over_all_ranks(self, counts: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    def _over_all_ranks(self, counts: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The global batch's counts [T], and whether any rank wants to stop: one small reduction on the CPU."""
-        packed = torch.cat(
-            [torch.stack(counts).sum(0), torch.tensor([float(self._stop.is_set())], dtype=torch.float64)]
-        )
+        packed = torch.cat([counts, torch.tensor([float(self._stop.is_set())], dtype=torch.float64)])
         dist.all_reduce(packed)
         return packed[:-1], bool(packed[-1])
 
@@ -200,8 +199,8 @@ class DraftTrainer:
             metrics
             | self.reporter.performance(wall, shares, dist.get_world_size())
             | {
-                "data/epoch": self.stream.epoch,
-                "data/rows": self.stream.rows_consumed,
+                "data/epoch": self.position.epoch,
+                "data/rows": self.position.state["rows_consumed"],
                 "data/supervised_share": supervised / rows,
             }
         )
@@ -213,9 +212,8 @@ class DraftTrainer:
             return {}
         sums: dict[str, torch.Tensor] = {}
         with self.average.applied():
-            for batch in self.validation:
-                moved = batch.to(self.device)
-                out = self.trainee(moved, self.target.supervise(moved), self.objective.counts(batch))
+            for schedule in self.validation:
+                out = self.trainee(schedule, self.target.supervise(schedule.batch), schedule.counts)
                 sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
             if isinstance(self.trainee, FSDPModule):
                 self.trainee.reshard()  # no backward pass will
@@ -227,7 +225,7 @@ class DraftTrainer:
             return self.reporter.write(self.step, metrics)
         # The line of metrics is written before the checkpoint appears: a run resumed from it lacks none.
         self.saver.save(
-            self.step, self.state, self.trainee, self.stream.state_dict(), measure=measure,
+            self.step, self.state, self.trainee, self.position.state, measure=measure,
             before_publishing=lambda tau: self.reporter.write(
                 self.step, metrics if tau is None else metrics | {"val/tau_decoded": tau}
             ),
@@ -237,6 +235,7 @@ class DraftTrainer:
         return None
 
     def close(self) -> None:
+        self.feed.close()
         self.reporter.close()
 
 
@@ -245,7 +244,3 @@ def reduce_sums(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     packed = torch.stack([value.cpu() for value in sums.values()])
     dist.all_reduce(packed)
     return dict(zip(sums, packed, strict=True))
-
-
-def _with_last(items: list[Any]) -> Iterator[tuple[Any, bool]]:
-    return ((item, i == len(items) - 1) for i, item in enumerate(items))

@@ -9,6 +9,7 @@ from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.decoding.target import CachedTarget
 from nemo_speculative.decoding.verification import Greedy, Rejection, TargetOnly
 from nemo_speculative.drafts.cache import KVCache
+from nemo_speculative.drafts.slots import Slots
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets.hf import HFTarget
 from tests.decoding.models import DRAFTS, GROWTHS, VOCAB_SIZE, prompts, random_draft, small_target
@@ -25,15 +26,16 @@ def test_decoding_a_chain_equals_the_training_unroll(target, kind):
     draft, num_steps = random_draft(kind, target, seed=1), 4
     ids = torch.randint(0, VOCAB_SIZE, (1, 20), generator=torch.Generator().manual_seed(5))
     features, embeddings = draft.read(*target.forward(ids)), draft.embed(ids)
-    positions, slots = torch.arange(20)[None], torch.arange(20 - num_steps - 1)[None]
-    unrolled = draft.unroll(embeddings, features, positions, torch.zeros_like(ids), slots, num_steps)
-    for t in slots[0].tolist():
+    positions = torch.arange(20)[None]
+    steps = torch.where(positions < 20 - num_steps - 1, num_steps, 0)
+    unrolled = draft.unroll(embeddings, features, Slots.of(positions, steps, torch.device("cpu")))
+    for t in range(20 - num_steps - 1):
         cache = KVCache(1)
         here = draft.rotary(positions[:, : t + 1], torch.float32)
         output = draft.extend(embeddings[:, 1 : t + 2], features[:, : t + 1], here, cache)[:, -1:]
         cache.advance(t + 1)
         for i in range(num_steps):
-            torch.testing.assert_close(output[0, 0], unrolled[i][0, t], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(output[0, 0], unrolled[i][t], rtol=1e-4, atol=1e-4)
             token = embeddings[:, t + 2 + i : t + 3 + i]
             here = draft.rotary(positions[:, t + 1 + i : t + 2 + i], torch.float32)
             output = draft.extend(token, draft.feed_back(output), here, cache)

@@ -83,6 +83,7 @@ def poison_from(step):
     from nemo_speculative.targets.hf import HFTarget
 
     advance, supervise = DraftTrainer.train_step, HFTarget.supervise
+    HFTarget.at = 0  # it is asked before the first step too: whether it keeps documents apart
     DraftTrainer.train_step = lambda self: (setattr(HFTarget, "at", self.step + 1), advance(self))[1]
 
     def poisoned(self, batch):

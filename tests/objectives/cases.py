@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_speculative.config.schema import FeatureNoise, MaskConvention, Normalization
+from nemo_speculative.config.schema import FeatureNoise, MaskConvention
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.data.vocabulary import DraftVocabulary
@@ -84,17 +84,17 @@ def eagle(num_steps=1, num_layers=1, noise=FeatureNoise.none, **parts):
     weights = PARTS | parts
 
     def objective(**settings):
-        own = {"weights": EagleWeights(**weights), "noise": noise, "seed": 0}
+        own = {"weights": EagleWeights(**weights), "noise": noise}
         return EagleObjective(FrozenStandIn(), **own, **unroll_settings(num_steps, **settings))
 
     return Case(lambda: make_eagle(num_layers), objective, lambda *a: EagleOracle(*a, **weights), num_steps)
 
 
-def unroll_settings(num_steps, recompute=False, normalization=Normalization.token):
-    return {
-        "num_steps": num_steps, "step_decay": DECAY, "convention": MaskConvention.serving, "tau_steps": num_steps,
-        "recompute": recompute, "normalization": normalization,
+def unroll_settings(num_steps, **settings):
+    defaults = {
+        "num_steps": num_steps, "step_decay": DECAY, "convention": MaskConvention.serving, "tau_steps": num_steps
     }  # fmt: skip
+    return defaults | settings
 
 
 def make_documents(lengths, seed=0):
@@ -126,11 +126,11 @@ def lay_out(rows, width):
 def run(draft, goal, layouts):
     """Loss, gradients and metrics of a global batch given as several micro-batches."""
     draft.zero_grad()
-    made = [lay_out(*layout) for layout in layouts]
-    counts = sum(goal.counts(batch) for batch, _ in made)
+    made = [(goal.schedule(batch), supervision) for batch, supervision in (lay_out(*layout) for layout in layouts)]
+    counts = sum(schedule.counts for schedule, _ in made)
     loss, sums = 0.0, {}
-    for batch, supervision in made:
-        out = goal.loss(draft, batch, supervision, counts)
+    for schedule, supervision in made:
+        out = goal.loss(draft, schedule, supervision, counts)
         out.loss.backward()
         loss += float(out.loss.detach())
         sums = {name: value + sums.get(name, 0) for name, value in out.sums.items()}

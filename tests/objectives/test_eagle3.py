@@ -1,21 +1,17 @@
 import pytest
 import torch
 
-from nemo_speculative.objectives.slots import Slots
-from nemo_speculative.objectives.unroll import _chain_sums
+from nemo_speculative.objectives.unroll import chain_sums
 from tests.objectives.cases import STEPS, VOCAB, FrozenStandIn, eagle3, lay_out, make_documents, oracle_of, run
 
 
 def test_tau_is_one_plus_the_chances_that_a_chain_holds():
     """Hits by slot and step, counted by hand: the chain of a slot ends at its first miss."""
     goal = eagle3().make_objective()
-    hits = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1], [0, 1, 1]], dtype=torch.bool)[:, None]
-    supervised = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.bool)[:, None]
-    slots = Slots(torch.zeros(1, 3, dtype=torch.long), supervised)
-    sums = {"loss": torch.zeros(STEPS), "weight": slots.counts, **_chain_sums(hits, slots)}
-    held = [
-        sum(all(hits[j, 0, s] for j in range(i + 1)) and bool(supervised[i, 0, s]) for s in range(3)) for i in range(4)
-    ]
+    hits = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1], [0, 1, 1]], dtype=torch.bool)
+    supervised = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    sums = {"loss": torch.zeros(STEPS), "weight": supervised.sum(1), **chain_sums(hits, supervised)}
+    held = [sum(all(hits[j, s] for j in range(i + 1)) and bool(supervised[i, s]) for s in range(3)) for i in range(4)]
     expected = 1 + sum(h / int(supervised[i].sum()) for i, h in enumerate(held))
     assert goal.metrics(sums)["tau"] == pytest.approx(expected)
 
@@ -31,4 +27,4 @@ def test_a_slot_outside_the_draft_vocabulary_is_counted_but_costs_nothing():
     assert loss == 0 and all(not gradient.any() for gradient in gradients.values())
     assert metrics["acc_0"] == 0 and metrics["tau"] == 1
     again, _, counts, _ = oracle_of(case, draft, documents)
-    assert again > 0 and goal.counts(lay_out([moved], 13)[0]).tolist() == counts
+    assert again > 0 and goal.schedule(lay_out([moved], 13)[0]).counts.tolist() == counts

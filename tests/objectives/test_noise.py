@@ -47,9 +47,12 @@ def test_labels_and_validation_stay_clean():
     case = eagle(noise=FeatureNoise.paper)
     draft, goal, clean = case.make_draft(), case.make_objective(), eagle().make_objective()
     batch, supervision = lay_out([make_documents([13])], 13)
-    counts = goal.counts(batch)
-    loss = lambda g: float(g.loss(draft, batch, supervision, counts).loss.detach())  # noqa: E731
+    schedule = goal.schedule(batch)
+    loss = lambda g: float(g.loss(draft, schedule, supervision, schedule.counts).loss.detach())  # noqa: E731
     assert loss(goal) != loss(clean)
     with torch.no_grad():
         assert loss(goal) == loss(clean)
-    assert torch.equal(goal.labels(draft, supervision, None), supervision.last_hidden.flatten(0, 1))
+    seen = []
+    goal.judge = lambda draft, labels, *rest: seen.append(labels) or clean.judge(draft, labels, *rest)
+    loss(goal)
+    assert torch.equal(seen[0], supervision.last_hidden.flatten(0, 1))

@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.objectives.slots import supervised_slots, supervision_mask
+from nemo_speculative.objectives.schedule import make_schedule
+from nemo_speculative.objectives.supervision import supervision_mask
 
 STEPS = 4
 MASKS = ["0001111", "00111011101", "1", "01", "0011", "111", "00000", "000110001111111"]
@@ -54,9 +55,10 @@ def test_the_first_drafted_token_of_an_answer_is_trained_and_nothing_past_its_en
 def test_gathered_slots_are_those_of_the_mask(convention):
     batch = packed()
     dense = supervision_mask(batch.loss_mask, batch.documents, STEPS, convention)
-    slots = supervised_slots(batch, STEPS, convention)
-    again = torch.zeros_like(dense)
-    for i, r, s in slots.supervised.nonzero().tolist():
-        again[i, r, slots.index[r, s]] = True
-    assert torch.equal(again, dense)
-    assert slots.counts.tolist() == dense.sum((1, 2)).tolist()
+    schedule = make_schedule(batch, dense, None, Normalization.token, torch.ones(STEPS), torch.device("cpu"))
+    again = torch.zeros_like(dense).flatten(1)
+    for i, s in schedule.supervised.nonzero().tolist():
+        assert s < schedule.slots.alive[i]
+        again[i, schedule.slots.index[s]] = True
+    assert torch.equal(again.view_as(dense), dense)
+    assert schedule.counts.tolist() == dense.sum((1, 2)).tolist()

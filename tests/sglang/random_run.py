@@ -19,6 +19,7 @@ from nemo_speculative.data.vocabulary import DraftVocabulary
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.eagle import EagleDraft
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.drafts.slots import Slots
 from nemo_speculative.targets.hf import HFTarget, target_fingerprint
 
 NAMES = ("eagle3", "eagle3_1", "eagle1")
@@ -93,16 +94,18 @@ def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
         draft.start_head(target.head_weight, None)
         draft.start_fc()
     positions = torch.arange(tokens.shape[1]).expand(BATCH, -1)
-    slots = torch.arange(tokens.shape[1] - UNROLL - 1).expand(BATCH, -1)
+    count = tokens.shape[1] - UNROLL - 1
+    index = torch.arange(count).expand(BATCH, -1)
+    slots = Slots.of(positions, torch.where(positions < count, UNROLL, 0), torch.device("cpu"))
     draft_id = torch.full((VOCAB,), -100).index_put((draft.draft_ids,), torch.arange(len(draft.draft_ids)))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     for rows in tokens.split(BATCH) * EPOCHS:
         aux, hidden = target.forward(rows, positions)
         best = draft_id[target.logits(hidden).argmax(-1)]
         features = draft.read(aux, hidden)
-        outputs = draft.unroll(draft.embed(rows), features, positions, torch.zeros_like(rows), slots, UNROLL)
-        labels = torch.stack([best.gather(1, slots + 1 + step) for step in range(UNROLL)])
-        cross_entropy(draft.logits(torch.stack(outputs)).flatten(0, 2), labels.flatten()).backward()
+        outputs = [output[: index.numel()] for output in draft.unroll(draft.embed(rows), features, slots)]
+        labels = torch.stack([best.gather(1, index + 1 + step) for step in range(UNROLL)])
+        cross_entropy(draft.logits(torch.cat(outputs)), labels.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

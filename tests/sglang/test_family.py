@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from nemo_speculative.checkpoints.servable import Servable, read_servable
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.cache import KVCache
+from nemo_speculative.drafts.slots import Slots
 from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, expected_ids, ignored, never_loaded, write_family
 
 
@@ -98,10 +99,11 @@ def test_training_computes_what_sglang_does(replayed):
     x = torch.cat((torch.zeros(1, dtype=torch.long), given.tokens, replayed.drafted))[None]
     unseen = given.features.new_zeros(1 + STEPS, given.features.shape[1])
     features = draft.read(*[torch.cat((given.features, unseen))[None]] * 2)
-    positions, slots = torch.arange(x.shape[1])[None], torch.arange(LENGTH)[None]
-    outputs = draft.unroll(draft.embed(x), features, positions, torch.zeros_like(x), slots, 1 + STEPS)
-    chain = torch.cat([output[0, -1:] for output in outputs])
-    _assert_same(draft.logits(outputs[0][0]), replayed.logits[:LENGTH])
+    positions = torch.arange(x.shape[1])[None]
+    slots = Slots.of(positions, torch.where(positions < LENGTH, 1 + STEPS, 0), torch.device("cpu"))
+    outputs = [output[:LENGTH] for output in draft.unroll(draft.embed(x), features, slots)]
+    chain = torch.cat([output[-1:] for output in outputs])
+    _assert_same(draft.logits(outputs[0]), replayed.logits[:LENGTH])
     _assert_same(draft.logits(chain), replayed.logits[LENGTH - 1 :])
     _assert_same(draft.feed_back(chain), replayed.states[LENGTH - 1 :])
 
