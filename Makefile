@@ -2,6 +2,7 @@
 PYTHON3 ?= python3
 VENV := .venv
 VENV_SGLANG := .venv-sglang
+VENV_PEERS := .venv-peers
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # What test-sglang judges: the draft of `make train`, if there is one, else a small random one.
@@ -44,5 +45,12 @@ lint: $(READY)  ## style and types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: $(READY)  ## speed and memory of a training step, beside the textbook implementation
-	$(PYTHON) -m benchmarks.training_step $(ARGS)
+bench: $(READY) $(VENV_PEERS)/.ready  ## speed and memory of a training step beside the peers' own
+	$(PYTHON) -m benchmarks.training_step $(or $(ARGS),--table short)
+
+$(VENV_PEERS)/.ready: requirements-peers.txt
+	$(PYTHON3) -m venv $(VENV_PEERS)
+	$(VENV_PEERS)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-peers.txt
+	$(VENV_PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0 hs-connectors==0.9.0 \
+	  nemo-automodel==0.7.0 specforge==0.2.0 speculators==0.9.0
+	touch $@

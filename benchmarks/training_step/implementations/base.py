@@ -1,0 +1,91 @@
+"""What an implementation under measurement is, and the training step that all of them share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.training_step.case import Setup
+
+LEARNING_RATE, CLIP_NORM = 1e-4, 0.5
+
+
+class Implementation(ABC):
+    """One way through the conversations of a set-up, built with ``(setup, variants)``."""
+
+    packages: Sequence[str] = ()
+    """Whose versions are reported."""
+
+    def __init__(self) -> None:
+        self.resources = ExitStack()
+        """Left by :meth:`close`."""
+        self.batches: list[Any] = []
+        """What one pass over the conversations is, step by step, in the implementation's own form."""
+
+    @abstractmethod
+    def step(self, batch: Any) -> float | None:
+        """Whatever is measured on one of ``batches``; returns its loss, if it has one."""
+
+    def close(self) -> None:
+        self.resources.close()
+
+
+class Trainer(Implementation):
+    """Target forward, supervision, draft forward, loss; then backward, clipping and AdamW, the same for all."""
+
+    optimizer: Any
+
+    def train(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Says what is optimised."""
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
+
+    @abstractmethod
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Scalar, with a graph."""
+
+    def step(self, batch: Any) -> float:
+        loss = self.loss(batch)
+        loss.backward()
+        self.update()
+        return float(loss.detach())
+
+    def update(self) -> None:
+        nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def copy_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]) -> None:
+    """Copies ``weights``, whose names start otherwise in ``module``: the first of ``prefixes`` that fits is replaced.
+
+    Raises:
+        KeyError: ``module`` lacks one of them.
+    """
+    own = dict(module.named_parameters())
+    for name, weight in weights.items():
+        here = next((old for old in prefixes if name.startswith(old)), "")
+        own[prefixes.get(here, "") + name.removeprefix(here)].copy_(weight)
+
+
+def padded_batches(setup: Setup) -> list[dict[str, torch.Tensor]]:
+    """One conversation a row, padded to the row's length: int64 [B, L] ``input_ids``, ``attention_mask``,
+    ``loss_mask``."""
+    size = setup.case.size
+    chunks = [setup.conversations[i : i + size.rows] for i in range(0, len(setup.conversations), size.rows)]
+    return [_padded(chunk, size.row_tokens) for chunk in chunks]
+
+
+def _padded(conversations: Sequence[Any], row_tokens: int) -> dict[str, torch.Tensor]:
+    shape = (len(conversations), row_tokens)
+    batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "loss_mask")}
+    for r, conversation in enumerate(conversations):
+        n = len(conversation)
+        batch["input_ids"][r, :n] = conversation.input_ids
+        batch["attention_mask"][r, :n] = 1
+        batch["loss_mask"][r, :n] = conversation.loss_mask
+    return batch

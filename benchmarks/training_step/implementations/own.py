@@ -1,0 +1,125 @@
+"""This project's training step, the dense textbook one in its place, and the target's forward alone."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+
+from benchmarks.textbook import textbook_loss
+from benchmarks.training_step.case import SEED, STEP_DECAY, Setup
+from benchmarks.training_step.implementations.base import Implementation, Trainer, copy_weights
+from benchmarks.training_step.setup import draft_config, new_draft
+from nemo_speculative.config.schema import DepthSampling, ParallelismConfig
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import collate, pack
+from nemo_speculative.data.vocabulary import DraftVocabulary
+from nemo_speculative.drafts.base import Draft
+from nemo_speculative.objectives.base import LossSum, Objective
+from nemo_speculative.objectives.unroll import UnrollObjective
+from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group, shard_draft
+from nemo_speculative.training.trainer import Trainee
+
+CPU = torch.device("cpu")
+TAU_STEPS = 5
+CHANGES: dict[str, dict[str, Any]] = {"geometric": {"depth_sampling": DepthSampling.geometric}}
+"""Of the draft's configuration, by variant."""
+
+
+class Target(Implementation):
+    """The target's forward and nothing else: what no online training can be faster than."""
+
+    packages = ("transformers",)
+
+    def __init__(self, setup: Setup, variants: frozenset[str]):
+        super().__init__()
+        self.resources.enter_context(fast_float32_matmuls(CPU))
+        self.target = load_target(setup)
+        self.batches = packed_batches(setup)
+
+    def step(self, batch: Batch) -> None:
+        self.target.supervise(batch)
+
+
+class Ours(Trainer):
+    """The parts of the project's trainer, put together as it does."""
+
+    def __init__(self, setup: Setup, variants: frozenset[str]):
+        super().__init__()
+        # What the trainer itself wraps the draft with: float32 weights, and bfloat16 copies to compute with.
+        dims = self.resources.enter_context(process_group(CPU, ParallelismConfig()))
+        self.resources.enter_context(fast_float32_matmuls(CPU))
+        self.target = load_target(setup)
+        self.batches = packed_batches(setup)
+        self.objective = self.make_objective(setup, variants)
+        self.trainee = shard_draft(Trainee(load_draft(setup, self.target), self.objective), dims, setup.dtype)
+        self.train(self.trainee.parameters())
+
+    def make_objective(self, setup: Setup, variants: frozenset[str]) -> Objective:
+        changes = {key: value for variant in variants for key, value in CHANGES[variant].items()}
+        config = dataclasses.replace(draft_config(setup.case), **changes)
+        objective: type[UnrollObjective] = get_class(config.objective)
+        return objective.build(self.target, config, seed=SEED, tau_steps=TAU_STEPS, recompute=False)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        schedule = self.objective.schedule(batch, CPU)
+        return self.trainee(schedule, self.target.supervise(batch), schedule.counts).loss
+
+
+class Textbook(Ours):
+    """The same trainer around :func:`benchmarks.textbook.textbook_loss`."""
+
+    def make_objective(self, setup: Setup, variants: frozenset[str]) -> Objective:
+        return _Dense(self.target, setup.case.num_steps)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A batch as it is."""
+
+    batch: Batch
+    counts: torch.Tensor
+
+
+class _Dense:
+    """The textbook's loss as an objective; it counts for itself."""
+
+    def __init__(self, target: HFTarget, num_steps: int):
+        self.target, self.num_steps = target, num_steps
+
+    def schedule(self, batch: Batch, device: torch.device, training: bool = True) -> "_Whole":
+        return _Whole(batch, torch.zeros(self.num_steps, dtype=torch.float64))
+
+    def loss(self, draft: Any, schedule: "_Whole", supervision: Supervision, counts: torch.Tensor) -> LossSum:
+        return LossSum(textbook_loss(draft, self.target, schedule.batch, supervision, self.num_steps, STEP_DECAY), {})
+
+    def metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {}
+
+
+def load_target(setup: Setup) -> HFTarget:
+    aux_layers = draft_config(setup.case).chosen_aux_layers(setup.case.size.num_layers)
+    return HFTarget(setup.target, aux_layers=aux_layers, dtype=setup.dtype)
+
+
+def load_draft(setup: Setup, target: HFTarget) -> Draft:
+    """The draft with the set-up's weights and vocabulary."""
+    draft = new_draft(setup.case, target.config).attach(target)
+    draft.use_vocabulary(DraftVocabulary(setup.draft_ids, setup.case.size.vocab_size, 1.0))
+    copy_weights(draft, setup.draft_weights, {})
+    return draft
+
+
+def packed_batches(setup: Setup) -> list[Batch]:
+    """The conversations in the project's own packing."""
+    size = setup.case.size
+    documents = [
+        TokenRow(str(n), c.input_ids.tolist(), c.loss_mask.tolist(), "") for n, c in enumerate(setup.conversations)
+    ]
+    packed = pack([len(d.input_ids) for d in documents], size.row_tokens, SEED)
+    chunks = [packed[i : i + size.rows] for i in range(0, len(packed), size.rows)]
+    return [collate([[documents[d] for d in row] for row in rows], size.row_tokens, pad_id=0) for rows in chunks]
