@@ -67,7 +67,7 @@ class Piece:
     """Neighbouring queries and the range of keys that covers what they see."""
 
     queries: slice
-    """Of the queries in ascending order of position."""
+    """Of the queries in ``order``."""
     keys: slice
     mask: torch.Tensor | None
     """float32 [queries, w], 0 or -inf, over the last w keys; all of them see the others."""
@@ -77,14 +77,14 @@ class Piece:
 class PieceBlock:
     """The causal block as a few matrix products, each over queries that see about the same keys.
 
-    On a CPU this takes 0.5 to 0.6 of the time of torch's flash kernel, whose inner products do not go to oneDNN
-    (``python -m benchmarks.attention``), and works for queries that are no contiguous range.
+    On a CPU its products go to oneDNN, which those of torch's flash kernel do not, and its queries need not be a contiguous
+    range (``python -m benchmarks.attention`` compares both).
     """
 
     order: torch.Tensor
-    """int64 [n]: the queries in ascending order of position."""
+    """int64 [m], m >= n: the queries in ascending order of position, some of them more than once."""
     back: torch.Tensor
-    """int64 [n]: its inverse."""
+    """int64 [n]: where each query is in ``order``."""
     pieces: tuple[Piece, ...]
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:

@@ -13,9 +13,11 @@ from nemo_speculative.devices import send
 from nemo_speculative.drafts.attention import Block, Piece, PieceBlock
 from nemo_speculative.drafts.flex import flex_block
 
-PIECE_QUERIES = 256
+PIECE_QUERIES = 128
 PIECE_SCORES = 1 << 19
-"""Scores of one head that are alive at once: 256 queries over 2048 keys."""
+"""Scores of one head that are alive at once: 128 queries over 4096 keys."""
+PIECE_ROUNDING = 32
+"""Queries and keys of a piece are filled up to a multiple: oneDNN builds and keeps a primitive for every shape."""
 PIECE_COST = 1 << 13
 """What a piece costs beside its scores, in scores: the dispatch of some twenty small operations."""
 WIDE_GAP = 64
@@ -34,8 +36,35 @@ def block_for(positions: torch.Tensor, index: torch.Tensor, device: torch.device
     first = last - positions[last]
     if device.type == "cuda":
         return flex_block(order, first, last, len(positions), device)
-    pieces = tuple(_with_mask(span, first, last, device) for span in _merged(_spans(first, last)))
-    return PieceBlock(send(order, device), send(order.argsort(), device), pieces)
+    return _piece_block(order, first, last, len(positions), device)
+
+
+def _piece_block(
+    order: torch.Tensor, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
+) -> PieceBlock:
+    """For queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
+    spans, pieces = _merged(_spans(first, last)), []
+    filled: list[torch.Tensor] = []
+    for span in spans:
+        start, size = PIECE_ROUNDING * len(filled), span.end - span.start
+        # The last query stands in for those that are missing: nobody looks at what it gets there.
+        rows = torch.arange(span.start, span.start + _rounded(size, PIECE_ROUNDING)).clamp(max=span.end - 1)
+        filled += rows.split(PIECE_ROUNDING)
+        pieces.append(_piece(slice(start, start + len(rows)), span, first[rows], last[rows], num_keys, device))
+    source = torch.cat(filled)
+    back = torch.empty_like(order)
+    # Written from the end: what stands for a query is its first row.
+    back[order[source.flip(0)]] = torch.arange(len(source)).flip(0)
+    return PieceBlock(send(order[source], device), send(back, device), tuple(pieces))
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _width(keys: int) -> int:
+    """At most an eighth more: a long row has hundreds of pieces, each wider than the one before."""
+    return _rounded(keys, max(PIECE_ROUNDING, 1 << max(keys.bit_length() - 4, 0)))
 
 
 @dataclass(frozen=True)
@@ -80,14 +109,18 @@ def _merged(spans: Iterator[_Span]) -> list[_Span]:
     return out
 
 
-def _with_mask(span: _Span, first: torch.Tensor, last: torch.Tensor, device: torch.device) -> Piece:
-    queries = slice(span.start, span.end)
-    starts, ends = first[queries], last[queries]
+def _piece(
+    queries: slice, span: _Span, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
+) -> Piece:
+    """Of ``span``, whose queries, filled up, see the keys ``first`` to ``last``."""
+    width = _width(span.high - span.low)
+    high = min(span.low + width, num_keys)
+    low = max(high - width, 0)
     # Up to its first query a single document is seen whole.
-    masked_from = int(ends[0]) + 1 if bool((starts == span.low).all()) else span.low
+    masked_from = int(last[0]) + 1 if bool((first == low).all()) else low
     mask = None
-    if masked_from < span.high:
-        keys = torch.arange(masked_from, span.high)
-        seen = (keys >= starts[:, None]) & (keys <= ends[:, None])
+    if masked_from < high:
+        keys = torch.arange(masked_from, high)
+        seen = (keys >= first[:, None]) & (keys <= last[:, None])
         mask = send(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")), device)
-    return Piece(queries, slice(span.low, span.high), mask)
+    return Piece(queries, slice(low, high), mask)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -19,7 +19,24 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return _GatedLinear.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)  # type: ignore[no-any-return]
+
+
+class _GatedLinear(torch.autograd.Function):
+    """W (silu(gate) * up), keeping gate and up for the backward pass and nothing that they give."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return linear(silu(gate).mul_(up), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (grad,), (gate, up, weight) = gradients, ctx.saved_tensors
+        active = silu(gate)
+        to_weight = grad.flatten(0, -2).T @ (active * up).flatten(0, -2)
+        grad = grad @ weight
+        return torch.ops.aten.silu_backward(grad * up, gate), active.mul_(grad), to_weight
 
 
 class Attention(nn.Module):
@@ -79,7 +96,37 @@ class DraftLayer(nn.Module):
 
 def rms_norm(shape: Any, width: int | None = None) -> nn.RMSNorm:
     """An RMSNorm over ``width`` features, by default the draft's hidden size."""
-    return nn.RMSNorm(width or shape.hidden_size, eps=shape.rms_norm_eps)
+    return LeanRMSNorm(width or shape.hidden_size, eps=shape.rms_norm_eps)
+
+
+class LeanRMSNorm(nn.RMSNorm):
+    """torch has one kernel for it on CUDA alone; elsewhere it keeps every intermediate for the backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda or not torch.is_grad_enabled():
+            return super().forward(x)
+        return _LeanNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+
+
+class _LeanNorm(torch.autograd.Function):
+    """y = w ∘ x r with r = (mean x² + ε)^-½; dx = r (w ∘ dy - x r² mean(w ∘ dy ∘ x)), dw = Σ dy ∘ x r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (exact * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        exact, grad = x.to(r.dtype), gradients[0].to(r.dtype)
+        scaled = exact * r
+        to_weight = (grad * scaled).flatten(0, -2).sum(0).to(weight.dtype)
+        grad = grad * weight
+        shared = (grad * scaled).mean(-1, keepdim=True)
+        return grad.sub_(scaled.mul_(shared)).mul_(r).to(x.dtype), to_weight, None
 
 
 class Rotary(nn.Module):

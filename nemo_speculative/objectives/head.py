@@ -145,7 +145,8 @@ def head_loss(
     parts = [(part, span) for chunk, span in rows.chunks for part in _slices(chunk, max(alive, 64))]
     judge = _InBlocks(judge, max(judged, 64))
     values: dict[str, torch.Tensor] = {}
-    loss, hit = _HeadLoss.apply(states, head.weight, head, judge, parts, row_weight, values)
+    gradients = torch.is_grad_enabled()
+    loss, hit = _HeadLoss.apply(states, head.weight, head, judge, parts, row_weight, values, gradients)
     return loss, values, hit
 
 
@@ -175,9 +176,10 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, states: torch.Tensor, weight: torch.Tensor | None, head: Head, judge: Judge,
-        parts: list[tuple[slice, slice]], row_weight: torch.Tensor, values: dict[str, torch.Tensor],
+        parts: list[tuple[slice, slice]], row_weight: torch.Tensor, values: dict[str, torch.Tensor], gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        wanted = any(ctx.needs_input_grad)
+        # Under no_grad too, a weight that is trained says that it needs one.
+        wanted = gradients and any(ctx.needs_input_grad)
         grad_states = torch.empty_like(states) if wanted else None
         head.start(max(part.stop - part.start for part, _ in parts), wanted)
         made, labels, of = [], None, None
@@ -200,7 +202,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_states, grad_weight = ctx.saved_tensors
         upstream = gradients[0]
         to_weight = None if grad_weight is None else (grad_weight * upstream).to(ctx.dtype)
-        return (grad_states * upstream).to(grad_states.dtype), to_weight, None, None, None, None, None
+        return (grad_states * upstream).to(grad_states.dtype), to_weight, None, None, None, None, None, None
 
 
 def _slices(whole: slice, size: int) -> Iterator[slice]:

@@ -9,6 +9,7 @@ import torch
 
 from nemo_speculative.config.schema import FeatureNoise
 from nemo_speculative.data.batch import Batch
+from nemo_speculative.devices import send
 
 AMPLITUDE = 0.1
 OFFICIAL_LENGTH = 512
@@ -17,13 +18,13 @@ OFFICIAL_LENGTH = 512
 
 def document_noise(batch: Batch, features: torch.Tensor, kind: FeatureNoise, seed: int) -> torch.Tensor:
     """Uniform noise in ±0.1 (EAGLE-1, 4.1), or times 512 / L as in the official code: [B, L, h], 0 on padding."""
-    noise = torch.zeros_like(features)
+    noise = torch.zeros(features.shape)
     for span in batch.spans:
         length = span.end - span.start
         drawn = (document_uniform(f"{seed}:{span.epoch}:{span.id}", (length, features.shape[-1])) - 0.5) * 2
         scale = OFFICIAL_LENGTH / length if kind is FeatureNoise.official else 1.0
-        noise[span.row, span.start : span.end] = (drawn * (AMPLITUDE * scale)).to(noise)
-    return noise
+        noise[span.row, span.start : span.end] = drawn * (AMPLITUDE * scale)
+    return send(noise.to(features.dtype), features.device)
 
 
 def document_uniform(key: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_speculative.config.schema import DepthSampling, MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch
+from nemo_speculative.devices import send
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.objectives.base import LossSum
 from nemo_speculative.objectives.depths import geometric_depths
@@ -92,7 +93,7 @@ class UnrollObjective(ABC):
             draft.embed(batch.input_ids), self.features(draft, batch, supervision), schedule.slots, run_step=self._run
         )
         predicted = torch.cat(outputs).index_select(0, rows.output)
-        scale = (schedule.step_weights / counts.clamp(min=1e-9)).to(device=predicted.device, dtype=torch.float32)
+        scale = send((schedule.step_weights / counts.clamp(min=1e-9)).float(), predicted.device)
         weight = rows.weight * scale[rows.step]
         loss, values, hit = self.judged(draft, predicted, supervision, rows, weight)
         sums = {name: _by_step(value * rows.weight, rows, self.num_steps) for name, value in values.items()}

@@ -2,56 +2,62 @@
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
-from transformers import AutoModelForCausalLM
 
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.data.documents import Documents, preview, to_documents
 from nemo_speculative.data.packing import pack
+from nemo_speculative.data.stream import RowStream
 from nemo_speculative.data.vocabulary import build_vocabulary
 from nemo_speculative.devices import choose_device
-from nemo_speculative.drafts.base import Draft, DraftShape
+from nemo_speculative.drafts.base import DraftShape
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.hf import load_tokenizer, stop_ids, text_config
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.training.assembly import draft_shape, load_split, settle_draft
+from nemo_speculative.training.cost import Memory
+from nemo_speculative.training.prediction import (
+    Models,
+    Prediction,
+    count,
+    free_bytes,
+    measure,
+    memory,
+    predict,
+    trial_bytes,
+)
 
-GB = 1e9
-BYTES = {"float32": 4, "bfloat16": 2}
+GB, MB = 1e9, 1e6
 
 
 def describe(job: TrainJob) -> str:
-    """Parameters, steps, tokens, memory per device, where it writes, and one example with its mask.
+    """Parameters, steps, tokens, time and memory per device, where it writes, and one example with its mask.
 
     Raises:
         UserError: whatever the run itself would refuse before it loads weights.
     """
-    choose_device(job.trainer.device, "trainer.device")
+    device = choose_device(job.trainer.device, "trainer.device")
     config, tokenizer, where = _target(job)
     settle_draft(job, config)
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
-    with torch.device("meta"):
-        target_parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     items = load_split(job).training
     documents = _tokenized(job, items, tokenizer, config, max_length)
     entries = build_vocabulary(documents.rows, job.draft.vocabulary(config.vocab_size), config.vocab_size).size
     shape = draft_shape(job, config, entries)
     aux = job.draft.chosen_aux_layers(config.num_hidden_layers)
-    parameters = _num_parameters(get_class(job.draft._target_), shape)
+    models = Models.of(job, config, shape)
     lines = [
-        f"target    {where}: {target_parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, "
+        f"target    {where}: {models.target.parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, "
         f"{job.model.dtype.value}, aux layers {aux}",
-        f"draft     {parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
+        f"draft     {models.draft.all_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.num_steps} steps, computed in {job.trainer.dtype.value}",
         f"data      {len(items)} conversations: {_data_line(job, documents, items)}",
         f"training  {_steps_line(job, documents, row_tokens)}",
-        *_memory_lines(job, shape, Sizes(target_parameters, parameters, entries, row_tokens)),
+        *_cost_lines(job, models, config, shape, documents.rows, row_tokens, device),
         f"writes    {Path(job.output_dir).resolve()}",
     ]
     if documents.rows:
@@ -102,45 +108,76 @@ def _steps_line(job: TrainJob, documents: Documents, row_tokens: int) -> str:
     )
 
 
-def _num_parameters(draft: type[Draft], shape: DraftShape) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in draft(shape).parameters())  # type: ignore[call-arg]
+def _cost_lines(
+    job: TrainJob, models: Models, config: Any, shape: DraftShape, rows: list[TokenRow], row_tokens: int,
+    device: torch.device,
+) -> list[str]:  # fmt: skip
+    if not rows:
+        return ["cost      not known before the target writes the answers"]
+    stream = _stream(job, rows, row_tokens)
+    batches = stream.next_global_batch()
+    amounts = count(job, models, batches)
+    lines = _memory_lines(memory(job, models, amounts, device))
+    needed, free = trial_bytes(job, models), free_bytes(device)
+    if needed > free:
+        untried = (
+            f"not known: a trial step takes {needed / GB:.1f} GB, and {free / GB:.1f} GB of {device.type} are free"
+        )
+        return [f"time      {untried}", *lines]
+    rates = measure(job, models, config, shape, batches[0], device)
+    found = predict(models, amounts, rates, len(batches), device)
+    return [*_time_lines(job, found, job.trainer.total_steps(len(stream.rows_of(0))), device), *lines]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What memory depends on beside the layer's shape."""
+def _stream(job: TrainJob, rows: list[TokenRow], row_tokens: int) -> RowStream:
+    """What the first rank would train on."""
+    return RowStream(
+        rows,
+        row_tokens=row_tokens,
+        global_batch_size=job.trainer.global_batch_size,
+        micro_batch_size=job.trainer.micro_batch_size,
+        pad_id=0,
+        seed=job.seed,
+        world_size=_ranks(),
+    )
 
-    target_parameters: int
-    draft_parameters: int
-    draft_vocab_size: int
-    row_tokens: int
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _memory_lines(job: TrainJob, shape: DraftShape, sizes: Sizes) -> list[str]:
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    shards = max(ranks // job.parallelism.replicate, 1) if job.parallelism.shard == -1 else job.parallelism.shard
-    compute = BYTES[job.trainer.dtype.value]
-    target = sizes.target_parameters * BYTES[job.model.dtype.value] / GB
-    # float32 weights, gradients and two AdamW moments, sharded; the gathered copy and its gradient, whole.
-    states = sizes.draft_parameters * 16 / shards / GB
-    gathered = sizes.draft_parameters * (compute + compute) / GB if shards > 1 or compute < 4 else 0.0
-    activations = _activation_bytes(job, shape, sizes, compute) / GB
-    total = target + states + gathered + activations
+def _time_lines(job: TrainJob, found: Prediction, steps: int, device: torch.device) -> list[str]:
+    where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    shares = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in found.multiply_adds.items() if value)
+    ways = [("online", found.online), ("cached", found.cached)]
+    said = "; ".join(
+        f"{name} {_seconds(seconds)} a step, {found.tokens / seconds:.0f} tokens/s, {_seconds(steps * seconds)} in all"
+        for name, seconds in ways
+    )
     return [
-        f"memory    about {total:.2f} GB a device on {ranks} rank(s): target {target:.2f}, draft and optimizer "
-        f"{states + gathered:.2f}, activations {activations:.2f} (an estimate: all tokens supervised)"
+        f"time      on this device ({where}), measured on a piece of a step: {said}",
+        "          (cached: without the target's forward, and before features are read; neither has validation,"
+        f" checkpoints{', communication' if _ranks() > 1 else ''}{', torch.compile' if job.trainer.compile else ''})",
+        f"work      a step's multiply-adds on a rank, in 10^9: {shares}",
     ]
 
 
-def _activation_bytes(job: TrainJob, shape: DraftShape, sizes: Sizes, compute: int) -> float:
-    """What an unroll keeps for its backward pass, were every token supervised."""
-    rows = min(job.trainer.micro_batch_size, job.trainer.global_batch_size)
-    tokens, steps = rows * sizes.row_tokens, job.draft.num_steps
-    heads = shape.num_heads * shape.head_dim
-    layer = shape.num_layers * tokens * compute * (8 * shape.hidden_size + 4 * heads + 4 * shape.intermediate_size)
-    scores = shape.num_layers * rows * shape.num_heads * sizes.row_tokens**2 * (4 + compute)
-    logits = tokens * sizes.draft_vocab_size * 4 * 2
-    labels = tokens * sizes.draft_vocab_size * 4
-    per_step = layer + scores + logits
-    return labels + (per_step if job.trainer.activation_checkpointing else steps * per_step)
+def _seconds(seconds: float) -> str:
+    """With a unit that suits."""
+    for limit, divisor, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / divisor:.3g} {unit}"
+    return f"{seconds / 3600:.3g} h"
+
+
+def _bytes(size: float) -> str:
+    """With a unit that suits."""
+    return f"{size / GB:.2f} GB" if size >= GB else f"{size / MB:.0f} MB"
+
+
+def _memory_lines(found: Memory) -> list[str]:
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items())
+    return [
+        f"memory    about {_bytes(found.online)} a device on {_ranks()} rank(s), {_bytes(found.cached)} cached; "
+        f"online: {parts} (what training adds to the program)"
+    ]

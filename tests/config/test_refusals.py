@@ -111,6 +111,13 @@ def test_a_value_that_makes_no_sense(override, expected):
     assert refused(override).startswith(expected)
 
 
+@pytest.mark.parametrize("decay", ["1", "1.5"])
+def test_depths_are_not_sampled_without_a_decay(decay):
+    message = refused("draft.depth_sampling=geometric", f"draft.step_decay={decay}")
+    assert message.startswith(f"draft.depth_sampling is geometric and draft.step_decay is {float(decay)}: ")
+    assert "set draft.step_decay below 1" in message
+
+
 def test_a_negative_weight_of_an_eagle1_loss():
     assert refused("draft.ploss_w=-1", root="train_eagle1") == "draft.ploss_w is -1.0: it must not be negative"
 

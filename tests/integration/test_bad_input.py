@@ -129,7 +129,10 @@ def test_plan_shows_the_run_and_loads_no_weights(settings, target_dir, tmp_path)
         "aux layers [1, 3, 4]",
         "200 of 300",
         "10 steps of 4 rows of 128",
-        "memory",
+        "memory    about",
+        " cached; online: ",
+        " a step, ",
+        "multiply-adds",
         str(tmp_path / "run"),
         "⟦",
     ):

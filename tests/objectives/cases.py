@@ -143,11 +143,11 @@ def assert_same_gradients(found, expected, tolerance=EXACT):
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
-def oracle_of(case, draft, documents, **settings):
+def oracle_of(case, draft, documents, decay=DECAY, **settings):
     parameters = {n: p.detach().double().requires_grad_() for n, p in draft.named_parameters()}
     parameters |= {name: value for name, value in draft.named_buffers() if name == "d2t"}
     stand_in = FrozenStandIn()
-    oracle = case.oracle(parameters, draft.shape, THETA, stand_in.embedding, stand_in.head, case.num_steps, DECAY)
+    oracle = case.oracle(parameters, draft.shape, THETA, stand_in.embedding, stand_in.head, case.num_steps, decay)
     plain = [(r.input_ids, r.loss_mask, a.double(), h.double()) for r, a, h in documents]
     loss, counts, hits = oracle.loss(plain, **settings)
     names = [n for n, _ in draft.named_parameters()]

@@ -3,6 +3,7 @@
 No code of the package.  ``Eagle3Oracle`` covers EAGLE-3 and EAGLE-3.1, ``EagleOracle`` EAGLE-1/2 and HASS.
 """
 
+import functools
 import math
 
 import torch
@@ -86,8 +87,8 @@ class Oracle:
     def feed_back(self, output):
         return output
 
-    def document(self, ids, mask, aux, last_hidden):
-        """Per step: (sum of losses, supervised slots, hits)."""
+    def document(self, ids, mask, aux, last_hidden, runs):
+        """Per step: sums of losses and hits over the slots that run it; counts over all that are supervised."""
         sums, counts, hits = [0.0] * self.num_steps, [0] * self.num_steps, [0] * self.num_steps
         features = [self.read(aux[t], last_hidden[t]) for t in range(len(ids))]
         memory = self.first_pass(ids, features)
@@ -97,15 +98,20 @@ class Oracle:
             for i, output in enumerate(self.chain(ids, features, memory, t)):
                 if t + 2 + i >= len(ids) or not mask[t + 2 + i]:
                     break
-                loss, hit = self.label(output, last_hidden[t + 1 + i])
-                sums[i], counts[i], hits[i] = sums[i] + loss, counts[i] + 1, hits[i] + hit
+                counts[i] += 1
+                if runs(t, i):
+                    loss, hit = self.label(output, last_hidden[t + 1 + i])
+                    sums[i], hits[i] = sums[i] + loss, hits[i] + hit
         return sums, counts, hits
 
-    def loss(self, documents, by_conversation=False):
-        """Σ_i decay^i · sum_i / count_i over all ``documents``, and the counts and hits of each step."""
+    def loss(self, documents, by_conversation=False, runs=lambda n, t, i: True):
+        """Σ_i decay^i · sum_i / count_i over all ``documents``, and the counts and hits of each step.
+
+        ``runs`` says whether slot t of document n runs step i; the counts are of all slots.
+        """
         sums, counts, hits, weights = ([0.0] * self.num_steps for _ in range(4))
-        for document in documents:
-            found, number, hit = self.document(*document)
+        for n, document in enumerate(documents):
+            found, number, hit = self.document(*document, functools.partial(runs, n))
             for i in range(self.num_steps):
                 counts[i], hits[i] = counts[i] + number[i], hits[i] + hit[i]
                 share = 1 / max(number[i], 1) if by_conversation else 1

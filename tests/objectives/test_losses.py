@@ -118,6 +118,25 @@ def test_acceptance_is_a_probability_and_the_losses_are_ordered():
     assert (LKAlpha()(z, p) >= tv - 1e-6).all() and (2 * tv**2 <= kl_ + 1e-6).all()
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.0, 2.0, 40.0])
+def test_the_gradient_beside_the_loss_is_autograds(loss, dtype, spread):
+    """Of the weighed sum; rows that weigh nothing, certain targets and logits far apart among them."""
+    z, p = rows(n=8, spread=spread)
+    p[0], z = torch.eye(9)[3], z.to(dtype)
+    weight = torch.tensor([1.0, 0.0, 2.5, 1e-3, 1.0, 0.3, 7.0, 1.0])
+    exact = z.clone().requires_grad_()
+    expected = loss(exact, p)
+    (expected * weight).sum().backward()
+    with torch.no_grad():
+        values, gradient = loss.with_gradient(z.clone(), p, weight, z.argmax(-1))
+    assert values.dtype == torch.float32 and not values.requires_grad
+    torch.testing.assert_close(values, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.to(dtype), exact.grad, atol=1e-6, rtol=1e-5 if dtype is torch.float32 else 0.01)
+    assert not gradient[1].any()
+
+
 def test_lk_lambda_lies_between_its_two_ends():
     z, p = rows()
     torch.testing.assert_close(LKLambda(0.0)(z, p), KLDivergence()(z, p))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_speculative.config.schema import FeatureNoise, Normalization
+from nemo_speculative.config.schema import DepthSampling, FeatureNoise, Normalization
 from tests.objectives.cases import (
     EXACT,
     assert_same_gradients,
@@ -69,6 +69,8 @@ def test_every_trainable_parameter_gets_a_gradient(case):
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+CONVERSATION = {"normalization": Normalization.conversation}
+SAMPLED = {"depth_sampling": DepthSampling.geometric}
 LAYOUTS = {
     "unpacked": lambda d: [([[x] for x in d], 21)],
     "padded": lambda d: [([[x] for x in d], 64)],
@@ -81,17 +83,20 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layouts", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize(
-    "name, case, normalization",
+    "case, settings",
     [
-        ("eagle3", eagle3(9, fc_norm=True, norm_output=True, num_layers=2), Normalization.token),
-        ("eagle3", eagle3(9), Normalization.conversation),
-        ("noisy", eagle(num_steps=2, noise=FeatureNoise.official), Normalization.token),
-        ("noisy", eagle(noise=FeatureNoise.paper, topk_w=1.0), Normalization.conversation),
+        (eagle3(9, fc_norm=True, norm_output=True, num_layers=2), {}),
+        (eagle3(9), CONVERSATION),
+        (eagle3(9), SAMPLED),
+        (eagle3(num_layers=2), SAMPLED | CONVERSATION),
+        (eagle(num_steps=2, noise=FeatureNoise.official), {}),
+        (eagle(noise=FeatureNoise.paper, topk_w=1.0), CONVERSATION),
     ],
+    ids=["eagle3.1", "eagle3, conversation", "sampled", "sampled, conversation", "noisy", "noisy, conversation"],
 )
-def test_loss_and_gradients_do_not_depend_on_padding_packing_or_split(layouts, name, case, normalization):
+def test_loss_and_gradients_do_not_depend_on_padding_packing_or_split(layouts, case, settings):
     draft, documents = case.make_draft(), make_documents([13, 9, 21, 6])
-    goal = case.make_objective(normalization=normalization)
+    goal = case.make_objective(**settings)
     expected, expected_gradients, expected_metrics = run(draft, goal, [([documents[:2], documents[2:]], 32)])
     loss, gradients, metrics = run(draft, goal, layouts(documents))
     assert loss == pytest.approx(expected, rel=EXACT)
@@ -100,7 +105,7 @@ def test_loss_and_gradients_do_not_depend_on_padding_packing_or_split(layouts, n
 
 
 def test_a_document_does_not_leak_into_its_neighbour(case):
-    """Changing one document of a row changes nothing that the others contribute."""
+    """Changing one document of a row changes nothing that the others contribute, to the loss or to a gradient."""
     draft, goal = case.make_draft(), case.make_objective()
     documents, others = make_documents([13, 9, 12]), make_documents([13, 9, 12], seed=1)
     changed = [documents[0], others[1], documents[2]]
@@ -111,6 +116,11 @@ def test_a_document_does_not_leak_into_its_neighbour(case):
         muted = batch.loss_mask.clone()
         muted[0, 13:22] = False
         batch = replace(batch, loss_mask=muted)
-        return float(goal.loss(draft, goal.schedule(batch), supervision, counts).loss.detach())
+        draft.zero_grad()
+        loss = goal.loss(draft, goal.schedule(batch), supervision, counts).loss
+        loss.backward()
+        return float(loss.detach()), {n: p.grad.clone() for n, p in draft.named_parameters()}
 
-    assert contribution(documents) == pytest.approx(contribution(changed), rel=EXACT)
+    (loss, gradients), (again, same_gradients) = contribution(documents), contribution(changed)
+    assert again == pytest.approx(loss, rel=EXACT)
+    assert_same_gradients(same_gradients, gradients)

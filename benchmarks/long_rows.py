@@ -1,0 +1,107 @@
+"""Memory that one training step adds, against the length of a row.
+
+python -m benchmarks.long_rows [--lengths 2048,4096,8192,16384,32768] [--threads N]
+
+A small random target and its EAGLE-3 draft; one row that is a single conversation, half of it supervised: attention's
+worst case.  Each length is a process of its own.  "target" is the peak of the target's forward over the process
+before it; "step" that of target, draft, loss, backward pass, clipping and AdamW.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.training_step.case import Case, Size
+from benchmarks.training_step.controller import worker_environment
+from benchmarks.training_step.table import machine
+from nemo_speculative.errors import UserError
+
+LENGTHS = "2048,4096,8192,16384,32768"
+STEPS = 3
+
+
+def case_of(length: int) -> Case:
+    """One row of ``length`` tokens."""
+    size = Size(
+        hidden_size=64, num_layers=7, num_heads=2, num_kv_heads=1, intermediate_size=192, vocab_size=1024,
+        draft_vocab_size=512, aux_layers=[1, 2, 3], rows=1, row_tokens=length,
+    )  # fmt: skip
+    return Case(size=size, draft="eagle3", num_steps=STEPS, dtype="float32", lengths="full", supervised=0.5, threads=1)
+
+
+def prepare(folder: Path, length: int) -> None:
+    """Writes target, draft and conversation."""
+    from benchmarks.training_step.setup import write_setup
+
+    write_setup(folder, case_of(length))
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """MB of the row in ``folder``, in this process."""
+    from benchmarks.training_step.case import Setup
+    from benchmarks.training_step.implementations.own import Ours
+    from benchmarks.training_step.worker import Memory
+
+    ours = Ours(Setup(folder), frozenset())
+    memory = Memory()
+    ours.target.supervise(ours.batches[0])
+    target = memory.added_mb()
+    ours.step(ours.batches[0])
+    ours.close()
+    return {"target": target, "step": memory.added_mb()}
+
+
+def _child(command: str, folder: Path, length: int, threads: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.long_rows", "--lengths", str(length), command, str(folder)],
+        capture_output=True, text=True, check=False, env=worker_environment(threads),
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{length} tokens: the process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return done.stdout
+
+
+def _table(lengths: Sequence[int], threads: int) -> None:
+    print(machine(threads))
+    print(f"{'tokens':>8}{'target MB':>12}{'step MB':>12}{'target MB / 1k':>18}{'step MB / 1k':>15}")
+    for length in lengths:
+        with tempfile.TemporaryDirectory() as name:
+            _child("--prepare", Path(name), length, threads)
+            found = json.loads(_child("--within", Path(name), length, threads).strip().splitlines()[-1])
+        target, step = found["target"], found["step"]
+        print(
+            f"{length:8}{target:12.0f}{step:12.0f}{target / length * 1000:18.1f}{step / length * 1000:15.1f}",
+            flush=True,
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.long_rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", default=LENGTHS, help=f"tokens of a row (default: {LENGTHS})")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
+    for internal in ("--prepare", "--within"):
+        parser.add_argument(internal, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    lengths = [int(n) for n in options.lengths.split(",")]
+    if options.prepare:
+        prepare(options.prepare, lengths[0])
+    elif options.within:
+        print(json.dumps(measure(options.within)))
+    else:
+        try:
+            _table(lengths, options.threads)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,201 @@
+"""What ``plan=true`` predicts of a training step beside what the trainer takes for it.
+
+python -m benchmarks.plan [--cases tiny,S-50] [--rounds 3] [--threads N]
+
+Every case is a process of its own, in which the trainer runs a recipe: the embedded target's with a random target of
+its shape, or sizes S and M of ``benchmarks.training_step`` with a share of their tokens supervised.  Rounds alternate
+between a prediction and some steps, so that a busy machine hits both.  Memory is the weights, and the peak of the first
+steps over the process before them.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training_step.case import SIZES, Case
+from benchmarks.training_step.controller import worker_environment
+from benchmarks.training_step.table import machine
+from benchmarks.training_step.worker import Memory
+from nemo_speculative.errors import UsageError, UserError
+
+STEPS, WARMUP = 3, 3
+COPIES = 8
+"""Of a size's conversations, so that the steps of a run do not end."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """``tiny``, or a size and the share that is supervised, in per cent: ``S-50``."""
+
+    text: str
+
+    def overrides(self, folder: Path) -> list[str]:
+        """Writes what the case needs into ``folder``; what the recipe is to be given."""
+        shared = [f"output_dir={folder}/run", "logger=none", "trainer.val_rows=1"]
+        return shared + (_tiny(folder) if self.text == "tiny" else _size(folder, *self.text.split("-")))
+
+
+CASES = ("tiny", *(f"{size}-{share}" for size in SIZES for share in (25, 50, 100)))
+
+
+def _tiny(folder: Path) -> list[str]:
+    from transformers import LlamaForCausalLM
+
+    from nemo_speculative.config.schema import TinyModelConfig
+    from nemo_speculative.targets import tiny
+
+    config = TinyModelConfig(cache_dir=f"{folder}/targets")
+    LlamaForCausalLM(tiny.llama_config(config)).save_pretrained(tiny.directory_of(config))
+    tiny.make_tokenizer(config).save_pretrained(tiny.directory_of(config))
+    return [f"model.cache_dir={folder}/targets", "data.answers=given"]
+
+
+def _size(folder: Path, size: str, share: str) -> list[str]:
+    from benchmarks.training_step.setup import write_setup
+
+    case = Case(
+        size=SIZES[size], draft="eagle3", num_steps=7, dtype="float32", lengths="full", supervised=int(share) / 100,
+        threads=1,
+    )  # fmt: skip
+    conversations = write_setup(folder, case).conversations
+    lines = [{"input_ids": c.input_ids.tolist(), "loss_mask": c.loss_mask.int().tolist()} for c in conversations]
+    data = folder / "conversations.jsonl"
+    data.write_text("".join(f"{json.dumps(line)}\n" for line in lines * COPIES))
+    known = SIZES[size]
+    return [
+        "model=local", f"model.path={folder}/target", "data=jsonl", f"data.path={data}", f"data.held_out_path={data}",
+        f"data.max_length={known.row_tokens}", f"draft.vocab_size={known.draft_vocab_size}",
+        f"draft.aux_layers={known.aux_layers}".replace(" ", ""), f"trainer.global_batch_size={known.rows}",
+        f"trainer.micro_batch_size={known.rows}", "trainer.max_steps=1000",
+    ]  # fmt: skip
+
+
+def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
+    """Figures of one case, in this process: seconds of a step and bytes, predicted and measured."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from nemo_speculative.config.app import CONF, to_job
+    from nemo_speculative.progress import quiet_transformers
+    from nemo_speculative.training import assembly, prediction
+    from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
+
+    quiet_transformers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = to_job(compose("train_eagle3", overrides, return_hydra_config=False))
+    device = torch.device("cpu")
+    with process_group(device, job.parallelism) as dims, fast_float32_matmuls(device):
+        target = assembly.build_target(job, device)
+        data = assembly.build_data(job, target, assembly.load_split(job))
+        vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
+        draft = assembly.build_draft(job, target, vocabulary)
+        trainer = assembly.build_trainer(
+            job, target=target, draft=draft, objective=assembly.build_objective(job, target), data=data,
+            run=assembly.prepare_run(job), dims=dims, device=device,
+        )  # fmt: skip
+        with closing(trainer):
+            memory = Memory()
+            _steps(trainer, WARMUP)
+            weights = sum(p.numel() * p.element_size() for m in (target.model, draft) for p in m.parameters())
+            added = memory.added_mb() * 1e6 + weights
+            shape = assembly.draft_shape(job, target.config, vocabulary.size)
+            models = prediction.Models.of(job, target.config, shape)
+            batches = assembly.build_stream(job, target, data, dims).next_global_batch()
+            amounts = prediction.count(job, models, batches)
+            predicted, measured = [], []
+            for _ in range(rounds):
+                rates = prediction.measure(job, models, target.config, shape, batches[0], device)
+                predicted.append(prediction.predict(models, amounts, rates, len(batches), device).online)
+                measured.append(_steps(trainer, STEPS))
+            bytes_ = prediction.memory(job, models, amounts, device).online
+    return {"predicted": predicted, "measured": measured, "bytes": bytes_, "added": added}
+
+
+def _steps(trainer: Any, count: int) -> float:
+    """Seconds of a step: the median of ``count``."""
+    taken = []
+    for _ in range(count):
+        started = time.perf_counter()
+        trainer.train_step()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def report(name: str, found: dict[str, Any]) -> str:
+    """A line of the table."""
+    seconds, steps = (statistics.median(found[key]) for key in ("predicted", "measured"))
+    ratios = [a / b for a, b in zip(found["predicted"], found["measured"], strict=True)]
+    return (
+        f"{name:8}{seconds:11.3f}{steps:11.3f}{seconds / steps:8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{found['bytes'] / 1e6:13.0f}{found['added'] / 1e6:11.0f}{found['bytes'] / found['added']:8.2f}"
+    )
+
+
+def in_process(name: str, rounds: int, threads: int) -> dict[str, Any]:
+    """``run_case`` in a process of its own.
+
+    Raises:
+        UserError: it failed; its last line is quoted.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = _child(["--prepare", folder, "--cases", name], threads)
+        return _child(["--within", json.dumps(prepared), "--rounds", str(rounds)], threads)
+
+
+def _child(arguments: Sequence[str], threads: int) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.plan", *arguments],
+        capture_output=True, text=True, check=False, env=worker_environment(threads),
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{arguments[-1]}: its process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default=",".join(CASES), help="(default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
+    for internal in ("--prepare", "--within"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.prepare:
+        print(json.dumps(Name(options.cases).overrides(Path(options.prepare))))
+    elif options.within:
+        print(json.dumps(run_case(json.loads(options.within), options.rounds)))
+    else:
+        return _table(options.cases.split(","), options.rounds, options.threads)
+    return 0
+
+
+def _table(names: Sequence[str], rounds: int, threads: int) -> int:
+    try:
+        if unknown := [name for name in names if name not in CASES]:
+            raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(CASES)}")
+        print(f"{machine(threads)}; {rounds} rounds")
+        print(f"{'':8}{'seconds of a step':>22}{'':30}{'MB added':>14}")
+        pair = f"{'predicted':>11}{'measured':>11}"
+        print(f"{'':8}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio")
+        for name in names:
+            print(report(name, in_process(name, rounds, threads)), flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

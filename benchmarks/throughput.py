@@ -1,0 +1,277 @@
+"""Tokens/s, memory and utilization of training an EAGLE-3 draft of an 8B-shaped target on one device.
+
+python -m benchmarks.throughput [--size 8b|tiny] [--lengths 4096,8192,16384,32768] [--compile off,on] [--trace FILE]
+
+The target has Llama-3.1-8B's shape and random weights, made on the device; nothing is downloaded.  Rows are packed
+with conversations of ShareGPT's lengths.  A step is the trainer's: the target's forward (on CUDA on a stream of its
+own, beside the draft's work on the batch before), loss, backward pass, clipping, AdamW.
+
+"bare" is the time of the target's forward alone, as a share of the step's.  "of peak" is the counted multiply-adds a
+second (nemo_speculative/training/cost.py), recomputation not counted, as a share of those of a large square matrix
+product in the same process and dtype.  Memory is the device's peak of allocated bytes; on a CPU the process's so far.
+A combination that does not fit is a line that says so; none is begun after --minutes.  --size tiny rehearses all of
+it on a CPU.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import log
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.training_step.case import LENGTH_SIGMA, MEAN_ANSWER, MEAN_EXCHANGES, MEAN_QUESTION
+from benchmarks.training_step.setup import _tokenizer as tokenizer_of_nothing
+from nemo_speculative.config.schema import Eagle3DraftConfig, OptimizerConfig, ParallelismConfig
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import collate, pack
+from nemo_speculative.data.vocabulary import DraftVocabulary
+from nemo_speculative.devices import choose_device
+from nemo_speculative.drafts.eagle3 import Eagle3Draft
+from nemo_speculative.objectives.eagle3 import Eagle3Objective
+from nemo_speculative.targets import hf
+from nemo_speculative.training import titan
+from nemo_speculative.training.clock import GIB, Clock, peak_memory_gib
+from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
+from nemo_speculative.training.feed import TargetAhead
+from nemo_speculative.training.optimization import build_optimizers
+from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group, shard_draft
+from nemo_speculative.training.trainer import Trainee
+
+LLAMA_31_8B: dict[str, Any] = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "vocab_size": 128256, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 192, "vocab_size": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
+LONGEST_CONVERSATION = 4096
+ROWS = 4
+"""That are packed and trained on in turn."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained, and how it is measured."""
+
+    config: dict[str, Any]
+    draft_vocab_size: int
+    dtype: torch.dtype
+    lengths: str
+    peak_width: int
+    """Of the square matrices whose product is the peak."""
+
+
+SIZES = {
+    "8b": Size(LLAMA_31_8B, 32000, torch.bfloat16, "4096,8192,16384,32768", 8192),
+    "tiny": Size(TINY, 512, torch.float32, "512,1024", 1024),
+}
+
+
+def random_target(size: Size, device: torch.device, longest: int) -> hf.HFTarget:
+    """A target of random weights, made on the device."""
+    config = LlamaConfig(
+        **size.config, max_position_embeddings=max(longest, LONGEST_CONVERSATION), pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, dtype=size.dtype,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(size.dtype)
+    try:
+        with device:
+            model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer_of_nothing().save_pretrained(folder)
+        # 16 GB of weights would otherwise go to a disk and back.
+        with patch.object(hf, "_load_model", lambda *_, **__: model):
+            return hf.HFTarget(Path(folder), aux_layers=None, dtype=size.dtype, device=device)
+
+
+def conversations(tokens: int, vocabulary: int) -> list[TokenRow]:
+    """At least ``tokens`` of random words, in turns of ShareGPT's lengths: lognormal, exchanges geometric."""
+    rows: list[TokenRow] = []
+    drawn, total = random.Random(0), 0
+    words = torch.Generator().manual_seed(0)
+    while total < tokens:
+        mask: list[bool] = []
+        while not mask or drawn.random() > 1 / MEAN_EXCHANGES:
+            for mean, assistant in ((MEAN_QUESTION, False), (MEAN_ANSWER, True)):
+                mask += [assistant] * max(1, round(drawn.lognormvariate(log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA)))
+        mask = mask[:LONGEST_CONVERSATION]
+        ids = torch.randint(3, vocabulary, (len(mask),), generator=words).tolist()
+        rows.append(TokenRow(str(len(rows)), ids, mask, ""))
+        total += len(mask)
+    return rows
+
+
+class Bench:
+    """A draft in training, and the figures of its steps."""
+
+    def __init__(self, size: Size, target: hf.HFTarget, dims: titan.ParallelDims, compiled: bool, recompute: bool):
+        self.size, self.target, self.device = size, target, target.device
+        config = Eagle3DraftConfig(vocab_size=size.draft_vocab_size)
+        shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, size.draft_vocab_size)
+        with self.device:
+            draft = Eagle3Draft(shape).attach(target)
+        ids = torch.arange(size.draft_vocab_size)
+        draft.use_vocabulary(DraftVocabulary(ids, target.config.vocab_size, 1.0))
+        if compiled:
+            for layer in draft.stack:
+                layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
+        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, recompute=recompute)
+        with torch.device("meta"):
+            aux, hidden = len(target.aux_layers), target.config.hidden_size
+            self.draft_cost = DraftCost(Eagle3Draft(shape), aux_layers=aux, target_hidden=hidden, recompute=False)
+            self.target_cost = TargetCost(LlamaForCausalLM(target.config))
+        self.trainee = shard_draft(Trainee(draft, self.objective), dims, size.dtype)
+        self.optimizers = build_optimizers(OptimizerConfig(), self.trainee)
+
+    def schedules(self, length: int) -> list[Any]:
+        """Of packed rows of ``length`` tokens."""
+        documents = conversations(ROWS * max(length, LONGEST_CONVERSATION), self.target.config.vocab_size)
+        documents = [TokenRow(d.id, d.input_ids[:length], d.loss_mask[:length], "") for d in documents]
+        rows = pack([len(d.input_ids) for d in documents], length, 0)[:ROWS]
+        self.batches = [collate([[documents[i] for i in row]], length, 0) for row in rows]
+        return [self.objective.schedule(batch, self.device) for batch in self.batches]
+
+    def work(self) -> float:
+        """Multiply-adds of a step, on average."""
+        amount = Amount.mean([Amount.of(self.objective.schedule(batch)) for batch in self.batches])
+        return sum(
+            value
+            for part in (
+                self.target_cost.multiply_adds(amount),
+                self.target_cost.labels(amount),
+                self.draft_cost.multiply_adds(amount),
+            )
+            for value in part.values()
+        )
+
+    def train(self, schedules: Sequence[Any], ahead: TargetAhead) -> None:
+        """One step for each of ``schedules``, as the trainer takes them."""
+        for n, schedule in enumerate(schedules):
+            coming = [schedules[(n + 1) % len(schedules)]]
+            for taken, supervision in ahead.over([schedule], partial(list, coming)):
+                self.trainee(taken, supervision, taken.counts).loss.backward()
+            titan.clip_grad_norm_(self.trainee.parameters(), 0.5)
+            self.optimizers.step()
+            self.optimizers.zero_grad()
+
+
+def seconds_each(run: Callable[[], Any], count: int, device: torch.device, rounds: int) -> float:
+    """Seconds of ``run`` divided by ``count``: the median of some rounds behind one that does not count."""
+    taken = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append((time.perf_counter() - started) / count)
+    return statistics.median(taken[1:])
+
+
+def peak_speed(size: Size, device: torch.device) -> float:
+    """Multiply-adds a second of a large square product."""
+    a, b = torch.randn(2, size.peak_width, size.peak_width, device=device).to(size.dtype)
+    return size.peak_width**3 / seconds_each(lambda: a @ b, 1, device, 10)
+
+
+def line(bench: Bench, length: int, peak: float, rounds: int, label: str) -> str:
+    """The figures of one combination."""
+    device = bench.device
+    schedules = bench.schedules(length)
+    ahead = TargetAhead(bench.target, device, Clock(device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step = seconds_each(lambda: bench.train(schedules, ahead), len(schedules), device, rounds)
+    memory = peak_memory_gib(device) * GIB / 1e9
+    bare = seconds_each(
+        lambda: [bench.target.supervise(schedule.batch) for schedule in schedules], len(schedules), device, rounds
+    )
+    share = bench.work() / step / peak
+    return f"{length:8}{label:>10}{length / step:12.0f}{step:10.3f}{memory:10.2f}{share:10.1%}{bare / step:10.1%}"
+
+
+def trace(bench: Bench, length: int, file: Path) -> None:
+    """Writes a trace of two steps that a browser reads, and prints where their time went."""
+    schedules, ahead = bench.schedules(length), TargetAhead(bench.target, bench.device, Clock(bench.device))
+    bench.train(schedules, ahead)
+    activities, order = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if bench.device.type == "cuda":
+        activities, order = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_cuda_time_total"
+    with torch.profiler.profile(activities=activities) as profiler:
+        bench.train(schedules[:2], ahead)
+    profiler.export_chrome_trace(str(file))
+    print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60))
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> None:
+    """Prints a line for each combination."""
+    started, size = time.perf_counter(), SIZES[options.size]
+    lengths = [int(n) for n in (options.lengths or size.lengths).split(",")]
+    with process_group(device, ParallelismConfig()) as dims, fast_float32_matmuls(device):
+        peak = peak_speed(size, device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        print(f"{options.size} on {name}, torch {torch.__version__}, {size.dtype}".replace("torch.", ""))
+        print(f"peak: {2 * peak / 1e12:.4g} TFLOP/s, a product of {size.peak_width} x {size.peak_width} matrices")
+        target = random_target(size, device, max(lengths))
+        print(f"{'tokens':>8}{'compile':>10}{'tokens/s':>12}{'s a step':>10}{'GB':>10}{'of peak':>10}{'bare':>10}")
+        for length in lengths:
+            for label in options.compile.split(","):
+                if time.perf_counter() - started > 60 * options.minutes:
+                    return print(f"stopped after {options.minutes} minutes, before {length} tokens, compile {label}")
+                print(attempt(options, size, target, dims, length, label, peak), flush=True)
+        if options.trace:
+            bench = Bench(size, target, dims, options.compile == "on", options.recompute)
+            trace(bench, lengths[0], options.trace)
+    return None
+
+
+def attempt(
+    options: argparse.Namespace, size: Size, target: hf.HFTarget, dims: titan.ParallelDims, length: int, label: str,
+    peak: float,
+) -> str:  # fmt: skip
+    """A line, or why there is none."""
+    try:
+        return line(Bench(size, target, dims, label == "on", options.recompute), length, peak, options.rounds, label)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return f"{length:8}{label:>10}  does not fit: {str(error).splitlines()[0]}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--lengths", help="tokens of a row (default: 4096,8192,16384,32768; tiny: 512,1024)")
+    parser.add_argument("--compile", default="off,on", help="(default: off,on)")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--rounds", type=int, default=3, help=f"of {ROWS} steps each (default: 3)")
+    parser.add_argument("--minutes", type=float, default=8, help="(default: 8)")
+    parser.add_argument("--trace", type=Path, help="writes a torch profiler trace of two steps")
+    options = parser.parse_args(argv)
+    measure(options, choose_device("auto", "device"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

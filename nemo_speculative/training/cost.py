@@ -1,0 +1,328 @@
+"""What a training step costs, counted: multiply-adds by part, and bytes by part.
+
+Everything follows from shapes and from the schedules of real batches, so no model has to run.  A product of [n, a] by
+[a, b] is n * a * b multiply-adds; one that is trained through is counted three times (itself, and the gradients of
+both factors), and once more in a step that is recomputed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nemo_speculative.config.schema import MuonConfig, OptimizerConfig
+from nemo_speculative.drafts.attention import Block, PieceBlock
+from nemo_speculative.drafts.base import Draft
+from nemo_speculative.drafts.unroll import EVERYTHING, Entry
+from nemo_speculative.objectives.head import LOGITS_ALIVE, LOGITS_JUDGED
+from nemo_speculative.objectives.schedule import LABEL_CHUNK, Schedule
+from nemo_speculative.training.optimization import NOT_HIDDEN
+
+FLOAT32 = 4
+FORWARD_ATTENTION, BACKWARD_ATTENTION = 2, 5
+"""Products over all scores: q k and p v; and with the scores made anew, the gradients of p, v, q and k."""
+
+CPU_HEAP_SHARE, CPU_HEAP_BYTES = 0.25, 40e6
+"""What a CPU's allocator leaves between blocks, as a share of what comes and goes, and libraries take at first use.
+
+Not modelled but calibrated: ``python -m benchmarks.plan`` on the embedded case, S and M.
+"""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much there is to compute in one micro-batch, or on average in several."""
+
+    tokens: float
+    """Of the rows, padding included."""
+    slots: tuple[float, ...]
+    """Of each step of the unroll."""
+    scores: tuple[float, ...]
+    """Pairs of a slot and a step-0 key that are computed at each step, for one head."""
+    lower_scores: float
+    """The same of a lower layer of a deeper draft, which runs at every position."""
+    rows: float
+    """Pairs of a slot and a step that carry a loss: logits of the draft."""
+    labels: float
+    """Positions at which the target's logits are taken."""
+    pairs: float
+    """Pairs of a token and a token of its document that it sees: the target's attention."""
+
+    @classmethod
+    def of(cls, schedule: Schedule, deeper: bool = False) -> "Amount":
+        """Of a schedule on the host; ``deeper``: the draft has several layers."""
+        lengths = torch.tensor(schedule.batch.document_lengths(), dtype=torch.float64)
+        blocks = {id(block): _scores(block) for block in schedule.slots.blocks}
+        return cls(
+            tokens=schedule.batch.num_tokens,
+            slots=tuple(schedule.slots.alive),
+            scores=tuple(blocks[id(block)] for block in schedule.slots.blocks),
+            lower_scores=_scores(schedule.slots.everywhere) if deeper else 0,
+            rows=len(schedule.rows.output),
+            labels=len(schedule.rows.labels),
+            pairs=float((lengths * (lengths + 1) / 2).sum()),
+        )
+
+    @classmethod
+    def mean(cls, amounts: Sequence["Amount"]) -> "Amount":
+        """Of several micro-batches; a step that one of them does not reach has no slots in it."""
+
+        def average(name: str) -> Any:
+            values = [getattr(amount, name) for amount in amounts]
+            if not isinstance(values[0], tuple):
+                return sum(values) / len(values)
+            steps = max(map(len, values))
+            return tuple(sum(v[i] for v in values if i < len(v)) / len(values) for i in range(steps))
+
+        return cls(**{name: average(name) for name in cls.__dataclass_fields__})
+
+
+def _scores(block: Block) -> int:
+    assert isinstance(block, PieceBlock)
+    return sum(
+        (piece.queries.stop - piece.queries.start) * (piece.keys.stop - piece.keys.start) for piece in block.pieces
+    )
+
+
+class TargetCost:
+    """A frozen target.
+
+    Args:
+        model: of transformers, on the meta device.
+    """
+
+    def __init__(self, model: Any):
+        config, decoder = model.config.get_text_config(), model.get_decoder()
+        heads = config.num_attention_heads
+        self.parameters = sum(p.numel() for p in model.parameters())
+        ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        self.end_parameters = sum(ends.values())
+        """Of embedding and head, which cached training needs too."""
+        self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
+        self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        self.intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        self.layers = config.num_hidden_layers
+        self.per_token = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))
+
+    def multiply_adds(self, amount: Amount) -> dict[str, float]:
+        """Of a forward pass without the head; of attention what causality leaves of the scores."""
+        return {
+            "target": amount.tokens * self.per_token,
+            "target attention": amount.pairs * self.layers * self.attention_width * FORWARD_ATTENTION,
+        }
+
+    def labels(self, amount: Amount) -> dict[str, float]:
+        return {"labels": amount.labels * self.vocabulary * self.hidden}
+
+    def forward_bytes(self, amount: Amount, element: int, aux_layers: int) -> float:
+        """What is alive at most inside a forward pass: a layer's MLP or attention, beside the states kept so far."""
+        kept = (2 + aux_layers) * self.hidden
+        inside = max(3 * self.intermediate, 8 * self.attention_width, (aux_layers + 1) * self.hidden)
+        return amount.tokens * element * (kept + inside)
+
+
+class DraftCost:
+    """A draft network and the steps of its objective.
+
+    Args:
+        draft: on the meta device.
+        aux_layers: how many it reads.
+        target_hidden: width of the target's states.
+        recompute: activation checkpointing.
+    """
+
+    def __init__(self, draft: Draft, *, aux_layers: int, target_hidden: int, recompute: bool):
+        self.recompute, self.aux_layers, self.target_hidden = recompute, aux_layers, target_hidden
+        self.parameters = {name: p.numel() for name, p in draft.named_parameters()}
+        self.matrices = [name for name, p in draft.named_parameters() if p.ndim == 2]
+        self.hidden, self.entries = draft.shape.hidden_size, len(draft.draft_ids)
+        self.own_head = draft.head_weight is not None
+        layers = list(draft.stack)
+        self.num_layers = len(layers)
+        attention, self.head_dim = layers[0].self_attn, layers[0].head_dim
+        self.wide, self.narrow = len(attention.q_proj.weight), len(attention.k_proj.weight)
+        self.intermediate = draft.shape.intermediate_size
+        self.finish = layers[0].self_attn.o_proj.weight.numel() + sum(p.numel() for p in layers[0].mlp.parameters())
+        self._probe(draft)
+
+    @property
+    def all_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def qkv(self) -> int:
+        return self.wide + 2 * self.narrow
+
+    def _probe(self, draft: Draft) -> None:
+        """The parts that are a draft's own, counted on one row of nothing."""
+
+        def nothing(width: int) -> torch.Tensor:
+            return torch.empty(1, width, device="meta")
+
+        states = nothing(self.aux_layers * self.target_hidden), nothing(self.target_hidden)
+        self.read, _ = _products(lambda: draft.read(*states))
+        entry = draft.entry()
+        self.token, token = _products(lambda: entry.token(nothing(self.hidden)))
+        self.token_width = token.shape[1]
+        feature = nothing(self.hidden)
+        parts = (slice(0, self.wide), slice(self.wide, None), EVERYTHING)
+        self.queries, self.keys, self.project = (
+            _products(partial(_projected, entry, token, feature, rows))[0] for rows in parts
+        )
+        self.embedding_trained = any(name.endswith("embed_tokens.weight") for name in self.parameters)
+
+    def multiply_adds(self, amount: Amount) -> dict[str, float]:
+        """Of loss and gradient, without the target's labels."""
+        again = int(self.recompute)
+        below, first, later = self.num_layers - 1, amount.slots[0], sum(amount.slots[1:])
+        deeper = self.hidden * self.qkv
+        at_all = (self.project + self.finish + (below - 1) * (deeper + self.finish)) if below else 0
+        last_keys = 2 * self.narrow * self.hidden if below else self.keys
+        last_queries = self.wide * self.hidden if below else self.queries
+        of_layer = self.wide * (FORWARD_ATTENTION + BACKWARD_ATTENTION)
+        whole = self.project + self.finish + below * (deeper + self.finish)
+        layers = first * (last_queries + self.finish) + later * whole
+        unrolled = amount.scores[0] + self.num_layers * sum(amount.scores[1:])
+        return {
+            "fc": 2 * amount.tokens * self.read,
+            "tokens": (3 if self.embedding_trained else 2) * amount.tokens * self.token,
+            "step-0 keys": 3 * amount.tokens * (at_all + last_keys),
+            "layers": (3 + again) * layers,
+            "attention": unrolled * (of_layer + again * FORWARD_ATTENTION * self.wide)
+            + below * amount.lower_scores * of_layer,
+            "head": (3 if self.own_head else 2) * amount.rows * self.entries * self.hidden,
+        }
+
+    def kept_bytes(self, amount: Amount, element: int) -> float:
+        """What the forward pass keeps for the backward pass, the target's states apart."""
+        h, keys_values = self.hidden, 2 * self.narrow
+        # Embeddings and features, plain and normed; keys and values; and of lower layers all that a step keeps.
+        at_all = 4 * h + keys_values + (self.num_layers - 1) * (self._of_layer(element, 0) + keys_values)
+        if self.recompute:
+            # What each step is given: the token, the feature, and the keys and values of those before.
+            given = h + self.token_width
+            later = given + self.num_layers * (self.qkv + self.wide + self.narrow)
+            steps = given * amount.slots[0] + later * sum(amount.slots[1:-1])
+        else:
+            steps = self._of_steps(amount, element)
+        return element * (amount.tokens * at_all + steps + amount.rows * 2 * h)
+
+    def recomputed_bytes(self, amount: Amount, element: int) -> float:
+        """What one step keeps, while its gradient is taken."""
+        alone = replace(amount, slots=(0, max(amount.slots)))
+        return element * self._of_steps(alone, element) if self.recompute else 0.0
+
+    def _of_steps(self, amount: Amount, element: int) -> float:
+        first = amount.slots[0] * (2 * self.hidden + self._behind_projection(element) - self.wide)
+        return first + self.num_layers * sum(
+            slots * self._of_layer(element, i + 1) for i, slots in enumerate(amount.slots[1:], 1)
+        )
+
+    def _of_layer(self, element: int, parts: int) -> float:
+        """Entries of a row of a layer whose attention joins ``parts``; projections, rotated and with their rotation."""
+        projected = self.qkv + self.wide + self.narrow + 2 * self.head_dim
+        weights = parts * self.wide / self.head_dim * FLOAT32 / element
+        return self.hidden + projected + weights + self._behind_projection(element)
+
+    def _behind_projection(self, element: int) -> float:
+        attention = 4 * self.wide + self.wide / self.head_dim * FLOAT32 / element  # q, output twice, joined; lse
+        # The sum with the residual, its norm, the output; gate and up.
+        return attention + 3 * self.hidden + 2 * self.intermediate
+
+    def logits_bytes(self, vocabulary: int, element: int, device_type: str) -> float:
+        """A chunk of logits, what is judged of it at once, and a chunk of labels."""
+        chunk, judged = LOGITS_ALIVE[device_type], 3 * LOGITS_JUDGED[device_type]
+        labels = LABEL_CHUNK[device_type] * (vocabulary * element + self.entries * 2 * FLOAT32)
+        return chunk * element + judged * FLOAT32 + labels
+
+    def head_bytes(self) -> int:
+        """The head's gradient, which is made in the forward pass."""
+        return self.entries * self.hidden * FLOAT32 if self.own_head else 0
+
+
+def _projected(entry: Entry, token: torch.Tensor, feature: torch.Tensor, rows: slice) -> torch.Tensor:
+    return entry.project(token, feature, rows)[0]
+
+
+def _products(run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Multiply-adds of ``run``, and what it returned."""
+    with FlopCounterMode(display=False) as counter:
+        result = run()
+    return counter.get_total_flops() // 2, result
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a job's tensors lie on a device."""
+
+    ranks: int
+    shards: int
+    target_element: int
+    """Bytes of an entry."""
+    element: int
+    """Of what the draft computes in."""
+    device_type: str
+
+    @property
+    def wrapped(self) -> bool:
+        """FSDP holds shards in float32, and a whole copy to compute with."""
+        return self.ranks > 1 or self.element < FLOAT32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the peak of a step, by part, and what of them falls away with cached features."""
+
+    parts: dict[str, float]
+    without_target: float
+
+    @property
+    def online(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def cached(self) -> float:
+        return self.online - self.without_target
+
+
+def step_memory(
+    target: TargetCost, draft: DraftCost, largest: Amount, optimizer: OptimizerConfig, place: Placement
+) -> Memory:
+    """The peak of a step whose largest micro-batch is ``largest``."""
+    count, shards = draft.all_parameters, place.shards
+    states = largest.tokens * (draft.aux_layers + 1) * target.hidden * place.target_element
+    kept = draft.kept_bytes(largest, place.element) + draft.recomputed_bytes(largest, place.element)
+    if place.element != place.target_element:
+        states += largest.tokens * draft.aux_layers * target.hidden * place.element
+    logits = draft.logits_bytes(target.vocabulary, place.target_element, place.device_type)
+    gradients = count * FLOAT32 / shards
+    backward = max(kept + logits, kept + draft.head_bytes(), gradients)
+    forward = target.forward_bytes(largest, place.target_element, draft.aux_layers)
+    # On CUDA the target reads the next micro-batch meanwhile; else one comes after the other.
+    beside = forward + states if place.device_type == "cuda" else max(forward - backward, 0.0)
+    copies = 2 * count * place.element if place.wrapped else 0
+    parts = {
+        "target": target.parameters * place.target_element,
+        "draft": count * FLOAT32 / shards + copies,
+        "gradients and moments": gradients + _moments_bytes(draft, optimizer) / shards,
+        "target's states": states + beside,
+        "activations": kept,
+        "logits": logits,
+    }
+    if place.device_type == "cpu":
+        passing = sum(parts[name] for name in ("target's states", "activations", "logits"))
+        parts["allocator"] = CPU_HEAP_SHARE * passing + CPU_HEAP_BYTES
+    decoder = (target.parameters - target.end_parameters) * place.target_element
+    return Memory(parts, decoder + beside)
+
+
+def _moments_bytes(draft: DraftCost, config: OptimizerConfig) -> int:
+    """Two float32 moments of every entry, one where Muon is; and the average of the weights, where there is one."""
+    momenta = 2 * draft.all_parameters
+    if isinstance(config, MuonConfig):
+        momenta -= sum(draft.parameters[name] for name in draft.matrices if not name.endswith(NOT_HIDDEN))
+    return FLOAT32 * (momenta + (0 if config.ema_decay is None else draft.all_parameters))

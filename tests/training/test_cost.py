@@ -1,0 +1,244 @@
+"""What is counted of a step, held to what torch's own counter and autograd see of a real one."""
+
+import dataclasses
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import get_class
+from torch.nn.functional import embedding, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemo_speculative.config.schema import (
+    DepthSampling,
+    Eagle3DraftConfig,
+    EagleDraftConfig,
+    FeatureNoise,
+    MuonConfig,
+    OptimizerConfig,
+    TrainJob,
+)
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import collate
+from nemo_speculative.targets.base import Supervision
+from nemo_speculative.training.cost import Amount, DraftCost, Memory, Placement, TargetCost, step_memory
+from nemo_speculative.training.prediction import Models, Prediction, count, predict
+from nemo_speculative.training.trial import Rates, piece_of
+
+CONFIG = LlamaConfig(
+    vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=7, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+EAGLE3 = Eagle3DraftConfig(num_steps=4, vocab_size=200)
+EAGLE1 = EagleDraftConfig(num_steps=1, noise=FeatureNoise.none)
+DRAFTS: dict[str, Any] = {
+    "EAGLE-3": EAGLE3,
+    "EAGLE-3.1": dataclasses.replace(EAGLE3, fc_norm=True, norm_output=True),
+    "three layers": dataclasses.replace(EAGLE3, num_layers=3),
+    "own embedding": dataclasses.replace(EAGLE3, hidden_size=48),
+    "head of the target": dataclasses.replace(EAGLE3, vocab_size="target_head"),
+    "sampled depths": dataclasses.replace(EAGLE3, depth_sampling=DepthSampling.geometric),
+    "EAGLE-1": EAGLE1,
+    "EAGLE-1, two steps": dataclasses.replace(EAGLE1, num_steps=2),
+}
+# The counter knows no product in place, and ours adds up gradients that way.
+IN_PLACE = {
+    torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: mm_flop(a, b),
+    torch.ops.aten.baddbmm_: lambda _, a, b, out_shape=None, **__: bmm_flop(a, b),
+}
+HOST = Placement(ranks=1, shards=1, target_element=4, element=4, device_type="cpu")
+
+
+class Ends:
+    """The target's embedding and head, without modules: the counter's hooks do not go with gradients inside a step."""
+
+    def __init__(self):
+        self.table, self.head = torch.randn(2, CONFIG.vocab_size, CONFIG.hidden_size) * 0.1
+
+    def embed(self, ids):
+        return embedding(ids, self.table)
+
+    def logits(self, hidden):
+        return linear(hidden, self.head)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that were alive at once of what is made within."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for x in tree_leaves((args, kwargs)):
+            self._note(x, made=False)
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            self._note(x, made=True)
+        return out
+
+    def _note(self, x, made):
+        if not isinstance(x, torch.Tensor) or id(x.untyped_storage()) in self._known:
+            return
+        storage = x.untyped_storage()
+        size = storage.nbytes() * made
+        self._known.add(id(storage))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, id(storage), size)
+
+    def _forget(self, key, size):
+        self._known.discard(key)
+        self.live -= size
+
+
+def batch_of(*lengths, rows=1, answered=0.6):
+    """Rows of these documents, the last part of each supervised."""
+    row = []
+    for n in lengths:
+        asked = round((1 - answered) * n)
+        row.append(TokenRow(f"{n}", [i % 300 for i in range(n)], [False] * asked + [True] * (n - asked), ""))
+    return collate([row] * rows, sum(lengths), 0)
+
+
+def make(config, recompute=False):
+    """Draft, objective, and what is counted of the draft."""
+    torch.manual_seed(0)
+    cls: Any = get_class(config._target_)
+    aux = config.chosen_aux_layers(CONFIG.num_hidden_layers)
+    entries = config.vocabulary(CONFIG.vocab_size)
+    shape = cls.shape_for(config, CONFIG, aux, entries.entries if entries.own_head else None)
+    ends = Ends()
+    made_of: Any = get_class(config.objective)
+    objective = made_of.build(ends, config, seed=0, tau_steps=1, recompute=recompute)
+    with torch.device("meta"):
+        cost = DraftCost(cls(shape), aux_layers=len(aux), target_hidden=CONFIG.hidden_size, recompute=recompute)
+    return cls(shape).attach(ends), objective, cost
+
+
+def target_cost():
+    with torch.device("meta"):
+        return TargetCost(LlamaForCausalLM(CONFIG))
+
+
+def states_of(batch, aux):
+    rows, h = batch.input_ids.shape, CONFIG.hidden_size
+    return Supervision(torch.randn(*rows, aux * h), torch.randn(*rows, h))
+
+
+def amount_of(objective, batch, cost):
+    return Amount.of(objective.schedule(batch), cost.num_layers > 1)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_the_draft_multiplies_as_often_as_counted(name, recompute):
+    draft, objective, cost = make(DRAFTS[name], recompute)
+    batch = batch_of(300, 150, 62, rows=2)
+    schedule = objective.schedule(batch)
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        objective.loss(draft, schedule, states_of(batch, cost.aux_layers), schedule.counts).loss.backward()
+    amount = amount_of(objective, batch, cost)
+    counted = sum((cost.multiply_adds(amount) | target_cost().labels(amount)).values())
+    assert counted == pytest.approx(counter.get_total_flops() / 2, rel=0.04)
+
+
+def test_the_target_multiplies_as_often_as_counted():
+    model, lengths = LlamaForCausalLM(CONFIG), (300, 212)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for n in lengths:
+            model.model(torch.zeros(1, n, dtype=torch.long), use_cache=False)
+    _, objective, cost = make(EAGLE3)
+    amount = amount_of(objective, batch_of(*lengths), cost)
+    found = target_cost().multiply_adds(amount)
+    # torch's counter does not see the CPU's attention: of that only what causality leaves is counted.
+    assert found["target"] == counter.get_total_flops() / 2
+    seen = sum(n * (n + 1) // 2 for n in lengths)
+    assert found["target attention"] == 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size * seen
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["EAGLE-3", "three layers", "sampled depths", "EAGLE-1, two steps"])
+def test_the_forward_pass_keeps_as_many_bytes_as_counted(name, recompute):
+    draft, objective, cost = make(DRAFTS[name], recompute)
+    batch = batch_of(1000, 600, 448)
+    schedule, states = objective.schedule(batch), states_of(batch, cost.aux_layers)
+    with LiveBytes() as bytes_:
+        out = objective.loss(draft, schedule, states, schedule.counts)
+        kept = bytes_.live
+    del out
+    counted = cost.kept_bytes(amount_of(objective, batch, cost), 4) + cost.head_bytes()
+    assert counted == pytest.approx(kept, rel=0.15)
+
+
+def memory(cost, amount, optimizer=None, **changes) -> Memory:
+    return step_memory(
+        target_cost(), cost, amount, optimizer or OptimizerConfig(), dataclasses.replace(HOST, **changes)
+    )
+
+
+def test_memory_is_linear_in_the_length_of_a_conversation():
+    _, objective, cost = make(EAGLE3)
+    found = [memory(cost, amount_of(objective, batch_of(n), cost)).online for n in (4096, 8192, 12288)]
+    assert found[0] < found[1] < found[2]
+    assert found[2] - found[1] == pytest.approx(found[1] - found[0], rel=0.02)
+
+
+def test_memory_rises_with_what_is_supervised_and_falls_with_recomputation_and_shards():
+    _, objective, cost = make(EAGLE3)
+    few, many = (amount_of(objective, batch_of(2048, answered=share), cost) for share in (0.2, 0.9))
+    assert memory(cost, few).online < memory(cost, many).online
+    recomputed = make(EAGLE3, recompute=True)[2]
+    assert memory(recomputed, many).parts["activations"] < 0.6 * memory(cost, many).parts["activations"]
+    sharded = memory(cost, many, ranks=4, shards=4).parts["gradients and moments"]
+    assert sharded == memory(cost, many).parts["gradients and moments"] / 4
+
+
+def test_muon_keeps_one_moment_of_its_matrices_and_an_average_is_a_copy_more():
+    _, objective, cost = make(EAGLE3)
+    amount = amount_of(objective, batch_of(512), cost)
+    held = {
+        name: memory(cost, amount, config).parts["gradients and moments"]
+        for name, config in (
+            ("adamw", OptimizerConfig()), ("muon", MuonConfig()), ("average", OptimizerConfig(ema_decay=0.9)),
+        )
+    }  # fmt: skip
+    sizes = {name: p.numel() for name, p in make(EAGLE3)[0].named_parameters()}
+    hidden = sum(n for name, n in sizes.items() if n > 1000 and "lm_head" not in name)
+    assert held["adamw"] == 12 * sum(sizes.values())
+    assert held["adamw"] - held["muon"] == 4 * hidden
+    assert held["average"] - held["adamw"] == 4 * sum(sizes.values())
+
+
+def test_cached_training_needs_neither_the_targets_decoder_nor_its_time():
+    job = TrainJob(draft=EAGLE3)
+    models = Models.of(job, CONFIG, make(EAGLE3)[0].shape)
+    batch = batch_of(300, 212)
+    amounts = count(job, models, [batch, batch])
+    rates = Rates(target=1e-9, draft=2e-9, schedule=1e-6, update=0.5)
+    found: Prediction = predict(models, amounts, rates, 3, torch.device("cpu"))
+    forward = sum(models.target.multiply_adds(amounts[0]).values())
+    assert found.online - found.cached == pytest.approx(3 * forward * 1e-9)
+    draft = sum((models.draft.multiply_adds(amounts[0]) | models.target.labels(amounts[0])).values())
+    assert found.cached == pytest.approx(3 * (draft * 2e-9 + 512e-6) + 0.5)
+    held = memory(models.draft, amounts[0])
+    ends = 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert held.online - held.cached >= 4 * (models.target.parameters - ends)
+
+
+def test_a_piece_of_a_batch_is_a_batch():
+    batch = batch_of(700, 500, 848, rows=3)
+    assert piece_of(batch, 1.5) is batch
+    assert piece_of(batch, 0.7).input_ids.shape == (2, 2048)
+    piece = piece_of(batch, 0.2)
+    assert piece.input_ids.shape == (1, 1228)
+    assert sum(piece.document_lengths()) == 1228
+    assert float(piece.loss_mask.float().mean()) == pytest.approx(0.6, abs=0.02)
+    for span in piece.spans:
+        place = piece.positions[0, span.start : span.end]
+        assert torch.equal(place, torch.arange(span.end - span.start))

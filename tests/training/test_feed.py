@@ -1,0 +1,204 @@
+"""What a step is fed: the stream's own order, one global batch ahead, and the target's outputs beside it."""
+
+import threading
+
+import pytest
+import torch
+
+from nemo_speculative.config.schema import DepthSampling, FeatureNoise
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.stream import RowStream
+from nemo_speculative.targets.base import Supervision
+from nemo_speculative.training.clock import Clock
+from nemo_speculative.training.feed import Feed, TargetAhead
+from tests.objectives import cases
+from tests.objectives.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
+from tests.targets.test_packed_attention import LargestTensor
+
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and synchronisation are CUDA's")
+
+
+def stream(**where):
+    rows = [TokenRow(f"c{n}", [n % VOCAB] * (6 + n), [t > 2 for t in range(6 + n)], "") for n in range(11)]
+    numbers = {"row_tokens": 24, "global_batch_size": 4, "micro_batch_size": 2, "pad_id": 0, "seed": 3}
+    return RowStream(rows, **numbers, **where)
+
+
+@pytest.fixture
+def feeds():
+    """Makes feeds, and closes them."""
+    made = []
+
+    def feed(source, objective=None):
+        made.append(Feed(source, objective or eagle3().make_objective(), CPU))
+        return made[-1]
+
+    yield feed
+    for one in made:
+        one.close()
+
+
+def wait_for_the_thread(feed):
+    return feed.peek()
+
+
+@pytest.mark.parametrize("where", [{}, {"rank": 1, "world_size": 2}], ids=["alone", "second of two ranks"])
+def test_batches_come_in_the_order_of_the_stream(feeds, where):
+    """Over several epochs; what is said of a batch is what the stream says right after it."""
+    feed, expected, goal = feeds(stream(**where)), stream(**where), eagle3().make_objective()
+    for _ in range(9):
+        taken, batches = feed.take(), expected.next_global_batch()
+        assert [s.batch.ids for s in taken.schedules] == [b.ids for b in batches]
+        for schedule, batch in zip(taken.schedules, batches, strict=True):
+            assert torch.equal(schedule.batch.input_ids, batch.input_ids)
+        assert torch.equal(taken.counts, sum(goal.schedule(batch).counts for batch in batches))
+        assert taken.ids == tuple(name for batch in batches for name in batch.ids)
+        assert taken.num_tokens == sum(batch.input_ids.numel() for batch in batches)
+        assert taken.state == expected.state_dict() and taken.epoch == expected.epoch
+    assert taken.epoch > 1
+
+
+def test_the_state_is_that_of_the_batch_in_use_though_the_thread_is_ahead(feeds):
+    source = stream()
+    feed = feeds(source)
+    for step in range(1, 4):
+        taken = feed.take()
+        wait_for_the_thread(feed)
+        assert taken.state == {"rows_consumed": 4 * step} and source.rows_consumed == 4 * (step + 1)
+    resumed = stream()
+    resumed.load_state_dict(taken.state)
+    assert feeds(resumed).take().ids == feed.take().ids
+
+
+def test_peek_is_what_take_returns(feeds):
+    feed = feeds(stream())
+    assert feed.peek() is feed.peek() is feed.take()
+    assert feed.peek() is feed.take()
+
+
+class Breaks:
+    """An objective that fails at the n-th micro-batch."""
+
+    def __init__(self, at):
+        self.goal, self.left = eagle3().make_objective(), at
+
+    def schedule(self, batch, device):
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("no such row")
+        return self.goal.schedule(batch, device)
+
+
+def test_an_error_in_the_thread_is_raised_where_its_batch_is_taken(feeds):
+    feed = feeds(stream(), Breaks(at=5))  # the third global batch
+    feed.take()
+    feed.take()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such row"):
+            feed.take()
+
+
+def test_close_ends_the_thread():
+    before = set(threading.enumerate())
+    feed = Feed(stream(), eagle3().make_objective(), CPU)
+    feed.take()
+    (thread,) = set(threading.enumerate()) - before
+    feed.close()
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError):
+        feed.take()
+
+
+class Reads:
+    """A target that notes what it read; its outputs follow from the tokens, by way of some work on the device."""
+
+    def __init__(self, device=CPU):
+        random = torch.Generator().manual_seed(0)
+        self.table = torch.randn(VOCAB, HIDDEN, generator=random).to(device)
+        self.mix = torch.randn(HIDDEN, HIDDEN, generator=random).to(device) / HIDDEN**0.5
+        self.read = []
+
+    def supervise(self, batch):
+        self.read.append(batch.ids)
+        hidden = self.table[batch.input_ids]
+        for _ in range(50):
+            hidden = torch.tanh(hidden @ self.mix)
+        return Supervision(torch.cat([hidden] * 3, dim=-1), hidden)
+
+
+def never():
+    raise AssertionError("nobody asked for the next step")
+
+
+def test_on_a_cpu_the_target_reads_each_micro_batch_when_its_turn_comes(feeds):
+    target, schedules = Reads(), feeds(stream()).take().schedules
+    ahead = TargetAhead(target, CPU, Clock(CPU))
+    for n, (schedule, supervision) in enumerate(ahead.over(schedules, never)):
+        assert schedule is schedules[n] and len(target.read) == n + 1
+        assert torch.equal(supervision.last_hidden, Reads().supervise(schedule.batch).last_hidden)
+    assert target.read == [schedule.batch.ids for schedule in schedules]
+
+
+@needs_cuda
+def test_the_side_stream_gives_the_same_and_reads_one_ahead():
+    cuda = torch.device("cuda")
+    target, plain = Reads(cuda), Reads(cuda)
+    feed = Feed(stream(), eagle3().make_objective(), cuda)
+    try:
+        ahead, sums = TargetAhead(target, cuda, Clock(cuda)), []
+        steps = [feed.take() for _ in range(2)]
+        for step, coming in zip(steps, [steps[1], feed.peek()], strict=True):
+            for schedule, supervision in ahead.over(step.schedules, lambda coming=coming: coming.schedules):
+                # Whatever the allocator hands out next must not be what was just read.
+                scribbled = torch.full_like(supervision.last_hidden, 7.0)
+                sums.append((supervision.last_hidden + scribbled * 0, plain.supervise(schedule.batch).last_hidden))
+        assert all(torch.equal(found, expected) for found, expected in sums)
+        assert target.read == [*plain.read, feed.peek().schedules[0].batch.ids]
+    finally:
+        feed.close()
+
+
+STEPS = {
+    "eagle3": (eagle3(9), {}),
+    "eagle3, sampled": (eagle3(), {"depth_sampling": DepthSampling.geometric}),
+    "hass": (eagle(num_steps=3, topk_w=1.0), {}),
+    "eagle1, noise": (eagle(noise=FeatureNoise.paper), {}),
+}
+
+
+def one_step(case, settings, device):
+    """A function that computes the loss and its gradients once, everything being on ``device``."""
+    ends = FrozenStandIn()
+    ends.embedding, ends.head = ends.embedding.to(device), ends.head.to(device)
+    draft, goal = case.make_draft().to(device).attach(ends), case.make_objective(**settings)
+    goal.target = ends
+    batch, supervision = lay_out([make_documents([40, 30]), make_documents([60], seed=1)], 72)
+    schedule = goal.schedule(batch, device)
+    supervision = Supervision(supervision.aux.to(device), supervision.last_hidden.to(device))
+    return lambda: goal.loss(draft, schedule, supervision, schedule.counts).loss.backward()
+
+
+@pytest.mark.parametrize(("case", "settings"), STEPS.values(), ids=STEPS)
+def test_nothing_in_a_step_looks_at_a_tensor(case, settings):
+    """Each look would wait for the device."""
+    step = one_step(case, settings, CPU)
+    with LargestTensor() as mode:
+        step()
+    assert mode.looks == 0
+    with LargestTensor() as mode:
+        torch.ones(2).sum().item()
+    assert mode.looks == 1
+
+
+@needs_cuda
+@pytest.mark.parametrize(("case", "settings"), STEPS.values(), ids=STEPS)
+def test_nothing_in_a_step_waits_for_the_device(case, settings, monkeypatch):
+    monkeypatch.setitem(cases.NUMBERS, "head_dim", 16)  # the least that the kernel takes
+    step = one_step(case, settings, torch.device("cuda"))
+    step()  # compiles
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
