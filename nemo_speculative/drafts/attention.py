@@ -77,8 +77,8 @@ class Piece:
 class PieceBlock:
     """The causal block as a few matrix products, each over queries that see about the same keys.
 
-    On a CPU its products go to oneDNN, which those of torch's flash kernel do not, and its queries need not be a contiguous
-    range (``python -m benchmarks.attention`` compares both).
+    On a CPU its products go to oneDNN, which those of torch's flash kernel do not, and its queries need not be
+    contiguous (``python -m benchmarks.attention`` compares both).
     """
 
     order: torch.Tensor

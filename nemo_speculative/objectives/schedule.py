@@ -98,7 +98,7 @@ def _rows(slots: Slots, supervised: torch.Tensor, weights: torch.Tensor, device:
     step, slot = step[order], slot[order]
     labels, label = position[order].unique_consecutive(return_inverse=True)
     starts = torch.tensor([0, *slots.alive]).cumsum(0)
-    source, chunks = _chunked(label, LABEL_CHUNK.get(device.type, 128))
+    source, chunks = _chunked(label, LABEL_CHUNK[device.type])
     if not len(labels):
         step, slot, label, labels = (torch.zeros(1, dtype=torch.long) for _ in range(4))
     filler = source < 0

@@ -39,10 +39,6 @@ def feeds():
         one.close()
 
 
-def wait_for_the_thread(feed):
-    return feed.peek()
-
-
 @pytest.mark.parametrize("where", [{}, {"rank": 1, "world_size": 2}], ids=["alone", "second of two ranks"])
 def test_batches_come_in_the_order_of_the_stream(feeds, where):
     """Over several epochs; what is said of a batch is what the stream says right after it."""
@@ -64,7 +60,7 @@ def test_the_state_is_that_of_the_batch_in_use_though_the_thread_is_ahead(feeds)
     feed = feeds(source)
     for step in range(1, 4):
         taken = feed.take()
-        wait_for_the_thread(feed)
+        feed.peek()  # waits for the thread
         assert taken.state == {"rows_consumed": 4 * step} and source.rows_consumed == 4 * (step + 1)
     resumed = stream()
     resumed.load_state_dict(taken.state)
@@ -106,8 +102,6 @@ def test_close_ends_the_thread():
     (thread,) = set(threading.enumerate()) - before
     feed.close()
     assert not thread.is_alive()
-    with pytest.raises(RuntimeError):
-        feed.take()
 
 
 class Reads:
