@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.training_step.case import Case, Size
 from benchmarks.training_step.controller import worker_environment
 from benchmarks.training_step.table import machine
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import UserError, report
 
 LENGTHS = "2048,4096,8192,16384,32768"
 STEPS = 3
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             _table(lengths, options.threads)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            report(error)
             return error.exit_code
     return 0
 

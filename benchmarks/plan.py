@@ -26,7 +26,7 @@ from benchmarks.training_step.case import SIZES, Case
 from benchmarks.training_step.controller import worker_environment
 from benchmarks.training_step.table import machine
 from benchmarks.training_step.worker import Memory
-from nemo_speculative.errors import UsageError, UserError
+from nemo_speculative.errors import UsageError, UserError, report
 
 STEPS, WARMUP = 3, 3
 COPIES = 8
@@ -131,7 +131,7 @@ def _steps(trainer: Any, count: int) -> float:
     return statistics.median(taken)
 
 
-def report(name: str, found: dict[str, Any]) -> str:
+def line(name: str, found: dict[str, Any]) -> str:
     """A line of the table."""
     seconds, steps = (statistics.median(found[key]) for key in ("predicted", "measured"))
     ratios = [a / b for a, b in zip(found["predicted"], found["measured"], strict=True)]
@@ -190,9 +190,9 @@ def _table(names: Sequence[str], rounds: int, threads: int) -> int:
         pair = f"{'predicted':>11}{'measured':>11}"
         print(f"{'':8}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio")
         for name in names:
-            print(report(name, in_process(name, rounds, threads)), flush=True)
+            print(line(name, in_process(name, rounds, threads)), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(error)
         return error.exit_code
     return 0
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from nemo_speculative.errors import UsageError, UserError
+from nemo_speculative.errors import UsageError, UserError, report
 from nemo_speculative.serving.command import (
     ServeOptions,
     from_checkpoint,
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: UserError, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    report(error)
     return code
 
 

@@ -20,9 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from nemo_speculative.config import expressions, schema
+from nemo_speculative.config import expressions, groups, schema
 from nemo_speculative.config.published import filled
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import UserError, report
 
 CONF = Path(__file__).parents[2] / "conf"
 INTERRUPTED = 130
@@ -33,7 +33,7 @@ UNUSED_GROUP = re.compile(
 )
 """Hydra's words for a group that nothing composed chooses from.  What they advise, ``+``, our schema would refuse."""
 
-schema.register()
+groups.register()
 expressions.register()
 
 
@@ -153,7 +153,7 @@ def _leave(code: int) -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    report(line)
     _leave(code)
 
 

@@ -4,13 +4,14 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import re
 from enum import Enum
-from typing import Any
+from types import NoneType
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import MISSING
 
 from nemo_speculative.config import schema
+from nemo_speculative.config.groups import PACKAGES, SCHEMAS
 
 HEAD = """# Configuration
 
@@ -35,13 +36,13 @@ def reference() -> str:
     for name, root in ROOTS.items():
         plain = [f for f in dataclasses.fields(root) if not dataclasses.is_dataclass(f.type)]
         parts.append(_section(f"`recipes/{name}.py`", root, "", plain))
-    groups = dict.fromkeys(group for group, _ in schema.SCHEMAS)
+    groups = dict.fromkeys(group for group, _ in SCHEMAS)
     for group in groups:
-        options = {option: cls for (owner, option), cls in schema.SCHEMAS.items() if owner == group}
+        options = {option: cls for (owner, option), cls in SCHEMAS.items() if owner == group}
         shared = dict.fromkeys(b for cls in options.values() for b in _bases(cls) if b not in options.values())
         named = {f"`{group}`, every option ({base.__name__})": base for base in shared}
         named |= {f"`{group}` ({option})": cls for option, cls in options.items()}
-        prefix = f"{schema.PACKAGES.get(group, group)}."
+        prefix = f"{PACKAGES.get(group, group)}."
         parts += [_section(title, cls, prefix, _own_fields(cls)) for title, cls in named.items()]
     return "\n".join(parts)
 
@@ -77,13 +78,13 @@ def _rows(f: dataclasses.Field, prefix: str, documentation: dict[str, str]) -> l
 
 
 def _type(annotation: Any) -> str:
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
+    if get_origin(annotation) is Union:
+        return " or ".join("null" if part is NoneType else _type(part) for part in get_args(annotation))
+    if not isinstance(annotation, type):
+        return str(annotation).removeprefix("typing.")
+    if issubclass(annotation, Enum):
         return " \\| ".join(member.value for member in annotation)
-    name = getattr(annotation, "__name__", None) if isinstance(annotation, type) else None
-    text = name or str(annotation).replace("typing.", "")
-    # Users import from the package, whichever of its modules holds the class.
-    text = re.sub(rf"({re.escape(schema.__name__)})\.\w+(?=\.)", r"\1", text)
-    return text.replace("|", "\\|")
+    return annotation.__name__
 
 
 def _default(f: dataclasses.Field) -> Any:

@@ -116,7 +116,9 @@ class _PieceAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_out, grad_lse = gradients
         q, keys, values, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+        grad_q = torch.empty_like(q)
+        # Pieces add up: in bfloat16 the small ones would vanish.
+        grad_k, grad_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (keys, values))
         # What a row's scores owe to its normaliser.
         shift = grad_lse - (grad_out * out).sum(-1, dtype=lse.dtype)
         for piece in ctx.pieces:
@@ -124,13 +126,20 @@ class _PieceAttention(torch.autograd.Function):
             q_piece, g_piece = _by_head(q[at], keys), _by_head(grad_out[at], keys)
             k_piece, v_piece = keys[:, piece.keys], values[:, piece.keys]
             weights = _scores(q_piece, keys, piece).sub_(_by_head(lse[at][..., None], keys)).exp_()
-            grad_v[:, piece.keys].baddbmm_(weights.to(values.dtype).transpose(1, 2), g_piece)
+            _add_product(grad_v[:, piece.keys], weights.to(values.dtype).transpose(1, 2), g_piece)
             grad_s = torch.bmm(g_piece, v_piece.transpose(1, 2)).to(lse.dtype)
             grad_s = grad_s.add_(_by_head(shift[at][..., None], keys)).mul_(weights).to(q.dtype)
             grad_q[at] = _by_query(torch.bmm(grad_s, k_piece), at.stop - at.start)
-            grad_k[:, piece.keys].baddbmm_(grad_s.transpose(1, 2), q_piece)
+            _add_product(grad_k[:, piece.keys], grad_s.transpose(1, 2), q_piece)
         scale = q.shape[-1] ** -0.5
-        return grad_q.mul_(scale), grad_k.mul_(scale), grad_v, None
+        return grad_q.mul_(scale), grad_k.mul_(scale).to(keys.dtype), grad_v.to(values.dtype), None
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total.add_(torch.bmm(a, b))
 
 
 def _scores(q: torch.Tensor, keys: torch.Tensor, piece: Piece) -> torch.Tensor:

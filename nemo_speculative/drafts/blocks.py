@@ -53,8 +53,8 @@ def _piece_block(
         pieces.append(_piece(slice(start, start + len(rows)), span, first[rows], last[rows], num_keys, device))
     source = torch.cat(filled)
     back = torch.empty_like(order)
-    # Written from the end: what stands for a query is its first row.
-    back[order[source.flip(0)]] = torch.arange(len(source)).flip(0)
+    # ``source`` ascends: of the rows that stand for a query this finds the first.
+    back[order] = torch.searchsorted(source, torch.arange(len(order)))
     return PieceBlock(send(order[source], device), send(back, device), tuple(pieces))
 
 

@@ -38,8 +38,10 @@ class Slots:
     """int64 [N]: its position in its document."""
     blocks: tuple[Block, ...]
     """The step-0 keys that the slots of each step see."""
+    positions: torch.Tensor
+    """int64 [B * L]: of every token in its document."""
     host_positions: torch.Tensor
-    """int64 [B * L], on the host: of every token in its document."""
+    """The same, on the host."""
 
     @classmethod
     def of(cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device) -> "Slots":
@@ -47,7 +49,7 @@ class Slots:
 
         Args:
             positions: int64 [B, L], on the host, from 0 in every document.
-            steps: int64 [B, L] or [B * L], on the host: how many steps the slot at each position runs; 0: none.
+            steps: int64 [B, L], on the host: how many steps the slot at each position runs; 0: none.
         """
         steps, flat = steps.flatten(), positions.flatten()
         order = steps.argsort(descending=True, stable=True)
@@ -62,16 +64,12 @@ class Slots:
             alive=alive,
             index=send(index, device),
             places=send(flat[index], device),
+            positions=send(flat, device),
             blocks=tuple(blocks[n] for n in alive),
             host_positions=flat,
         )
 
     @cached_property
-    def positions(self) -> torch.Tensor:
-        """int64 [B * L]: of every token in its document."""
-        return send(self.host_positions, self.index.device)
-
-    @cached_property
     def everywhere(self) -> Block:
-        """The keys that each position of the batch sees; the lower layers of a deeper draft ask for them."""
+        """The keys that each position of the batch sees: made when a draft of several layers first asks for them."""
         return block_for(self.host_positions, torch.arange(len(self.host_positions)), self.index.device)

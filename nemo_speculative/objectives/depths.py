@@ -1,8 +1,8 @@
 """How many steps of the unroll each slot runs in training.
 
 Geometric: a slot survives to step i with probability decay^i, and weighs 1 there instead of decay^i.  The expected
-gradient is the weighted loss's (issue 4), at half the work of seven steps.  Draws belong to the conversation and
-the epoch, so they depend on neither packing, nor rank count, nor a restart.
+gradient is the weighted loss's (E[1{depth > i}] = decay^i), at half the work of seven steps.  Draws belong to the
+conversation and the epoch, so they depend on neither packing, nor rank count, nor a restart.
 """
 
 import torch

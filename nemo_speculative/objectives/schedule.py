@@ -74,7 +74,7 @@ def make_schedule(
     steps = torch.arange(1, len(mask) + 1)[:, None]
     if depths is not None:
         sampled = sampled & (steps <= depths.flatten())
-    longest = (sampled * steps).amax(0)
+    longest = (sampled * steps).amax(0).view_as(batch.positions)
     slots = Slots.of(batch.positions, longest, device)
     supervised = sampled[:, slots.host_index] & slots.real
     rows = _rows(slots, supervised, weights[:, slots.host_index].float(), device)

@@ -12,7 +12,8 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from nemo_speculative.config.app import CONF, explain, to_job
-from nemo_speculative.config.schema import PACKAGES, SCHEMAS, TrainJob
+from nemo_speculative.config.groups import PACKAGES, SCHEMAS
+from nemo_speculative.config.schema import TrainJob
 
 
 def files_of_groups() -> list[tuple[str, str]]:

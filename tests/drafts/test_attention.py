@@ -9,7 +9,7 @@ from nemo_speculative.drafts import blocks
 from nemo_speculative.drafts.attention import DenseBlock, unroll_attention
 from nemo_speculative.drafts.blocks import block_for
 from nemo_speculative.drafts.flex import BLOCK, flex_block
-from tests.targets.test_packed_attention import LargestTensor
+from tests.observing import LargestTensor
 
 CPU = torch.device("cpu")
 DIM = 8

@@ -17,7 +17,7 @@ from nemo_speculative.objectives.losses import (
 )
 from tests.objectives import cases
 from tests.objectives.cases import HIDDEN, STEPS, VOCAB, eagle, eagle3, lay_out, make_documents, unroll_settings
-from tests.targets.test_packed_attention import LargestTensor
+from tests.observing import LargestTensor
 
 LOSSES = [SoftCrossEntropy(), HardCrossEntropy(), KLDivergence(2.0), TotalVariation(), LKAlpha(), LKLambda()]
 CHUNKS = {

@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from nemo_speculative.config import schema
 from nemo_speculative.config.app import CONF, to_job
+from nemo_speculative.config.groups import SCHEMAS
 from nemo_speculative.errors import UserError
 from nemo_speculative.objectives.losses import (
     HardCrossEntropy,
@@ -198,13 +198,13 @@ def composed(*overrides):
 
 def test_every_loss_has_a_file_and_every_file_a_loss():
     assert {file.stem for file in (CONF / "loss").glob("*.yaml")} == set(NAMES)
-    assert {name for group, name in schema.SCHEMAS if group == "loss"} == set(NAMES)
+    assert {name for group, name in SCHEMAS if group == "loss"} == set(NAMES)
 
 
 @pytest.mark.parametrize(("name", "cls"), NAMES.items())
 def test_the_group_builds_it(name, cls):
     config = composed(f"+loss={name}")
-    assert OmegaConf.get_type(config) is schema.SCHEMAS["loss", name]
+    assert OmegaConf.get_type(config) is SCHEMAS["loss", name]
     assert type(instantiate(to_job(config))) is cls
 
 

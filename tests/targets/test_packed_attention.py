@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionMaskInterface,
     Gemma3ForCausalLM,
@@ -39,6 +37,7 @@ from nemo_speculative.targets.packed_attention import (
     packed_documents,
 )
 from tests.conftest import make_tokenizer
+from tests.observing import LargestTensor
 
 COMMON = {
     "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.3,
@@ -125,19 +124,6 @@ def test_a_changed_document_changes_no_bit_of_its_neighbours(made, name, changed
         assert not same[row, span].any()
         same[row, span] = True
         assert same.all()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returned, and how often the host looked into one."""
-
-    elements = looks = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.elements = max([self.elements, *(x.untyped_storage().nbytes() // x.element_size() for x in tensors)])
-        self.looks += func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
-        return out
 
 
 def seen(target: HFTarget, lengths: list[list[int]], row_tokens: int) -> LargestTensor:

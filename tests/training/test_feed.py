@@ -13,7 +13,7 @@ from nemo_speculative.training.clock import Clock
 from nemo_speculative.training.feed import Feed, TargetAhead
 from tests.objectives import cases
 from tests.objectives.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
-from tests.targets.test_packed_attention import LargestTensor
+from tests.observing import LargestTensor
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and synchronisation are CUDA's")

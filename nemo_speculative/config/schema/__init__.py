@@ -24,7 +24,6 @@ from nemo_speculative.config.schema.exporter import (
     SpeculatorsFormConfig,
     TransformersFormConfig,
 )
-from nemo_speculative.config.schema.groups import PACKAGES, SCHEMAS, register
 from nemo_speculative.config.schema.jobs import ConvertJob, EvaluateJob, PruneJob, Resume, TrainJob
 from nemo_speculative.config.schema.loss import (
     HardCrossEntropyConfig,
@@ -46,8 +45,6 @@ from nemo_speculative.config.schema.trainer import (
 )
 
 __all__ = [
-    "PACKAGES",
-    "SCHEMAS",
     "Answers",
     "BackendConfig",
     "ConvertJob",
@@ -90,5 +87,4 @@ __all__ = [
     "TransformersFormConfig",
     "WandbConfig",
     "WandbMode",
-    "register",
 ]
