@@ -34,14 +34,14 @@ class Implementation(ABC):
 
 
 class Trainer(Implementation):
-    """Target forward, supervision, draft forward, loss; then backward, clipping and AdamW, the same for all."""
+    """Target forward, supervision, draft forward, loss; then backward, clipping and AdamW."""
 
     optimizer: Any
 
-    def train(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Says what is optimised."""
+    def train(self, parameters: Iterable[nn.Parameter], fused: bool | None = None) -> None:
+        """Says what is optimised, and whether by torch's fused kernel (None: torch's own choice)."""
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
 
     @abstractmethod
     def loss(self, batch: Any) -> torch.Tensor:

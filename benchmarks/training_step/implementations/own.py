@@ -57,7 +57,7 @@ class Ours(Trainer):
         self.batches = packed_batches(setup)
         self.objective = self.make_objective(setup, variants)
         self.trainee = shard_draft(Trainee(load_draft(setup, self.target), self.objective), dims, setup.dtype)
-        self.train(self.trainee.parameters())
+        self.train(self.trainee.parameters(), fused=True)
 
     def make_objective(self, setup: Setup, variants: frozenset[str]) -> Objective:
         changes = {key: value for variant in variants for key, value in CHANGES[variant].items()}
