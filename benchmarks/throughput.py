@@ -124,7 +124,7 @@ def conversations(tokens: int, vocabulary: int) -> list[TokenRow]:
 class Bench:
     """A draft in training, and the figures of its steps."""
 
-    def __init__(self, size: Size, target: hf.HFTarget, dims: titan.ParallelDims, compiled: bool, recompute: bool):
+    def __init__(self, size: Size, target: hf.HFTarget, dims: titan.ParallelDims, compiled: bool, alive: int | None):
         self.size, self.target, self.device = size, target, target.device
         config = Eagle3DraftConfig(vocab_size=size.draft_vocab_size)
         shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, size.draft_vocab_size)
@@ -135,10 +135,10 @@ class Bench:
         if compiled:
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
-        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, recompute=recompute)
+        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, slots_alive=alive)
         with torch.device("meta"):
             aux, hidden = len(target.aux_layers), target.config.hidden_size
-            self.draft_cost = DraftCost(Eagle3Draft(shape), aux_layers=aux, target_hidden=hidden, recompute=False)
+            self.draft_cost = DraftCost(Eagle3Draft(shape), aux_layers=aux, target_hidden=hidden)
             self.target_cost = TargetCost(LlamaForCausalLM(target.config))
         self.trainee = shard_draft(Trainee(draft, self.objective), dims, size.dtype)
         self.optimizers = build_optimizers(OptimizerConfig(), self.trainee)
@@ -239,7 +239,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
                     return print(f"stopped after {options.minutes} minutes, before {length} tokens, compile {label}")
                 print(attempt(options, size, target, dims, length, label, peak), flush=True)
         if options.trace:
-            bench = Bench(size, target, dims, options.compile == "on", options.recompute)
+            bench = Bench(size, target, dims, options.compile == "on", options.slots_alive)
             trace(bench, lengths[0], options.trace)
     return None
 
@@ -250,7 +250,7 @@ def attempt(
 ) -> str:  # fmt: skip
     """A line, or why there is none."""
     try:
-        return line(Bench(size, target, dims, label == "on", options.recompute), length, peak, options.rounds, label)
+        return line(Bench(size, target, dims, label == "on", options.slots_alive), length, peak, options.rounds, label)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         return f"{length:8}{label:>10}  does not fit: {str(error).splitlines()[0]}"
@@ -264,7 +264,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--lengths", help="tokens of a row (default: 4096,8192,16384,32768; tiny: 512,1024)")
     parser.add_argument("--compile", default="off,on", help="(default: off,on)")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--slots-alive", type=int, help="as trainer.slots_alive (default: 512, on CUDA 8192)")
     parser.add_argument("--rounds", type=int, default=3, help=f"of {ROWS} steps each (default: 3)")
     parser.add_argument("--minutes", type=float, default=8, help="(default: 8)")
     parser.add_argument("--trace", type=Path, help="writes a torch profiler trace of two steps")

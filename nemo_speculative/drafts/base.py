@@ -5,7 +5,7 @@ first layer reads, where features come from, and what the head is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -17,8 +17,8 @@ from nemo_speculative.data.vocabulary import DraftVocabulary
 from nemo_speculative.drafts.attention import Pair, cached_attention
 from nemo_speculative.drafts.cache import KVCache
 from nemo_speculative.drafts.layers import DraftLayer, Rotary, rotate
-from nemo_speculative.drafts.slots import Slots
-from nemo_speculative.drafts.unroll import Entry, unroll
+from nemo_speculative.drafts.slots import Layout, Slots
+from nemo_speculative.drafts.unroll import Entry, Prefix, first_pass, unroll
 
 if TYPE_CHECKING:  # a served command needs no Hydra
     from nemo_speculative.config.schema import DraftConfig
@@ -180,28 +180,30 @@ class Draft(nn.Module, ABC):
         Made for each batch: it holds the weights as they are now.
         """
 
-    def unroll(
-        self,
-        embeddings: torch.Tensor,
-        features: torch.Tensor,
-        slots: Slots,
-        run_step: Callable[..., Any] = lambda step, *args: step(*args),
-    ) -> list[torch.Tensor]:
-        """The training-time test: the teacher-forced steps of every slot.
+    def first_pass(self, embeddings: torch.Tensor, features: torch.Tensor, layout: Layout) -> Prefix:
+        """What :meth:`unroll` reads of a batch.
+
+        Args:
+            embeddings: [B, L, h] of the tokens x_t, from :meth:`embed`.
+            features: [B, L, h], from :meth:`read`.
+            layout: of this batch.
+        """
+        return first_pass(self, embeddings.flatten(0, 1), features.flatten(0, 1), layout)
+
+    def unroll(self, prefix: Prefix, slots: Slots) -> list[torch.Tensor]:
+        """The training-time test: the teacher-forced steps of slots.
 
         Step i of slot t reads the embedding of x_{t+1+i}, at position t + i.  After the step-0 keys and values a slot
         touches no other, so everything else is computed for the given slots only.
 
         Args:
-            embeddings: [B, L, h] of the tokens x_t, from :meth:`embed`.
-            features: [B, L, h], from :meth:`read`.
+            prefix: from :meth:`first_pass`, as it is ``seen_by`` the slots.
             slots: of this batch.
-            run_step: runs one step; the trainer passes activation checkpointing here.
 
         Returns:
             Layer outputs [n_i, h] for each step i: of the first n_i = ``slots.alive[i]`` slots.
         """
-        return unroll(self, embeddings.flatten(0, 1), features.flatten(0, 1), slots, run_step)
+        return unroll(self, prefix, slots)
 
     def extend(
         self, embeddings: torch.Tensor, feature: torch.Tensor, rotation: Pair, cache: KVCache,

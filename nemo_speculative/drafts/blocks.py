@@ -62,7 +62,7 @@ def _rounded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _width(keys: int) -> int:
+def rounded_width(keys: int) -> int:
     """At most an eighth more: a long row has hundreds of pieces, each wider than the one before."""
     return _rounded(keys, max(PIECE_ROUNDING, 1 << max(keys.bit_length() - 4, 0)))
 
@@ -113,7 +113,7 @@ def _piece(
     queries: slice, span: _Span, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
 ) -> Piece:
     """Of ``span``, whose queries, filled up, see the keys ``first`` to ``last``."""
-    width = _width(span.high - span.low)
+    width = rounded_width(span.high - span.low)
     high = min(span.low + width, num_keys)
     low = max(high - width, 0)
     # Up to its first query a single document is seen whole.

@@ -1,4 +1,4 @@
-"""The slots of an unroll: where they are, how many steps each one runs, and which keys it sees.
+"""The slots of an unroll: where they are, how many steps each one runs, and what of the batch they read.
 
 All of it follows from the batch alone, so it is made on the host, before any model runs.  The rows of a batch are laid
 end to end: a document is a range of flat positions, and the number of rows appears nowhere.  Slots are sorted by the
@@ -12,7 +12,7 @@ import torch
 
 from nemo_speculative.devices import send
 from nemo_speculative.drafts.attention import Block
-from nemo_speculative.drafts.blocks import block_for
+from nemo_speculative.drafts.blocks import block_for, rounded_width
 
 SHAPE_MULTIPLE = 64
 
@@ -20,6 +20,26 @@ SHAPE_MULTIPLE = 64
 def round_up(count: int) -> int:
     """The next multiple of 64: oneDNN builds and keeps a primitive for every shape that it meets."""
     return -(-count // SHAPE_MULTIPLE) * SHAPE_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a batch stand in their documents."""
+
+    host_positions: torch.Tensor
+    """int64 [B * L], on the host: from 0 in every document."""
+    positions: torch.Tensor
+    """The same, on the device."""
+
+    @classmethod
+    def of(cls, positions: torch.Tensor, device: torch.device) -> "Layout":
+        """Of ``positions`` int64 [B, L], on the host."""
+        return cls(positions.flatten(), send(positions.flatten(), device))
+
+    @cached_property
+    def block(self) -> Block:
+        """The keys that each position sees: made when a draft of several layers first asks for them."""
+        return block_for(self.host_positions, torch.arange(len(self.host_positions)), self.positions.device)
 
 
 @dataclass(frozen=True)
@@ -32,20 +52,20 @@ class Slots:
     """bool [N], on the host: not a copy."""
     alive: tuple[int, ...]
     """How many are computed at each step, rounded up."""
+    reads: slice
+    """The flat positions whose tokens and features they read."""
+    keys: slice
+    """The flat positions whose step-0 keys they see, and some more."""
     index: torch.Tensor
-    """int64 [N]: flat position of each."""
+    """int64 [N]: position of each, within ``reads``."""
     places: torch.Tensor
     """int64 [N]: its position in its document."""
     blocks: tuple[Block, ...]
-    """The step-0 keys that the slots of each step see."""
-    positions: torch.Tensor
-    """int64 [B * L]: of every token in its document."""
-    host_positions: torch.Tensor
-    """The same, on the host."""
+    """What of ``keys`` the slots of each step see."""
 
     @classmethod
     def of(cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device) -> "Slots":
-        """The slots of a batch.
+        """The slots of a batch, or some of them.
 
         Args:
             positions: int64 [B, L], on the host, from 0 in every document.
@@ -57,19 +77,18 @@ class Slots:
         kept = max(used, 1)
         index = torch.cat((order[:kept], order[kept - 1].expand(round_up(kept) - kept)))
         alive = tuple(round_up(max(int((steps > i).sum()), 1)) for i in range(max(int(steps.max()), 1)))
-        blocks: dict[int, Block] = {n: block_for(flat, index[:n], device) for n in set(alive)}
+        first, end = int(index.min()), int(index.max()) + 1
+        reads = slice(first, min(end + len(alive), len(flat)))
+        start = first - int(flat[first])
+        keys = slice(start, min(start + rounded_width(end - start), len(flat)))
+        blocks: dict[int, Block] = {n: block_for(flat[keys], index[:n] - start, device) for n in set(alive)}
         return cls(
             host_index=index,
             real=torch.arange(len(index)) < used,
             alive=alive,
-            index=send(index, device),
+            reads=reads,
+            keys=keys,
+            index=send(index - first, device),
             places=send(flat[index], device),
-            positions=send(flat, device),
             blocks=tuple(blocks[n] for n in alive),
-            host_positions=flat,
         )
-
-    @cached_property
-    def everywhere(self) -> Block:
-        """The keys that each position of the batch sees: made when a draft of several layers first asks for them."""
-        return block_for(self.host_positions, torch.arange(len(self.host_positions)), self.index.device)

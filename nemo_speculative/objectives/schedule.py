@@ -3,6 +3,7 @@
 Made on the host, ahead of the step, so that nothing in the step has to wait for the device.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,10 +12,12 @@ import torch
 from nemo_speculative.config.schema import Normalization
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.devices import send
-from nemo_speculative.drafts.slots import Slots, round_up
+from nemo_speculative.drafts.slots import Layout, Slots, round_up
 
 LABEL_CHUNK = {"cpu": 128, "cuda": 512}
 """Positions whose target logits [P, V] are alive at once."""
+SLOTS_ALIVE = {"cpu": 512, "cuda": 8192}
+"""Slots whose unroll is alive at once: what their steps keep for the backward pass is most of a step's memory."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,24 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Neighbouring slots, of which a loss and its gradient are taken before those of the next ones."""
+
+    slots: Slots
+    rows: Rows
+    supervised: torch.Tensor
+    """bool [T, N]: which slots carry a loss at each step."""
+
+
+@dataclass(frozen=True)
 class Schedule:
     """See the module's text."""
 
     batch: Batch
-    slots: Slots
-    rows: Rows
+    layout: Layout
+    parts: tuple[Part, ...]
     counts: torch.Tensor
     """float64 [T], on the host: what the slots of each step weigh, sampled away or not."""
-    supervised: torch.Tensor
-    """bool [T, N]: which slots carry a loss at each step."""
     step_weights: torch.Tensor
     """float64 [T], on the host: what a step weighs."""
 
@@ -62,23 +73,44 @@ def make_schedule(
     normalization: Normalization,
     step_weights: torch.Tensor,
     device: torch.device,
+    slots_alive: int | None = None,
 ) -> Schedule:
     """The schedule of ``batch``, which is on the host, for ``device``.
 
     Args:
         mask: bool [T, B, L], who is supervised.
         depths: int64 [B, L], how many steps a slot may run; None: all.
+        slots_alive: in one part, at most; None: ``SLOTS_ALIVE``.
     """
     weights = _weights(mask, batch.documents, normalization).flatten(1)
     counts, sampled = weights.sum(1), mask.flatten(1)
     steps = torch.arange(1, len(mask) + 1)[:, None]
     if depths is not None:
         sampled = sampled & (steps <= depths.flatten())
-    longest = (sampled * steps).amax(0).view_as(batch.positions)
-    slots = Slots.of(batch.positions, longest, device)
+    longest = (sampled * steps).amax(0)
+    parts = tuple(
+        _part(batch.positions, longest * of_part, sampled, weights, device)
+        for of_part in _neighbours(longest > 0, slots_alive or SLOTS_ALIVE[device.type])
+    )
+    return Schedule(batch.to(device), Layout.of(batch.positions, device), parts, counts, step_weights)
+
+
+def _neighbours(used: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """Groups of about equal size of the slots ``used``, bool [n]: masks like it, one of nothing where there is none."""
+    count = int(used.sum())
+    size = round_up(max(-(-count // max(-(-count // most), 1)), 1))
+    group = (used.cumsum(0) - 1) // size
+    return (used & (group == n) for n in range(max(-(-count // size), 1)))
+
+
+def _part(
+    positions: torch.Tensor, longest: torch.Tensor, sampled: torch.Tensor, weights: torch.Tensor, device: torch.device
+) -> Part:
+    """Of the slots that run ``longest`` steps, int64 [B * L]; ``sampled`` and ``weights`` are [T, B * L]."""
+    slots = Slots.of(positions, longest.view_as(positions), device)
     supervised = sampled[:, slots.host_index] & slots.real
     rows = _rows(slots, supervised, weights[:, slots.host_index].float(), device)
-    return Schedule(batch.to(device), slots, rows, counts, send(supervised, device), step_weights)
+    return Part(slots, rows, send(supervised, device))
 
 
 def _weights(mask: torch.Tensor, documents: torch.Tensor, normalization: Normalization) -> torch.Tensor:

@@ -9,16 +9,17 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from nemo_speculative.config.schema import DepthSampling, MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.devices import send
 from nemo_speculative.drafts.base import Draft
+from nemo_speculative.drafts.unroll import Prefix
 from nemo_speculative.objectives.base import LossSum
 from nemo_speculative.objectives.depths import geometric_depths
 from nemo_speculative.objectives.head import FrozenHead, Head, Judge, LinearHead, head_loss
-from nemo_speculative.objectives.schedule import Rows, Schedule, make_schedule
+from nemo_speculative.objectives.parts import Sums, sum_of_parts
+from nemo_speculative.objectives.schedule import Part, Rows, Schedule, make_schedule
 from nemo_speculative.objectives.supervision import supervision_mask
 from nemo_speculative.targets.base import Supervision, Target
 
@@ -35,7 +36,7 @@ class UnrollObjective(ABC):
         depth_sampling: whether a slot that weighs less at a later step runs it less often instead.
         seed: of those draws.
         tau_steps: draft tokens of the chain that ``tau`` simulates.
-        recompute: activation checkpointing of every step.
+        slots_alive: slots whose unroll is alive at once; None: by the device.
     """
 
     def __init__(
@@ -49,16 +50,18 @@ class UnrollObjective(ABC):
         depth_sampling: DepthSampling = DepthSampling.none,
         seed: int = 0,
         tau_steps: int,
-        recompute: bool = False,
+        slots_alive: int | None = None,
     ):
         self.target, self.num_steps, self.convention = target, num_steps, convention
         self.step_decay, self.depth_sampling, self.seed = step_decay, depth_sampling, seed
         self.weights = torch.tensor([step_decay**i for i in range(num_steps)], dtype=torch.float64)
         self.normalization = normalization
-        self.tau_steps, self.recompute = min(tau_steps, num_steps), recompute
+        self.tau_steps, self.slots_alive = min(tau_steps, num_steps), slots_alive
 
     @classmethod
-    def build(cls, target: Target, config: Any, *, seed: int, tau_steps: int, recompute: bool) -> "UnrollObjective":
+    def build(
+        cls, target: Target, config: Any, *, seed: int, tau_steps: int, slots_alive: int | None = None
+    ) -> "UnrollObjective":
         """The objective that the draft's configuration describes."""
         return cls(
             target,
@@ -70,7 +73,7 @@ class UnrollObjective(ABC):
             depth_sampling=config.depth_sampling,
             seed=seed,
             tau_steps=tau_steps,
-            recompute=recompute,
+            slots_alive=slots_alive,
         )
 
     @classmethod
@@ -85,20 +88,30 @@ class UnrollObjective(ABC):
         depths = geometric_depths(batch, self.step_decay, self.seed) if sampled else None
         # Who survives to a later step weighs 1 there.
         per_step = torch.ones_like(self.weights) if sampled else self.weights
-        return make_schedule(batch, mask, depths, self.normalization, per_step, device)
+        return make_schedule(batch, mask, depths, self.normalization, per_step, device, self.slots_alive)
 
     def loss(self, draft: Draft, schedule: Schedule, supervision: Supervision, counts: torch.Tensor) -> LossSum:
-        batch, rows = schedule.batch, schedule.rows
-        outputs = draft.unroll(
-            draft.embed(batch.input_ids), self.features(draft, batch, supervision), schedule.slots, run_step=self._run
-        )
-        predicted = torch.cat(outputs).index_select(0, rows.output)
-        scale = send((schedule.step_weights / counts.clamp(min=1e-9)).float(), predicted.device)
-        weight = rows.weight * scale[rows.step]
-        loss, values, hit = self.judged(draft, predicted, supervision, rows, weight)
+        batch = schedule.batch
+        features = self.features(draft, batch, supervision)
+        prefix = draft.first_pass(draft.embed(batch.input_ids), features, schedule.layout)
+        scale = send((schedule.step_weights / counts.clamp(min=1e-9)).float(), features.device)
+
+        def part_loss(seen: Prefix, part: Part) -> tuple[torch.Tensor, Sums]:
+            return self._part_loss(draft, seen, part, supervision, scale)
+
+        trained = [p for p in draft.parameters() if p.requires_grad]
+        return LossSum(*sum_of_parts(part_loss, prefix, schedule.parts, trained))
+
+    def _part_loss(
+        self, draft: Draft, prefix: Prefix, part: Part, supervision: Supervision, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, Sums]:
+        """Of the slots of ``part``, which see ``prefix``; a row of step i is multiplied with scale[i]."""
+        rows = part.rows
+        predicted = torch.cat(draft.unroll(prefix, part.slots)).index_select(0, rows.output)
+        loss, values, hit = self.judged(draft, predicted, supervision, rows, rows.weight * scale[rows.step])
         sums = {name: _by_step(value * rows.weight, rows, self.num_steps) for name, value in values.items()}
         sums["weight"] = _by_step(rows.weight, rows, self.num_steps)
-        return LossSum(loss, sums | chain_sums(_hits(hit, schedule), schedule.supervised))
+        return loss, sums | chain_sums(_hits(hit, part), part.supervised)
 
     def features(self, draft: Draft, batch: Batch, supervision: Supervision) -> torch.Tensor:
         """What the draft reads of the target: [B, L, h]."""
@@ -122,9 +135,6 @@ class UnrollObjective(ABC):
             weight: float32 [M], what the loss of a row is multiplied with.
         """
 
-    def _run(self, function, *args):
-        return checkpoint(function, *args, use_reentrant=False) if self.recompute else function(*args)
-
     def metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """``loss``, ``ploss_i``, ``acc_i`` for each step, and ``tau`` of a chain of ``tau_steps`` draft tokens."""
         per_step = sums["loss"] / sums["weight"].clamp(min=1e-9)
@@ -141,12 +151,12 @@ def _by_step(values: torch.Tensor, rows: Rows, num_steps: int) -> torch.Tensor:
     return zeros.index_add_(0, rows.step, values.detach().double())
 
 
-def _hits(hit: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+def _hits(hit: torch.Tensor, part: Part) -> torch.Tensor:
     """bool [T, N] from bool [M]."""
-    supervised = schedule.supervised
+    supervised = part.supervised
     # One cell more than there are, for the filler.
     cells = torch.zeros(supervised.numel() + 1, dtype=torch.bool, device=hit.device)
-    return cells.index_copy_(0, schedule.rows.cell, hit)[:-1].view_as(supervised)
+    return cells.index_copy_(0, part.rows.cell, hit)[:-1].view_as(supervised)
 
 
 def chain_sums(hits: torch.Tensor, supervised: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -242,7 +242,7 @@ def build_objective(job: TrainJob, target: HFTarget) -> Objective:
         job.draft,
         seed=job.seed,
         tau_steps=job.exporter.num_steps,
-        recompute=job.trainer.activation_checkpointing,
+        slots_alive=job.trainer.slots_alive,
     )
 
 

@@ -2,12 +2,13 @@
 
 Everything follows from shapes and from the schedules of real batches, so no model has to run.  A product of [n, a] by
 [a, b] is n * a * b multiply-adds; one that is trained through is counted three times (itself, and the gradients of
-both factors), and once more in a step that is recomputed.
+both factors).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_speculative.config.schema import MuonConfig, OptimizerConfig
-from nemo_speculative.drafts.attention import Block, PieceBlock
+from nemo_speculative.drafts.attention import Block, Piece, PieceBlock
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.unroll import EVERYTHING, Entry
 from nemo_speculative.objectives.head import LOGITS_ALIVE, LOGITS_JUDGED
@@ -51,20 +52,29 @@ class Amount:
     """Positions at which the target's logits are taken."""
     pairs: float
     """Pairs of a token and a token of its document that it sees: the target's attention."""
+    alive: tuple[float, ...]
+    """Of ``slots``, those of the largest part: what is alive at once."""
+    rows_alive: float
+    """Of ``rows``, the same."""
+    scores_alive: float
+    """Of ``scores``, those of the largest piece."""
 
     @classmethod
     def of(cls, schedule: Schedule, deeper: bool = False) -> "Amount":
         """Of a schedule on the host; ``deeper``: the draft has several layers."""
         lengths = torch.tensor(schedule.batch.document_lengths(), dtype=torch.float64)
-        blocks = {id(block): _scores(block) for block in schedule.slots.blocks}
+        largest = max(schedule.parts, key=lambda part: sum(part.slots.alive))
         return cls(
             tokens=schedule.batch.num_tokens,
-            slots=tuple(schedule.slots.alive),
-            scores=tuple(blocks[id(block)] for block in schedule.slots.blocks),
-            lower_scores=_scores(schedule.slots.everywhere) if deeper else 0,
-            rows=len(schedule.rows.output),
-            labels=len(schedule.rows.labels),
+            slots=_by_step([part.slots.alive for part in schedule.parts]),
+            scores=_by_step([list(map(_scores, part.slots.blocks)) for part in schedule.parts]),
+            lower_scores=_scores(schedule.layout.block) if deeper else 0,
+            rows=sum(len(part.rows.output) for part in schedule.parts),
+            labels=sum(len(part.rows.labels) for part in schedule.parts),
             pairs=float((lengths * (lengths + 1) / 2).sum()),
+            alive=_by_step([largest.slots.alive]),
+            rows_alive=len(largest.rows.output),
+            scores_alive=max(map(_area, (p for part in schedule.parts for b in part.slots.blocks for p in _pieces(b)))),
         )
 
     @classmethod
@@ -75,17 +85,27 @@ class Amount:
             values = [getattr(amount, name) for amount in amounts]
             if not isinstance(values[0], tuple):
                 return sum(values) / len(values)
-            steps = max(map(len, values))
-            return tuple(sum(v[i] for v in values if i < len(v)) / len(values) for i in range(steps))
+            return tuple(total / len(values) for total in _by_step(values))
 
         return cls(**{name: average(name) for name in cls.__dataclass_fields__})
 
 
+def _by_step(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Sums over ``values``, some of which end at an earlier step."""
+    return tuple(map(sum, zip_longest(*values, fillvalue=0)))
+
+
 def _scores(block: Block) -> int:
+    return sum(map(_area, _pieces(block)))
+
+
+def _pieces(block: Block) -> Sequence[Piece]:
     assert isinstance(block, PieceBlock)
-    return sum(
-        (piece.queries.stop - piece.queries.start) * (piece.keys.stop - piece.keys.start) for piece in block.pieces
-    )
+    return block.pieces
+
+
+def _area(piece: Piece) -> int:
+    return (piece.queries.stop - piece.queries.start) * (piece.keys.stop - piece.keys.start)
 
 
 class TargetCost:
@@ -132,11 +152,10 @@ class DraftCost:
         draft: on the meta device.
         aux_layers: how many it reads.
         target_hidden: width of the target's states.
-        recompute: activation checkpointing.
     """
 
-    def __init__(self, draft: Draft, *, aux_layers: int, target_hidden: int, recompute: bool):
-        self.recompute, self.aux_layers, self.target_hidden = recompute, aux_layers, target_hidden
+    def __init__(self, draft: Draft, *, aux_layers: int, target_hidden: int):
+        self.aux_layers, self.target_hidden = aux_layers, target_hidden
         self.parameters = {name: p.numel() for name, p in draft.named_parameters()}
         self.matrices = [name for name, p in draft.named_parameters() if p.ndim == 2]
         self.hidden, self.entries = draft.shape.hidden_size, len(draft.draft_ids)
@@ -177,7 +196,6 @@ class DraftCost:
 
     def multiply_adds(self, amount: Amount) -> dict[str, float]:
         """Of loss and gradient, without the target's labels."""
-        again = int(self.recompute)
         below, first, later = self.num_layers - 1, amount.slots[0], sum(amount.slots[1:])
         deeper = self.hidden * self.qkv
         at_all = (self.project + self.finish + (below - 1) * (deeper + self.finish)) if below else 0
@@ -191,36 +209,24 @@ class DraftCost:
             "fc": 2 * amount.tokens * self.read,
             "tokens": (3 if self.embedding_trained else 2) * amount.tokens * self.token,
             "step-0 keys": 3 * amount.tokens * (at_all + last_keys),
-            "layers": (3 + again) * layers,
-            "attention": unrolled * (of_layer + again * FORWARD_ATTENTION * self.wide)
-            + below * amount.lower_scores * of_layer,
+            "layers": 3 * layers,
+            "attention": (unrolled + below * amount.lower_scores) * of_layer,
             "head": (3 if self.own_head else 2) * amount.rows * self.entries * self.hidden,
         }
 
     def kept_bytes(self, amount: Amount, element: int) -> float:
-        """What the forward pass keeps for the backward pass, the target's states apart."""
+        """What is alive at most while the gradient of the largest part is taken, the target's states apart."""
         h, keys_values = self.hidden, 2 * self.narrow
         # Embeddings and features, plain and normed; keys and values; and of lower layers all that a step keeps.
         at_all = 4 * h + keys_values + (self.num_layers - 1) * (self._of_layer(element, 0) + keys_values)
-        if self.recompute:
-            # What each step is given: the token, the feature, and the keys and values of those before.
-            given = h + self.token_width
-            later = given + self.num_layers * (self.qkv + self.wide + self.narrow)
-            steps = given * amount.slots[0] + later * sum(amount.slots[1:-1])
-        else:
-            steps = self._of_steps(amount, element)
-        return element * (amount.tokens * at_all + steps + amount.rows * 2 * h)
+        prefix = self.token_width + h + self.num_layers * keys_values + (h if self.num_layers > 1 else 0)
+        kept = element * (amount.tokens * at_all + self._of_steps(amount.alive, element) + amount.rows_alive * 2 * h)
+        # The prefix's gradient so far, and this part's; probabilities of a piece, and their gradient.
+        return kept + 2 * FLOAT32 * (amount.tokens * prefix + self.wide / self.head_dim * amount.scores_alive)
 
-    def recomputed_bytes(self, amount: Amount, element: int) -> float:
-        """What one step keeps, while its gradient is taken."""
-        alone = replace(amount, slots=(0, max(amount.slots)))
-        return element * self._of_steps(alone, element) if self.recompute else 0.0
-
-    def _of_steps(self, amount: Amount, element: int) -> float:
-        first = amount.slots[0] * (2 * self.hidden + self._behind_projection(element) - self.wide)
-        return first + self.num_layers * sum(
-            slots * self._of_layer(element, i + 1) for i, slots in enumerate(amount.slots[1:], 1)
-        )
+    def _of_steps(self, slots: Sequence[float], element: int) -> float:
+        first = slots[0] * (2 * self.hidden + self._behind_projection(element) - self.wide)
+        return first + self.num_layers * sum(n * self._of_layer(element, i + 1) for i, n in enumerate(slots[1:], 1))
 
     def _of_layer(self, element: int, parts: int) -> float:
         """Entries of a row of a layer whose attention joins ``parts``; projections, rotated and with their rotation."""
@@ -295,7 +301,7 @@ def step_memory(
     """The peak of a step whose largest micro-batch is ``largest``."""
     count, shards = draft.all_parameters, place.shards
     states = largest.tokens * (draft.aux_layers + 1) * target.hidden * place.target_element
-    kept = draft.kept_bytes(largest, place.element) + draft.recomputed_bytes(largest, place.element)
+    kept = draft.kept_bytes(largest, place.element)
     if place.element != place.target_element:
         states += largest.tokens * draft.aux_layers * target.hidden * place.element
     logits = draft.logits_bytes(target.vocabulary, place.target_element, place.device_type)

@@ -37,8 +37,7 @@ class Models:
         with torch.device("meta"):
             target = TargetCost(AutoModelForCausalLM.from_config(config))
             built = draft(shape)  # type: ignore[call-arg]
-        recompute = job.trainer.activation_checkpointing
-        return cls(target, DraftCost(built, aux_layers=aux, target_hidden=config.hidden_size, recompute=recompute))
+        return cls(target, DraftCost(built, aux_layers=aux, target_hidden=config.hidden_size))
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class Prediction:
 def count(job: TrainJob, models: Models, batches: list[Batch]) -> list[Amount]:
     """What there is to compute in each of ``batches``."""
     objective: type[UnrollObjective] = get_class(job.draft.objective)
-    built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, recompute=False)  # type: ignore[arg-type]
+    alive = job.trainer.slots_alive
+    built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, slots_alive=alive)  # type: ignore[arg-type]
     return [Amount.of(built.schedule(batch), models.draft.num_layers > 1) for batch in batches[:SAMPLE]]
 
 

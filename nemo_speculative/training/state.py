@@ -22,7 +22,7 @@ FREE_TO_CHANGE = (
     "resume", "plan", "output_dir", "logger", "parallelism", "exporter.dtype", "exporter.topk",
     "exporter.num_draft_tokens", "evaluation.num_questions", "evaluation.num_threads", "evaluation.ngram",
     "trainer.max_steps",
-    "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.activation_checkpointing",
+    "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.slots_alive",
     "trainer.compile", "trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints",
     "trainer.val_interval", "trainer.val_rows", "trainer.profile", "data.cache_dir", "data.generation_batch_size",
     "model.cache_dir", "model.path", "data.path", "data.held_out_path", "backend",

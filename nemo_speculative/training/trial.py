@@ -74,7 +74,7 @@ class Trial:
             job.draft,
             seed=job.seed,
             tau_steps=1,
-            recompute=job.trainer.activation_checkpointing,
+            slots_alive=job.trainer.slots_alive,
         )
 
     def rates(self, target: TargetCost, draft: DraftCost) -> Rates:

@@ -9,10 +9,12 @@ from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.decoding.target import CachedTarget
 from nemo_speculative.decoding.verification import Greedy, Rejection, TargetOnly
 from nemo_speculative.drafts.cache import KVCache
-from nemo_speculative.drafts.slots import Slots
+from nemo_speculative.drafts.slots import Layout, Slots
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets.hf import HFTarget
 from tests.decoding.models import DRAFTS, GROWTHS, VOCAB_SIZE, prompts, random_draft, small_target
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,8 @@ def test_decoding_a_chain_equals_the_training_unroll(target, kind):
     features, embeddings = draft.read(*target.forward(ids)), draft.embed(ids)
     positions = torch.arange(20)[None]
     steps = torch.where(positions < 20 - num_steps - 1, num_steps, 0)
-    unrolled = draft.unroll(embeddings, features, Slots.of(positions, steps, torch.device("cpu")))
+    layout, slots = Layout.of(positions, CPU), Slots.of(positions, steps, CPU)
+    unrolled = draft.unroll(draft.first_pass(embeddings, features, layout).seen_by(slots), slots)
     for t in range(20 - num_steps - 1):
         cache = KVCache(1)
         here = draft.rotary(positions[:, : t + 1], torch.float32)

@@ -15,8 +15,8 @@ def losses(directory):
     return [line["train/loss"] for line in metrics(directory)]
 
 
-def test_recomputing_accumulating_and_compiling_change_no_loss(settings, finished, tmp_path):
-    options = ["trainer.activation_checkpointing=true", "trainer.micro_batch_size=1", "trainer.compile=true"]
+def test_few_slots_at_once_accumulating_and_compiling_change_no_loss(settings, finished, tmp_path):
+    options = ["trainer.slots_alive=64", "trainer.micro_batch_size=1", "trainer.compile=true"]
     done = train(settings, tmp_path / "run", *options, "trainer.max_steps=4", "optimizer.decay_ratio=0")
     plain = train(settings, tmp_path / "plain", "trainer.max_steps=4", "optimizer.decay_ratio=0")
     assert done.returncode == 0 and plain.returncode == 0, done.stderr + plain.stderr

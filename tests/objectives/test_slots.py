@@ -56,9 +56,9 @@ def test_gathered_slots_are_those_of_the_mask(convention):
     batch = packed()
     dense = supervision_mask(batch.loss_mask, batch.documents, STEPS, convention)
     schedule = make_schedule(batch, dense, None, Normalization.token, torch.ones(STEPS), torch.device("cpu"))
-    again = torch.zeros_like(dense).flatten(1)
-    for i, s in schedule.supervised.nonzero().tolist():
-        assert s < schedule.slots.alive[i]
-        again[i, schedule.slots.index[s]] = True
+    again, (part,) = torch.zeros_like(dense).flatten(1), schedule.parts
+    for i, s in part.supervised.nonzero().tolist():
+        assert s < part.slots.alive[i]
+        again[i, part.slots.host_index[s]] = True
     assert torch.equal(again.view_as(dense), dense)
     assert schedule.counts.tolist() == dense.sum((1, 2)).tolist()

@@ -19,7 +19,7 @@ from nemo_speculative.data.vocabulary import DraftVocabulary
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.eagle import EagleDraft
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
-from nemo_speculative.drafts.slots import Slots
+from nemo_speculative.drafts.slots import Layout, Slots
 from nemo_speculative.targets.hf import HFTarget, target_fingerprint
 
 NAMES = ("eagle3", "eagle3_1", "eagle1")
@@ -96,6 +96,7 @@ def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
     positions = torch.arange(tokens.shape[1]).expand(BATCH, -1)
     count = tokens.shape[1] - UNROLL - 1
     index = torch.arange(count).expand(BATCH, -1)
+    layout = Layout.of(positions, torch.device("cpu"))
     slots = Slots.of(positions, torch.where(positions < count, UNROLL, 0), torch.device("cpu"))
     draft_id = torch.full((VOCAB,), -100).index_put((draft.draft_ids,), torch.arange(len(draft.draft_ids)))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
@@ -103,7 +104,8 @@ def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
         aux, hidden = target.forward(rows, positions)
         best = draft_id[target.logits(hidden).argmax(-1)]
         features = draft.read(aux, hidden)
-        outputs = [output[: index.numel()] for output in draft.unroll(draft.embed(rows), features, slots)]
+        prefix = draft.first_pass(draft.embed(rows), features, layout).seen_by(slots)
+        outputs = [output[: index.numel()] for output in draft.unroll(prefix, slots)]
         labels = torch.stack([best.gather(1, index + 1 + step) for step in range(UNROLL)])
         cross_entropy(draft.logits(torch.cat(outputs)), labels.flatten()).backward()
         optimizer.step()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from nemo_speculative.checkpoints.servable import Servable, read_servable
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.cache import KVCache
-from nemo_speculative.drafts.slots import Slots
+from nemo_speculative.drafts.slots import Layout, Slots
 from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, expected_ids, ignored, never_loaded, write_family
 
 
@@ -100,8 +100,10 @@ def test_training_computes_what_sglang_does(replayed):
     unseen = given.features.new_zeros(1 + STEPS, given.features.shape[1])
     features = draft.read(*[torch.cat((given.features, unseen))[None]] * 2)
     positions = torch.arange(x.shape[1])[None]
-    slots = Slots.of(positions, torch.where(positions < LENGTH, 1 + STEPS, 0), torch.device("cpu"))
-    outputs = [output[:LENGTH] for output in draft.unroll(draft.embed(x), features, slots)]
+    cpu = torch.device("cpu")
+    slots = Slots.of(positions, torch.where(positions < LENGTH, 1 + STEPS, 0), cpu)
+    prefix = draft.first_pass(draft.embed(x), features, Layout.of(positions, cpu))
+    outputs = [output[:LENGTH] for output in draft.unroll(prefix.seen_by(slots), slots)]
     chain = torch.cat([output[-1:] for output in outputs])
     _assert_same(draft.logits(outputs[0]), replayed.logits[:LENGTH])
     _assert_same(draft.logits(chain), replayed.logits[LENGTH - 1 :])

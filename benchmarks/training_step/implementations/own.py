@@ -63,7 +63,7 @@ class Ours(Trainer):
         changes = {key: value for variant in variants for key, value in CHANGES[variant].items()}
         config = dataclasses.replace(draft_config(setup.case), **changes)
         objective: type[UnrollObjective] = get_class(config.objective)
-        return objective.build(self.target, config, seed=SEED, tau_steps=TAU_STEPS, recompute=False)
+        return objective.build(self.target, config, seed=SEED, tau_steps=TAU_STEPS)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         schedule = self.objective.schedule(batch, CPU)

@@ -40,8 +40,8 @@ class TrainerConfig:
     """auto: cuda where there is one, else cpu."""
     dtype: Dtype = Dtype.float32
     """What the draft computes in; its master weights, reductions and optimizer are float32 always."""
-    activation_checkpointing: bool = False
-    """Recompute each unroll step in the backward pass: less memory, more time."""
+    slots_alive: Optional[int] = None
+    """Slots whose unroll is alive at once: fewer take less memory; null: 512 on a CPU, 8192 on CUDA."""
     compile: bool = False
     """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
     log_interval: int = 10
@@ -60,7 +60,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         require_positive(
             self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
-            "save_interval", "keep_checkpoints", "val_interval", "val_rows",
+            "save_interval", "keep_checkpoints", "val_interval", "val_rows", "slots_alive",
         )  # fmt: skip
 
     def total_steps(self, num_rows: int) -> int:
