@@ -111,7 +111,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             shape = assembly.draft_shape(job, target.config, vocabulary.size)
             models = prediction.Models.of(job, target.config, shape)
             batches = assembly.build_stream(job, target, data, dims).next_global_batch()
-            amounts = prediction.count(job, models, batches)
+            amounts = prediction.count(job, models, batches, device)
             predicted, measured = [], []
             for _ in range(rounds):
                 rates = prediction.measure(job, models, target.config, shape, batches[0], device)

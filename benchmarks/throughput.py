@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training_step.case import LENGTH_SIGMA, MEAN_ANSWER, MEAN_EXCHANGES, MEAN_QUESTION
 from benchmarks.training_step.setup import _tokenizer as tokenizer_of_nothing
-from nemo_speculative.config.schema import Eagle3DraftConfig, OptimizerConfig, ParallelismConfig
+from nemo_speculative.config.schema import Eagle3DraftConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocabulary import DraftVocabulary
@@ -135,7 +135,8 @@ class Bench:
         if compiled:
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
-        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, slots_alive=alive)
+        slots = TrainerConfig(slots_alive=alive).slots(target.config.hidden_size, self.device.type)
+        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, slots_alive=slots)
         with torch.device("meta"):
             aux, hidden = len(target.aux_layers), target.config.hidden_size
             self.draft_cost = DraftCost(Eagle3Draft(shape), aux_layers=aux, target_hidden=hidden)
@@ -264,7 +265,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--lengths", help="tokens of a row (default: 4096,8192,16384,32768; tiny: 512,1024)")
     parser.add_argument("--compile", default="off,on", help="(default: off,on)")
-    parser.add_argument("--slots-alive", type=int, help="as trainer.slots_alive (default: 512, on CUDA 8192)")
+    parser.add_argument("--slots-alive", type=int, help="as trainer.slots_alive (default: its own)")
     parser.add_argument("--rounds", type=int, default=3, help=f"of {ROWS} steps each (default: 3)")
     parser.add_argument("--minutes", type=float, default=8, help="(default: 8)")
     parser.add_argument("--trace", type=Path, help="writes a torch profiler trace of two steps")

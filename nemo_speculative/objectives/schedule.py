@@ -16,8 +16,6 @@ from nemo_speculative.drafts.slots import Layout, Slots, round_up
 
 LABEL_CHUNK = {"cpu": 128, "cuda": 512}
 """Positions whose target logits [P, V] are alive at once."""
-SLOTS_ALIVE = {"cpu": 512, "cuda": 8192}
-"""Slots whose unroll is alive at once: what their steps keep for the backward pass is most of a step's memory."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def make_schedule(
     Args:
         mask: bool [T, B, L], who is supervised.
         depths: int64 [B, L], how many steps a slot may run; None: all.
-        slots_alive: in one part, at most; None: ``SLOTS_ALIVE``.
+        slots_alive: in one part, at most; None: all.
     """
     weights = _weights(mask, batch.documents, normalization).flatten(1)
     counts, sampled = weights.sum(1), mask.flatten(1)
@@ -90,15 +88,16 @@ def make_schedule(
     longest = (sampled * steps).amax(0)
     parts = tuple(
         _part(batch.positions, longest * of_part, sampled, weights, device)
-        for of_part in _neighbours(longest > 0, slots_alive or SLOTS_ALIVE[device.type])
+        for of_part in _neighbours(longest > 0, slots_alive)
     )
     return Schedule(batch.to(device), Layout.of(batch.positions, device), parts, counts, step_weights)
 
 
-def _neighbours(used: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
     """Groups of about equal size of the slots ``used``, bool [n]: masks like it, one of nothing where there is none."""
     count = int(used.sum())
-    size = round_up(max(-(-count // max(-(-count // most), 1)), 1))
+    groups = max(-(-count // (most or count or 1)), 1)
+    size = round_up(max(-(-count // groups), 1))
     group = (used.cumsum(0) - 1) // size
     return (used & (group == n) for n in range(max(-(-count // size), 1)))
 

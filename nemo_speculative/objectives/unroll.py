@@ -36,7 +36,7 @@ class UnrollObjective(ABC):
         depth_sampling: whether a slot that weighs less at a later step runs it less often instead.
         seed: of those draws.
         tau_steps: draft tokens of the chain that ``tau`` simulates.
-        slots_alive: slots whose unroll is alive at once; None: by the device.
+        slots_alive: slots whose unroll is alive at once; None: all.
     """
 
     def __init__(

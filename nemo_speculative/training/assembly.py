@@ -237,12 +237,13 @@ def build_draft_vocabulary(job: TrainJob, target: HFTarget, training: Documents)
 
 def build_objective(job: TrainJob, target: HFTarget) -> Objective:
     objective: type[UnrollObjective] = get_class(job.draft.objective)
+    hidden_size = getattr(job.draft, "hidden_size", None) or target.config.hidden_size
     return objective.build(
         target,
         job.draft,
         seed=job.seed,
         tau_steps=job.exporter.num_steps,
-        slots_alive=job.trainer.slots_alive,
+        slots_alive=job.trainer.slots(hidden_size, target.device.type),
     )
 
 

@@ -116,7 +116,7 @@ def _cost_lines(
         return ["cost      not known before the target writes the answers"]
     stream = _stream(job, rows, row_tokens)
     batches = stream.next_global_batch()
-    amounts = count(job, models, batches)
+    amounts = count(job, models, batches, device)
     lines = _memory_lines(memory(job, models, amounts, device))
     needed, free = trial_bytes(job, models), free_bytes(device)
     if needed > free:

@@ -64,10 +64,10 @@ class Prediction:
         return self.other_seconds
 
 
-def count(job: TrainJob, models: Models, batches: list[Batch]) -> list[Amount]:
-    """What there is to compute in each of ``batches``."""
+def count(job: TrainJob, models: Models, batches: list[Batch], device: torch.device) -> list[Amount]:
+    """What there is to compute on ``device`` in each of ``batches``."""
     objective: type[UnrollObjective] = get_class(job.draft.objective)
-    alive = job.trainer.slots_alive
+    alive = job.trainer.slots(models.draft.hidden, device.type)
     built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, slots_alive=alive)  # type: ignore[arg-type]
     return [Amount.of(built.schedule(batch), models.draft.num_layers > 1) for batch in batches[:SAMPLE]]
 

@@ -74,7 +74,7 @@ class Trial:
             job.draft,
             seed=job.seed,
             tau_steps=1,
-            slots_alive=job.trainer.slots_alive,
+            slots_alive=job.trainer.slots(shape.hidden_size, device.type),
         )
 
     def rates(self, target: TargetCost, draft: DraftCost) -> Rates:

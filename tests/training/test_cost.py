@@ -221,7 +221,7 @@ def test_cached_training_needs_neither_the_targets_decoder_nor_its_time():
     job = TrainJob(draft=EAGLE3)
     models = Models.of(job, CONFIG, make(EAGLE3)[0].shape)
     batch = batch_of(300, 212)
-    amounts = count(job, models, [batch, batch])
+    amounts = count(job, models, [batch, batch], torch.device("cpu"))
     rates = Rates(target=1e-9, draft=2e-9, schedule=1e-6, update=0.5)
     found: Prediction = predict(models, amounts, rates, 3, torch.device("cpu"))
     forward = sum(models.target.multiply_adds(amounts[0]).values())

@@ -11,7 +11,7 @@ from benchmarks.textbook import textbook_loss
 from benchmarks.training_step.case import SEED, STEP_DECAY, Setup
 from benchmarks.training_step.implementations.base import Implementation, Trainer, copy_weights
 from benchmarks.training_step.setup import draft_config, new_draft
-from nemo_speculative.config.schema import DepthSampling, ParallelismConfig
+from nemo_speculative.config.schema import DepthSampling, ParallelismConfig, TrainerConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate, pack
@@ -63,7 +63,8 @@ class Ours(Trainer):
         changes = {key: value for variant in variants for key, value in CHANGES[variant].items()}
         config = dataclasses.replace(draft_config(setup.case), **changes)
         objective: type[UnrollObjective] = get_class(config.objective)
-        return objective.build(self.target, config, seed=SEED, tau_steps=TAU_STEPS)
+        alive = TrainerConfig().slots(setup.case.size.hidden_size, CPU.type)
+        return objective.build(self.target, config, seed=SEED, tau_steps=TAU_STEPS, slots_alive=alive)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         schedule = self.objective.schedule(batch, CPU)

@@ -6,6 +6,9 @@ from typing import Optional
 
 from nemo_speculative.config.schema.common import Dtype, require, require_positive
 
+STATES_ALIVE = {"cpu": 1 << 17, "cuda": 1 << 25}
+"""Slots times width: as few as run at full speed.  A slot keeps some hundred times its width for its gradient."""
+
 
 class WandbMode(Enum):
     online = "online"
@@ -41,7 +44,7 @@ class TrainerConfig:
     dtype: Dtype = Dtype.float32
     """What the draft computes in; its master weights, reductions and optimizer are float32 always."""
     slots_alive: Optional[int] = None
-    """Slots whose unroll is alive at once: fewer take less memory; null: 512 on a CPU, 8192 on CUDA."""
+    """Slots whose unroll is alive at once: fewer take less memory; null: by the draft's width (4096 on CUDA: 8192)."""
     compile: bool = False
     """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
     log_interval: int = 10
@@ -62,6 +65,10 @@ class TrainerConfig:
             self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
             "save_interval", "keep_checkpoints", "val_interval", "val_rows", "slots_alive",
         )  # fmt: skip
+
+    def slots(self, hidden_size: int, device_type: str) -> int:
+        """Slots at once, for a draft of width ``hidden_size``."""
+        return self.slots_alive or max(STATES_ALIVE[device_type] // hidden_size, 1)
 
     def total_steps(self, num_rows: int) -> int:
         """Optimizer steps of the whole run over ``num_rows`` packed rows."""
