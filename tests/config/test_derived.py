@@ -148,3 +148,11 @@ def test_an_evaluation_is_as_the_run_was_where_it_says_nothing():
     assert EvaluationConfig().like(run) == EvaluationConfig(max_new_tokens=128, num_threads=1)
     assert EvaluationConfig(max_new_tokens=64).like(run).answer_tokens == 64
     assert EvaluationConfig().like({}).answer_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("given", "width", "device", "expected"),
+    [({}, 4096, "cuda", 8192), ({}, 256, "cpu", 512), ({}, 1 << 20, "cpu", 1), ({"slots_alive": 100}, 256, "cpu", 100)],
+)
+def test_slots_at_once(given, width, device, expected):
+    assert TrainerConfig(**given).slots(width, device) == expected

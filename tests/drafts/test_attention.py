@@ -158,6 +158,20 @@ def test_the_softmax_of_bfloat16_is_taken_in_float32():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
+def test_the_gradients_of_many_pieces_add_up_in_float32():
+    """A key that all queries see alike: 16 pieces, of which each after the first adds less than bfloat16 keeps."""
+    queries, random = 2048, torch.Generator().manual_seed(0)
+    block = block_for(torch.arange(queries), torch.arange(queries), CPU)
+    assert len(block.pieces) >= 16
+    inputs = [torch.zeros(queries, 1, DIM), *torch.rand(2, 1, queries, DIM, generator=random)]
+    half = [x.bfloat16().requires_grad_() for x in inputs]
+    block.attend(*half)[0].float().sum().backward()
+    # Every score is 0: query t spreads its gradient of 1 evenly over its t + 1 keys.
+    expected = (1 / torch.arange(1, queries + 1, dtype=torch.float64)).flip(0).cumsum(0).flip(0)
+    found = half[2].grad[0].double() / expected[:, None]
+    assert (found - 1).abs().mean() < 2e-3
+
+
 def scattered(seed):
     """A long batch of documents of every length, and some of its positions, in runs and alone."""
     random = torch.Generator().manual_seed(seed)
