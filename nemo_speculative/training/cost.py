@@ -27,7 +27,7 @@ FLOAT32 = 4
 FORWARD_ATTENTION, BACKWARD_ATTENTION = 2, 5
 """Products over all scores: q k and p v; and with the scores made anew, the gradients of p, v, q and k."""
 
-CPU_HEAP_SHARE, CPU_HEAP_BYTES = 0.25, 40e6
+CPU_HEAP_SHARE, CPU_HEAP_BYTES = 0.25, 60e6
 """What a CPU's allocator leaves between blocks, as a share of what comes and goes, and libraries take at first use.
 
 Not modelled but calibrated: ``python -m benchmarks.plan`` on the embedded case, S and M.
@@ -304,6 +304,9 @@ def step_memory(
     kept = draft.kept_bytes(largest, place.element)
     if place.element != place.target_element:
         states += largest.tokens * draft.aux_layers * target.hidden * place.element
+    # Of one part the gradient of all weights; their sum is float32 and whole, also where FSDP shards it afterwards.
+    several = sum(largest.slots) > sum(largest.alive)
+    summed = count * (several * place.element + place.wrapped * FLOAT32)
     logits = draft.logits_bytes(target.vocabulary, place.target_element, place.device_type)
     gradients = count * FLOAT32 / shards
     backward = max(kept + logits, kept + draft.head_bytes(), gradients)
@@ -316,7 +319,7 @@ def step_memory(
         "draft": count * FLOAT32 / shards + copies,
         "gradients and moments": gradients + _moments_bytes(draft, optimizer) / shards,
         "target's states": states + beside,
-        "activations": kept,
+        "activations": kept + summed,
         "logits": logits,
     }
     if place.device_type == "cpu":
