@@ -32,9 +32,9 @@ class Layout:
     """The same, on the device."""
 
     @classmethod
-    def of(cls, positions: torch.Tensor, device: torch.device) -> "Layout":
-        """Of ``positions`` int64 [B, L], on the host."""
-        return cls(positions.flatten(), send(positions.flatten(), device))
+    def of(cls, host: torch.Tensor, there: torch.Tensor) -> "Layout":
+        """Of positions int64 [B, L], on the host and on the device."""
+        return cls(host.flatten(), there.flatten())
 
     @cached_property
     def block(self) -> Block:
@@ -72,11 +72,12 @@ class Slots:
             steps: int64 [B, L], on the host: how many steps the slot at each position runs; 0: none.
         """
         steps, flat = steps.flatten(), positions.flatten()
-        order = steps.argsort(descending=True, stable=True)
-        used = int((steps > 0).sum())
-        kept = max(used, 1)
-        index = torch.cat((order[:kept], order[kept - 1].expand(round_up(kept) - kept)))
-        alive = tuple(round_up(max(int((steps > i).sum()), 1)) for i in range(max(int(steps.max()), 1)))
+        used = steps.nonzero()[:, 0]
+        own = steps[used]
+        order = used[own.argsort(descending=True, stable=True)] if len(used) else torch.zeros(1, dtype=torch.long)
+        index = torch.cat((order, order[-1:].expand(round_up(len(order)) - len(order))))
+        longest = int(own.max()) if len(used) else 1
+        alive = tuple(round_up(max(int((own > i).sum()), 1)) for i in range(longest))
         first, end = int(index.min()), int(index.max()) + 1
         reads = slice(first, min(end + len(alive), len(flat)))
         start = first - int(flat[first])
@@ -84,7 +85,7 @@ class Slots:
         blocks: dict[int, Block] = {n: block_for(flat[keys], index[:n] - start, device) for n in set(alive)}
         return cls(
             host_index=index,
-            real=torch.arange(len(index)) < used,
+            real=torch.arange(len(index)) < len(used),
             alive=alive,
             reads=reads,
             keys=keys,

@@ -78,7 +78,7 @@ def make_schedule(
     Args:
         mask: bool [T, B, L], who is supervised.
         depths: int64 [B, L], how many steps a slot may run; None: all.
-        slots_alive: in one part, at most; None: all.
+        slots_alive: in one part, at most, rounded up to 64; None: all.
     """
     weights = _weights(mask, batch.documents, normalization).flatten(1)
     counts, sampled = weights.sum(1), mask.flatten(1)
@@ -90,7 +90,8 @@ def make_schedule(
         _part(batch.positions, longest * of_part, sampled, weights, device)
         for of_part in _neighbours(longest > 0, slots_alive)
     )
-    return Schedule(batch.to(device), Layout.of(batch.positions, device), parts, counts, step_weights)
+    there = batch.to(device)
+    return Schedule(there, Layout.of(batch.positions, there.positions), parts, counts, step_weights)
 
 
 def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:

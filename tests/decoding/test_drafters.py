@@ -30,7 +30,7 @@ def test_decoding_a_chain_equals_the_training_unroll(target, kind):
     features, embeddings = draft.read(*target.forward(ids)), draft.embed(ids)
     positions = torch.arange(20)[None]
     steps = torch.where(positions < 20 - num_steps - 1, num_steps, 0)
-    layout, slots = Layout.of(positions, CPU), Slots.of(positions, steps, CPU)
+    layout, slots = Layout.of(positions, positions), Slots.of(positions, steps, CPU)
     unrolled = draft.unroll(draft.first_pass(embeddings, features, layout).seen_by(slots), slots)
     for t in range(20 - num_steps - 1):
         cache = KVCache(1)

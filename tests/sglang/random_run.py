@@ -96,7 +96,7 @@ def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
     positions = torch.arange(tokens.shape[1]).expand(BATCH, -1)
     count = tokens.shape[1] - UNROLL - 1
     index = torch.arange(count).expand(BATCH, -1)
-    layout = Layout.of(positions, torch.device("cpu"))
+    layout = Layout.of(positions, positions)
     slots = Slots.of(positions, torch.where(positions < count, UNROLL, 0), torch.device("cpu"))
     draft_id = torch.full((VOCAB,), -100).index_put((draft.draft_ids,), torch.arange(len(draft.draft_ids)))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)

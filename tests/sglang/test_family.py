@@ -102,7 +102,7 @@ def test_training_computes_what_sglang_does(replayed):
     positions = torch.arange(x.shape[1])[None]
     cpu = torch.device("cpu")
     slots = Slots.of(positions, torch.where(positions < LENGTH, 1 + STEPS, 0), cpu)
-    prefix = draft.first_pass(draft.embed(x), features, Layout.of(positions, cpu))
+    prefix = draft.first_pass(draft.embed(x), features, Layout.of(positions, positions))
     outputs = [output[:LENGTH] for output in draft.unroll(prefix.seen_by(slots), slots)]
     chain = torch.cat([output[-1:] for output in outputs])
     _assert_same(draft.logits(outputs[0]), replayed.logits[:LENGTH])

@@ -44,7 +44,7 @@ class TrainerConfig:
     dtype: Dtype = Dtype.float32
     """What the draft computes in; its master weights, reductions and optimizer are float32 always."""
     slots_alive: Optional[int] = None
-    """Slots whose unroll is alive at once: fewer take less memory; null: by the draft's width (4096 on CUDA: 8192)."""
+    """Slots whose unroll is alive at once, rounded up to 64; fewer take less memory; null: by the draft's width."""
     compile: bool = False
     """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
     log_interval: int = 10
