@@ -10,17 +10,16 @@ before it; "step" that of target, draft, loss, backward pass, clipping and AdamW
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.processes import exit_status, last_line_of
 from benchmarks.training_step.case import Case, Size
-from benchmarks.training_step.controller import worker_environment
 from benchmarks.training_step.table import machine
-from nemo_speculative.errors import UserError, report
 
+MODULE = "benchmarks.long_rows"
 LENGTHS = "2048,4096,8192,16384,32768"
 STEPS = 3
 
@@ -56,23 +55,14 @@ def measure(folder: Path) -> dict[str, float]:
     return {"target": target, "step": memory.added_mb()}
 
 
-def _child(command: str, folder: Path, length: int, threads: int) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.long_rows", "--lengths", str(length), command, str(folder)],
-        capture_output=True, text=True, check=False, env=worker_environment(threads),
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"{length} tokens: the process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return done.stdout
-
-
 def _table(lengths: Sequence[int], threads: int) -> None:
     print(machine(threads))
     print(f"{'tokens':>8}{'target MB':>12}{'step MB':>12}{'target MB / 1k':>18}{'step MB / 1k':>15}")
     for length in lengths:
         with tempfile.TemporaryDirectory() as name:
-            _child("--prepare", Path(name), length, threads)
-            found = json.loads(_child("--within", Path(name), length, threads).strip().splitlines()[-1])
+            for_length = ["--lengths", str(length)]
+            last_line_of(MODULE, [*for_length, "--prepare", name], threads)
+            found = json.loads(last_line_of(MODULE, [*for_length, "--within", name], threads))
         target, step = found["target"], found["step"]
         print(
             f"{length:8}{target:12.0f}{step:12.0f}{target / length * 1000:18.1f}{step / length * 1000:15.1f}",
@@ -82,7 +72,7 @@ def _table(lengths: Sequence[int], threads: int) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.long_rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", default=LENGTHS, help=f"tokens of a row (default: {LENGTHS})")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
@@ -95,11 +85,7 @@ def main(argv: Sequence[str]) -> int:
     elif options.within:
         print(json.dumps(measure(options.within)))
     else:
-        try:
-            _table(lengths, options.threads)
-        except UserError as error:
-            report(error)
-            return error.exit_code
+        return exit_status(lambda: _table(lengths, options.threads))
     return 0
 
 

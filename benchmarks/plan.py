@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import exit_status, last_line_of
 from benchmarks.training_step.case import SIZES, Case
-from benchmarks.training_step.controller import worker_environment
 from benchmarks.training_step.table import machine
 from benchmarks.training_step.worker import Memory
-from nemo_speculative.errors import UsageError, UserError, report
+from nemo_speculative.errors import UsageError
 
+MODULE = "benchmarks.plan"
 STEPS, WARMUP = 3, 3
 COPIES = 8
 """Of a size's conversations, so that the steps of a run do not end."""
@@ -148,23 +148,13 @@ def in_process(name: str, rounds: int, threads: int) -> dict[str, Any]:
         UserError: it failed; its last line is quoted.
     """
     with tempfile.TemporaryDirectory() as folder:
-        prepared = _child(["--prepare", folder, "--cases", name], threads)
-        return _child(["--within", json.dumps(prepared), "--rounds", str(rounds)], threads)
-
-
-def _child(arguments: Sequence[str], threads: int) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plan", *arguments],
-        capture_output=True, text=True, check=False, env=worker_environment(threads),
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"{arguments[-1]}: its process failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        prepared = last_line_of(MODULE, ["--prepare", folder, "--cases", name], threads)
+        return json.loads(last_line_of(MODULE, ["--within", prepared, "--rounds", str(rounds)], threads))
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", default=",".join(CASES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
@@ -177,24 +167,19 @@ def main(argv: Sequence[str]) -> int:
     elif options.within:
         print(json.dumps(run_case(json.loads(options.within), options.rounds)))
     else:
-        return _table(options.cases.split(","), options.rounds, options.threads)
+        return exit_status(lambda: _table(options.cases.split(","), options.rounds, options.threads))
     return 0
 
 
-def _table(names: Sequence[str], rounds: int, threads: int) -> int:
-    try:
-        if unknown := [name for name in names if name not in CASES]:
-            raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(CASES)}")
-        print(f"{machine(threads)}; {rounds} rounds")
-        print(f"{'':8}{'seconds of a step':>22}{'':30}{'MB added':>14}")
-        pair = f"{'predicted':>11}{'measured':>11}"
-        print(f"{'':8}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio")
-        for name in names:
-            print(line(name, in_process(name, rounds, threads)), flush=True)
-    except UserError as error:
-        report(error)
-        return error.exit_code
-    return 0
+def _table(names: Sequence[str], rounds: int, threads: int) -> None:
+    if unknown := [name for name in names if name not in CASES]:
+        raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(CASES)}")
+    print(f"{machine(threads)}; {rounds} rounds")
+    print(f"{'':8}{'seconds of a step':>22}{'':30}{'MB added':>14}")
+    pair = f"{'predicted':>11}{'measured':>11}"
+    print(f"{'':8}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio")
+    for name in names:
+        print(line(name, in_process(name, rounds, threads)), flush=True)
 
 
 if __name__ == "__main__":

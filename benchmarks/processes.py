@@ -1,0 +1,34 @@
+"""Benchmarks whose cases are processes of their own, so that each one's memory is its own."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from benchmarks.training_step.controller import worker_environment
+from nemo_speculative.errors import UserError, report
+
+
+def last_line_of(module: str, arguments: Sequence[str], threads: int) -> str:
+    """What ``python -m module`` printed last.
+
+    Raises:
+        UserError: it failed; the last line of its standard error is quoted.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True, text=True, check=False, env=worker_environment(threads),
+    )  # fmt: skip
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{module} {' '.join(arguments)}: the process failed: {said}")
+    return (done.stdout.strip().splitlines() or [""])[-1]
+
+
+def exit_status(program: Callable[[], None]) -> int:
+    """Of ``program``, whose :class:`UserError` is one line."""
+    try:
+        program()
+    except UserError as error:
+        report(error)
+        return error.exit_code
+    return 0
