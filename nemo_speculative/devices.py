@@ -26,5 +26,7 @@ def choose_device(wanted: str, key: str) -> torch.device:
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``x`` of the host on ``device``; from pinned memory, so that nothing waits for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    """``x`` on ``device``; what comes from the host by way of pinned memory, so that nothing waits for it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

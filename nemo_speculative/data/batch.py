@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
+
+from nemo_speculative.devices import send
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Batch:
     """The conversations in it."""
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in _TENSORS}
+        moved: dict[str, Any] = {k: send(getattr(self, k), device) for k in _TENSORS}
         return replace(self, **moved)
 
     @property

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from nemo_speculative.precision import add_product_, exact
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -98,7 +100,7 @@ class _PieceAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pieces: Sequence[Piece]) -> Pair:
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_empty(q.shape[:2], dtype=exact(q.dtype))
         for piece in pieces:
             scores = _scores(_by_head(q[piece.queries], keys), keys, piece)
             top = scores.amax(-1, keepdim=True)
@@ -117,7 +119,6 @@ class _PieceAttention(torch.autograd.Function):
         grad_out, grad_lse = gradients
         q, keys, values, out, lse = ctx.saved_tensors
         grad_q = torch.empty_like(q)
-        # Pieces add up: in bfloat16 the small ones would vanish.
         grad_k, grad_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (keys, values))
         # What a row's scores owe to its normaliser.
         shift = grad_lse - (grad_out * out).sum(-1, dtype=lse.dtype)
@@ -126,26 +127,19 @@ class _PieceAttention(torch.autograd.Function):
             q_piece, g_piece = _by_head(q[at], keys), _by_head(grad_out[at], keys)
             k_piece, v_piece = keys[:, piece.keys], values[:, piece.keys]
             weights = _scores(q_piece, keys, piece).sub_(_by_head(lse[at][..., None], keys)).exp_()
-            _add_product(grad_v[:, piece.keys], weights.to(values.dtype).transpose(1, 2), g_piece)
+            add_product_(grad_v[:, piece.keys], weights.to(values.dtype).transpose(1, 2), g_piece)
             grad_s = torch.bmm(g_piece, v_piece.transpose(1, 2)).to(lse.dtype)
             grad_s = grad_s.add_(_by_head(shift[at][..., None], keys)).mul_(weights).to(q.dtype)
             grad_q[at] = _by_query(torch.bmm(grad_s, k_piece), at.stop - at.start)
-            _add_product(grad_k[:, piece.keys], grad_s.transpose(1, 2), q_piece)
+            add_product_(grad_k[:, piece.keys], grad_s.transpose(1, 2), q_piece)
         scale = q.shape[-1] ** -0.5
         return grad_q.mul_(scale), grad_k.mul_(scale).to(keys.dtype), grad_v.to(values.dtype), None
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.baddbmm_(a, b)
-    else:
-        total.add_(torch.bmm(a, b))
 
 
 def _scores(q: torch.Tensor, keys: torch.Tensor, piece: Piece) -> torch.Tensor:
     """[H_kv, G * n, d] over the piece's keys: [H_kv, G * n, k], masked, at least float32."""
     scores = torch.bmm(q * q.shape[-1] ** -0.5, keys[:, piece.keys].transpose(1, 2))
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores.to(exact(q.dtype))
     if piece.mask is not None:
         rows, width = piece.mask.shape
         scores.unflatten(1, (-1, rows))[..., -width:].add_(piece.mask)

@@ -8,6 +8,8 @@ from torch.nn.functional import linear, silu
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from nemo_speculative.precision import exact
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
@@ -113,16 +115,16 @@ class _LeanNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        wide = x.to(exact(x.dtype))
+        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (exact * r).mul_(weight).to(x.dtype)
+        return (wide * r).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         x, weight, r = ctx.saved_tensors
-        exact, grad = x.to(r.dtype), gradients[0].to(r.dtype)
-        scaled = exact * r
+        wide, grad = x.to(r.dtype), gradients[0].to(r.dtype)
+        scaled = wide * r
         to_weight = (grad * scaled).flatten(0, -2).sum(0).to(weight.dtype)
         grad = grad * weight
         shared = (grad * scaled).mean(-1, keepdim=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from nemo_speculative.objectives.schedule import Rows
+from nemo_speculative.precision import add_product_, exact
 
 LOGITS_ALIVE = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Entries of a chunk of logits: as few as a matrix product needs to run at full speed."""
@@ -76,12 +77,7 @@ class LinearHead:
     def start(self, rows: int, wanted: bool) -> None:
         # One buffer for all chunks: fresh pages of memory cost a CPU as much as filling them.
         self._buffer = self.weight.new_empty(rows, len(self.weight))
-        # Chunks add up: in bfloat16 the small ones would vanish.
-        self._total = torch.zeros_like(self.weight, dtype=self._exact(self.weight.dtype)) if wanted else None
-
-    @staticmethod
-    def _exact(dtype: torch.dtype) -> torch.dtype:
-        return torch.promote_types(dtype, torch.float32)
+        self._total = torch.zeros_like(self.weight, dtype=exact(self.weight.dtype)) if wanted else None
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         self._states = states
@@ -90,10 +86,7 @@ class LinearHead:
     def pull_back(self, gradient: torch.Tensor, into: torch.Tensor) -> None:
         torch.mm(gradient, self.weight, out=into)
         assert self._total is not None
-        if gradient.dtype == self._total.dtype:
-            self._total.addmm_(gradient.T, self._states)
-        else:
-            self._total.add_(gradient.T @ self._states)
+        add_product_(self._total, gradient.T, self._states)
 
     def finish(self) -> torch.Tensor | None:
         total, self._total = self._total, None
@@ -201,8 +194,9 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         grad_states, grad_weight = ctx.saved_tensors
         upstream = gradients[0]
-        to_weight = None if grad_weight is None else (grad_weight * upstream).to(ctx.dtype)
-        return (grad_states * upstream).to(grad_states.dtype), to_weight, None, None, None, None, None, None
+        # In place: nobody reads them again, and the weight's is as large as the head.
+        to_weight = None if grad_weight is None else grad_weight.mul_(upstream).to(ctx.dtype)
+        return grad_states.mul_(upstream), to_weight, None, None, None, None, None, None
 
 
 def _slices(whole: slice, size: int) -> Iterator[slice]:

@@ -12,6 +12,7 @@ import torch
 
 from nemo_speculative.drafts.unroll import Prefix
 from nemo_speculative.objectives.schedule import Part
+from nemo_speculative.precision import exact
 
 Sums = dict[str, torch.Tensor]
 PartLoss = Callable[[Prefix, Part], tuple[torch.Tensor, Sums]]
@@ -79,17 +80,12 @@ def _gradients(loss: torch.Tensor, *groups: Sequence[torch.Tensor]) -> list[list
     return [[next(found) if x.requires_grad else None for x in group] for group in groups]
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Parts add up: in bfloat16 the small ones would vanish."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _exact_zeros(x: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(x, dtype=_exact(x.dtype))
+    return torch.zeros_like(x, dtype=exact(x.dtype))
 
 
 def _sum(total: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
     if gradient is None:
         return total
-    exact = gradient.to(_exact(gradient.dtype))
-    return exact if total is None else total + exact
+    term = gradient.to(exact(gradient.dtype))
+    return term if total is None else total + term

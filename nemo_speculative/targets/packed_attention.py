@@ -21,6 +21,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from nemo_speculative.devices import send
+
 BY_DOCUMENT = "by_document"
 """The name under which transformers knows this attention."""
 SHORTEST_SHARE = 0.75
@@ -124,7 +126,7 @@ def _planned(groups: list[list[_Piece]], window: int | None, device: torch.devic
     kept = real.nonzero()[:, 0]
     results = torch.empty_like(kept)
     results[queries[kept]] = kept
-    queries, keys, results = (x.to(device, non_blocking=True) for x in (queries, keys, results))
+    queries, keys, results = (send(x, device) for x in (queries, keys, results))
     return _Plan(queries, keys, results, tuple(_call(group, window, device) for group in groups))
 
 

@@ -7,19 +7,12 @@ from nemo_speculative.objectives import head as head_module
 from nemo_speculative.objectives import schedule as schedule_module
 from nemo_speculative.objectives.eagle3 import Eagle3Objective
 from nemo_speculative.objectives.head import LOGITS_ALIVE, FrozenHead, LinearHead, head_loss
-from nemo_speculative.objectives.losses import (
-    HardCrossEntropy,
-    KLDivergence,
-    LKAlpha,
-    LKLambda,
-    SoftCrossEntropy,
-    TotalVariation,
-)
+from nemo_speculative.objectives.losses import SoftCrossEntropy
 from tests.objectives import cases
 from tests.objectives.cases import HIDDEN, STEPS, VOCAB, eagle, eagle3, lay_out, make_documents, unroll_settings
+from tests.objectives.test_losses import LOSSES
 from tests.observing import LargestTensor
 
-LOSSES = [SoftCrossEntropy(), HardCrossEntropy(), KLDivergence(2.0), TotalVariation(), LKAlpha(), LKLambda()]
 CHUNKS = {
     "at once": ({}, {}),
     "few labels": ({"LABEL_CHUNK": {"cpu": 5}}, {}),
