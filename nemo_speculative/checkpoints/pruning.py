@@ -13,7 +13,7 @@ from nemo_speculative.data.documents import to_documents
 from nemo_speculative.data.vocabulary import count_supervised, entries_for
 from nemo_speculative.errors import UserError
 from nemo_speculative.shapes import VocabularySize, parse_vocab_size
-from nemo_speculative.targets.hf import load_tokenizer, stop_ids, text_config
+from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
 from nemo_speculative.targets.resolve import resolve_target
 
 SMALLEST = 256

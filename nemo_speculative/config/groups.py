@@ -9,7 +9,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("model", "tiny"): schema.TinyModelConfig,
     ("draft", "eagle"): schema.EagleDraftConfig,
     ("draft", "eagle3"): schema.Eagle3DraftConfig,
-    ("backend", "hf"): schema.BackendConfig,
+    ("backend", "hf"): schema.HFBackendConfig,
     ("data", "jsonl"): schema.DataConfig,
     ("data", "tiny"): schema.TinyDataConfig,
     ("data", "hub"): schema.HubDataConfig,

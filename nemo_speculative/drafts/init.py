@@ -4,7 +4,8 @@ Not in the papers; on a small target it trains far faster (see docs/algorithms.m
 switch of ``draft.init_from_target``.
 """
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ class Source(Protocol):
     @property
     def final_norm(self) -> nn.Module | None: ...
 
-    layers: Any
+    def last_layers(self, count: int) -> Sequence[nn.Module]: ...
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def init_from_target(draft: Draft, target: Source, parts: InitFromTarget) -> Non
     if parts.head:
         draft.start_head(target.head_weight, norm_weight(target.final_norm) if target.final_norm else None)
     if parts.layer:
-        for own, given in zip(reversed(draft.stack), reversed(target.layers), strict=False):
+        for own, given in zip(reversed(draft.stack), reversed(target.last_layers(len(draft.stack))), strict=False):
             _copy_layer(own, given)
     if parts.fc:
         draft.start_fc()

@@ -1,9 +1,12 @@
 """What a draft learns from: the frozen target, behind one protocol."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from nemo_speculative.data.batch import Batch
 
@@ -21,11 +24,19 @@ class Supervision:
 class Target(Protocol):
     """A frozen target model.  Logits are never part of the supervision: the loss derives what it needs."""
 
+    path: Path
     config: Any
     """The model's transformers configuration (the text part of it)."""
     tokenizer: Any
+    stop_ids: frozenset[int]
+    """The ids that end an answer."""
     aux_layers: list[int]
     device: torch.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one target's weights from another's."""
+        ...
 
     def supervise(self, batch: Batch) -> Supervision: ...
 
@@ -39,4 +50,18 @@ class Target(Protocol):
 
     def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
         """[..., h] → [..., V], through the frozen head."""
+        ...
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, h]: the rows of the frozen head."""
+        ...
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm in front of the head, where the decoder has one under its usual name."""
+        ...
+
+    def last_layers(self, count: int) -> Sequence[nn.Module]:
+        """The last decoder layers, as many as there are up to ``count``."""
         ...

@@ -3,7 +3,7 @@
 from typing import Any
 
 from nemo_speculative.config.schema import ModelConfig, TinyModelConfig
-from nemo_speculative.targets.hf import text_config
+from nemo_speculative.targets.ends import text_config
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.targets.tiny import llama_config
 

@@ -1,31 +1,27 @@
 """The target through transformers: any ``AutoModelForCausalLM``."""
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
-from nemo_speculative.progress import quiet_transformers
-from nemo_speculative.shapes import aux_layers_for
 from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.ends import TargetEnds, decoder_layers, load_model
 from nemo_speculative.targets.packed_attention import BY_DOCUMENT, packed_documents
 
-FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 512, 1 << 13
 
-
-class HFTarget:
+class HFTarget(TargetEnds):
     """A frozen Hugging Face model in eval mode; see :class:`nemo_speculative.targets.base.Target`.
+
+    The only target that continues texts: it answers questions, and measures drafts.
 
     Raises:
         UserError: the directory holds no usable model or tokenizer, or the head does more to the last hidden state
@@ -44,45 +40,34 @@ class HFTarget:
         device_map: str | None = None,
         max_memory: dict[str, str] | None = None,
     ):
-        self.path, self.device = Path(path), torch.device(device)
-        self.config = text_config(path, trust_remote_code)
-        self.aux_layers = aux_layers_for(self.config.num_hidden_layers, aux_layers)
-        self.tokenizer = load_tokenizer(path, trust_remote_code)
-        self.model: Any = _load_model(
+        super().__init__(
             path,
-            None if device_map else self.device,
+            aux_layers=aux_layers,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            device=device,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
             **(_spread(device_map, max_memory) if device_map else {}),
         )
-        self.stop_ids = stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
-        """The ids that end an answer: the generation configuration's, and the tokenizer's own."""
         # Greedy means the argmax: a repetition penalty that the model ships would otherwise be taken over.
         self.model.generation_config = GenerationConfig()
         self._decoder = self.model.get_decoder()
-        self._head = self.model.get_output_embeddings()
-        self._embedding = self.model.get_input_embeddings()
-        self._entry, self._exit = self._embedding.weight.device, self._head.weight.device
         self._captured: dict[int, torch.Tensor] = {}
-        layers = _decoder_layers(self._decoder, self.config.num_hidden_layers)
-        self.layers = layers
+        self.layers = decoder_layers(self._decoder, self.config.num_hidden_layers)
         for layer in self.aux_layers:
-            layers[layer].register_forward_hook(self._capture(layer))
+            self.layers[layer].register_forward_hook(self._capture(layer))
         self._check_head()
         self._by_document = self._can_attend_by_document()
         self._check_packing()
+
+    def _load(self, **options: Any) -> Any:
+        return load_model(self.path, None if "device_map" in options else self.device, **options)
 
     def _capture(self, layer: int):
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             self._captured[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells one target's weights from another's, without reading all of them."""
-        return target_fingerprint(self.path)
 
     @torch.no_grad()
     def forward(
@@ -107,7 +92,7 @@ class HFTarget:
         Raises:
             UserError: the model has layers for which no mask can be given.
         """
-        inputs = input_ids.to(self._entry)
+        inputs = input_ids.to(self._embedding.weight.device)
         with contextlib.nullcontext() if visible is None else self._masked_attention():
             out = self._decoder(
                 input_ids=inputs,
@@ -183,29 +168,8 @@ class HFTarget:
         with self._attention(BY_DOCUMENT), packed_documents(batch.document_lengths()):
             return Supervision(*self.forward(batch.input_ids, batch.positions))
 
-    @torch.no_grad()
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self._embedding(input_ids.to(self._entry)).to(self.device)
-
-    def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._head(last_hidden.to(self._exit)).to(self.device)
-        if cap := getattr(self.config, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        if scale := getattr(self.config, "logit_scale", None):  # Cohere
-            logits = logits * scale
-        if divisor := getattr(self.config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
-        return logits
-
-    @property
-    def final_norm(self) -> nn.Module | None:
-        """The norm in front of the head, where the decoder has one under its usual name."""
-        return getattr(self._decoder, "norm", None)
-
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """[V, h]: the rows of the frozen head."""
-        return self._head.weight
+    def last_layers(self, count: int) -> Sequence[nn.Module]:
+        return list(self.layers)[-count:]
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -246,16 +210,6 @@ class HFTarget:
         return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True)
 
 
-def _load_model(path: Path, device: torch.device | None, **options: Any) -> Any:
-    """On ``device``; None leaves the placement to ``options``."""
-    quiet_transformers()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: the target cannot be loaded: {_first_line(error)}") from error
-    return (model.to(device) if device else model).eval().requires_grad_(False)
-
-
 def _spread(device_map: str, max_memory: dict[str, str] | None) -> dict[str, Any]:
     """transformers' options for a model on several devices.
 
@@ -266,60 +220,3 @@ def _spread(device_map: str, max_memory: dict[str, str] | None) -> dict[str, Any
         raise UserError(f"model.device_map={device_map} needs the accelerate package: pip install accelerate")
     limits = {int(key) if key.isdigit() else key: value for key, value in (max_memory or {}).items()}
     return {"device_map": device_map, "max_memory": limits or None}
-
-
-def text_config(path: Path, trust_remote_code: bool = False) -> Any:
-    """The (text) configuration of the model in ``path``, without its weights.
-
-    Raises:
-        UserError: there is none, or transformers does not know its type.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a usable model configuration: {_first_line(error)}") from error
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in ``path``.
-
-    Raises:
-        UserError: there is none that transformers can read.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
-    for module in decoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise UserError(f"{type(decoder).__name__}: no list of {num_layers} decoder layers found in it")
-
-
-def stop_ids(generation_eos: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer."""
-    eos = generation_eos if isinstance(generation_eos, list) else [generation_eos]
-    return frozenset(i for i in [*eos, tokenizer.eos_token_id] if i is not None)
-
-
-def target_fingerprint(path: Path) -> str:
-    """A hash over the configuration and the names, sizes and evenly spaced samples of the weight files in ``path``."""
-    digest = hashlib.sha256()
-    config = json.loads((path / "config.json").read_text())
-    config.pop("transformers_version", None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            for start in range(0, size, max(size // FINGERPRINT_SAMPLES, FINGERPRINT_BYTES)):
-                weights.seek(start)
-                digest.update(weights.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]

@@ -30,6 +30,7 @@ from nemo_speculative.objectives.base import Objective
 from nemo_speculative.objectives.unroll import UnrollObjective
 from nemo_speculative.serving.versions import check_servable
 from nemo_speculative.targets.answers import answer, unanswered
+from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import titan
@@ -135,7 +136,7 @@ def settle_draft(job: TrainJob, config: Any) -> None:
         )
 
 
-def build_target(job: TrainJob, device: torch.device) -> HFTarget:
+def build_target(job: TrainJob, device: torch.device) -> Target:
     """The frozen target; made or downloaded by the first rank."""
     directory = first_rank_first(lambda: get_method(job.model._target_)(job.model))
     aux_layers = job.draft.chosen_aux_layers(target_config(job.model).num_hidden_layers)
@@ -149,7 +150,7 @@ def build_target(job: TrainJob, device: torch.device) -> HFTarget:
     )
 
 
-def build_data(job: TrainJob, target: HFTarget, split: Split) -> RunData:
+def build_data(job: TrainJob, target: Target, split: Split) -> RunData:
     """Conversations to documents; with answers=target the target writes every answer first.
 
     Raises:
@@ -171,10 +172,11 @@ def load_split(job: TrainJob) -> Split:
 
 
 def _documents(
-    job: TrainJob, target: HFTarget, items: list[Conversation | TokenRow], max_length: int, title: str
+    job: TrainJob, target: Target, items: list[Conversation | TokenRow], max_length: int, title: str
 ) -> Documents:
     if job.data.answers is Answers.given or not items:
         return to_documents(items, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+    assert isinstance(target, HFTarget), "the configuration lets no other backend answer"
     rows = first_rank_first(
         lambda: answer(
             target,
@@ -199,7 +201,7 @@ def draft_shape(job: TrainJob, target_config: Any, entries: int) -> DraftShape:
     return draft.shape_for(job.draft, target_config, aux_layers, entries if own_head else None)
 
 
-def build_draft(job: TrainJob, target: HFTarget, vocabulary: DraftVocabulary) -> Draft:
+def build_draft(job: TrainJob, target: Target, vocabulary: DraftVocabulary) -> Draft:
     """The draft, initialised from the seed and, where asked, from the target: the same on every rank."""
     torch.manual_seed(job.seed)
     start = read_start(job.draft, target.config)
@@ -226,7 +228,7 @@ def announce(data: RunData, vocabulary: DraftVocabulary) -> None:
         )
 
 
-def build_draft_vocabulary(job: TrainJob, target: HFTarget, training: Documents) -> DraftVocabulary:
+def build_draft_vocabulary(job: TrainJob, target: Target, training: Documents) -> DraftVocabulary:
     """The most frequent supervised ids of the training rows, or those of the draft that it starts from."""
     start = read_start(job.draft, target.config)
     if start and "d2t" in start.tensors:
@@ -235,7 +237,7 @@ def build_draft_vocabulary(job: TrainJob, target: HFTarget, training: Documents)
     return build_vocabulary(training.rows, size, target.config.vocab_size)
 
 
-def build_objective(job: TrainJob, target: HFTarget) -> Objective:
+def build_objective(job: TrainJob, target: Target) -> Objective:
     objective: type[UnrollObjective] = get_class(job.draft.objective)
     hidden_size = getattr(job.draft, "hidden_size", None) or target.config.hidden_size
     return objective.build(
@@ -247,7 +249,7 @@ def build_objective(job: TrainJob, target: HFTarget) -> Objective:
     )
 
 
-def build_stream(job: TrainJob, target: HFTarget, data: RunData, dims: titan.ParallelDims) -> RowStream:
+def build_stream(job: TrainJob, target: Target, data: RunData, dims: titan.ParallelDims) -> RowStream:
     """The training rows of this rank.
 
     Raises:
@@ -268,7 +270,7 @@ def build_stream(job: TrainJob, target: HFTarget, data: RunData, dims: titan.Par
     )
 
 
-def validation_batches(job: TrainJob, target: HFTarget, data: RunData, dims: titan.ParallelDims) -> list[Batch]:
+def validation_batches(job: TrainJob, target: Target, data: RunData, dims: titan.ParallelDims) -> list[Batch]:
     """This rank's share of the held-out rows; every rank gets as many batches, the last ones possibly without rows."""
     rows = pack([len(r.input_ids) for r in data.held_out.rows], data.row_tokens, VALIDATION_SEED)
     share, ranks = job.trainer.micro_batch_size, dims.world_size
@@ -284,12 +286,12 @@ def validation_batches(job: TrainJob, target: HFTarget, data: RunData, dims: tit
     ]
 
 
-def _pad_id(target: HFTarget) -> int:
+def _pad_id(target: Target) -> int:
     return target.tokenizer.pad_token_id or 0
 
 
 def build_trainer(
-    job: TrainJob, *, target: HFTarget, draft: Draft, objective: Objective, data: RunData, run: RunDirectory,
+    job: TrainJob, *, target: Target, draft: Draft, objective: Objective, data: RunData, run: RunDirectory,
     dims: titan.ParallelDims, device: torch.device,
 ) -> DraftTrainer:  # fmt: skip
     """The trainer with everything that it composes."""
@@ -316,14 +318,16 @@ def build_trainer(
     )
 
 
-def build_saver(job: TrainJob, target: HFTarget, draft: Draft, data: RunData, run: RunDirectory) -> Saver:
-    """What writes the checkpoints of a run, and measures each with the decoder."""
+def build_saver(job: TrainJob, target: Target, draft: Draft, data: RunData, run: RunDirectory) -> Saver:
+    """What writes the checkpoints of a run, and measures each with the decoder where the target has one."""
     settings = job.exporter.speculative
     prompts = data.prompts[: job.evaluation.selection_questions]
+    decoder = target if isinstance(target, HFTarget) and prompts else None
 
     def measure(servable: Servable) -> float:
-        built = servable.build(target.device, getattr(torch, job.model.dtype.value))
-        return measure_tau(target, built, prompts, settings, job.evaluation)
+        assert decoder is not None
+        built = servable.build(decoder.device, getattr(torch, job.model.dtype.value))
+        return measure_tau(decoder, built, prompts, settings, job.evaluation)
 
     return Saver(
         run=run,
@@ -334,11 +338,11 @@ def build_saver(job: TrainJob, target: HFTarget, draft: Draft, data: RunData, ru
         export_dtype=getattr(torch, (job.exporter.dtype or job.model.dtype).value),
         special_ids={"bos_token_id": target.config.bos_token_id, "eos_token_id": target.config.eos_token_id},
         start=Position(0, {}, as_plain(job), target.fingerprint, data.fingerprint),
-        measure=measure if prompts else None,
+        measure=measure if decoder else None,
     )
 
 
-def _target_name(job: TrainJob, target: HFTarget) -> str | Path:
+def _target_name(job: TrainJob, target: Target) -> str | Path:
     """A hub name stays one, so that the checkpoint works on the next machine; a directory is written in full."""
     local = Path(job.model.path).expanduser()
     from_hub = job.model.path.count("/") == 1 and not local.exists() and not job.model.revision

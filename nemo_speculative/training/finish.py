@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.checkpoints.servable import find_model, read_servable, restate
+from nemo_speculative.checkpoints.servable import Servable, find_model, read_servable, restate
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
@@ -17,16 +17,17 @@ from nemo_speculative.evaluation.report import describe
 from nemo_speculative.evaluation.widths import cheapest, describe_widths, measure_widths
 from nemo_speculative.serving.command import sglang_command
 from nemo_speculative.speculative import Speculative
+from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training.parallelism import first_rank_only
 
 
-def measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
+def measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
     """Writes ``questions.jsonl`` and ``summary.json`` on the first rank and prints what they say."""
     first_rank_only(lambda: _measure_and_summarize(job, target, run, prompts[: job.evaluation.num_questions]))
 
 
-def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
+def _measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
     servable = read_servable(run.root)
     step = servable.directory.resolve().parent
     # The names are there even where nothing could be measured.
@@ -34,15 +35,13 @@ def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, p
     if prompts:
         rows = ({"input_ids": p, "loss_mask": [0] * len(p)} for p in prompts)
         (run.root / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        draft = servable.build(target.device, getattr(torch, job.model.dtype.value))
-        settings = servable.provenance.speculative
-        if job.exporter.measure_width:
-            settings = choose_width(job, target, draft, prompts)
-            for checkpoint in {servable.directory, find_model(run.root / "checkpoints" / "latest")}:
-                restate(checkpoint, settings)
-        evaluation = evaluate_draft(target, draft, prompts, settings, job.evaluation)
+    if prompts and isinstance(target, HFTarget):
+        evaluation = _measure(job, target, run, servable, prompts)
         summary = evaluation.summary()
         print(describe(evaluation))
+    elif prompts:
+        measuring = f"python recipes/evaluate.py checkpoint={shlex.quote(str(run.root))}"
+        print(f"the draft was not measured, as only backend=hf decodes; to measure it: {measuring}")
     else:
         print(
             "no held-out questions: the draft was not measured (data.held_out_path or data.held_out_share gives some)"
@@ -56,6 +55,18 @@ def _measure_and_summarize(job: TrainJob, target: HFTarget, run: RunDirectory, p
             "(in the environment of SGLang: docs/serving.md)",
             flush=True,
         )
+
+
+def _measure(
+    job: TrainJob, target: HFTarget, run: RunDirectory, servable: Servable, prompts: Sequence[list[int]]
+) -> Evaluation:
+    draft = servable.build(target.device, getattr(torch, job.model.dtype.value))
+    settings = servable.provenance.speculative
+    if job.exporter.measure_width:
+        settings = choose_width(job, target, draft, prompts)
+        for checkpoint in {servable.directory, find_model(run.root / "checkpoints" / "latest")}:
+            restate(checkpoint, settings)
+    return evaluate_draft(target, draft, prompts, settings, job.evaluation)
 
 
 def choose_width(job: TrainJob, target: HFTarget, draft: Draft, prompts: Sequence[list[int]]) -> Speculative:

@@ -16,7 +16,7 @@ from nemo_speculative.data.vocabulary import build_vocabulary
 from nemo_speculative.devices import choose_device
 from nemo_speculative.drafts.base import DraftShape
 from nemo_speculative.targets import tiny
-from nemo_speculative.targets.hf import load_tokenizer, stop_ids, text_config
+from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.training.assembly import draft_shape, load_split, settle_draft
 from nemo_speculative.training.cost import Memory

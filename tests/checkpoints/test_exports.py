@@ -27,7 +27,7 @@ from nemo_speculative.drafts.eagle import EagleDraft, EagleShape
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
 from nemo_speculative.errors import UserError
 from nemo_speculative.speculative import Speculative
-from nemo_speculative.targets.hf import target_fingerprint, text_config
+from nemo_speculative.targets.ends import target_fingerprint, text_config
 from tests.checkpoints import layouts
 from tests.checkpoints.layouts import DRAFT_IDS, HIDDEN, VOCAB
 

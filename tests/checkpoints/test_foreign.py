@@ -18,7 +18,7 @@ from nemo_speculative.drafts.eagle import EagleDraft
 from nemo_speculative.drafts.eagle3 import Eagle3Draft
 from nemo_speculative.errors import UserError
 from nemo_speculative.speculative import Speculative
-from nemo_speculative.targets.hf import text_config
+from nemo_speculative.targets.ends import text_config
 from tests.checkpoints import layouts
 from tests.checkpoints.layouts import DRAFT_IDS, HIDDEN, VOCAB
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets import tiny
-from nemo_speculative.targets.hf import text_config
+from nemo_speculative.targets.ends import text_config
 from nemo_speculative.training import assembly
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
 from tests.config.test_groups import GROUPS, composed

@@ -56,6 +56,8 @@ def test_the_weights_are_the_targets(target):
 
 def test_a_layer_of_another_form_is_refused_by_name(target):
     draft = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, 40))
-    other = SimpleNamespace(head_weight=target.head_weight, final_norm=None, layers=[torch.nn.Linear(2, 2)])
+    other = SimpleNamespace(
+        head_weight=target.head_weight, final_norm=None, last_layers=lambda count: [torch.nn.Linear(2, 2)]
+    )
     with pytest.raises(UserError, match=r"no hidden_norm.weight of shape.*init_from_target.layer=false"):
         init_from_target(draft, other, InitFromTarget())

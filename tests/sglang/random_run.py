@@ -20,7 +20,8 @@ from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.eagle import EagleDraft
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
 from nemo_speculative.drafts.slots import Layout, Slots
-from nemo_speculative.targets.hf import HFTarget, target_fingerprint
+from nemo_speculative.targets.ends import target_fingerprint
+from nemo_speculative.targets.hf import HFTarget
 
 NAMES = ("eagle3", "eagle3_1", "eagle1")
 VOCAB, DRAFT_VOCAB, CONTEXT = 256, 200, 512

@@ -10,7 +10,8 @@ from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
 from nemo_speculative.shapes import aux_layers_for
-from nemo_speculative.targets.hf import HFTarget, target_fingerprint
+from nemo_speculative.targets.ends import target_fingerprint
+from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
 from tests.conftest import make_target, make_tokenizer
 

@@ -15,7 +15,7 @@ from nemo_speculative.checkpoints.foreign.format import ForeignDraft
 from nemo_speculative.checkpoints.foreign.servable import as_servable
 from nemo_speculative.config.schema import ConvertJob, ModelConfig
 from nemo_speculative.errors import UserError
-from nemo_speculative.targets.hf import text_config
+from nemo_speculative.targets.ends import text_config
 from nemo_speculative.targets.resolve import resolve_target
 
 

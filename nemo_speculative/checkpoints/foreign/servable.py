@@ -12,7 +12,7 @@ from nemo_speculative.checkpoints.servable import Provenance, Servable
 from nemo_speculative.config.schema import ModelConfig
 from nemo_speculative.errors import UserError
 from nemo_speculative.speculative import Speculative
-from nemo_speculative.targets.hf import target_fingerprint, text_config
+from nemo_speculative.targets.ends import target_fingerprint, text_config
 from nemo_speculative.targets.resolve import resolve_target
 
 

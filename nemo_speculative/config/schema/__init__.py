@@ -33,7 +33,13 @@ from nemo_speculative.config.schema.loss import (
     LossConfig,
     TotalVariationConfig,
 )
-from nemo_speculative.config.schema.model import BackendConfig, ModelConfig, PlacementConfig, TinyModelConfig
+from nemo_speculative.config.schema.model import (
+    BackendConfig,
+    HFBackendConfig,
+    ModelConfig,
+    PlacementConfig,
+    TinyModelConfig,
+)
 from nemo_speculative.config.schema.optimizer import DecayType, MuonConfig, OptimizerConfig
 from nemo_speculative.config.schema.trainer import (
     LoggerConfig,
@@ -60,6 +66,7 @@ __all__ = [
     "ExporterConfig",
     "FeatureNoise",
     "FormConfig",
+    "HFBackendConfig",
     "HardCrossEntropyConfig",
     "HubDataConfig",
     "InitFromTarget",

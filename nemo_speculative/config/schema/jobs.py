@@ -7,11 +7,11 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from nemo_speculative.config.schema.common import require
-from nemo_speculative.config.schema.data import DataConfig
+from nemo_speculative.config.schema.data import Answers, DataConfig
 from nemo_speculative.config.schema.draft import DraftConfig
 from nemo_speculative.config.schema.evaluation import EvaluationConfig
 from nemo_speculative.config.schema.exporter import ExporterConfig, FormConfig
-from nemo_speculative.config.schema.model import BackendConfig, ModelConfig, PlacementConfig
+from nemo_speculative.config.schema.model import BackendConfig, HFBackendConfig, ModelConfig, PlacementConfig
 from nemo_speculative.config.schema.optimizer import OptimizerConfig
 from nemo_speculative.config.schema.trainer import LoggerConfig, ParallelismConfig, TrainerConfig
 
@@ -46,6 +46,11 @@ class TrainJob:
 
     def __post_init__(self) -> None:
         require(
+            self.backend.DECODES or self.data.answers is Answers.given,
+            "data.answers=target needs backend=hf, which alone decodes: answer the questions first, and train on them "
+            "with data.answers=given",
+        )
+        require(
             not self.evaluation.rejection_sampling or self.exporter.topk == 1 or self.evaluation.static_tree,
             f"evaluation.rejection_sampling is true and exporter.topk is {self.exporter.topk}: a dynamic tree keeps "
             "draft tokens for their score, and then rejection sampling is not lossless; set exporter.topk=1, or leave "
@@ -64,7 +69,7 @@ class EvaluateJob:
     questions: Optional[str] = None
     """JSONL of questions: conversations (asked up to the first answer) or input_ids; null: those of the run."""
     model: PlacementConfig = field(default_factory=PlacementConfig)
-    backend: BackendConfig = field(default_factory=BackendConfig)
+    backend: HFBackendConfig = field(default_factory=HFBackendConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_steps: Optional[int] = None
     """Draft tokens along a branch; null: what the checkpoint remembers."""

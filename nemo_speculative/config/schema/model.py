@@ -1,7 +1,7 @@
 """The target: which model, what runs it, and where it lies."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -65,6 +65,16 @@ class TinyModelConfig(ModelConfig):
 class BackendConfig:
     """What runs the frozen target in training."""
 
+    DECODES: ClassVar[bool] = False
+    """Whether it continues texts: answers questions, and measures drafts."""
+    _target_: str = MISSING
+
+
+@dataclass
+class HFBackendConfig(BackendConfig):
+    """transformers, in this process."""
+
+    DECODES: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.hf.HFTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
