@@ -1,3 +1,8 @@
 """Trains EAGLE draft models that SGLang serves as they are."""
 
+from nemo_speculative.torchvision import make_importable
+
 __version__ = "0.1.0"
+
+# Before anything imports transformers, which imports torchvision where it is installed.
+make_importable()

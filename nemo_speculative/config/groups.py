@@ -10,6 +10,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("draft", "eagle"): schema.EagleDraftConfig,
     ("draft", "eagle3"): schema.Eagle3DraftConfig,
     ("backend", "hf"): schema.HFBackendConfig,
+    ("backend", "sglang"): schema.SGLangBackendConfig,
     ("data", "jsonl"): schema.DataConfig,
     ("data", "tiny"): schema.TinyDataConfig,
     ("data", "hub"): schema.HubDataConfig,

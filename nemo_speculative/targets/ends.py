@@ -25,6 +25,8 @@ from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.shapes import aux_layers_for
 
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 512, 1 << 13
+WHOLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights that say all of themselves: none is scaled by another tensor."""
 
 
 class TargetEnds:
@@ -36,6 +38,8 @@ class TargetEnds:
     Raises:
         UserError: the directory holds no usable model or tokenizer, or ``aux_layers`` cannot be captured in it.
     """
+
+    requests_ahead = 0
 
     def __init__(
         self,
@@ -149,6 +153,9 @@ def _cut(config: Any, num_layers: int) -> Any:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
+    if not num_layers:
+        for described in (config, text):  # of the layers; what quantises the ends as well, lacks their weights
+            vars(described).pop("quantization_config", None)
     if kinds := getattr(text, "layer_types", None):
         text.layer_types = kinds[:num_layers]
     return config
@@ -167,9 +174,9 @@ def _filled(layer: nn.Module, path: Path, number: int) -> nn.Module:
                 if here and own in dict(layer.named_parameters()):
                     found[own] = tensors.get_tensor(name)
     for name, parameter in layer.named_parameters():
-        if name not in found or found[name].shape != parameter.shape:
+        if name not in found or found[name].shape != parameter.shape or found[name].dtype not in WHOLE:
             raise UserError(
-                f"{path}: its files have no layers.{number}.{name} of shape {tuple(parameter.shape)}, which "
+                f"{path}: its files have no layers.{number}.{name} of shape {tuple(parameter.shape)} as it is, which "
                 "draft.init_from_target.layer copies; set it to false, or take backend=hf"
             )
         parameter.copy_(found[name])

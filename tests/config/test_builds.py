@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import yaml
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
@@ -56,10 +57,23 @@ def test_model(option, target_dir, monkeypatch):
     assert len(job.draft.chosen_aux_layers(config.num_hidden_layers)) == 3
 
 
-@pytest.mark.parametrize("option", options("backend"))
-def test_backend(option, target_dir):
-    target = instantiate(job_of(f"backend={option}").backend, path=target_dir, aux_layers=None)
+def test_backend_hf(target_dir):
+    target = instantiate(job_of("backend=hf").backend, path=target_dir, aux_layers=None)
     assert target.aux_layers == [1, 3, 4]
+
+
+def test_backend_sglang(target_dir, monkeypatch):
+    """tests/sglang builds it with SGLang; here what it is asked with."""
+    asked = []
+    monkeypatch.setattr("nemo_speculative.serving.model_runner._check_version", lambda: "0.5.23")
+    monkeypatch.setattr("nemo_speculative.serving.model_runner._make_importable", lambda device: None)
+    monkeypatch.setattr("nemo_speculative.serving.model_runner._parsed", asked.extend)
+    job = job_of("backend=sglang", "data=tiny", "data.answers=given", "backend.flags=[--quantization,fp8]")
+    with pytest.raises(InstantiationException, match="not as expected from inside"):  # there is no SGLang to ask
+        instantiate(job.backend, path=target_dir, aux_layers=None)
+    said = " ".join(asked)
+    assert "--return-aux-hidden-state-layer-ids 1 3 4" in said and said.endswith("--quantization fp8")
+    assert "--max-total-tokens 16384" in said and "--dtype float32" in said
 
 
 @pytest.mark.parametrize("option", options("draft"))

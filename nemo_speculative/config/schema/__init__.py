@@ -38,6 +38,7 @@ from nemo_speculative.config.schema.model import (
     HFBackendConfig,
     ModelConfig,
     PlacementConfig,
+    SGLangBackendConfig,
     TinyModelConfig,
 )
 from nemo_speculative.config.schema.optimizer import DecayType, MuonConfig, OptimizerConfig
@@ -84,6 +85,7 @@ __all__ = [
     "PlacementConfig",
     "PruneJob",
     "Resume",
+    "SGLangBackendConfig",
     "SpeculatorsFormConfig",
     "TensorBoardConfig",
     "TinyDataConfig",

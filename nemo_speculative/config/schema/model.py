@@ -1,6 +1,6 @@
 """The target: which model, what runs it, and where it lies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
 from omegaconf import MISSING
@@ -78,6 +78,20 @@ class HFBackendConfig(BackendConfig):
     _target_: str = "nemo_speculative.targets.hf.HFTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
+
+
+@dataclass
+class SGLangBackendConfig(BackendConfig):
+    """SGLang's own kernels in this process, tensor-parallel over all ranks (needs SGLang beside the trainer)."""
+
+    _target_: str = "nemo_speculative.serving.sglang_target.SGLangTarget"
+    max_tokens: int = 16384
+    """Tokens in one forward; no document may be longer."""
+    flags: list[str] = field(default_factory=list)
+    """Further flags of SGLang's server, word by word, e.g. [--quantization, fp8, --mem-fraction-static, 0.5]."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "backend", "max_tokens")
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Leaves out torchvision's operator descriptions, see :mod:`nemo_speculative.serving.torchvision`.
+"""Leaves out torchvision's operator descriptions, see :mod:`nemo_speculative.torchvision`.
 
-Unconditional, unlike there: to find out whether they fail would import torch in every Python that starts.
+For the processes that SGLang starts, which import nothing of this package.
 """
 
 import sys

@@ -1,0 +1,132 @@
+"""The target through SGLang's ModelRunner in this process, ``backend=sglang``.
+
+Its kernels, its quantised weights and its tensor parallelism, for a target that is faster there, or that one GPU cannot
+hold: every rank of the job takes part in the forward of every rank's batch, and keeps what belongs to its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.ends import TargetEnds
+
+Place = tuple[int, int]
+"""First token of a document and the one behind its last, of a batch's rows laid end to end."""
+
+
+class SGLangTarget(TargetEnds):
+    """A frozen model that SGLang runs; embedding and head are transformers' own, on every rank whole.
+
+    Args:
+        max_tokens: in one forward; documents longer than that are refused.
+        flags: further ones of SGLang's server, such as ``--quantization``.
+
+    Raises:
+        UserError: see :class:`nemo_speculative.serving.model_runner.Runner`; or SGLang's logits are not the head's.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        aux_layers: list[int] | None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+        max_tokens: int = 16384,
+        flags: Sequence[str] = (),
+    ):
+        from nemo_speculative.serving.model_runner import Runner  # SGLang is imported for nobody else
+
+        super().__init__(path, aux_layers=aux_layers, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        trusted = ["--trust-remote-code"] if trust_remote_code else []
+        self.runner = Runner(
+            self.path, aux_layers=self.aux_layers, dtype=dtype, device=self.device, max_tokens=max_tokens,
+            flags=[*trusted, *flags],
+        )  # fmt: skip
+        self._check_head()
+
+    def supervise(self, batch: Batch) -> Supervision:
+        """Positions that belong to no document are zeros."""
+        places = _places(batch)
+        flat = batch.input_ids.flatten().tolist()
+        own = [flat[start:end] for start, end in places]
+        found = [self._extended(texts, keep=texts is own) for texts in _of_all_ranks(own)]
+        aux, hidden = next(kept for kept in found if kept is not None)
+        rows, length = batch.input_ids.shape
+        at = torch.cat([torch.arange(start, end) for start, end in places] or [torch.arange(0)]).to(aux.device)
+        return Supervision(*(_laid_out(x, at, rows, length) for x in (aux, hidden)))
+
+    def _extended(self, texts: Sequence[list[int]], keep: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """aux [N, A * h] and last hidden states [N, h] of the tokens of ``texts``; None for another rank's."""
+        made = [self.runner.extend(some) for some in _portions(texts, self.runner.max_tokens)]
+        if not keep:
+            return None
+        width, dtype = self.config.hidden_size, self.head_weight.dtype
+        empty = torch.zeros(0, width, dtype=dtype, device=self.device)
+        aux = [empty.new_zeros(0, width * len(self.aux_layers)), *(part.aux for part in made)]
+        return torch.cat(aux), torch.cat([empty, *(part.last_hidden for part in made)])
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """SGLang may scale or cap what ends up as logits in its own way."""
+        probe = [i % self.config.vocab_size for i in range(8)]
+        found = self.runner.extend([probe])
+        expected, ours = found.last_logits[0].float(), self.logits(found.last_hidden[-1]).float()
+        if not torch.allclose(expected, ours, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            raise UserError(
+                f"{self.path}: SGLang's logits are not the head applied to its last hidden state; this architecture is "
+                "not supported by backend=sglang, try backend=hf"
+            )
+
+
+def _places(batch: Batch) -> list[Place]:
+    """Its documents, without padding where the batch says what is one."""
+    length = batch.input_ids.shape[1]
+    if batch.spans:
+        return [(span.row * length + span.start, span.row * length + span.end) for span in batch.spans]
+    ends = torch.tensor(batch.document_lengths()).cumsum(0).tolist()
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _of_all_ranks(own: list[list[int]]) -> Iterator[list[list[int]]]:
+    """The documents of one rank after the other; this one's are ``own``."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield own
+        return
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    for rank, texts in enumerate(gathered):
+        yield own if rank == dist.get_rank() else texts
+
+
+def _portions(texts: Sequence[list[int]], most: int) -> Iterator[list[list[int]]]:
+    """Neighbouring texts of at most so many tokens together.
+
+    Raises:
+        UserError: one of them has more.
+    """
+    portion: list[list[int]] = []
+    for text in texts:
+        if len(text) > most:
+            raise UserError(
+                f"backend.max_tokens: a document has {len(text)} tokens, and SGLang's cache has room for {most}; raise "
+                "backend.max_tokens, or lower data.max_length"
+            )
+        if sum(map(len, portion)) + len(text) > most:
+            yield portion
+            portion = []
+        portion.append(text)
+    if portion:
+        yield portion
+
+
+def _laid_out(x: torch.Tensor, at: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """[N, w] at the places [N] of [rows * length, w], as [rows, length, w]."""
+    return x.new_zeros(rows * length, x.shape[-1]).index_copy_(0, at, x).unflatten(0, (rows, length))

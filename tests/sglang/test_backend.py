@@ -1,0 +1,82 @@
+"""backend=sglang beside backend=hf: the same supervision, alone and tensor-parallel, and the same training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sglang.conftest import ROOT
+from tests.sglang.random_run import make_runs
+
+ROUNDING = {"aux": 1e-4, "last_hidden": 1e-4}
+"""Of float32, where a number is at most some hundreds."""
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def target_dir(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("backend")
+    make_runs(root, 2, 8)
+    return root / "the target"
+
+
+def run(*command: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=ROOT, check=False
+    )
+
+
+@pytest.mark.parametrize(("ranks", "aux_layers"), [(1, [1, 3, 4]), (1, []), (2, [1, 3, 4])])
+def test_supervision_equals_that_of_transformers(target_dir, tmp_path, ranks, aux_layers):
+    done = run("-m", "tests.sglang.supervise", str(target_dir), json.dumps(aux_layers), str(tmp_path), ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(ranks):
+        for found in json.loads((tmp_path / f"{rank}.json").read_text()):
+            assert set(found) == ({"aux", "last_hidden"} if aux_layers else {"last_hidden"})
+            for name, largest in found.items():
+                print(f"{ranks} rank(s), {name}: {largest:g}")
+                assert largest <= ROUNDING[name]
+
+
+@pytest.fixture(scope="module")
+def settings(target_dir, tmp_path_factory) -> list[str]:
+    """A few steps on rows of token ids."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = (
+        {"input_ids": [(7 * n + i) % 250 for i in range(20 + n)], "loss_mask": [0] * 5 + [1] * (15 + n)}
+        for n in range(24)
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        "recipes/train_eagle3.py", "model=local", f"model.path='{target_dir}'", "data=jsonl", f"data.path={file}",
+        "data.row_tokens=64", "data.max_length=64", "trainer.max_steps=4", "trainer.global_batch_size=4",
+        "trainer.micro_batch_size=2", "trainer.log_interval=1", "trainer.val_interval=2", "draft.num_steps=3",
+        "draft.vocab_size=100", "data.held_out_share=0.2", "logger=none", "evaluation.selection_questions=1",
+        "evaluation.num_questions=2", "evaluation.max_new_tokens=8", "exporter.num_steps=3",
+    ]  # fmt: skip
+
+
+def losses(directory: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if "loss" in name} for line in lines]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_draft_trains_as_with_transformers(settings, tmp_path, ranks):
+    made = {}
+    for name, count in (("hf", 1), ("sglang", ranks)):
+        directory = tmp_path / name
+        micro = [f"trainer.micro_batch_size={2 // count}"]
+        done = run(*settings, f"backend={name}", f"output_dir={directory}", *micro, ranks=count)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made[name] = losses(directory)
+    assert made["hf"] and any(made["hf"])
+    for one, two in zip(made["hf"], made["sglang"], strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    assert "only backend=hf decodes" in done.stdout

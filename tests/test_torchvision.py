@@ -1,0 +1,30 @@
+"""A torchvision whose operators a CPU-only torch cannot describe."""
+
+import sys
+
+import pytest
+
+from nemo_speculative import torchvision
+
+
+@pytest.mark.parametrize(
+    ("versions", "left_out"),
+    [
+        ({"torch": "2.13.0+cpu", "torchvision": "0.28.0"}, True),
+        ({"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}, False),
+        ({"torch": "2.13.0+cu130", "torchvision": "0.28.0"}, False),
+        ({"torch": "2.13.0+cpu"}, False),
+    ],
+)
+def test_descriptions_are_left_out_where_they_would_fail(monkeypatch, versions, left_out):
+    def version(name):
+        if name not in versions:
+            raise torchvision.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(torchvision, "version", version)
+    # setitem first, so that whatever was there comes back in the end.
+    monkeypatch.setitem(sys.modules, torchvision.DESCRIPTIONS, object())
+    del sys.modules[torchvision.DESCRIPTIONS]
+    torchvision.make_importable()
+    assert (torchvision.DESCRIPTIONS in sys.modules) == left_out
