@@ -31,6 +31,7 @@ from benchmarks.training_step.setup import write_setup
 from benchmarks.training_step.table import machine
 from nemo_speculative.drafts import attention
 from nemo_speculative.objectives import unroll
+from nemo_speculative.targets.ends import TargetEnds
 from nemo_speculative.targets.hf import HFTarget
 
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
@@ -39,7 +40,7 @@ WARMUP = 2
 REST = "draft: projections, MLP, norms"
 PHASES: dict[str, tuple[Any, str]] = {
     "target: layers": (HFTarget, "supervise"),
-    "target: head, for the labels": (HFTarget, "logits"),
+    "target: head, for the labels": (TargetEnds, "logits"),
     "draft: attention, forward": (attention._PieceAttention, "forward"),
     "draft: attention, backward": (attention._PieceAttention, "backward"),
     "draft: head and loss, with gradients": (unroll, "head_loss"),

@@ -17,9 +17,9 @@ from nemo_speculative.drafts.blocks import block_for, rounded_width
 SHAPE_MULTIPLE = 64
 
 
-def round_up(count: int) -> int:
-    """The next multiple of 64: oneDNN builds and keeps a primitive for every shape that it meets."""
-    return -(-count // SHAPE_MULTIPLE) * SHAPE_MULTIPLE
+def round_up(count: int, multiple: int = SHAPE_MULTIPLE) -> int:
+    """The next ``multiple``: oneDNN builds and keeps a primitive for every shape that it meets."""
+    return -(-count // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from nemo_speculative.drafts.slots import Layout, Slots, round_up
 
 LABEL_CHUNK = {"cpu": 128, "cuda": 512}
 """Positions whose target logits [P, V] are alive at once."""
+LABEL_MULTIPLE = 16
+"""Their number is rounded up to it: less than other shapes, as every one of them costs V products."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,6 @@ def _chunked(label: torch.Tensor, size: int) -> tuple[torch.Tensor, list[tuple[s
     for n, (start, stop) in enumerate(pairwise(bounds)):
         length = round_up(max(stop - start, 1))
         source += [torch.arange(start, stop), torch.full((length - (stop - start),), -1)]
-        chunks.append((slice(end, end + length), slice(n * size, min((n + 1) * size, round_up(count)))))
+        chunks.append((slice(end, end + length), slice(n * size, min((n + 1) * size, round_up(count, LABEL_MULTIPLE)))))
         end += length
     return torch.cat(source), chunks
