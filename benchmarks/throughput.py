@@ -100,7 +100,7 @@ def random_target(size: Size, device: torch.device, longest: int) -> hf.HFTarget
         config.save_pretrained(folder)
         tokenizer_of_nothing().save_pretrained(folder)
         # 16 GB of weights would otherwise go to a disk and back.
-        with patch.object(hf, "_load_model", lambda *_, **__: model):
+        with patch.object(hf, "load_model", lambda *_, **__: model):
             return hf.HFTarget(Path(folder), aux_layers=None, dtype=size.dtype, device=device)
 
 
