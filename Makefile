@@ -33,11 +33,8 @@ test: $(READY)  ## the test suite, on as many processes as there are cores
 test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run
 	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang -rs $(ARGS)
 
-$(VENV_SGLANG)/.ready: pyproject.toml requirements-sglang.txt
-	$(PYTHON3) -m venv $(VENV_SGLANG)
-	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-sglang.txt
-	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 sglang==0.5.23
-	$(VENV_SGLANG)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+$(VENV_SGLANG)/.ready: pyproject.toml requirements-sglang.txt containers/install.sh
+	PYTHON3=$(PYTHON3) containers/install.sh cpu $(VENV_SGLANG)
 	touch $@
 
 lint: $(READY)  ## style and types

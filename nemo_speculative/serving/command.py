@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from nemo_speculative.checkpoints.contract import shape_of
 from nemo_speculative.checkpoints.servable import Provenance, check_whole, find_model, provenance_of, read_config
 from nemo_speculative.errors import UsageError
+from nemo_speculative.serving.versions import NEWEST, check_servable, default_version, flag, require_supported
 from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree, smallest_tree
 
 CPU_ENGINE = Path(__file__).parent / "cpu"
@@ -24,7 +25,6 @@ CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_
 """One thread: on a model that a CPU can serve, more only wait for each other.  Not compiled: that takes a C++ compiler,
 and the first answer 16 s instead of 0.3 s (embedded target, 2 cores)."""
 CPU_FLAGS = (
-    "--device", "cpu",
     # The only backends that can verify draft tokens without a GPU; they call our sgl_kernel.
     "--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx",
     "--disable-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none",
@@ -38,6 +38,8 @@ OWN_FLAGS = {
     "--speculative-draft-model-path": "--draft", "--speculative-draft-model": "--draft",
     "--speculative-num-steps": "--num-steps", "--speculative-eagle-topk": "--topk",
     "--speculative-num-draft-tokens": "--num-draft-tokens",
+    "--speculative-use-rejection-sampling": "--rejection-sampling", "--cuda-graph-max-bs": "--cuda-graph-max-bs",
+    "--cuda-graph-max-bs-decode": "--cuda-graph-max-bs",
 }  # fmt: skip
 """SGLang's flags that have an option of ours: given behind ``--`` they would be on the command twice."""
 
@@ -59,15 +61,52 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 30000
     trust_remote_code: bool = False
+    sglang_version: str = field(default_factory=default_version)
+    """The version that the command is for."""
+    cuda_graph_max_bs: int | None = None
+    """The largest batch whose decoding is captured in a CUDA graph; None is SGLang's choice."""
+    rejection_sampling: bool = False
+    """Whether drafts are sampled, and verified by their probabilities."""
     extra: tuple[str, ...] = ()
     """Flags that go to SGLang as they are."""
 
     def __post_init__(self) -> None:
+        require_supported(self.sglang_version)
         _check_speculative(self.speculative)
+        self._check_sampling()
+        graphs = self.cuda_graph_max_bs
+        _require(graphs is None or graphs >= 1, f"--cuda-graph-max-bs is {graphs}: it must be at least 1")
+        _require(
+            graphs is None or self.device != "cpu", "--cuda-graph-max-bs with --device cpu: it has none; leave it out"
+        )
         _require(self.tp_size >= 1, f"--tp-size is {self.tp_size}: it must be at least 1")
         _require(0 < self.port < 65536, f"--port is {self.port}: expected 1 to 65535")
-        for flag in (word.split("=")[0] for word in self.extra):
-            _require(flag not in OWN_FLAGS, f"{flag} stands behind --: give it as {OWN_FLAGS.get(flag)}, before the --")
+        for word in (word.split("=")[0] for word in self.extra):
+            _require(word not in OWN_FLAGS, f"{word} stands behind --: give it as {OWN_FLAGS.get(word)}, before the --")
+        serve_flags(self)  # the version has a name for each of them
+
+    def _check_sampling(self) -> None:
+        if self.rejection_sampling:
+            topk = self.speculative.topk
+            _require(topk == 1, f"--rejection-sampling is for chains, and top-k is {topk}: add --topk 1")
+            _require(self.device != "cpu", "--rejection-sampling with --device cpu: it takes the likeliest token only")
+
+    @property
+    def api_key(self) -> str | None:
+        """What SGLang is told behind ``--`` to ask every client for."""
+        given = dict(zip(self.extra, self.extra[1:], strict=False))
+        joined = (word.removeprefix("--api-key=") for word in self.extra if word.startswith("--api-key="))
+        return next(joined, given.get("--api-key"))
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a checkpoint's ``config.json`` says of how it is served."""
+
+    algorithm: str
+    """SGLang's name."""
+    shape: Any
+    provenance: Provenance
 
 
 def _require(holds: bool, message: str) -> None:
@@ -102,34 +141,54 @@ def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
             ``num_draft_tokens`` follows as steps * top-k + 1: all of the chain, or as many nodes as a full beam.
 
     Raises:
-        UserError: there is no checkpoint, its ``config.json`` is malformed, or an override contradicts it.
+        UserError: there is no checkpoint, its ``config.json`` is malformed, an override contradicts it, or the version
+            of SGLang cannot serve it.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     model = Path(os.path.abspath(find_model(path)))
     check_whole(model)
-    algorithm, remembered = _read(model)
+    remembered = read_remembered(model)
+    algorithm, provenance = remembered.algorithm, remembered.provenance
     wanted = given.pop("algorithm", algorithm)
     if wanted != algorithm:
         raise UsageError(f"--algorithm is {wanted}: {model} is a checkpoint for {algorithm}; leave it out")
-    speculative = _merge(remembered.speculative, given)
-    target = str(given.pop("target", remembered.target))
+    speculative = _merge(provenance.speculative, given)
+    target = str(given.pop("target", provenance.target))
     _require(bool(target), "--target is empty: expected a directory or a hub name")
     directory = Path(target).expanduser()
     # The stand-in kernels are only judged in float32.
-    dtype = "float32" if given.get("device") == "cpu" else remembered.target_dtype
-    return ServeOptions(
+    dtype = "float32" if given.get("device") == "cpu" else provenance.target_dtype
+    options = ServeOptions(
         draft=model,
         target=os.path.abspath(directory) if directory.is_dir() else target,
         algorithm=algorithm,
         speculative=speculative,
         **{"dtype": dtype, **given},
     )
+    check_servable(remembered.shape, options.sglang_version, "--sglang-version")
+    if options.rejection_sampling:
+        _check_whole_vocabulary(remembered.shape)
+    return options
 
 
-def _read(model: Path) -> tuple[str, Provenance]:
+def _check_whole_vocabulary(shape: Any) -> None:
+    entries = getattr(shape, "draft_vocab_size", None) or shape.vocab_size
+    _require(
+        entries == shape.vocab_size,
+        f"--rejection-sampling: the draft has {entries} of the target's {shape.vocab_size} tokens, and SGLang compares "
+        "probabilities of all of them: leave it out, or train with draft.vocab_size=full",
+    )
+
+
+def read_remembered(model: Path) -> Remembered:
+    """What the checkpoint in ``model`` remembers.
+
+    Raises:
+        UserError: its ``config.json`` is malformed.
+    """
     config, file = read_config(model), model / "config.json"
     try:
-        contract, _ = shape_of(config, file)
+        contract, shape = shape_of(config, file)
         remembered = provenance_of(config, model)
     except (AttributeError, TypeError) as error:  # a value of another type than its field has
         raise UsageError(f"{file}: malformed ({error}); expected a checkpoint written by this project") from None
@@ -140,7 +199,7 @@ def _read(model: Path) -> tuple[str, Provenance]:
     for name in ("target", "target_dtype"):
         value = getattr(remembered, name)
         _require(isinstance(value, str) and bool(value), f"{file}: malformed, {name} is {value!r}, expected a text")
-    return contract.draft.ALGORITHM, remembered
+    return Remembered(contract.draft.ALGORITHM, shape, remembered)
 
 
 def _merge(remembered: Speculative, given: dict[str, Any]) -> Speculative:
@@ -156,8 +215,16 @@ def _merge(remembered: Speculative, given: dict[str, Any]) -> Speculative:
 
 def serve_command(options: ServeOptions, python: str = "python") -> list[str]:
     """The command, word by word."""
+    return [python, "-m", "sglang.launch_server", *serve_flags(options)]
+
+
+def serve_flags(options: ServeOptions) -> list[str]:
+    """What SGLang's own parser is given.
+
+    Raises:
+        UsageError: the version of SGLang has no flag for an option.
+    """
     words = [
-        python, "-m", "sglang.launch_server",
         "--model-path", options.target,
         "--speculative-algorithm", options.algorithm,
         "--speculative-draft-model-path", str(options.draft),
@@ -172,8 +239,12 @@ def serve_command(options: ServeOptions, python: str = "python") -> list[str]:
         words += ["--tp-size", str(options.tp_size)]
     if options.trust_remote_code:
         words.append("--trust-remote-code")
+    if options.cuda_graph_max_bs is not None:
+        words += [flag("--cuda-graph-max-bs", options.sglang_version), str(options.cuda_graph_max_bs)]
+    if options.rejection_sampling:
+        words.append(flag("--rejection-sampling", options.sglang_version))
     if options.device == "cpu":
-        words += CPU_FLAGS
+        words += [flag("--device cpu", options.sglang_version), "cpu", *CPU_FLAGS]
     return [*words, *options.extra]
 
 
@@ -201,7 +272,8 @@ def sglang_command(model_dir: Path) -> str:
     Raises:
         UserError: it is not a checkpoint of this project.
     """
-    return shell_line(from_checkpoint(model_dir))
+    # Not for the version beside this Python, which trains: no flag of this line differs.
+    return shell_line(from_checkpoint(model_dir, {"sglang_version": NEWEST}))
 
 
 def sglang_installed() -> bool:

@@ -4,8 +4,6 @@ The only module that knows SGLang from inside; it is imported where ``backend=sg
 it takes for granted holds for the versions in ``VERSIONS``.
 """
 
-import contextlib
-import io
 import logging
 import os
 import socket
@@ -14,7 +12,6 @@ import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +20,8 @@ import torch.distributed as dist
 
 from nemo_speculative.errors import UserError
 from nemo_speculative.serving.command import CPU_ENGINE, CPU_ENVIRONMENT
+from nemo_speculative.serving.flags import parse_flags
+from nemo_speculative.serving.versions import installed_version
 
 VERSIONS = ("0.5.23",)
 """Those that it was run with."""
@@ -63,7 +62,7 @@ class Runner:
         own = _own_flags(path, aux_layers, dtype, device, max_tokens)
         _check_flags(own, flags)
         self.has_aux = bool(aux_layers)
-        self._runner = _as_one_line(found, lambda: _start(_parsed([*own, *flags]), device))
+        self._runner = _as_one_line(found, lambda: _start(parse_flags([*own, *flags], "backend.flags"), device))
         self.max_tokens = min(max_tokens, self._runner.max_total_num_tokens)
         self._extend = lambda texts: _as_one_line(found, lambda: self._forward(texts))
 
@@ -93,13 +92,12 @@ class Runner:
 
 
 def _check_version() -> str:
-    try:
-        found = version("sglang")
-    except PackageNotFoundError:
+    found = installed_version()
+    if found is None:
         raise UserError(
             f"backend=sglang: SGLang is not installed beside {sys.executable}; install it as docs/serving.md says, or "
             "take backend=hf"
-        ) from None
+        )
     if found not in VERSIONS:
         raise UserError(
             f"backend=sglang: SGLang {found} is installed; it is used from inside, which works with "
@@ -159,18 +157,6 @@ def _check_flags(own: Sequence[str], given: Sequence[str]) -> None:
     for flag in (word.split("=")[0] for word in given):
         if flag.startswith("--") and flag in own:
             raise UserError(f"backend.flags holds {flag}, which the backend sets itself: leave it out")
-
-
-def _parsed(flags: list[str]) -> Any:
-    from sglang.srt.server_args import prepare_server_args
-
-    said = io.StringIO()
-    try:
-        # argparse says what it does not know on stderr, below its whole usage.
-        with contextlib.redirect_stderr(said):
-            return prepare_server_args(flags)
-    except SystemExit:
-        raise UserError(f"backend.flags: SGLang refuses them: {said.getvalue().strip().splitlines()[-1]}") from None
 
 
 def _world_size() -> int:

@@ -1,30 +1,34 @@
-"""An SGLang server as a subprocess: started, waited for, stopped with all its children."""
+"""An SGLang server as a subprocess: started, waited for, tried, stopped with all its children."""
 
-import contextlib
-import os
-import signal
+import json
 import socket
-import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
-from nemo_speculative.errors import UsageError, UserError
+from nemo_speculative.errors import UsageError
+from nemo_speculative.serving.process import SGLangProcess
 
 POLL_SECONDS = 0.5
 HEALTH_SECONDS = 5.0
-STOP_SECONDS = 20.0
-LAST_LINES = 30
+SMOKE = {
+    # Ids that every vocabulary has, and an answer that neither a stop token nor the prefill alone can end.
+    "input_ids": [1, 2, 3, 4],
+    "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
+}
 
 
-class ServerError(UserError):
-    """A server that did not come up, or went down by itself; :attr:`log_tail` says why."""
+@dataclass(frozen=True)
+class Smoke:
+    """What the first answer of a server took."""
 
-    def __init__(self, message: str, log_tail: str):
-        super().__init__(message)
-        self.log_tail = log_tail
+    tokens: int
+    verifications: int
 
 
 def require_free(host: str, port: int) -> None:
@@ -43,7 +47,7 @@ def require_free(host: str, port: int) -> None:
         raise UsageError(f"--host {host} --port {port}: cannot listen there ({error}); choose another --port") from None
 
 
-class Server:
+class Server(SGLangProcess):
     """A started server; leaving the ``with`` block ends it and every process that it started.
 
     Args:
@@ -54,24 +58,10 @@ class Server:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], host: str, port: int, log: Path):
-        self.log, self.url = log, f"http://{_reachable(host)}:{port}"
+        self.url = f"http://{_reachable(host)}:{port}"
         # Past the proxy of the environment: the server is on this machine.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group of its own, so that all of it can be ended
-            )
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        super().__init__(command, environment, log)
 
     def wait_until_healthy(self, timeout: float) -> None:
         """Returns when ``/health`` answers.
@@ -82,10 +72,27 @@ class Server:
         deadline = time.monotonic() + timeout
         while not self._healthy():
             if self._process.poll() is not None:
-                raise self._ended("before it was ready")
+                raise self.ended("before it was ready")
             if time.monotonic() > deadline:
-                raise ServerError(f"SGLang was not ready after {timeout:g} s; its log is {self.log}", self._tail())
+                raise self.failed(f"SGLang was not ready after {timeout:g} s")
             time.sleep(POLL_SECONDS)
+
+    def smoke(self, timeout: float, api_key: str | None = None) -> Smoke:
+        """Asks for a few tokens: a server can be healthy and have no part for the draft.
+
+        Raises:
+            ServerError: none came within ``timeout`` seconds, or no draft was verified for them.
+        """
+        try:
+            info = self._generate(timeout, api_key)["meta_info"]
+            found = Smoke(info["completion_tokens"], info.get("spec_verify_ct", 0))
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+            raise self.failed(f"SGLang is up but does not answer /generate ({_reason(error)})") from None
+        if found.tokens < 1:
+            raise self.failed("SGLang is up but answers with no token")
+        if found.verifications < 1:
+            raise self.failed(f"SGLang answered with {found.tokens} tokens and verified no draft: it serves without it")
+        return found
 
     def wait(self) -> None:
         """Returns never: raises when the server goes down by itself.
@@ -94,7 +101,7 @@ class Server:
             ServerError: it did.
         """
         self._process.wait()
-        raise self._ended("while it served")
+        raise self.ended("while it served")
 
     def _healthy(self) -> bool:
         try:
@@ -103,23 +110,15 @@ class Server:
         except (OSError, urllib.error.URLError):
             return False
 
-    def _ended(self, when: str) -> ServerError:
-        return ServerError(
-            f"SGLang ended with code {self._process.returncode} {when}; its log is {self.log}", self._tail()
-        )
+    def _generate(self, timeout: float, api_key: str | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        request = urllib.request.Request(f"{self.url}/generate", json.dumps(SMOKE).encode(), headers)
+        with self._opener.open(request, timeout=timeout) as answer:
+            return json.load(answer)
 
-    def _tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LAST_LINES:])
 
-    def stop(self) -> None:
-        """Asks the server to end, which ends its children; then ends whatever of its process group is left."""
-        # Not the group: SGLang takes a child that goes down before it for a crash, and looks into it for seconds.
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _reachable(host: str) -> str:

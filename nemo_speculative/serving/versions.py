@@ -1,10 +1,12 @@
-"""What each version of SGLang can serve (read in 0.5.9, 0.5.14, 0.5.17 and 0.5.23)."""
+"""What each version of SGLang can serve, and what it calls it (read in 0.5.9, 0.5.13, 0.5.14, 0.5.17 and 0.5.23)."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import UsageError, UserError
 
-NEWEST = "0.5.23"
+OLDEST, NEWEST = "0.5.9", "0.5.23"
+EXPORTER_KEY = "exporter.sglang_version"
 SINCE = {
     "fc_norm": "0.5.14",
     "norm_output": "0.5.14",
@@ -12,10 +14,55 @@ SINCE = {
 }
 """The first version that was read to apply a switch of the draft."""
 SEVERAL_LAYERS = "0.5.14"
+FLAGS = {
+    "--cuda-graph-max-bs": {"0.5.9": "--cuda-graph-max-bs", "0.5.14": "--cuda-graph-max-bs-decode"},
+    "--rejection-sampling": {"0.5.14": "--speculative-use-rejection-sampling"},
+    # Our CPU kernels stand in for those of this version.
+    "--device cpu": {"0.5.23": "--device"},
+}
+"""What SGLang calls an option of ours, by the first version that does."""
 
 
-def check_servable(shape: Any, version: str) -> None:
-    """Refuses a draft that SGLang ``version`` would serve wrongly, or not at all.
+def flag(option: str, sglang: str) -> str:
+    """SGLang's name for one of :data:`FLAGS` in version ``sglang``.
+
+    Raises:
+        UsageError: it has none yet.
+    """
+    known = [name for since, name in FLAGS[option].items() if parse_version(since) <= parse_version(sglang)]
+    if not known:
+        raise UsageError(f"{option} takes SGLang {next(iter(FLAGS[option]))} or later, and this is for {sglang}")
+    return known[-1]
+
+
+def installed_version() -> str | None:
+    """The version of the SGLang beside this Python; None: there is none."""
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return None
+
+
+def default_version() -> str:
+    """The installed version, else the newest that is known."""
+    return installed_version() or NEWEST
+
+
+def require_supported(sglang: str) -> None:
+    """Refuses a version that was never read.
+
+    Raises:
+        UsageError: it is.
+    """
+    if not parse_version(OLDEST) <= parse_version(sglang, "--sglang-version") <= parse_version(NEWEST):
+        raise UsageError(
+            f"SGLang {sglang} is not supported, only {OLDEST} to {NEWEST}: install one of these, or name the one that "
+            "will serve with --sglang-version"
+        )
+
+
+def check_servable(shape: Any, sglang: str, key: str = EXPORTER_KEY) -> None:
+    """Refuses a draft that SGLang ``sglang`` would serve wrongly, or not at all; ``key`` is where that was given.
 
     Raises:
         UserError: naming the key and the version that could.
@@ -23,11 +70,11 @@ def check_servable(shape: Any, version: str) -> None:
     needs = [(f"draft.{name}=true", since) for name, since in SINCE.items() if getattr(shape, name, False)]
     if shape.num_layers > 1 and hasattr(shape, "aux_layers"):
         needs.append((f"draft.num_layers={shape.num_layers}", SEVERAL_LAYERS))
-    for key, since in needs:
-        if parse_version(version) < parse_version(since):
+    for switch, since in needs:
+        if parse_version(sglang, key) < parse_version(since):
             raise UserError(
-                f"{key} cannot be served by SGLang {version}; {since} and later can: change exporter.sglang_version "
-                f"to the version that will serve it, or {key.split('=')[0]}"
+                f"{switch} cannot be served by SGLang {sglang}; {since} and later can: set {key} to the version that "
+                f"will serve it, or train with another {switch.split('=')[0]}"
             )
     if getattr(shape, "fc_width", 0) == shape.hidden_size:
         raise UserError(
@@ -42,13 +89,13 @@ def check_servable(shape: Any, version: str) -> None:
         )
 
 
-def parse_version(version: str) -> tuple[int, ...]:
-    """``0.5.23`` as numbers.
+def parse_version(sglang: str, key: str = EXPORTER_KEY) -> tuple[int, ...]:
+    """``0.5.23`` as numbers; ``key`` is where it was given.
 
     Raises:
         UserError: it is no version.
     """
     try:
-        return tuple(int(part) for part in version.split(".")[:3])
+        return tuple(int(part) for part in sglang.split(".")[:3])
     except ValueError:
-        raise UserError(f"exporter.sglang_version is {version!r}: expected one such as {NEWEST}") from None
+        raise UserError(f"{key} is {sglang!r}: expected one such as {NEWEST}") from None

@@ -67,7 +67,7 @@ def test_backend_sglang(target_dir, monkeypatch):
     asked = []
     monkeypatch.setattr("nemo_speculative.serving.model_runner._check_version", lambda: "0.5.23")
     monkeypatch.setattr("nemo_speculative.serving.model_runner._make_importable", lambda device: None)
-    monkeypatch.setattr("nemo_speculative.serving.model_runner._parsed", asked.extend)
+    monkeypatch.setattr("nemo_speculative.serving.model_runner.parse_flags", lambda flags, _: asked.extend(flags))
     job = job_of("backend=sglang", "data=tiny", "data.answers=given", "backend.flags=[--quantization,fp8]")
     with pytest.raises(InstantiationException, match="not as expected from inside"):  # there is no SGLang to ask
         instantiate(job.backend, path=target_dir, aux_layers=None)

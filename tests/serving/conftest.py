@@ -2,17 +2,26 @@
 
 import json
 import os
+import socket
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
+from nemo_speculative.data.vocabulary import DraftVocabulary
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.targets.ends import target_fingerprint
 
+FAKE_VERSION = "0.5.23"
 FAKE_SERVER = """
-import os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 print("fake SGLang:", *sys.argv[1:], flush=True)
@@ -34,25 +43,125 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200 if self.path == "/health" and Handler.asked > 2 else 503)
         self.end_headers()
 
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        print("asked", self.path, self.headers.get("Authorization"), flush=True)
+        tokens = asked["sampling_params"]["max_new_tokens"]
+        info = {
+            "serve": {"completion_tokens": tokens, "spec_verify_ct": 3},
+            "no_draft": {"completion_tokens": tokens},
+            "no_tokens": {"completion_tokens": 0, "spec_verify_ct": 1},
+        }
+        self.send_response(200 if behaviour in info else 500)
+        self.end_headers()
+        self.wfile.write(json.dumps({"text": "", "meta_info": info.get(behaviour)}).encode())
+
 
 host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
 HTTPServer((host, int(port)), Handler).serve_forever()
 """
+FAKE_ENGINE = """
+import os, signal
+
+
+class Tokenizer:
+    chat_template, name_or_path = "{{ messages }}", "fake"
+
+    def apply_chat_template(self, messages, **options):
+        assert options["add_generation_prompt"]
+        if messages[0]["content"] == "forbidden":
+            raise ValueError("not a word of this")
+        return {"input_ids": [len(message["content"]) for message in messages]}
+
+
+class Manager:
+    tokenizer = Tokenizer()
+
+
+class Engine:
+    tokenizer_manager = Manager()
+
+    def __init__(self, server_args):
+        print("fake engine:", server_args, flush=True)
+        if os.environ.get("FAKE_SGLANG") == "die":  # as SGLang does when a part of it fails
+            print("CUDA error: out of memory", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("FAKE_SGLANG") == "hang":
+            signal.pause()
+
+    def generate(self, input_ids, sampling_params):
+        tokens = sampling_params["max_new_tokens"]
+        info = {"completion_tokens": tokens} | ({"spec_verify_ct": 4} if tokens > 1 else {})
+        return {"text": f"answer to {input_ids} at {sampling_params['temperature']}", "meta_info": info}
+
+    def shutdown(self):
+        print("shut down", flush=True)
+"""
+FAKE_PARSER = """
+import argparse
+
+
+def prepare_server_args(flags):
+    parser = argparse.ArgumentParser(prog="sglang serve")
+    for name in ("model-path", "speculative-algorithm", "speculative-draft-model-path", "dtype", "host", "device"):
+        parser.add_argument(f"--{name}")
+    for name in ("num-steps", "eagle-topk", "num-draft-tokens"):
+        parser.add_argument(f"--speculative-{name}", type=int)
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--tp-size", type=int, default=1)
+    for name in ("trust-remote-code", "disable-cuda-graph", "skip-server-warmup"):
+        parser.add_argument(f"--{name}", action="store_true")
+    for name in ("prefill-attention-backend", "decode-attention-backend", "grammar-backend", "mem-fraction-static"):
+        parser.add_argument(f"--{name}")
+    for name in ("max-total-tokens", "max-running-requests"):
+        parser.add_argument(f"--{name}")
+    return parser.parse_args(flags)
+"""
+
+
+SHAPE = Eagle3Shape(hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=1, head_dim=4, rms_norm_eps=1e-6,
+                    max_positions=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+                    vocab_size=16, draft_vocab_size=16, aux_layers=(1, 3, 4), target_hidden_size=8)  # fmt: skip
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run directory, with a space in its path, whose only checkpoint is the best one."""
-    shape = Eagle3Shape(hidden_size=8, intermediate_size=8, num_heads=2, num_kv_heads=1, head_dim=4, rms_norm_eps=1e-6,
-                        max_positions=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-                        vocab_size=16, draft_vocab_size=16, aux_layers=(1, 3, 4), target_hidden_size=8)  # fmt: skip
-    provenance = Provenance("org/target", "0" * 16, "bfloat16", Speculative(5, 1, 6), step=3)
     run = tmp_path / "my run"
-    step = run / "checkpoints" / "step_3"
-    ids = {"bos_token_id": 0, "eos_token_id": 1}
-    write_servable(step / "model", Eagle3Draft, Eagle3Draft(shape).state_dict(), shape, provenance, torch.float32, ids)
-    (step.parent / "best").symlink_to(step.name)
+    _write(run, SHAPE, "0" * 16)
+    (run / "checkpoints" / "best").symlink_to("step_3")
     return run
+
+
+def _write(run: Path, shape: Eagle3Shape, fingerprint: str) -> None:
+    provenance = Provenance("org/target", fingerprint, "bfloat16", Speculative(5, 1, 6), step=3)
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    draft = Eagle3Draft(shape)
+    if shape.draft_vocab_size:
+        draft.use_vocabulary(DraftVocabulary(torch.arange(shape.draft_vocab_size), shape.vocab_size, coverage=1.0))
+    model = run / "checkpoints" / "step_3" / "model"
+    write_servable(model, Eagle3Draft, draft.state_dict(), shape, provenance, torch.float32, ids)
+
+
+@pytest.fixture
+def write_draft(run_dir: Path) -> Callable[..., None]:
+    """Puts a draft of another shape into the run, trained for the target of this ``fingerprint``."""
+
+    def write(fingerprint: str = "0" * 16, **changed: Any) -> None:
+        _write(run_dir, replace(SHAPE, **changed), fingerprint)
+
+    return write
+
+
+@pytest.fixture
+def target(tmp_path: Path, write_draft: Callable[..., None]) -> Path:
+    """A directory, with a space in its path, of the model that the run's draft was trained for."""
+    path = tmp_path / "a target"
+    LlamaConfig(vocab_size=SHAPE.vocab_size, hidden_size=SHAPE.hidden_size, intermediate_size=8, num_hidden_layers=6,
+                num_attention_heads=2, num_key_value_heads=1).save_pretrained(path)  # fmt: skip
+    save_file({"weights": torch.ones(4)}, path / "model.safetensors")
+    write_draft(target_fingerprint(path))
+    return path
 
 
 @pytest.fixture
@@ -77,10 +186,23 @@ def edit_config(model_dir: Path) -> Callable[[Callable[[dict], None]], None]:
 def fake_sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package ``sglang`` on the path of this process and of those that it starts."""
     package = tmp_path / "site" / "sglang"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
+    (package / "srt").mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_ENGINE)
     (package / "launch_server.py").write_text(FAKE_SERVER)
+    (package / "srt" / "server_args.py").write_text(FAKE_PARSER)
+    metadata = package.with_name(f"sglang-{FAKE_VERSION}.dist-info") / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Name: sglang\nVersion: {FAKE_VERSION}\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "sglang"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(package.parent))
     path = os.pathsep.join(filter(None, (str(package.parent), os.environ.get("PYTHONPATH"))))
     monkeypatch.setenv("PYTHONPATH", path)
     return package
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

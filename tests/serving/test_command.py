@@ -11,7 +11,7 @@ import pytest
 
 from nemo_speculative.errors import UsageError
 from nemo_speculative.serve_sglang import main
-from nemo_speculative.serving import command
+from nemo_speculative.serving import command, versions
 from nemo_speculative.serving.command import CPU_ENGINE, from_checkpoint, serve_command, sglang_command
 
 
@@ -98,12 +98,80 @@ def test_what_stands_behind_two_dashes_goes_to_sglang(capsys, run_dir):
     assert printed(capsys, "--draft", str(run_dir), "--", *behind)[-5:] == behind
 
 
-def test_an_existing_target_directory_is_printed_absolute(capsys, run_dir, tmp_path, monkeypatch):
-    (tmp_path / "a target").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert value(printed(capsys, "--draft", str(run_dir), "--target", "a target"), "--model-path") == str(
-        tmp_path / "a target"
-    )
+def test_an_existing_target_directory_is_printed_absolute(capsys, run_dir, target, monkeypatch):
+    monkeypatch.chdir(target.parent)
+    words = printed(capsys, "--draft", str(run_dir), "--target", target.name)
+    assert value(words, "--model-path") == str(target)
+
+
+@pytest.mark.parametrize(
+    ("version", "graphs"), [("0.5.9", "--cuda-graph-max-bs"), ("0.5.13.post1", "--cuda-graph-max-bs"),
+                            ("0.5.14", "--cuda-graph-max-bs-decode"), ("0.5.23", "--cuda-graph-max-bs-decode")]
+)  # fmt: skip
+def test_a_flag_has_the_name_that_the_version_knows(capsys, run_dir, version, graphs):
+    words = printed(capsys, "--draft", str(run_dir), "--sglang-version", version, "--cuda-graph-max-bs", "16")
+    assert value(words, graphs) == "16"
+
+
+def test_drafts_are_sampled_where_the_version_can(capsys, run_dir):
+    given = ["--draft", str(run_dir), "--rejection-sampling"]
+    assert "--speculative-use-rejection-sampling" in printed(capsys, *given, "--sglang-version", "0.5.14")
+    assert "--rejection-sampling takes SGLang 0.5.14 or later" in refused(capsys, *given, "--sglang-version", "0.5.13")
+    assert "add --topk 1" in refused(capsys, *given, "--topk", "2")
+    assert "--device cpu" in refused(capsys, *given, "--device", "cpu")
+
+
+def test_drafts_of_part_of_the_vocabulary_cannot_be_sampled(capsys, run_dir, write_draft):
+    write_draft(draft_vocab_size=12)
+    said = refused(capsys, "--draft", str(run_dir), "--rejection-sampling")
+    assert "12 of the target's 16 tokens" in said and "draft.vocab_size=full" in said
+    write_draft(draft_vocab_size=None)  # the target's own head
+    assert "--speculative-use-rejection-sampling" in printed(capsys, "--draft", str(run_dir), "--rejection-sampling")
+
+
+@pytest.mark.parametrize(
+    ("changed", "version", "named"),
+    [
+        ({"fc_norm": True}, "0.5.13", "draft.fc_norm=true cannot be served by SGLang 0.5.13; 0.5.14 and later can"),
+        ({"norm_before_fc": True}, "0.5.14", "draft.norm_before_fc=true cannot be served by SGLang 0.5.14"),
+        ({"num_layers": 2}, "0.5.9", "draft.num_layers=2 cannot be served by SGLang 0.5.9"),
+    ],
+)
+def test_a_draft_that_the_version_cannot_serve_is_refused(capsys, run_dir, write_draft, changed, version, named):
+    write_draft(**changed)
+    said = refused(capsys, "--draft", str(run_dir), "--print-only", "--sglang-version", version)
+    assert named in said and "set --sglang-version" in said
+    printed(capsys, "--draft", str(run_dir), "--sglang-version", "0.5.17")
+
+
+@pytest.mark.parametrize(
+    ("version", "named"),
+    [("0.5.8", "SGLang 0.5.8 is not supported, only 0.5.9 to 0.5.23"), ("0.5.24", "0.5.24 is not supported"),
+     ("1.0.0", "1.0.0 is not supported"), ("latest", "--sglang-version is 'latest'")],
+)  # fmt: skip
+def test_an_unsupported_version_is_refused(capsys, run_dir, version, named):
+    assert named in refused(capsys, "--draft", str(run_dir), "--print-only", "--sglang-version", version)
+
+
+def test_the_installed_version_is_meant(capsys, run_dir, fake_sglang, monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda name: "0.5.9")
+    words = printed(capsys, "--draft", str(run_dir), "--cuda-graph-max-bs", "16")
+    assert value(words, "--cuda-graph-max-bs") == "16"
+    monkeypatch.setattr(versions, "version", lambda name: "0.5.8")
+    assert "SGLang 0.5.8 is not supported" in refused(capsys, "--draft", str(run_dir))
+
+
+def test_the_trainers_line_does_not_depend_on_what_is_installed(model_dir, monkeypatch):
+    line = sglang_command(model_dir)
+    monkeypatch.setattr(versions, "version", lambda name: "0.5.8")
+    assert sglang_command(model_dir) == line
+
+
+def test_another_version_than_the_installed_one_is_only_printed(capsys, run_dir, fake_sglang):
+    given = ["--draft", str(run_dir), "--sglang-version", "0.5.14"]
+    assert "0.5.23 is installed here" in refused(capsys, *given)
+    assert "0.5.23 is installed here" in refused(capsys, *given, "--dry-run")
+    printed(capsys, *given)
 
 
 def test_the_cpu_line_brings_its_environment(capsys, run_dir, monkeypatch):
@@ -153,6 +221,14 @@ def test_the_command_needs_neither_hydra_nor_torchtitan_nor_sglang(model_dir):
         (["--target", ""], "--target is empty"),
         (["--num-steps", "many"], "--num-steps"),
         (["--dtype", "int8"], "int8"),
+        (["--cuda-graph-max-bs", "0"], "--cuda-graph-max-bs is 0"),
+        (["--cuda-graph-max-bs", "4", "--device", "cpu"], "--device cpu"),
+        (["--device", "cpu", "--sglang-version", "0.5.22", "--print-only"], "--device cpu takes SGLang 0.5.23"),
+        (["--print-only", "--dry-run"], "not allowed with"),
+        (["--print-only", "--prompt", "hello"], "not allowed with"),
+        (["--max-new-tokens", "4"], "beside --prompt"),
+        (["--prompt", "hello", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--", "--cuda-graph-max-bs", "4"], "--cuda-graph-max-bs stands behind --"),
         (["--unknown"], "--unknown"),
         (["--", "--port", "4"], "--port stands behind --"),
         (["--", "--speculative-algorithm=EAGLE"], "--speculative-algorithm stands behind --"),
@@ -237,7 +313,6 @@ def test_weights_that_are_cut_off_are_refused_before_anything_starts(capsys, mod
     assert "model.safetensors: cut off" in refused(capsys, "--draft", str(model_dir), "--print-only")
 
 
-def test_no_accelerator_is_said_before_sglang_says_it(capsys, run_dir, tmp_path, fake_sglang, monkeypatch):
+def test_no_accelerator_is_said_before_sglang_says_it(capsys, run_dir, fake_sglang, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    (tmp_path / "target").mkdir()
-    assert "add --device cpu" in refused(capsys, "--draft", str(run_dir), "--target", str(tmp_path / "target"))
+    assert "add --device cpu" in refused(capsys, "--draft", str(run_dir))

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ import pytest
 from nemo_speculative.errors import UsageError
 from nemo_speculative.serve_sglang import main
 from nemo_speculative.serving.command import from_checkpoint, serve_command
-from nemo_speculative.serving.server import Server, ServerError, require_free
+from nemo_speculative.serving.process import ServerError
+from nemo_speculative.serving.server import Server, require_free
 
 pytestmark = pytest.mark.usefixtures("fake_sglang")
 
@@ -22,13 +22,6 @@ pytestmark = pytest.mark.usefixtures("fake_sglang")
 @pytest.fixture
 def options(run_dir, free_port):
     return from_checkpoint(run_dir, {"port": free_port})
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -106,6 +99,49 @@ def test_a_signal_ends_program_and_server(run_dir, free_port, number):
         process.send_signal(number)
         assert process.wait(30) == 0
     assert eventually(lambda: gone(child))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [
+        ("no_draft", "answered with 8 tokens and verified no draft"),
+        ("no_tokens", "answers with no token"),
+        ("crash", "does not answer /generate (HTTPError: HTTP Error 500"),
+    ],
+)
+def test_a_server_that_does_not_speculate_is_ended(capsys, run_dir, free_port, monkeypatch, tmp_path, behaviour, said):
+    monkeypatch.setenv("FAKE_SGLANG", behaviour)
+    log = tmp_path / "sglang.log"
+    given = ["--draft", str(run_dir), "--device", "cpu", "--port", str(free_port), "--log", str(log)]
+    assert main([*given, "--timeout", "60"]) == 1
+    *shown, last = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("asked /generate") for line in shown)
+    assert last.startswith("error: ") and said in last and last.endswith(f"its log is {log}")
+    assert eventually(lambda: gone(child_of(log)))
+    require_free("127.0.0.1", free_port)
+
+
+def test_the_first_answer_is_asked_for_with_the_servers_key(server, tmp_path):
+    server.wait_until_healthy(30)
+    first = server.smoke(30, "s3cret")
+    assert (first.tokens, first.verifications) == (8, 3)
+    assert "asked /generate Bearer s3cret" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("extra", [("--api-key", "s3cret"), ("--api-key=s3cret",), ("--x", "y", "--api-key", "s3cret")])
+def test_the_key_is_what_the_server_is_told(run_dir, extra):
+    assert from_checkpoint(run_dir, {"extra": extra}).api_key == "s3cret"
+    assert from_checkpoint(run_dir, {"extra": ("--x", "s3cret")}).api_key is None
+
+
+@pytest.mark.parametrize("name", ["no such folder/log", ".", "pipe"])
+def test_a_log_that_cannot_be_written_or_read_back_is_refused(capsys, run_dir, free_port, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    given = ["--draft", str(run_dir), "--device", "cpu", "--port", str(free_port)]
+    assert main([*given, "--log", str(tmp_path / name)]) == 2
+    os.close(reader)
+    assert f"error: --log {tmp_path / name}" in capsys.readouterr().err
 
 
 def test_an_address_of_another_machine_is_refused():

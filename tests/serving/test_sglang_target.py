@@ -114,16 +114,13 @@ def make_runner(target_dir, *flags):
 
 @pytest.mark.parametrize("installed", ["0.5.17", "0.5.24", "0.6.0"])
 def test_a_version_that_was_never_run_is_refused(target_dir, monkeypatch, installed):
-    monkeypatch.setattr(model_runner, "version", lambda name: installed)
+    monkeypatch.setattr(model_runner, "installed_version", lambda: installed)
     with pytest.raises(UserError, match=rf"SGLang {installed} is installed.*works with 0\.5\.23"):
         make_runner(target_dir)
 
 
 def test_without_sglang_it_is_one_line(target_dir, monkeypatch):
-    def missing(name):
-        raise model_runner.PackageNotFoundError(name)
-
-    monkeypatch.setattr(model_runner, "version", missing)
+    monkeypatch.setattr(model_runner, "installed_version", lambda: None)
     with pytest.raises(UserError, match="SGLang is not installed beside"):
         make_runner(target_dir)
 
@@ -137,7 +134,7 @@ def sglang(monkeypatch):
         parser.add_argument("--quantization")
         return parser.parse_args(flags[flags.index("0.3") + 1 :])  # behind the last one that the backend sets
 
-    monkeypatch.setattr(model_runner, "version", lambda name: model_runner.VERSIONS[-1])
+    monkeypatch.setattr(model_runner, "installed_version", lambda: model_runner.VERSIONS[-1])
     monkeypatch.setattr(model_runner, "_make_importable", lambda device: None)
     for name in ("sglang", "sglang.srt", "sglang.srt.server_args"):
         module = ModuleType(name)
@@ -151,11 +148,11 @@ def sglang(monkeypatch):
     [
         (["--model-path", "x"], "--model-path, which the backend sets itself"),
         (["--tp-size=2"], "--tp-size, which"),
-        (["--quantisation", "fp8"], "refuses them: .*unrecognized arguments: --quantisation fp8"),
+        (["--quantisation", "fp8"], "SGLang refuses backend.flags: .*unrecognized arguments: --quantisation fp8"),
     ],
 )
 def test_flags_that_cannot_be_passed_on_are_refused(target_dir, sglang, flags, said):
-    with pytest.raises(UserError, match=rf"backend\.flags.*{said}"):
+    with pytest.raises(UserError, match=said):
         make_runner(target_dir, *flags)
 
 

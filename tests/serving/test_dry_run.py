@@ -1,0 +1,44 @@
+"""What SGLang's parser understands, with a small one in its place."""
+
+import sys
+
+import pytest
+
+from nemo_speculative.serve_sglang import main
+
+pytestmark = pytest.mark.usefixtures("fake_sglang")
+
+
+def run(capsys, *given: str) -> tuple[int, str, str]:
+    return main(["--dry-run", *given]), *capsys.readouterr()
+
+
+def test_the_settings_are_shown_as_they_are_understood(capsys, run_dir, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("started")
+
+    monkeypatch.setattr("subprocess.Popen", forbidden)
+    code, out, err = run(capsys, "--draft", str(run_dir), "--num-steps", "3", "--topk", "2")
+    assert (code, err) == (0, "")
+    understood = dict(line.split(maxsplit=1) for line in out.splitlines()[1:])
+    assert understood["speculative_algorithm"] == "EAGLE3"
+    assert understood["speculative_num_steps"] == "3" and understood["speculative_num_draft_tokens"] == "7"
+    assert understood["speculative_draft_model_path"].startswith(str(run_dir))
+
+
+def test_a_flag_that_sglang_does_not_know_is_one_line(capsys, run_dir):
+    code, out, err = run(capsys, "--draft", str(run_dir), "--", "--nonsense", "4")
+    assert (code, out) == (2, "")
+    assert err == ("error: SGLang refuses the command: sglang serve: error: unrecognized arguments: --nonsense 4\n")
+
+
+def test_a_flag_that_is_taken_for_another_is_noticed(capsys, run_dir):
+    """argparse completes abbreviations, and the last one counts."""
+    code, _, err = run(capsys, "--draft", str(run_dir), "--", "--speculative-num-st", "9")
+    assert code == 2 and "reads speculative_num_steps as 9, and 5 was meant" in err
+
+
+def test_an_sglang_that_cannot_be_imported_is_one_line(capsys, run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sglang.srt.server_args", None)
+    code, _, err = run(capsys, "--draft", str(run_dir))
+    assert code == 2 and err.startswith("error: SGLang cannot be imported (") and err.count("\n") == 1

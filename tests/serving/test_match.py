@@ -1,0 +1,86 @@
+"""A target directory that is not the model that the draft was trained for is refused before anything starts."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
+from nemo_speculative.drafts.eagle import EagleDraft, EagleShape
+from nemo_speculative.serve_sglang import main
+from nemo_speculative.targets.ends import target_fingerprint
+from tests.serving.conftest import SHAPE
+
+
+@pytest.fixture
+def printed(capsys, run_dir, target):
+    """The exit code of --print-only beside ``target``, and what was said."""
+
+    def run(*given: str) -> tuple[int, str]:
+        code = main(["--draft", str(run_dir), "--target", str(target), "--print-only", *given])
+        out, err = capsys.readouterr()
+        assert (out if code else err) == ""
+        assert (out + err).count("\n") == 1
+        return code, out + err
+
+    return run
+
+
+@pytest.fixture
+def edit_target(target):
+    def edit(**changed) -> None:
+        file = target / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+    return edit
+
+
+def test_the_model_that_it_was_trained_for(printed):
+    assert printed()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"hidden_size": 12}, "hidden_size is 12, expected 8"),
+        ({"vocab_size": 24}, "vocab_size is 24, expected 16"),
+        # Layer 4 is the last that is read, and SGLang captures it at the entry of the next one.
+        ({"num_hidden_layers": 5}, "num_hidden_layers is 5, expected at least 6"),
+        ({"hidden_size": 12, "vocab_size": 24}, "hidden_size is 12, expected 8; vocab_size is 24, expected 16"),
+    ],
+)
+def test_a_model_of_another_shape_is_refused(printed, edit_target, target, changed, named):
+    edit_target(**changed)
+    for given in ((), ("--target-variant",)):
+        code, said = printed(*given)
+        assert code == 2 and named in said and f"--target {target}" in said and "remembered as org/target" in said
+
+
+def test_other_weights_are_refused_unless_they_are_a_copy(printed, target):
+    save_file({"weights": torch.zeros(4)}, target / "model.safetensors")
+    code, said = printed()
+    assert code == 2 and "fingerprint" in said and "--target-variant" in said
+    assert printed("--target-variant")[0] == 0
+
+
+def test_another_architecture_of_the_same_shape_is_refused(printed, edit_target):
+    edit_target(model_type="mistral", architectures=["MistralForCausalLM"])
+    code, said = printed()
+    assert code == 2 and "fingerprint" in said
+
+
+def test_an_eagle1_draft_reads_no_aux_layers(printed, edit_target, model_dir, target):
+    edit_target(num_hidden_layers=1)
+    shape = EagleShape(**{field.name: getattr(SHAPE, field.name) for field in fields(EagleShape)})
+    provenance = Provenance("org/target", target_fingerprint(target), "bfloat16", Speculative(5, 1, 6), step=3)
+    write_servable(model_dir, EagleDraft, EagleDraft(shape).state_dict(), shape, provenance, torch.float32, {})
+    code, said = printed()
+    assert code == 0 and "--speculative-algorithm EAGLE " in said
+
+
+def test_a_directory_that_holds_no_model_is_refused(printed, target):
+    (target / "config.json").unlink()
+    code, said = printed()
+    assert code == 2 and f"{target}: not a usable model configuration" in said
