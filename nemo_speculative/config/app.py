@@ -40,8 +40,8 @@ expressions.register()
 def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
     """Turns ``main(job)`` into a program whose command line is ``conf/<config_name>.yaml`` and overrides of it.
 
-    ``job`` is the validated dataclass of the root schema.  In a multirun each job writes to a directory of its own,
-    ``<output_dir>/<number>``.
+    ``job`` is the validated dataclass of the root schema.  In a multirun each job with an ``output_dir`` writes to
+    one of its own, ``<output_dir>/<number>``.
     """
 
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
@@ -75,7 +75,7 @@ def to_job(config: DictConfig) -> Any:
         UserError: a mandatory key is missing, a key was added that the schema lacks, or two keys contradict each other.
     """
     _check_no_added_keys(config, "")
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if "output_dir" in config and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         with open_dict(config):
             config.output_dir = f"{config.output_dir}/{HydraConfig.get().job.num}"
     try:

@@ -29,6 +29,8 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("logger", "tensorboard"): schema.TensorBoardConfig,
     ("logger", "wandb"): schema.WandbConfig,
     ("evaluation", "default"): schema.EvaluationConfig,
+    ("suite", "jsonl"): schema.SuiteConfig,
+    ("server", "sglang"): schema.ServerConfig,
     ("form", "sglang"): schema.FormConfig,
     ("form", "speculators"): schema.SpeculatorsFormConfig,
     ("form", "transformers"): schema.TransformersFormConfig,
@@ -45,5 +47,6 @@ def register() -> None:
         store.store(group=f"schema/{group}", name=name, node=node, package=PACKAGES.get(group, group))
     store.store(name="train_job", node=schema.TrainJob)
     store.store(name="evaluate_job", node=schema.EvaluateJob)
+    store.store(name="benchmark_job", node=schema.BenchmarkJob)
     store.store(name="prune_job", node=schema.PruneJob)
     store.store(name="convert_job", node=schema.ConvertJob)

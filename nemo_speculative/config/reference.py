@@ -23,10 +23,11 @@ the composed configuration, `plan=true` what it would do.  An unknown key, a wro
 line and exit code 1.  The values below are the schema's; an option's YAML may set others, which `--cfg job` shows.
 """
 ROOTS = {
-    "train_eagle3": schema.TrainJob,
-    "evaluate": schema.EvaluateJob,
-    "convert_draft": schema.ConvertJob,
-    "prune_vocabulary": schema.PruneJob,
+    "recipes/train_eagle3.py": schema.TrainJob,
+    "recipes/evaluate.py": schema.EvaluateJob,
+    "recipes/benchmark.py": schema.BenchmarkJob,
+    "recipes/convert_draft.py": schema.ConvertJob,
+    "recipes/prune_vocabulary.py": schema.PruneJob,
 }
 
 
@@ -35,7 +36,7 @@ def reference() -> str:
     parts = [HEAD]
     for name, root in ROOTS.items():
         plain = [f for f in dataclasses.fields(root) if not dataclasses.is_dataclass(f.type)]
-        parts.append(_section(f"`recipes/{name}.py`", root, "", plain))
+        parts.append(_section(f"`{name}`", root, "", plain))
     groups = dict.fromkeys(group for group, _ in SCHEMAS)
     for group in groups:
         options = {option: cls for (owner, option), cls in SCHEMAS.items() if owner == group}

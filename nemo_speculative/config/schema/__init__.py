@@ -5,6 +5,7 @@ inside a group are rejected in its ``__post_init__``, those between groups in :m
 numbers are methods.
 """
 
+from nemo_speculative.config.schema.benchmark import BenchmarkJob, ServerConfig, SuiteConfig
 from nemo_speculative.config.schema.common import Dtype
 from nemo_speculative.config.schema.data import Answers, DataConfig, HubDataConfig, TinyDataConfig
 from nemo_speculative.config.schema.draft import (
@@ -54,6 +55,7 @@ from nemo_speculative.config.schema.trainer import (
 __all__ = [
     "Answers",
     "BackendConfig",
+    "BenchmarkJob",
     "ConvertJob",
     "DataConfig",
     "DecayType",
@@ -86,7 +88,9 @@ __all__ = [
     "PruneJob",
     "Resume",
     "SGLangBackendConfig",
+    "ServerConfig",
     "SpeculatorsFormConfig",
+    "SuiteConfig",
     "TensorBoardConfig",
     "TinyDataConfig",
     "TinyModelConfig",

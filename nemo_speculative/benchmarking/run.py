@@ -1,0 +1,163 @@
+"""A benchmark: every server in turn, every cell of it, each on disk as soon as it is measured."""
+
+import asyncio
+import signal
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from nemo_speculative.benchmarking.cells import Cell, Ledger, Measured
+from nemo_speculative.benchmarking.endpoints import Endpoint, endpoints_of
+from nemo_speculative.benchmarking.measure import converse, measure
+from nemo_speculative.benchmarking.suites import Suite, load_suite
+from nemo_speculative.checkpoints.servable import find_model, restate
+from nemo_speculative.config.schema import BenchmarkJob, ModelConfig
+from nemo_speculative.errors import UserError
+from nemo_speculative.serving.client import Client, Unauthorized, Unreachable
+from nemo_speculative.serving.process import ServerError
+from nemo_speculative.targets.resolve import resolve_target
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a job measures, and where it goes."""
+
+    job: BenchmarkJob
+    suite: Suite
+    endpoints: Sequence[Endpoint]
+    tokenizer: Any
+    ledger: Ledger
+
+    @classmethod
+    def of(cls, job: BenchmarkJob) -> "Benchmark":
+        """What ``job`` asks for; nothing is started yet.
+
+        Raises:
+            UserError: the suite, the checkpoint, the server or the target's tokenizer is not to be had.
+        """
+        suite, endpoints = load_suite(job.suite), endpoints_of(job)
+        target = resolve_target(ModelConfig(path=endpoints[-1].target), weights=False, key="target")
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=job.server.trust_remote_code)
+        return cls(job, suite, endpoints, tokenizer, Ledger(Path(job.results)))
+
+    def cells(self, endpoint: Endpoint) -> list[Cell]:
+        """All of an endpoint's, in the order that they are measured in."""
+        suite = self.suite
+        return [
+            Cell(suite.name, suite.digest, suite.max_new_tokens, at_once, heat, endpoint.server, endpoint.draft)
+            for heat in self.job.temperature
+            for at_once in self.job.concurrency
+        ]
+
+    def run(self) -> None:
+        """Measures every cell that has no figures yet; one that fails is recorded with the reason.
+
+        Raises:
+            Unauthorized: a server wants another token.
+        """
+        left = [(one, deque(cell for cell in self.cells(one) if not self.ledger.has(cell))) for one in self.endpoints]
+        if any(pending for _, pending in left) and self.suite.scorer is not None and self.suite.scorer.note:
+            _say(self.suite.scorer.note)
+        # Asked to end, it stops its server first, as after Ctrl-C.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            for endpoint, pending in left:
+                while pending:
+                    self._serve(endpoint, pending)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _serve(self, endpoint: Endpoint, pending: deque[Cell]) -> None:
+        """Measures with one server until all of ``pending`` is, or the server is lost."""
+        _say(f"{pending[0].setting}: waiting for the server")
+        try:
+            with endpoint.up() as url:
+                asyncio.run(self._measure(url, pending))
+        except ServerError as error:  # it would not come up for the next cell either
+            print(error.log_tail, file=sys.stderr)
+            while pending:
+                self._fail(pending, error)
+
+    async def _measure(self, url: str, pending: deque[Cell]) -> None:
+        suite = self.suite
+        async with Client(url, self.job.api_key) as client:
+            try:
+                await client.server_info()
+                warmup = suite.prompts[: self.job.warmup]
+                await converse(client, self.tokenizer, warmup, suite.max_new_tokens, len(warmup) or 1, 0.0)
+                while pending:
+                    await self._measure_next(client, pending)
+            except Unreachable as error:
+                self._fail(pending, error)
+
+    async def _measure_next(self, client: Client, pending: deque[Cell]) -> None:
+        cell = pending[0]
+        try:
+            figures = await measure(client, self.tokenizer, self.suite, cell.concurrency, cell.temperature)
+        except (Unauthorized, Unreachable):
+            raise
+        except UserError as error:
+            self._fail(pending, error)
+        else:
+            self.ledger.append(Measured(pending.popleft(), figures))
+            refused = f", {figures.refused} turn(s) refused" if figures.refused else ""
+            _say(f"{_name(cell)}: {figures.output_tokens_per_second:.1f} tokens/s{refused}")
+
+    def _fail(self, pending: deque[Cell], error: UserError) -> None:
+        cell = pending.popleft()
+        self.ledger.append(Measured(cell, None, str(error)))
+        _say(f"{_name(cell)}: failed: {error}")
+
+    @property
+    def comparable(self) -> list[Measured]:
+        """This job's cells, and what the results directory holds of other settings of the same draft."""
+        own = [cell for endpoint in self.endpoints for cell in self.cells(endpoint)]
+        rivals, drafts = {cell.rivals for cell in own}, {cell.weights for cell in own}
+        return [one for one in self.ledger if one.cell.rivals in rivals and one.cell.weights in {*drafts, None}]
+
+    @property
+    def failed(self) -> list[Measured]:
+        """This job's cells that have no figures."""
+        found = [self.ledger.get(cell) for endpoint in self.endpoints for cell in self.cells(endpoint)]
+        return [measured for measured in found if measured is not None and measured.figures is None]
+
+
+def require_success(benchmark: Benchmark) -> None:
+    """Makes failed cells the program's failure.
+
+    Raises:
+        UserError: there are some.
+    """
+    failed = benchmark.failed
+    if failed:
+        raise UserError(
+            f"{len(failed)} cell(s) failed, the first, {_name(failed[0].cell)}: {failed[0].error}; the same command "
+            "measures them again"
+        )
+
+
+def write_back(benchmark: Benchmark, best: Measured | None) -> None:
+    """Makes the setting of ``best`` what the checkpoint remembers to be served with.
+
+    Raises:
+        UserError: no setting was measured.
+    """
+    speculative = best.cell.speculative if best else None
+    if speculative is None:
+        raise UserError(f"write_back={benchmark.job.write_back}: no setting of the draft was measured there")
+    model = find_model(benchmark.job.checkpoint or "")
+    restate(model, speculative)
+    print(f"{model} is now served with {speculative}")
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.setting}, {cell.suite}, {cell.concurrency} at once, temperature {cell.temperature:g}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

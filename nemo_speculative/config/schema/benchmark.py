@@ -1,0 +1,122 @@
+"""The benchmark against a server: what is asked, and how the server is started."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from nemo_speculative.config.schema.common import require, require_not_negative, require_positive
+
+
+@dataclass
+class SuiteConfig:
+    """Prompts, and what makes an answer right."""
+
+    name: str = MISSING
+    """What the results call it."""
+    path: Optional[str] = None
+    """A JSONL file; null: the dataset on the hub."""
+    repository: Optional[str] = None
+    """Name of the dataset on the hub."""
+    subset: Optional[str] = None
+    """Its configuration there, if it has several."""
+    split: str = "test"
+    """Its split there."""
+    reader: dict[str, Any] = MISSING
+    """How a row becomes a prompt: a class by `_target_`, see `nemo_speculative/benchmarking/suites.py`."""
+    scorer: Optional[dict[str, Any]] = None
+    """What makes an answer right: a class by `_target_`, see `nemo_speculative/benchmarking/scoring.py`; null: nothing
+    does."""
+    max_new_tokens: int = 1024
+    """Longest answer to one turn, in tokens."""
+    num_prompts: Optional[int] = None
+    """Ask the first so many only; null: all."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "suite", "max_new_tokens", "num_prompts")
+
+
+@dataclass
+class ServerConfig:
+    """The SGLang server that is started; none of it is used with url."""
+
+    python: Optional[str] = None
+    """Python of the environment that holds SGLang; null: the one that runs this."""
+    device: str = "cuda"
+    """cuda: the accelerator that SGLang finds; cpu: to judge at temperature 0, not to measure speed."""
+    dtype: Optional[str] = None
+    """Of target and draft; null: as remembered."""
+    tp_size: int = 1
+    """GPUs that share the target."""
+    port: int = 30000
+    """Where it listens, on 127.0.0.1."""
+    timeout: float = 900.0
+    """Seconds until it must be ready."""
+    trust_remote_code: bool = False
+    """Whether the target's own code may run."""
+    flags: list[str] = field(default_factory=list)
+    """Further flags that go to SGLang as they are."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "server", "timeout", "tp_size", "port")
+
+
+@dataclass
+class BenchmarkJob:
+    """The measurement of a checkpoint on an SGLang server."""
+
+    checkpoint: Optional[str] = None
+    """A run directory, a step_<N> directory or its model/; it is served, and so is its target without it."""
+    target: Optional[str] = None
+    """The target's directory or hub name; null: what the checkpoint remembers, or the server at url says."""
+    url: Optional[str] = None
+    """A running server to measure in place of a checkpoint."""
+    baseline_url: Optional[str] = None
+    """Beside url, a server of the same target without speculation."""
+    api_key: Optional[str] = None
+    """Bearer token of the servers at url and baseline_url; better given as the variable SGLANG_API_KEY."""
+    suite: SuiteConfig = field(default_factory=SuiteConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    num_steps: Optional[int] = None
+    """Draft tokens along a branch; null: what the checkpoint remembers."""
+    topk: Optional[int] = None
+    """Branches a draft step keeps; null: what the checkpoint remembers."""
+    num_draft_tokens: Optional[int] = None
+    """Tokens verified at once, the last sampled one included; null: as remembered, or steps * topk + 1."""
+    sweep: list[list[int]] = field(default_factory=list)
+    """Settings to compare, [steps, topk] or [steps, topk, draft tokens] each; empty: one, the keys above."""
+    baseline: bool = True
+    """Measure the target without speculation as well."""
+    concurrency: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32])
+    """Conversations in flight at once; each is measured."""
+    temperature: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Of the answers; each is measured, 0 is greedy."""
+    warmup: int = 4
+    """Prompts that each server answers before it is measured."""
+    results: str = "outputs/benchmark"
+    """Directory of cells.jsonl, table.md, heatmap.svg and the servers' logs; what it holds is not measured again."""
+    write_back: Optional[int] = None
+    """One of concurrency: the setting with the most tokens/s there, on this suite at the first temperature, becomes
+    what the checkpoint remembers to be served with."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "benchmark", "num_steps", "topk", "num_draft_tokens")
+        require_not_negative(self, "benchmark", "warmup")
+        for name in ("concurrency", "temperature"):
+            values = getattr(self, name)
+            require(bool(values), f"{name} is empty: expected one number or more, e.g. {name}=[1]")
+        for at_once in self.concurrency:
+            require(at_once > 0, f"concurrency is {self.concurrency}: expected numbers above 0")
+        for heat in self.temperature:
+            require(0 <= heat < math.inf, f"temperature is {self.temperature}: expected numbers of at least 0")
+        for setting in self.sweep:
+            require(
+                len(setting) in (2, 3) and min(setting) > 0,
+                f"sweep holds {setting}: expected [steps, topk] or [steps, topk, draft tokens], as in "
+                "sweep=[[3,1],[5,4,16]]",
+            )
+        require(
+            self.write_back is None or self.write_back in self.concurrency,
+            f"write_back is {self.write_back}: expected one of concurrency={self.concurrency}",
+        )

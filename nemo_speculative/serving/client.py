@@ -1,0 +1,195 @@
+"""An SGLang server as a benchmark asks it: streamed answers, and what each of them took.
+
+``/generate`` is asked with token ids, and not ``/v1/chat/completions``: what is wanted are the tokens of every chunk
+and the verifications of every answer.  Streamed by the chat endpoint, 0.5.9 reports no verifications, and 0.5.23 only
+with a switch that 0.5.9 does not have (from reading both); ``/generate`` reports them in both.  The caller renders the
+conversation with the tokenizer's own chat template, which is what the chat endpoint does.
+"""
+
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from nemo_speculative.errors import UserError
+
+HISTOGRAMS = ("spec_correct_drafts_histogram", "spec_accept_histogram")
+"""What newer and older versions (0.5.9) call it."""
+INCREMENTAL = ("incremental_streaming_output", "stream_output")
+"""Server settings by which a chunk holds only its own text, not all until then."""
+CONNECT_SECONDS = 10.0
+WRONG_TOKEN = (401, 403)
+
+
+class Unreachable(UserError):
+    """No server answers, or it went away in the middle of an answer."""
+
+
+class Refused(UserError):
+    """The server answered with an error: to this request, not for good."""
+
+
+class Unauthorized(UserError):
+    """The server wants another token."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, and how it came about."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    verifications: int
+    """Zero without a draft, and where the prefill alone finished the answer."""
+    histogram: tuple[int, ...]
+    """Verifications that accepted 0, 1, 2 … draft tokens."""
+    arrivals: tuple[tuple[float, int], ...]
+    """For each chunk the seconds since the request was sent, and the tokens that had come by then."""
+    stopped: bool
+    """Whether it ended by itself, and not at max_new_tokens."""
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds."""
+        return self.arrivals[0][0]
+
+    @property
+    def latency(self) -> float:
+        """Seconds from the request to the last token."""
+        return self.arrivals[-1][0]
+
+    @property
+    def inter_token_latencies(self) -> list[float]:
+        """Seconds for each token behind the first chunk.
+
+        A chunk holds the tokens of at least one verification; its gap to the chunk before is shared out evenly among
+        them, and each of them counts (as SGLang's own ``bench_serving`` does).
+        """
+        gaps: list[float] = []
+        for (before, had), (now, has) in zip(self.arrivals, self.arrivals[1:], strict=False):
+            gaps += [(now - before) / (has - had)] * (has - had)
+        return gaps
+
+
+class Client:
+    """Asks the server at ``url``; an ``async with`` block holds its connections.
+
+    Args:
+        api_key: sent as a bearer token.
+        timeout: seconds without a sign of life after which an answer is given up.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0):
+        self.url, self._incremental = url.rstrip("/"), False
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,  # a proxy would be measured along
+        )
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def server_info(self) -> dict[str, Any]:
+        """The server's version and settings; answers that are streamed as increments are put together from now on.
+
+        Raises:
+            UserError: it cannot be reached, wants another token, or is not SGLang.
+        """
+        reply = await self._request("GET", "/server_info")
+        try:
+            info = {"version": reply.json()["version"], **reply.json()}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.url}: /server_info is not answered as by SGLang; expected its url") from None
+        self._incremental = any(info.get(name) for name in INCREMENTAL)
+        return info
+
+    async def flush_cache(self) -> None:
+        """Forgets the prompts that were seen, so that none of them is cheaper the second time."""
+        await self._request("POST", "/flush_cache")
+
+    async def generate(self, input_ids: Sequence[int], *, temperature: float, max_new_tokens: int) -> Answer:
+        """The answer to a prompt.
+
+        Args:
+            input_ids: the prompt, [L].
+
+        Raises:
+            Refused: the server refuses this prompt, as one that is longer than its context.
+            Unreachable: it cannot be reached or does not finish.
+            Unauthorized: it wants another token.
+        """
+        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        body = {"input_ids": list(input_ids), "sampling_params": sampling, "stream": True}
+        texts: list[str] = []
+        arrivals: list[tuple[float, int]] = []
+        info: dict[str, Any] = {}
+        started = time.perf_counter()
+        async for chunk in self._stream("/generate", body):
+            info = chunk["meta_info"]
+            texts.append(chunk["text"])
+            if info["completion_tokens"] > (arrivals[-1][1] if arrivals else 0):
+                arrivals.append((time.perf_counter() - started, info["completion_tokens"]))
+        reason = info.get("finish_reason") or {}
+        if reason.get("type") not in ("stop", "length") or not arrivals:
+            raise Unreachable(f"{self.url}: the answer broke off ({reason.get('message', 'no end of it came')})")
+        return Answer(
+            text="".join(texts) if self._incremental else texts[-1],
+            prompt_tokens=info["prompt_tokens"],
+            completion_tokens=info["completion_tokens"],
+            verifications=info.get("spec_verify_ct", 0),
+            histogram=tuple(next((info[name] for name in HISTOGRAMS if name in info), ())),
+            arrivals=tuple(arrivals),
+            stopped=reason["type"] == "stop",
+        )
+
+    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The objects of a stream of server-sent events."""
+        try:
+            async with self._http.stream("POST", self.url + path, json=body) as reply:
+                if reply.is_error:
+                    await reply.aread()
+                    self._check(reply)
+                async for line in reply.aiter_lines():
+                    if line.startswith("data:") and line != "data: [DONE]":
+                        yield self._chunk(line.removeprefix("data:"))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from None
+
+    def _chunk(self, text: str) -> dict[str, Any]:
+        try:
+            chunk: dict[str, Any] = json.loads(text)
+            if "error" not in chunk:
+                return {"text": chunk["text"], "meta_info": chunk["meta_info"]}
+        except (ValueError, KeyError, TypeError):
+            raise Unreachable(f"{self.url}: what it streams is not SGLang's ({text:.60})") from None
+        error = chunk["error"]
+        raise Refused(f"{self.url}: {error.get('message') if isinstance(error, dict) else error}")
+
+    async def _request(self, method: str, path: str) -> httpx.Response:
+        try:
+            reply = await self._http.request(method, self.url + path)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from None
+        self._check(reply)
+        return reply
+
+    def _check(self, reply: httpx.Response) -> None:
+        if reply.status_code in WRONG_TOKEN:
+            raise Unauthorized(
+                f"{self.url}: refuses the token (HTTP {reply.status_code}); give the server's with api_key=…"
+            )
+        if reply.is_error:
+            raise Refused(f"{self.url}{reply.url.path}: HTTP {reply.status_code}: {reply.text:.200}")
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        said = str(error) or type(error).__name__
+        return Unreachable(f"{self.url}: cannot be reached ({said}); is an SGLang server running there?")

@@ -1,0 +1,148 @@
+"""The client, against a small server whose chunks and times are known."""
+
+import asyncio
+import json
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from nemo_speculative.serving.client import Answer, Client, Refused, Unauthorized, Unreachable
+
+TOKEN = "a-token"
+
+
+def chunk(text, tokens, finish=None, **info):
+    meta = {"completion_tokens": tokens, "prompt_tokens": 3, "finish_reason": finish and {"type": finish}, **info}
+    return {"text": text, "meta_info": meta}
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers /generate with the server's ``script``: chunks, seconds to wait, or bytes to send as they are."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self._send(200, self.server.info)
+
+    def do_POST(self):
+        self.server.asked.append(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null"))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._send(401, {"error": "Unauthorized"})
+        elif isinstance(self.server.script, int):
+            self._send(self.server.script, {"error": "no"})
+        else:
+            self.send_response(200)
+            self.end_headers()
+            for step in self.server.script:
+                if isinstance(step, float):
+                    time.sleep(step)
+                    continue
+                self.wfile.write(step if isinstance(step, bytes) else b"data: " + json.dumps(step).encode() + b"\n\n")
+                self.wfile.flush()
+
+    def _send(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
+    server.script, server.info, server.asked = [], {"version": "0.5.23"}, []
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(server, key: str | None = TOKEN, first=None) -> Answer:
+    async def asked():
+        async with Client(f"http://127.0.0.1:{server.server_port}/", key) as client:
+            if first:
+                await first(client)
+            return await client.generate([5, 6, 7], temperature=0.5, max_new_tokens=9)
+
+    return asyncio.run(asked())
+
+
+def test_an_answer_and_what_it_took(server):
+    spec = {"spec_verify_ct": 2, "spec_correct_drafts_histogram": [1, 0, 1]}
+    server.script = [
+        chunk("a", 1),
+        0.2,
+        chunk("a b c d", 4),
+        chunk("a b c d e", 5, "stop", **spec),
+        b"data: [DONE]\n\n",
+    ]
+    answer = ask(server)
+    asked = {"input_ids": [5, 6, 7], "sampling_params": {"temperature": 0.5, "max_new_tokens": 9}, "stream": True}
+    assert server.asked == [asked]
+    assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == ("a b c d e", 3, 5)
+    assert (answer.verifications, answer.histogram, answer.stopped) == (2, (1, 0, 1), True)
+    assert [tokens for _, tokens in answer.arrivals] == [1, 4, 5]
+    gap = answer.arrivals[1][0] - answer.arrivals[0][0]
+    assert gap > 0.15, "the server waited in between"
+    assert answer.inter_token_latencies[:3] == [gap / 3] * 3, "shared out among the three tokens of the chunk"
+    assert len(answer.inter_token_latencies) == 4
+    assert answer.time_to_first_token + sum(answer.inter_token_latencies) == pytest.approx(answer.latency)
+
+
+def test_an_older_servers_histogram(server):
+    server.script = [chunk("a", 1, "length", spec_accept_histogram=[3, 4])]
+    answer = ask(server)
+    assert (answer.histogram, answer.stopped, answer.verifications) == ((3, 4), False, 0)
+
+
+@pytest.mark.parametrize("setting", ["incremental_streaming_output", "stream_output"])
+def test_increments_are_put_together(server, setting):
+    server.info = {"version": "0.5.23", setting: True}
+    server.script = [chunk("a", 1), chunk(" b", 2), chunk(" c", 3, "stop")]
+    assert ask(server, first=Client.server_info).text == "a b c"
+
+
+def test_a_wrong_token(server):
+    server.script = [chunk("a", 1, "stop")]
+    for wrong in (None, "another"):
+        with pytest.raises(Unauthorized, match=r"refuses the token \(HTTP 401\); give the server.s with api_key"):
+            ask(server, wrong)
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "match"),
+    [
+        (400, Refused, "HTTP 400"),
+        ([{"error": {"message": "longer than the context"}}], Refused, "longer than the context"),
+        ([chunk("a", 1)], Unreachable, "broke off"),
+        ([chunk("a", 1), chunk("a b", 2, "abort")], Unreachable, "broke off"),
+        ([], Unreachable, "broke off"),
+        ([b"data: {\n\n"], Unreachable, "not SGLang"),
+        ([{"other": 1}], Unreachable, "not SGLang"),
+    ],
+)
+def test_what_is_no_answer(server, script, error, match):
+    server.script = script
+    with pytest.raises(error, match=match):
+        ask(server)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://", "ftp://127.0.0.1"])
+def test_nobody_is_there(url):
+    async def asked():
+        async with Client(url) as client:
+            await client.server_info()
+
+    with pytest.raises(Unreachable) as caught:
+        asyncio.run(asked())
+    assert str(caught.value).startswith(f"{url.rstrip('/')}: cannot be reached")
+
+
+def test_another_kind_of_server(server):
+    server.info = [1]
+    with pytest.raises(Exception, match="expected its url"):
+        ask(server, first=Client.server_info)
