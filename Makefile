@@ -31,7 +31,7 @@ test: $(READY)  ## the test suite, on as many processes as there are cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run
-	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang -rs $(ARGS)
+	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang -rs --numprocesses auto --dist loadfile $(ARGS)
 
 $(VENV_SGLANG)/.ready: pyproject.toml requirements-sglang.txt containers/install.sh
 	PYTHON3=$(PYTHON3) containers/install.sh cpu $(VENV_SGLANG)

@@ -67,16 +67,25 @@ def losses(directory: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if "loss" in name} for line in lines]
 
 
+def trained(settings: list[str], directory: Path, backend: str, ranks: int) -> tuple[list[dict[str, float]], str]:
+    """The losses, and what was said."""
+    micro = f"trainer.micro_batch_size={2 // ranks}"
+    done = run(*settings, f"backend={backend}", f"output_dir={directory}", micro, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(directory), done.stdout
+
+
+@pytest.fixture(scope="module")
+def expected(settings, tmp_path_factory) -> list[dict[str, float]]:
+    """The losses with transformers."""
+    found, _ = trained(settings, tmp_path_factory.mktemp("hf"), "hf", ranks=1)
+    assert any(found)
+    return found
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_draft_trains_as_with_transformers(settings, tmp_path, ranks):
-    made = {}
-    for name, count in (("hf", 1), ("sglang", ranks)):
-        directory = tmp_path / name
-        micro = [f"trainer.micro_batch_size={2 // count}"]
-        done = run(*settings, f"backend={name}", f"output_dir={directory}", *micro, ranks=count)
-        assert done.returncode == 0, done.stderr[-3000:]
-        made[name] = losses(directory)
-    assert made["hf"] and any(made["hf"])
-    for one, two in zip(made["hf"], made["sglang"], strict=True):
+def test_a_draft_trains_as_with_transformers(settings, expected, tmp_path, ranks):
+    found, said = trained(settings, tmp_path, "sglang", ranks)
+    for one, two in zip(expected, found, strict=True):
         assert one == pytest.approx(two, rel=1e-4)
-    assert "only backend=hf decodes" in done.stdout
+    assert "only backend=hf decodes" in said

@@ -76,7 +76,7 @@ def _settings_called(name: str, case: Case) -> Speculative:
 @pytest.fixture(scope="session")
 def asked_ahead(request, cases, ask) -> None:
     """Lets the servers that the selected tests need start side by side."""
-    for item in request.session.items:
+    for item in (item for item in request.session.items if item.path == Path(__file__)):
         needs = getattr(item, "fixturenames", ())
         if "plain" in needs:
             _ask_plain(ask, cases[item.callspec.params["case"]])
