@@ -11,6 +11,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("draft", "eagle3"): schema.Eagle3DraftConfig,
     ("backend", "hf"): schema.HFBackendConfig,
     ("backend", "sglang"): schema.SGLangBackendConfig,
+    ("backend", "remote"): schema.RemoteBackendConfig,
     ("data", "jsonl"): schema.DataConfig,
     ("data", "tiny"): schema.TinyDataConfig,
     ("data", "hub"): schema.HubDataConfig,
@@ -48,5 +49,6 @@ def register() -> None:
     store.store(name="train_job", node=schema.TrainJob)
     store.store(name="evaluate_job", node=schema.EvaluateJob)
     store.store(name="benchmark_job", node=schema.BenchmarkJob)
+    store.store(name="serve_target_job", node=schema.ServeTargetJob)
     store.store(name="prune_job", node=schema.PruneJob)
     store.store(name="convert_job", node=schema.ConvertJob)

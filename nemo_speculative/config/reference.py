@@ -26,6 +26,7 @@ ROOTS = {
     "recipes/train_eagle3.py": schema.TrainJob,
     "recipes/evaluate.py": schema.EvaluateJob,
     "recipes/benchmark.py": schema.BenchmarkJob,
+    "nemo_speculative/serve_target.py": schema.ServeTargetJob,
     "recipes/convert_draft.py": schema.ConvertJob,
     "recipes/prune_vocabulary.py": schema.PruneJob,
 }

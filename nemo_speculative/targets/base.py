@@ -32,6 +32,8 @@ class Target(Protocol):
     """The ids that end an answer."""
     aux_layers: list[int]
     device: torch.device
+    requests_ahead: int
+    """How many batches it may be asked for beforehand, in threads, as it only waits for what computes them; 0: none."""
 
     @property
     def fingerprint(self) -> str:

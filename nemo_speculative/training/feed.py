@@ -1,16 +1,19 @@
 """What a step needs, ready before it starts: rows scheduled on the host, sent to the device, read by the target.
 
 A thread packs and schedules the next global batch while this one trains.  On CUDA the target reads the next micro-batch
-on a stream of its own, beside the draft's work on this one.
+on a stream of its own, beside the draft's work on this one; a target elsewhere is asked ahead in threads.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
+from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.stream import RowStream
 from nemo_speculative.objectives.base import Objective
 from nemo_speculative.targets.base import Supervision, Target
@@ -68,17 +71,93 @@ class Feed:
         self._thread.shutdown(cancel_futures=True)
 
 
-Read = tuple[Supervision, Any]
-"""What the target computed, and the CUDA event that says that it is done."""
+T = TypeVar("T")
+Wait = Callable[[], Supervision]
+"""Returns what the target was asked for, once it is there."""
+
+
+class InTurn:
+    """The target asked when its answer is needed."""
+
+    ahead = 0
+
+    def __init__(self, target: Target, clock: Clock):
+        self.target, self.clock = target, clock
+
+    def start(self, batch: Batch) -> Wait:
+        return partial(self._read, batch)
+
+    def _read(self, batch: Batch) -> Supervision:
+        with self.clock.part("target"):
+            return self.target.supervise(batch)
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+class OnSideStream:
+    """The target on a CUDA stream of its own, beside the draft's work."""
+
+    ahead = 1
+
+    def __init__(self, target: Target, clock: Clock, device: torch.device):
+        self.target, self.clock, self.side = target, clock, torch.cuda.Stream(device)
+
+    def start(self, batch: Batch) -> Wait:
+        # The batch arrives on the draft's stream; and no more than one step's outputs wait there.
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side), self.clock.part("target"):
+            return partial(_received, self.target.supervise(batch), self.side.record_event())
+
+    def close(self) -> None:
+        """Nothing is under way that could not be left."""
+
+
+class InThreads:
+    """A target that only waits for others, asked in threads; the clock counts what is waited for it."""
+
+    def __init__(self, target: Target, clock: Clock, device: torch.device):
+        self.target, self.clock, self.ahead = target, clock, target.requests_ahead
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._threads = ThreadPoolExecutor(max_workers=1 + self.ahead, thread_name_prefix="target")
+
+    def start(self, batch: Batch) -> Wait:
+        if self.side is None:
+            return partial(self._wait, self._threads.submit(self.target.supervise, batch))
+        arrived = torch.cuda.current_stream().record_event()
+        asked = self._threads.submit(self._read_on, self.side, batch, arrived)
+        return lambda: _received(*self._wait(asked))
+
+    def _read_on(self, side: torch.cuda.Stream, batch: Batch, arrived: torch.cuda.Event) -> tuple[Supervision, Any]:
+        """Its copies to and from the device wait for nothing that the draft's stream still has to do."""
+        side.wait_event(arrived)
+        with torch.cuda.stream(side):
+            return self.target.supervise(batch), side.record_event()
+
+    def _wait(self, asked: Future[T]) -> T:
+        with self.clock.part("target"):
+            return asked.result()
+
+    def close(self) -> None:
+        # Not waited for: it may be a server that does not answer.
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _received(supervision: Supervision, done: torch.cuda.Event) -> Supervision:
+    """``supervision``, made on another stream, for the current one."""
+    current = torch.cuda.current_stream()
+    current.wait_event(done)
+    for made in (supervision.aux, supervision.last_hidden):
+        made.record_stream(current)
+    return supervision
 
 
 class TargetAhead:
-    """The target's outputs for one schedule after the other; on CUDA one ahead, on a stream of their own."""
+    """The target's outputs for one schedule after the other; where it can be, asked for ahead of the draft's work."""
 
     def __init__(self, target: Target, device: torch.device, clock: Clock):
-        self.target, self.clock = target, clock
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: Read | None = None
+        self.asker = _asker(target, device, clock)
+        self._started: deque[Wait] = deque()
 
     def over(self, schedules: list[Any], coming: Callable[[], list[Any]]) -> Iterator[tuple[Any, Supervision]]:
         """Each schedule with its supervision.
@@ -87,25 +166,23 @@ class TargetAhead:
             coming: the schedules of the next call.
         """
         for n, schedule in enumerate(schedules):
-            if self.side is None:
-                with self.clock.part("target"):
-                    supervision = self.target.supervise(schedule.batch)
-            else:
-                read = self._pending or self._start(schedule)
-                self._pending = self._start(schedules[n + 1] if n + 1 < len(schedules) else coming()[0])
-                supervision = self._received(*read)
-            yield schedule, supervision
+            self._start(schedules[n:], coming)
+            yield schedule, self._started.popleft()()
 
-    def _start(self, schedule: Any) -> Read:
-        assert self.side is not None
-        # The batch arrives on the draft's stream; and no more than one step's outputs wait there.
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side), self.clock.part("target"):
-            return self.target.supervise(schedule.batch), self.side.record_event()
+    def _start(self, schedules: list[Any], coming: Callable[[], list[Any]]) -> None:
+        """Asks for the first of ``schedules``, and for as many behind it as the target may be ahead."""
+        wanted = 1 + self.asker.ahead
+        if wanted > len(schedules):
+            schedules = schedules + coming()
+        for schedule in schedules[len(self._started) : wanted]:
+            self._started.append(self.asker.start(schedule.batch))
 
-    def _received(self, supervision: Supervision, done: Any) -> Supervision:
-        current = torch.cuda.current_stream()
-        current.wait_event(done)
-        for made in (supervision.aux, supervision.last_hidden):
-            made.record_stream(current)
-        return supervision
+    def close(self) -> None:
+        """Gives up what was asked for ahead."""
+        self.asker.close()
+
+
+def _asker(target: Target, device: torch.device, clock: Clock) -> InTurn | OnSideStream | InThreads:
+    if getattr(target, "requests_ahead", 0):
+        return InThreads(target, clock, device)
+    return OnSideStream(target, clock, device) if device.type == "cuda" else InTurn(target, clock)

@@ -235,6 +235,7 @@ class DraftTrainer:
         return None
 
     def close(self) -> None:
+        self.ahead.close()
         self.feed.close()
         self.reporter.close()
 

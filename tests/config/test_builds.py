@@ -15,9 +15,11 @@ from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.ends import text_config
+from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import assembly
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
 from tests.config.test_groups import GROUPS, composed
+from tests.target_servers import serving
 
 ROWS = [
     {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{i}"}]} for i in range(9)
@@ -74,6 +76,13 @@ def test_backend_sglang(target_dir, monkeypatch):
     said = " ".join(asked)
     assert "--return-aux-hidden-state-layer-ids 1 3 4" in said and said.endswith("--quantization fp8")
     assert "--max-total-tokens 16384" in said and "--dtype float32" in said
+
+
+def test_backend_remote(target_dir):
+    with serving(HFTarget(target_dir, aux_layers=None)) as server:
+        job = job_of("backend=remote", f"backend.urls=[{server.url}]", "data.answers=given")
+        target = instantiate(job.backend, path=target_dir, aux_layers=None)
+    assert target.aux_layers == [1, 3, 4] and target.requests_ahead == 1
 
 
 @pytest.mark.parametrize("option", options("draft"))

@@ -40,8 +40,8 @@ CASES = [
     if group in groups and group != "model_draft"  # chosen by its name: test_builds.py
 ]
 
-SUITED = {"backend": ["data.answers=given"]}
-"""What every option of a group goes with, where not every one goes with the defaults."""
+SUITED = {("train_eagle3", "backend"): ["data.answers=given"]}
+"""What every option of a root's group goes with, where not every one goes with the defaults."""
 
 
 def composed(root: str, *overrides: str) -> Any:
@@ -77,7 +77,7 @@ def test_every_file_belongs_to_a_root(group, option):
 
 @pytest.mark.parametrize(("root", "group", "option"), CASES)
 def test_every_file_becomes_a_typed_job_whose_names_resolve(root, group, option):
-    job = to_job(composed(root, f"{group}={option}", *SUITED.get(group, [])))
+    job = to_job(composed(root, f"{group}={option}", *SUITED.get((root, group), [])))
     assert dataclasses.is_dataclass(job)
     if root == "train_eagle3":
         assert isinstance(job, TrainJob)

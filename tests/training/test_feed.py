@@ -1,6 +1,7 @@
 """What a step is fed: the stream's own order, one global batch ahead, and the target's outputs beside it."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nemo_speculative.training.feed import Feed, TargetAhead
 from tests.objectives import cases
 from tests.objectives.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
 from tests.observing import LargestTensor
+from tests.target_servers import until
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and synchronisation are CUDA's")
@@ -132,6 +134,60 @@ def test_on_a_cpu_the_target_reads_each_micro_batch_when_its_turn_comes(feeds):
         assert schedule is schedules[n] and len(target.read) == n + 1
         assert torch.equal(supervision.last_hidden, Reads().supervise(schedule.batch).last_hidden)
     assert target.read == [schedule.batch.ids for schedule in schedules]
+
+
+class Waits(Reads):
+    """A target elsewhere: it answers while its gate is open."""
+
+    def __init__(self, requests_ahead):
+        super().__init__()
+        self.requests_ahead, self.gate, self.asked = requests_ahead, threading.Event(), 0
+
+    def supervise(self, batch):
+        self.asked += 1
+        assert self.gate.wait(20)
+        return super().supervise(batch)
+
+
+@pytest.mark.parametrize("ahead_by", [1, 2, 3])
+def test_a_target_elsewhere_is_asked_ahead_and_gives_the_same_in_the_same_order(feeds, ahead_by):
+    """Over three steps of two micro-batches: never more ahead than it takes, nor than what is there."""
+    target, plain, feed = Waits(ahead_by), Reads(), feeds(stream())
+    target.gate.set()
+    ahead, asked = TargetAhead(target, CPU, Clock(CPU)), 0
+    for step in range(3):
+        schedules = feed.take().schedules
+        for n, (schedule, supervision) in enumerate(ahead.over(schedules, lambda: feed.peek().schedules)):
+            assert schedule is schedules[n]
+            assert torch.equal(supervision.last_hidden, plain.supervise(schedule.batch).last_hidden)
+            asked = 2 * step + n + 1 + min(ahead_by, 3 - n)
+            assert len(target.read) <= asked
+    until(lambda: len(target.read) == asked)
+    assert set(plain.read) <= set(target.read)
+    ahead.close()
+
+
+def test_what_a_target_elsewhere_fails_with_is_raised_where_it_is_taken(feeds):
+    class Fails(Waits):
+        def supervise(self, batch):
+            raise RuntimeError("no server left")
+
+    ahead = TargetAhead(Fails(1), CPU, Clock(CPU))
+    with pytest.raises(RuntimeError, match="no server left"):
+        next(ahead.over(feeds(stream()).take().schedules, never))
+
+
+def test_closing_waits_for_no_server(feeds):
+    """Neither for one that does not answer, nor for what was not asked yet."""
+    target, schedules = Waits(1), feeds(stream()).take().schedules
+    ahead = TargetAhead(target, CPU, Clock(CPU))
+    with ThreadPoolExecutor(1) as trainer:
+        taking = trainer.submit(lambda: next(ahead.over(schedules, never)))
+        until(lambda: target.asked == 2)
+        ahead.close()
+        assert not target.read and not taking.done()
+        target.gate.set()
+        assert taking.result()[0] is schedules[0]
 
 
 @needs_cuda

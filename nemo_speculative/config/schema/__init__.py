@@ -39,10 +39,12 @@ from nemo_speculative.config.schema.model import (
     HFBackendConfig,
     ModelConfig,
     PlacementConfig,
+    RemoteBackendConfig,
     SGLangBackendConfig,
     TinyModelConfig,
 )
 from nemo_speculative.config.schema.optimizer import DecayType, MuonConfig, OptimizerConfig
+from nemo_speculative.config.schema.serve import ServeTargetJob
 from nemo_speculative.config.schema.trainer import (
     LoggerConfig,
     ParallelismConfig,
@@ -86,8 +88,10 @@ __all__ = [
     "ParallelismConfig",
     "PlacementConfig",
     "PruneJob",
+    "RemoteBackendConfig",
     "Resume",
     "SGLangBackendConfig",
+    "ServeTargetJob",
     "ServerConfig",
     "SpeculatorsFormConfig",
     "SuiteConfig",

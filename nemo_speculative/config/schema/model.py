@@ -95,6 +95,32 @@ class SGLangBackendConfig(BackendConfig):
 
 
 @dataclass
+class RemoteBackendConfig(BackendConfig):
+    """Target servers on other GPUs or machines; see docs/target_server.md."""
+
+    _target_: str = "nemo_speculative.targets.remote.RemoteTarget"
+    urls: list[str] = field(default_factory=list)
+    """Where they listen; micro-batches are spread over them."""
+    timeout: float = 300.0
+    """Seconds to wait for an answer, and for a place in the queues of servers that are all busy."""
+    connect_timeout: float = 5.0
+    """Seconds to wait for a connection."""
+    attempts: int = 4
+    """How often a micro-batch is tried for each server before the run ends."""
+    rest: float = 5.0
+    """Seconds for which a server that failed is left alone."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.urls), "backend.urls is empty: expected one URL or more, e.g. [http://127.0.0.1:31000]")
+        for url in self.urls:
+            require(
+                url.startswith(("http://", "https://")),
+                f"backend.urls holds {url!r}: expected http://HOST:PORT",
+            )
+        require_positive(self, "backend", "timeout", "connect_timeout", "attempts", "rest")
+
+
+@dataclass
 class PlacementConfig:
     """Where the target of an evaluation lies."""
 

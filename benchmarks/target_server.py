@@ -1,0 +1,188 @@
+"""What a target server delivers to a trainer on the same machine, beside a bare socket that moves the same bytes.
+
+python -m benchmarks.target_server [--rounds 9] [--requests 4]
+
+"ready tensors" is a target that computes nothing, of Llama-3.1-8B's width and dtype: what is left is the way.  The bare
+socket writes from and into memory that is used again, the best that the loopback can do; "new memory" is the same
+socket into memory of its own for each answer, which a trainer's tensors need.  Each end is a process of its own.
+Medians of interleaved rounds; ratios are to the bare socket of the same round, for the small model to the same in
+process.
+"""
+
+import argparse
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import urllib3
+import uvicorn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.serving.target_server import Limits, TargetServer
+from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.remote import RemoteTarget, Server, Servers
+from nemo_speculative.targets.tiny import train_tokenizer
+from nemo_speculative.targets.wire import Identity, Layout, pack_batch
+
+TOKENS, HIDDEN, AUX, VOCAB = 2048, 4096, 3, 512
+ANSWER_BYTES = TOKENS * (AUX + 1) * HIDDEN * torch.bfloat16.itemsize
+SMALL = {
+    "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": VOCAB, "max_position_embeddings": TOKENS,
+}  # fmt: skip
+Ask = Callable[[], object]
+
+
+class ReadyTensors:
+    """A target whose answer is there before it is asked."""
+
+    config = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
+    fingerprint, aux_layers, device, requests_ahead = "ready", list(range(AUX)), torch.device("cpu"), 0
+    head_weight = torch.zeros(1, dtype=torch.bfloat16)
+
+    def __init__(self) -> None:
+        width = HIDDEN * AUX
+        self.answer = Supervision(*(torch.randn(1, TOKENS, w).bfloat16() for w in (width, HIDDEN)))
+
+    def supervise(self, _batch: Batch) -> Supervision:
+        return self.answer
+
+
+def serve(directory: str | None, port: Any) -> None:
+    """The process of a target server: of the model in ``directory``, or of ready tensors."""
+    torch.set_num_threads(1)
+    target: Any = HFTarget(Path(directory), aux_layers=None) if directory else ReadyTensors()
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = TargetServer(target, Limits(queue=8, max_tokens=TOKENS, io_timeout=60)).app
+    port.send(listener.getsockname()[1])
+    uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off")).run([listener])
+
+
+def pour(_directory: None, port: Any) -> None:
+    """The process behind a bare socket: each byte that comes is answered by as many as an answer has."""
+    listener, data = socket.create_server(("127.0.0.1", 0)), memoryview(bytearray(os.urandom(1 << 20)) * 64)
+    port.send(listener.getsockname()[1])
+    connection, _ = listener.accept()
+    while connection.recv(1):
+        for start in range(0, ANSWER_BYTES, len(data)):
+            connection.sendall(data[: ANSWER_BYTES - start])
+
+
+def started(stack: ExitStack, program: Callable[..., None], directory: str | None = None) -> int:
+    """The port of a process that runs ``program`` until ``stack`` is left."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=program, args=(directory, theirs), daemon=True)
+    process.start()
+    stack.callback(process.terminate)
+    return ours.recv()
+
+
+def batch() -> Batch:
+    at = torch.arange(TOKENS)[None]
+    return Batch(at % VOCAB, at > 9, positions=at % 256, documents=at // 256)
+
+
+def make_model(directory: str) -> None:
+    """A random Llama that one core runs in about a second."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(directory)
+    train_tokenizer([], VOCAB).save_pretrained(directory)
+
+
+def socket_ways(port: int) -> dict[str, Ask]:
+    connection = socket.create_connection(("127.0.0.1", port))
+    used = memoryview(bytearray(ANSWER_BYTES))
+
+    def fetch(into: memoryview) -> None:
+        connection.sendall(b"x")
+        at = 0
+        while at < len(into):
+            at += connection.recv_into(into[at:])
+
+    return {
+        "bare socket": lambda: fetch(used),
+        "bare socket, new memory": lambda: fetch(torch.empty(ANSWER_BYTES, dtype=torch.uint8).numpy().data),
+    }
+
+
+def server_ways(port: int, requests: int) -> dict[str, Callable[[], object]]:
+    """One request after the other, and two at once, as a training has them."""
+    servers = Servers([Server(f"http://127.0.0.1:{port}", urllib3.Timeout(60))], timeout=60, attempts=1, rest=1)
+    identity, asked = Identity.of(ReadyTensors()), batch()  # type: ignore[arg-type]
+    layout, frame = Layout.of(asked, HIDDEN, identity), pack_batch(asked)
+    threads = ThreadPoolExecutor(2)
+
+    def at_once() -> None:
+        for done in [threads.submit(servers.ask, frame, identity, layout) for _ in range(requests)]:
+            done.result()
+
+    return {
+        "ready tensors, one at a time": lambda: [servers.ask(frame, identity, layout) for _ in range(requests)],
+        "ready tensors, two at once": at_once,
+    }
+
+
+def model_ways(port: int, directory: str) -> dict[str, Ask]:
+    local = HFTarget(Path(directory), aux_layers=None)
+    remote = RemoteTarget(Path(directory), aux_layers=None, urls=[f"http://127.0.0.1:{port}"])
+    asked = batch()
+    return {
+        "small model, in process": lambda: local.supervise(asked),
+        "small model, served": lambda: remote.supervise(asked),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--requests", type=int, default=4, help="in one measurement")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        make_model(directory)
+        each = {**socket_ways(started(stack, pour)), **model_ways(started(stack, serve, directory), directory)}
+        ways = {name: repeated(ask, options.requests) for name, ask in each.items()}
+        ways |= server_ways(started(stack, serve), options.requests)
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(options.rounds + 1):
+            for name, run in ways.items():
+                began = time.perf_counter()
+                run()
+                if number:  # the first one warms up
+                    seconds[name].append((time.perf_counter() - began) / options.requests)
+    report(seconds)
+
+
+def repeated(ask: Ask, times: int) -> Ask:
+    return lambda: [ask() for _ in range(times)]
+
+
+def report(seconds: dict[str, list[float]]) -> None:
+    """The table."""
+    token = {"small": 4 * (AUX + 1) * SMALL["hidden_size"]}
+    print(f"answers of {TOKENS} tokens; {torch.__version__}, one thread a process")
+    print(f"{'':30}{'bytes/token':>12}{'MB/s':>8}{'tokens/s':>10}  ratio (min to max)")
+    for name, taken in seconds.items():
+        small = name.startswith("small")
+        size = token["small"] if small else ANSWER_BYTES // TOKENS
+        base = seconds["small model, in process" if small else "bare socket"]
+        ratios = [b / t for b, t in zip(base, taken, strict=True)]
+        rate = TOKENS / statistics.median(taken)
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:30}{size:12}{rate * size / 1e6:8.0f}{rate:10.0f}  {spread}")
+
+
+if __name__ == "__main__":
+    main()

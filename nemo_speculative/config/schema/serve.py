@@ -1,0 +1,45 @@
+"""The target server: what it runs, where it listens, how much it takes on."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from nemo_speculative.config.schema.common import require
+from nemo_speculative.config.schema.model import BackendConfig, ModelConfig
+
+
+@dataclass
+class ServeTargetJob:
+    """A target server.  The variable NEMO_TARGET_TOKEN, where it is set, holds the token that clients must carry."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    aux_layers: Optional[list[int]] = None
+    """Layers of the target whose outputs are sent; null: EAGLE-3's default; []: none, for EAGLE-1 and 2."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network of this machine."""
+    port: int = 31000
+    """Port to listen on; 0: any that is free."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    queue: int = 8
+    """Requests taken on at once, waiting, running or being answered; more are told to come back."""
+    max_tokens: int = 65536
+    """Of one request; an answer is held in memory until it is sent."""
+    io_timeout: float = 60.0
+    """Seconds for a request to arrive, and for its answer to be taken."""
+    drain: int = 60
+    """Seconds after SIGTERM in which the requests taken on are answered."""
+    data: Any = None
+    """A model brings it for a training; not used here."""
+    optimizer: Any = None
+    """A model brings it for a training; not used here."""
+    trainer: Any = None
+    """A model brings it for a training; not used here."""
+    evaluation: Any = None
+    """A model brings it for a training; not used here."""
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "max_tokens", "io_timeout", "drain"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}: it must be greater than 0")
+        require(0 <= self.port < 1 << 16, f"port is {self.port}: expected 0 to {(1 << 16) - 1}")

@@ -1,0 +1,138 @@
+"""A target server, for trainings with ``backend=remote`` on other GPUs or machines.
+
+python -m nemo_speculative.serve_target model=llama31_8b backend=hf port=31000
+python -m nemo_speculative.serve_target model=local model.path=DIR backend=sglang host=0.0.0.0
+"""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+from hydra.utils import get_method, instantiate
+
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import ServeTargetJob
+from nemo_speculative.devices import choose_device
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets.base import Target
+from nemo_speculative.targets.wire import TOKEN_VARIABLE
+from nemo_speculative.training.parallelism import fast_float32_matmuls
+
+NEEDS = ("starlette", "uvicorn", "prometheus_client")
+KEEP_ALIVE_SECONDS = 600
+
+
+@recipe("serve_target")
+def main(job: ServeTargetJob) -> None:
+    """Serves until SIGTERM or Ctrl-C; then answers what it has taken on, and ends.
+
+    Raises:
+        UserError: the target or the address cannot be had, or requests were left unanswered at the end.
+    """
+    require_packages()
+    token = bearer_token()
+    device = choose_device(job.device, "device")
+    with bound(job.host, job.port) as listener, fast_float32_matmuls(device):
+        serve(job, build_target(job, device), token, listener)
+
+
+def require_packages() -> None:
+    """
+    Raises:
+        UserError: what a server needs is not installed.
+    """
+    if missing := [name for name in NEEDS if find_spec(name) is None]:
+        raise UserError(f"a target server needs {missing[0]}, which is not installed: pip install {' '.join(NEEDS)}")
+
+
+def bearer_token() -> str | None:
+    """What clients must carry; None: nothing.
+
+    Raises:
+        UserError: it is set to nothing, which would let everybody in.
+    """
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is not None and not token.strip():
+        raise UserError(f"{TOKEN_VARIABLE} is empty: give it a value, or unset it to serve without a token")
+    return token
+
+
+@contextlib.contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket of that address that nobody can connect to yet: taken before the target is loaded.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"host={host} port={port}: cannot listen there ({error.strerror}); choose another port=…"
+        ) from None
+    with listener:
+        yield listener
+
+
+def build_target(job: ServeTargetJob, device: torch.device) -> Target:
+    """The target as a training loads it."""
+    return instantiate(
+        job.backend,
+        path=get_method(job.model._target_)(job.model),
+        aux_layers=job.aux_layers,
+        dtype=getattr(torch, job.model.dtype.value),
+        device=device,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+
+
+def serve(job: ServeTargetJob, target: Target, token: str | None, listener: socket.socket) -> None:
+    """Until a signal comes.
+
+    Raises:
+        UserError: ``job.drain`` seconds after it there were requests without an answer.
+    """
+    import uvicorn
+
+    from nemo_speculative.serving.target_server import Limits, TargetServer
+
+    served = TargetServer(target, Limits(job.queue, job.max_tokens, job.io_timeout), token)
+    config = uvicorn.Config(
+        served.app, log_level="error", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
+        timeout_graceful_shutdown=job.drain,
+    )  # fmt: skip
+
+    class Announcing(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(announcement(target, token, listener), flush=True)
+
+    # uvicorn drains, and then raises the signal once more, which would end the process with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    Announcing(config).run([listener])
+    if served.unanswered:
+        raise UserError(f"drain={job.drain}: {served.unanswered} requests were not answered in these seconds")
+    print("stopped; every request taken on was answered", flush=True)
+
+
+def announcement(target: Target, token: str | None, listener: socket.socket) -> str:
+    """What is served where, and who may ask."""
+    host, port = listener.getsockname()[:2]
+    layers = ", ".join(map(str, target.aux_layers)) or "none"
+    who = "with the token" if token else f"without a token ({TOKEN_VARIABLE} sets one)"
+    return (
+        f"serving {target.path} (aux layers {layers}) on http://{f'[{host}]' if ':' in host else host}:{port} {who}; "
+        "SIGTERM or Ctrl-C ends it"
+    )
+
+
+if __name__ == "__main__":
+    main()

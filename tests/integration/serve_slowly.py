@@ -1,0 +1,21 @@
+"""Runs the target server as its user would, with a target that takes S seconds more: ``serve_slowly.py S …``."""
+
+import runpy
+import sys
+import time
+
+from nemo_speculative.targets.hf import HFTarget
+
+if __name__ == "__main__":
+    seconds, *overrides = sys.argv[1:]
+    supervise = HFTarget.supervise
+
+    def slowly(self, batch):
+        if batch.num_tokens > 8:  # what it is tried with when it is loaded
+            print("reading", flush=True)
+            time.sleep(float(seconds))
+        return supervise(self, batch)
+
+    HFTarget.supervise = slowly
+    sys.argv = ["serve_target", *overrides]
+    runpy.run_module("nemo_speculative.serve_target", run_name="__main__", alter_sys=True)

@@ -1,0 +1,91 @@
+"""Target servers in threads of the test's process, and targets small enough to be seen through."""
+
+import contextlib
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import torch
+import uvicorn
+
+from nemo_speculative.data.batch import Batch, Span
+from nemo_speculative.serving.target_server import Limits, TargetServer
+from nemo_speculative.targets.base import Supervision
+
+HIDDEN, VOCAB = 4, 50
+
+
+class StandIn:
+    """A target whose supervision follows from ids and positions alone."""
+
+    config = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
+    aux_layers, device, requests_ahead = [1, 2], torch.device("cpu"), 0
+
+    def __init__(self, dtype=torch.float32, fingerprint="stand-in"):
+        self.head_weight, self.fingerprint = torch.zeros(1, dtype=dtype), fingerprint
+        self.read = []
+
+    def supervise(self, batch):
+        self.read.append(batch.input_ids.tolist())
+        hidden = (batch.input_ids + batch.positions / 64)[..., None] * torch.arange(1, HIDDEN + 1)
+        hidden = hidden.to(self.head_weight.dtype)
+        return Supervision(torch.cat([hidden, -hidden], dim=-1), hidden / 2)
+
+
+class Gated(StandIn):
+    """It answers while its gate is open, and notes how many asked it at once."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.gate, self.inside, self.most = threading.Event(), 0, 0
+
+    def supervise(self, batch):
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        assert self.gate.wait(20)
+        self.inside -= 1
+        return super().supervise(batch)
+
+
+def batch_of(*ids, document=4):
+    """One row of ``ids`` in documents of so many tokens."""
+    row = torch.tensor([ids])
+    at = torch.arange(len(ids))[None]
+    spans = tuple(Span(f"d{s}", 0, 0, s, min(s + document, len(ids))) for s in range(0, len(ids), document))
+    return Batch(row, at % 2 == 1, at % document, at // document, spans)
+
+
+def same(one, two):
+    """Whether two supervisions are equal bit by bit."""
+    return all(torch.equal(getattr(one, n), getattr(two, n)) for n in ("aux", "last_hidden"))
+
+
+@contextlib.contextmanager
+def serving(target, *, port=0, token=None, queue=8, max_tokens=256, io_timeout=20.0):
+    """A target server; yields the object, whose ``url`` says where it listens."""
+    listener = socket.create_server(("127.0.0.1", port))
+    server = TargetServer(target, Limits(queue, max_tokens, io_timeout), token)
+    server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    runner = uvicorn.Server(uvicorn.Config(server.app, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=runner.run, args=([listener],), daemon=True)
+    thread.start()
+    until(lambda: runner.started)
+    try:
+        yield server
+    finally:
+        runner.should_exit = runner.force_exit = True
+        thread.join(20)
+
+
+def until(holds, seconds=20.0):
+    """Waits until ``holds()``."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]

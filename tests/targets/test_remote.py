@@ -1,0 +1,270 @@
+"""The client: the same supervision as in this process, whatever the servers do."""
+
+import contextlib
+import http.server
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import urllib3
+
+from nemo_speculative.config.schema import RemoteBackendConfig
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import collate
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.remote import RemoteTarget, Server, Servers
+from nemo_speculative.targets.wire import TOKEN_VARIABLE, Identity, Layout, frame_supervision, pack_batch
+from tests.target_servers import HIDDEN, Gated, StandIn, batch_of, free_port, same, serving, until
+
+ASKED = batch_of(*range(12))
+IDENTITY = Identity.of(StandIn())
+FRAME = b"".join(frame_supervision(StandIn().supervise(ASKED)))
+
+
+def servers_at(*urls, timeout=20.0, attempts=2, rest=0.05):
+    limits = urllib3.Timeout(connect=2.0, read=timeout)
+    return Servers([Server(url, limits) for url in urls], timeout, attempts, rest)
+
+
+def ask(servers, batch=ASKED):
+    return servers.ask(pack_batch(batch), IDENTITY, Layout.of(batch, HIDDEN, IDENTITY))
+
+
+def right(found, batch=ASKED):
+    return same(found, StandIn().supervise(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("aux_layers", [None, []], ids=["eagle3", "eagle1"])
+def test_packed_rows_are_supervised_as_in_process_bit_by_bit(target_dir, dtype, aux_layers):
+    documents = [
+        TokenRow(f"c{n}", [(7 * n + t) % 300 for t in range(n)], [t > 2 for t in range(n)], "") for n in (9, 30, 17)
+    ]
+    batch = collate([documents, documents[1:], [documents[0]] * 4], 64, pad_id=1)
+    local = HFTarget(target_dir, aux_layers=aux_layers, dtype=dtype)
+    with serving(HFTarget(target_dir, aux_layers=aux_layers, dtype=dtype)) as server:
+        remote = RemoteTarget(target_dir, aux_layers=aux_layers, dtype=dtype, urls=[server.url])
+        found, expected = remote.supervise(batch), local.supervise(batch)
+    assert same(found, expected) and found.aux.dtype == dtype and found.aux.shape[-1] == 32 * len(local.aux_layers)
+    ids = batch.input_ids
+    assert torch.equal(remote.embed(ids), local.embed(ids)) and remote.fingerprint == local.fingerprint
+    assert torch.equal(remote.logits(found.last_hidden), local.logits(expected.last_hidden))
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({"aux_layers": [0, 2, 4]}, r"aux_layers is \[0, 2, 4\] there and \[1, 3, 4\] here"),
+        ({"aux_layers": None, "dtype": torch.bfloat16}, "dtype is bfloat16 there and float32 here"),
+    ],
+)
+def test_another_target_is_refused_at_the_start(target_dir, there, said):
+    with serving(HFTarget(target_dir, **there)) as server, pytest.raises(UserError, match=said) as refused:
+        RemoteTarget(target_dir, aux_layers=None, urls=[server.url])
+    assert server.url in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"urls": []}, "backend.urls is empty"),
+        ({"urls": ["10.0.0.7:31000"]}, "backend.urls holds '10.0.0.7:31000': expected http://HOST:PORT"),
+        ({"attempts": 0}, "backend.attempts is 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        RemoteBackendConfig(**({"urls": ["http://127.0.0.1:31000"]} | settings))
+
+
+def test_other_weights_are_refused_at_the_start():
+    said = "fingerprint is other there and stand-in here"
+    with serving(StandIn(fingerprint="other")) as server, pytest.raises(UserError, match=said):
+        servers_at(server.url).check(IDENTITY)
+
+
+def test_a_server_that_cannot_be_reached_is_named_at_the_start():
+    with serving(StandIn()) as server:
+        gone = f"http://127.0.0.1:{free_port()}"
+        with pytest.raises(UserError, match=rf"{gone} does not answer as a target server .*serve_target"):
+            servers_at(server.url, gone).check(IDENTITY)
+
+
+def test_something_else_that_listens_there_is_no_target_server():
+    with answering(200, b"<html>hello</html>") as url, pytest.raises(UserError, match="not a target server"):
+        servers_at(url).check(IDENTITY)
+    with answering(200, b'{"status": "fine"}') as url, pytest.raises(UserError, match="does not answer as a target"):
+        servers_at(url).check(IDENTITY)
+
+
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_a_wrong_token_is_refused(monkeypatch, token):
+    monkeypatch.setenv(TOKEN_VARIABLE, token) if token else monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    with serving(StandIn(), token="right") as server:
+        with pytest.raises(UserError, match=f"{server.url} refuses: .*{TOKEN_VARIABLE}"):
+            servers_at(server.url).check(IDENTITY)
+        monkeypatch.setenv(TOKEN_VARIABLE, "right")
+        servers_at(server.url).check(IDENTITY)
+        assert right(ask(servers_at(server.url)))
+
+
+def test_a_target_that_is_exchanged_in_the_middle_is_refused():
+    port = free_port()
+    with serving(StandIn(), port=port) as server:
+        servers = servers_at(server.url)
+        assert right(ask(servers))
+    with serving(StandIn(torch.bfloat16), port=port), pytest.raises(UserError, match="stand-in:bfloat16"):
+        ask(servers)
+
+
+def test_a_batch_that_is_too_large_is_refused_with_what_to_do():
+    said = r"takes 8 at once.*micro_batch_size"
+    with serving(StandIn(), max_tokens=8) as server, pytest.raises(UserError, match=said):
+        ask(servers_at(server.url))
+
+
+def test_requests_at_once_are_spread_over_the_servers():
+    targets = [Gated(), Gated()]
+    with serving(targets[0]) as one, serving(targets[1]) as two, ThreadPoolExecutor(4) as threads:
+        servers = servers_at(one.url, two.url)
+        batches = [batch_of(*range(n, n + 12)) for n in range(4)]
+        asked = [threads.submit(ask, servers, batch) for batch in batches]
+        until(lambda: [one.supervise.inside, two.supervise.inside] == [2, 2])
+        for target in targets:
+            target.gate.set()
+        assert all(right(a.result(), b) for a, b in zip(asked, batches, strict=True))
+
+
+def test_one_after_the_other_they_take_turns():
+    targets = [StandIn(), StandIn()]
+    with serving(targets[0]) as one, serving(targets[1]) as two:
+        servers = servers_at(one.url, two.url)
+        assert all(right(ask(servers)) for _ in range(6))
+    assert [len(t.read) for t in targets] == [3, 3]
+
+
+def test_a_slow_server_is_asked_less():
+    slow, quick = Gated(), StandIn()
+    with serving(slow) as one, serving(quick) as two, ThreadPoolExecutor(1) as threads:
+        servers = servers_at(one.url, two.url)
+        held = threads.submit(ask, servers)
+        until(lambda: slow.inside == 1)
+        assert all(right(ask(servers)) for _ in range(4)) and len(quick.read) == 4
+        slow.gate.set()
+        assert right(held.result())
+
+
+def test_full_queues_are_waited_for_and_nothing_is_lost(monkeypatch):
+    """Six clients of a server with room for one."""
+    monkeypatch.setattr("nemo_speculative.serving.target_server.RETRY_SECONDS", 0.02)
+    target, batches = StandIn(), [batch_of(*range(n, n + 12)) for n in range(30)]
+    with serving(target, queue=1) as server, ThreadPoolExecutor(6) as threads:
+        clients = [servers_at(server.url, attempts=1) for _ in range(6)]
+        found = list(threads.map(lambda n: ask(clients[n % 6], batches[n]), range(30)))
+    assert all(right(f, b) for f, b in zip(found, batches, strict=True)) and len(target.read) == 30
+
+
+def test_a_queue_that_stays_full_ends_the_run(monkeypatch):
+    monkeypatch.setattr("nemo_speculative.serving.target_server.RETRY_SECONDS", 0.05)
+    target = Gated()
+    with serving(target, queue=1) as server, ThreadPoolExecutor(1) as threads:
+        held = threads.submit(ask, servers_at(server.url))
+        until(lambda: target.inside == 1)
+        with pytest.raises(UserError, match=f"no target server answers any more .*{server.url}.*queue is full"):
+            ask(servers_at(server.url, timeout=0.3))
+        target.gate.set()
+        assert right(held.result())
+
+
+class FailsOnce(StandIn):
+    def supervise(self, batch):
+        self.read.append(None)
+        if len(self.read) == 1:
+            raise RuntimeError("CUDA out of memory")
+        return StandIn().supervise(batch)
+
+
+def test_a_request_that_fails_is_asked_elsewhere():
+    broken, sound = FailsOnce(), StandIn()
+    with serving(broken) as one, serving(sound) as two:
+        servers = servers_at(one.url, two.url, rest=30.0)
+        assert all(right(ask(servers)) for _ in range(3))
+        assert len(broken.read) == 1 and len(sound.read) == 3, "what failed is left alone for a while"
+
+
+def test_a_server_that_died_is_asked_again_when_it_is_back(capsys):
+    port, other = free_port(), StandIn()
+    with serving(other) as two:
+        with serving(StandIn(), port=port) as one:
+            servers = servers_at(one.url, two.url)
+            assert right(ask(servers)) and right(ask(servers))
+        assert all(right(ask(servers)) for _ in range(3)) and len(other.read) == 4
+        back = StandIn()
+        with serving(back, port=port):
+            until(lambda: right(ask(servers)) and back.read)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"target server {one.url} fails (") and last == f"target server {one.url} answers again"
+
+
+def test_when_all_are_dead_there_is_one_line_that_names_them():
+    urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
+    with pytest.raises(UserError, match=f"no target server answers any more .{urls[0]}, {urls[1]}.*resume=auto") as end:
+        ask(servers_at(*urls))
+    assert "\n" not in str(end.value)
+
+
+@contextlib.contextmanager
+def silent():
+    """Accepts, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def answering(status, content, length=None):
+    """Whatever it is asked, it answers this."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(length or len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        silent,
+        lambda: answering(503, b"going down"),
+        lambda: answering(200, b"no frame"),
+        lambda: answering(200, FRAME + b"\x00"),
+        lambda: answering(200, b"\xff" * len(FRAME)),
+        lambda: answering(200, b"cut off", length=len(FRAME)),
+    ],
+    ids=["never answers", "going down", "short", "long", "no frame", "dies in its answer"],
+)
+def test_what_is_no_answer_is_asked_elsewhere(bad):
+    with bad() as url, serving(StandIn()) as server:
+        servers = servers_at(url, server.url, timeout=0.5, rest=30.0)
+        assert all(right(ask(servers)) for _ in range(2))
+        assert servers.servers[0].asked == 1
+
+
+def test_a_server_alone_that_never_answers_ends_the_run():
+    with silent() as url, pytest.raises(UserError, match="ReadTimeoutError"):
+        ask(servers_at(url, timeout=0.2))

@@ -1,0 +1,61 @@
+"""What the target server's program refuses: one line, and an exit code other than 0."""
+
+import importlib.util
+import socket
+import sys
+
+import pytest
+
+from nemo_speculative import serve_target
+from nemo_speculative.targets.wire import TOKEN_VARIABLE
+
+
+@pytest.fixture
+def refused(target_dir, monkeypatch, capsys):
+    """Runs the program with a command line and returns the line that it ends with."""
+
+    def run(*overrides):
+        monkeypatch.setattr(sys, "argv", ["serve_target", "model=local", f"model.path={target_dir}", *overrides])
+        with pytest.raises(SystemExit) as end:
+            serve_target.main()
+        assert end.value.code
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["host=no-such-host.invalid"], "host=no-such-host.invalid port=31000: cannot listen there"),
+        (["host=192.0.2.1", "port=0"], "host=192.0.2.1 port=0: cannot listen there"),
+        (["port=70000"], "port is 70000: expected 0 to 65535"),
+        (["queue=0"], "queue is 0: it must be greater than 0"),
+        (["drain=-1"], "drain is -1: it must be greater than 0"),
+        (["aux_layers=[7]", "port=0"], "aux_layers holds 7"),
+        (["model.path=/no/model", "port=0"], "/no/model does not exist"),
+        (["trainer.max_steps=3"], "trainer.max_steps=3"),
+        (["quue=3"], "did you mean"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_one_line(refused, overrides, said):
+    assert said in refused(*overrides)
+
+
+def test_a_port_in_use_is_one_line_before_the_target_is_loaded(refused):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        line = refused(f"port={port}", "model.path=/no/model")
+    assert f"host=127.0.0.1 port={port}: cannot listen there (Address already in use)" in line
+
+
+def test_an_empty_token_would_let_everybody_in(refused, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, " ")
+    assert f"{TOKEN_VARIABLE} is empty" in refused("port=0")
+
+
+def test_a_package_that_is_missing_is_named(refused, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(serve_target, "find_spec", lambda name: None if name == "uvicorn" else found(name))
+    assert "needs uvicorn, which is not installed" in refused("port=0")
