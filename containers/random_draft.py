@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import nemo_speculative.serving  # noqa: F401  makes a torchvision importable on which transformers would fail
 from nemo_speculative.checkpoints.servable import Provenance, write_servable
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
 from nemo_speculative.speculative import Speculative

@@ -1,6 +1,7 @@
 """Serves a checkpoint with SGLang: ``python -m nemo_speculative.serve_sglang --draft CHECKPOINT``."""
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -217,7 +218,9 @@ def _check_runnable(options: ServeOptions) -> None:
 
 def _log_file(job: Job) -> Path:
     if job.log is None:
-        return Path(tempfile.mkstemp(prefix="sglang-", suffix=".log")[1])
+        descriptor, name = tempfile.mkstemp(prefix="sglang-", suffix=".log")
+        os.close(descriptor)
+        return Path(name)
     try:
         job.log.open("ab").close()
     except OSError as error:

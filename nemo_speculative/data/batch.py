@@ -35,10 +35,12 @@ class Batch:
     """int64 [B, L]: which document of the row; padding has a number of its own."""
     spans: tuple[Span, ...] = ()
     """The conversations in it."""
+    host: "Batch | None" = None
+    """The same on the host, where it was before it travelled; None: it did not."""
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {k: send(getattr(self, k), device) for k in _TENSORS}
-        return replace(self, **moved)
+        return replace(self, **moved, host=None if device.type == "cpu" else self.host or self)
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -14,8 +14,9 @@ import os
 import select
 import sys
 import tempfile
+import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,8 @@ from nemo_speculative.data.chat import prompt_ids
 from nemo_speculative.errors import UserError
 from nemo_speculative.serving.command import ServeOptions, serve_environment, serve_flags
 from nemo_speculative.serving.process import STOP_SECONDS, SGLangProcess
+
+PIECE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,11 @@ def answers(
     """The greedy answers to ``prompts``, one after the other.
 
     Args:
-        timeout: seconds to wait until the engine is ready.
+        timeout: seconds to wait until the engine is ready, and then for every answer.
         log: the file that takes all that SGLang prints.
 
     Raises:
-        ServerError: the engine did not come up, or went down.
+        ServerError: the engine did not come up, went down, or does not answer.
         UserError: the chat template rejects a prompt.
     """
     with _asked({"prompts": prompts, "max_new_tokens": max_new_tokens}) as request, _pipe() as (lines, descriptor):
@@ -60,12 +63,11 @@ def answers(
         environment = serve_environment(options)
         with SGLangProcess(command, environment, log, stdin=request, pass_fds=(descriptor,)) as process:
             os.close(descriptor)  # so that the other end's is the only one, and its death ends the file
-            if not select.select([lines], [], [], timeout)[0]:
-                raise process.failed(f"SGLang was not ready after {timeout:g} s")
-            _next(lines, process, "before it was ready")
+            _next(lines, process, timeout, "ready")
             for _ in prompts:
-                yield Answer(**_next(lines, process, "before it had answered"))
-            select.select([lines], [], [], STOP_SECONDS)  # until the engine has ended its own processes
+                yield Answer(**_next(lines, process, timeout, "done with its answer"))
+            with suppress(TimeoutError):
+                lines.next(STOP_SECONDS)  # until the engine has ended its own processes
 
 
 @contextmanager
@@ -79,17 +81,45 @@ def _asked(request: dict[str, Any]) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _pipe() -> Iterator[tuple[IO[str], int]]:
+def _pipe() -> Iterator[tuple["_Lines", int]]:
     """What is read, and the descriptor to write to, which is to be closed inside."""
     reading, writing = os.pipe()
-    with os.fdopen(reading) as lines:
-        yield lines, writing
+    try:
+        yield _Lines(reading), writing
+    finally:
+        os.close(reading)
 
 
-def _next(lines: IO[str], process: SGLangProcess, when: str) -> dict[str, Any]:
-    line = lines.readline()
+class _Lines:
+    """Lines of a pipe, waited for no longer than they may take."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor, self._rest = descriptor, b""
+
+    def next(self, timeout: float) -> bytes:
+        """The next whole line; empty: there is none any more.
+
+        Raises:
+            TimeoutError: it did not come within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._rest:
+            if not select.select([self._descriptor], [], [], max(deadline - time.monotonic(), 0))[0]:
+                raise TimeoutError
+            if not (read := os.read(self._descriptor, PIECE_BYTES)):
+                return b""  # what was cut off by the writer's death is no line
+            self._rest += read
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+
+def _next(lines: _Lines, process: SGLangProcess, timeout: float, state: str) -> dict[str, Any]:
+    try:
+        line = lines.next(timeout)
+    except TimeoutError:
+        raise process.failed(f"SGLang was not {state} after {timeout:g} s") from None
     if not line:
-        raise process.ended(when)
+        raise process.ended(f"before it was {state}")
     found = json.loads(line)
     if "error" in found:
         raise UserError(found["error"])

@@ -95,7 +95,7 @@ def _check_version() -> str:
     found = installed_version()
     if found is None:
         raise UserError(
-            f"backend=sglang: SGLang is not installed beside {sys.executable}; install it as docs/serving.md says, or "
+            f"backend=sglang: SGLang is not installed beside {sys.executable}; install it as docs/backends.md says, or "
             "take backend=hf"
         )
     if found not in VERSIONS:

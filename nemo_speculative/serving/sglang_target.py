@@ -4,6 +4,7 @@ Its kernels, its quantised weights and its tensor parallelism, for a target that
 hold: every rank of the job takes part in the forward of every rank's batch, and keeps what belongs to its own.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,30 @@ class SGLangTarget(TargetEnds):
             self.path, aux_layers=self.aux_layers, dtype=dtype, device=self.device, max_tokens=max_tokens,
             flags=[*trusted, *flags],
         )  # fmt: skip
+        self._last: torch.cuda.Event | None = None
         self._check_head()
 
     def supervise(self, batch: Batch) -> Supervision:
         """Positions that belong to no document are zeros."""
+        with self._after_the_last():
+            return self._supervise(batch)
+
+    @contextlib.contextmanager
+    def _after_the_last(self) -> Iterator[None]:
+        """SGLang's cache is one for all forwards: on CUDA one must not begin beside another, on whatever stream."""
+        if self.device.type != "cuda":
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        if self._last is not None:
+            current.wait_event(self._last)
+        yield
+        self._last = current.record_event()
+
+    def _supervise(self, batch: Batch) -> Supervision:
         places = _places(batch)
-        flat = batch.input_ids.flatten().tolist()
+        # Of the host's: SGLang schedules there, and to ask the device would wait for all that it still has to do.
+        flat = (batch.host or batch).input_ids.flatten().tolist()
         own = [flat[start:end] for start, end in places]
         found = [self._extended(texts, keep=texts is own) for texts in _of_all_ranks(own)]
         aux, hidden = next(kept for kept in found if kept is not None)
@@ -87,12 +106,9 @@ class SGLangTarget(TargetEnds):
 
 
 def _places(batch: Batch) -> list[Place]:
-    """Its documents, without padding where the batch says what is one."""
+    """Its documents; what no span covers is padding."""
     length = batch.input_ids.shape[1]
-    if batch.spans:
-        return [(span.row * length + span.start, span.row * length + span.end) for span in batch.spans]
-    ends = torch.tensor(batch.document_lengths()).cumsum(0).tolist()
-    return list(zip([0, *ends], ends, strict=False))
+    return [(span.row * length + span.start, span.row * length + span.end) for span in batch.spans]
 
 
 def _of_all_ranks(own: list[list[int]]) -> Iterator[list[list[int]]]:

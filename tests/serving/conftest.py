@@ -61,7 +61,7 @@ host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"
 HTTPServer((host, int(port)), Handler).serve_forever()
 """
 FAKE_ENGINE = """
-import os, signal
+import os, signal, sys
 
 
 class Tokenizer:
@@ -90,6 +90,11 @@ class Engine:
             signal.pause()
 
     def generate(self, input_ids, sampling_params):
+        if os.environ.get("FAKE_SGLANG") == "hang after ready":
+            signal.pause()
+        if os.environ.get("FAKE_SGLANG") == "die in an answer":
+            os.write(int(sys.argv[1]), b'{"text": "half of')
+            os.kill(os.getpid(), signal.SIGKILL)
         tokens = sampling_params["max_new_tokens"]
         info = {"completion_tokens": tokens} | ({"spec_verify_ct": 4} if tokens > 1 else {})
         return {"text": f"answer to {input_ids} at {sampling_params['temperature']}", "meta_info": info}

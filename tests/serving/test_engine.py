@@ -49,6 +49,18 @@ def test_an_engine_that_is_never_ready_is_ended(ask, monkeypatch):
     assert code == 1 and "error: SGLang was not ready after 1 s" in err
 
 
+def test_an_answer_that_never_comes_is_not_waited_for(ask, monkeypatch):
+    monkeypatch.setenv("FAKE_SGLANG", "hang after ready")
+    code, _, err, _ = ask("--prompt", "four", "--timeout", "8")
+    assert code == 1 and "error: SGLang was not done with its answer after 8 s" in err
+
+
+def test_half_an_answer_is_none(ask, monkeypatch):
+    monkeypatch.setenv("FAKE_SGLANG", "die in an answer")
+    code, _, err, _ = ask("--prompt", "four")
+    assert code == 1 and "error: SGLang ended with code -9 before it was done with its answer" in err
+
+
 def test_a_prompt_that_the_template_rejects(ask):
     code, out, err, _ = ask("--prompt", "four", "--prompt", "forbidden")
     assert code == 2 and "> four" in out

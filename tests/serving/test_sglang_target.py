@@ -86,8 +86,17 @@ def test_the_ranks_share_every_forward_and_keep_their_own(asked, whole, target_d
 
 
 def test_a_batch_without_documents_takes_part_and_gives_zeros(asked, target_dir):
-    found = SGLangTarget(target_dir, aux_layers=None).supervise(collate([[]], 12, pad_id=1))
+    ours = SGLangTarget(target_dir, aux_layers=None, max_tokens=8)
+    asked.clear()
+    found = ours.supervise(collate([[]], 12, pad_id=1))
     assert found.aux.shape == (1, 12, 96) and found.last_hidden.shape == (1, 12, 32)
+    assert not asked and not found.aux.any() and not found.last_hidden.any()
+
+
+def test_the_ids_are_those_of_the_host(asked, whole, target_dir, batch):
+    """From a device that cannot be read at all."""
+    far = batch.to(torch.device("meta"))
+    equal(SGLangTarget(target_dir, aux_layers=None).supervise(far), whole.supervise(batch), batch)
 
 
 def test_a_document_that_does_not_fit_is_refused(asked, target_dir, batch):

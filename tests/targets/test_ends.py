@@ -1,5 +1,7 @@
 """The ends of a target, loaded without the layers between them, beside those of the whole model."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -101,6 +103,37 @@ def test_files_that_lack_an_end_are_refused(tmp_path, make, name):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"its files lack {name}"):
         make(tmp_path, aux_layers=None)
+
+
+def quantised(directory, method):
+    """A target whose layers' matrices are stored as ``method`` stores them; embedding, norms and head as they were."""
+    make_target(directory)
+    stored = {}
+    for name, weight in load_file(directory / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = weight
+        elif method == "fp8":
+            stored |= {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+        else:
+            stem = name.removesuffix("weight")
+            parts = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
+            stored |= {stem + part: torch.zeros(4, 4, dtype=dtype) for part, dtype in parts.items()}
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    file = directory / "config.json"
+    described = {"fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "awq": {"bits": 4}}[method]
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": method} | described}
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq"])
+def test_of_a_quantised_target_the_ends_are_plain(tmp_path, target_dir, method):
+    quantised(tmp_path, method)
+    ends, plain = TargetEnds(tmp_path, aux_layers=None), TargetEnds(target_dir, aux_layers=None)
+    assert torch.equal(ends.head_weight, plain.head_weight)
+    assert torch.equal(ends.embed(torch.arange(9)), plain.embed(torch.arange(9)))
+    # Of float8 numbers the scale is elsewhere; copied as they are they would be wrong without a word.
+    with pytest.raises(UserError, match=r"as it is, which draft\.init_from_target\.layer copies; set it to false"):
+        ends.last_layers(1)
 
 
 def test_experts_that_transformers_fuses_are_refused_by_name(tmp_path):
