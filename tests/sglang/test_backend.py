@@ -10,6 +10,7 @@ import pytest
 
 from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
+from tests.targets.test_ends import quantised
 
 ROUNDING = {"aux": 1e-4, "last_hidden": 1e-4}
 """Of float32, where a number is at most some hundreds."""
@@ -42,6 +43,30 @@ def test_supervision_equals_that_of_transformers(target_dir, tmp_path, ranks, au
             for name, largest in found.items():
                 print(f"{ranks} rank(s), {name}: {largest:g}")
                 assert largest <= ROUNDING[name]
+
+
+READ = """
+import sys
+from pathlib import Path
+import torch
+from nemo_speculative.serving import model_runner
+device = torch.device("cpu")
+model_runner._make_importable(device)
+from sglang.srt.configs.model_config import ModelConfig
+flags = model_runner._own_flags(Path(sys.argv[1]), [1], torch.bfloat16, device, 64)
+arguments = model_runner.parse_flags([*flags, *sys.argv[2:]], "backend.flags")
+arguments.resolve_once()
+print("read:", ModelConfig.from_server_args(arguments).quantization)
+"""
+"""What SGLang would run, without running it: its quantised kernels need a GPU."""
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq"])
+@pytest.mark.parametrize("flagged", [False, True])
+def test_a_quantised_target_is_passed_on(tmp_path, method, flagged):
+    quantised(tmp_path, method)
+    done = run("-c", READ, str(tmp_path), *(["--quantization", method] if flagged else []))
+    assert f"read: {method}" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
