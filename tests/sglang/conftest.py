@@ -1,7 +1,7 @@
 """SGLang as the judge.  Run with the python of an environment that holds SGLang; elsewhere all of it is skipped.
 
 NEMO_RUN=RUN judges the best checkpoint of a run on RUN/questions.jsonl, else small drafts of the family are made here.
-NEMO_QUESTIONS (20) and NEMO_MAX_NEW_TOKENS (48) say on how much.
+NEMO_QUESTIONS (20) and NEMO_MAX_NEW_TOKENS (48) say on how much; NEMO_ALL=1 serves every draft by the program as well.
 """
 
 import json
