@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 RUN ?= $(wildcard outputs/tiny-eagle3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-sglang lint bench
+.PHONY: help setup setup-sglang train test test-sglang lint bench
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,8 @@ test: $(READY)  ## the test suite, on as many processes as there are cores
 
 test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run
 	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang -rs --numprocesses auto --dist loadfile $(ARGS)
+
+setup-sglang: $(VENV_SGLANG)/.ready  ## SGLang's own environment, for a CPU
 
 $(VENV_SGLANG)/.ready: pyproject.toml requirements-sglang.txt containers/install.sh
 	PYTHON3=$(PYTHON3) containers/install.sh cpu $(VENV_SGLANG)
