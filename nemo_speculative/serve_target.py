@@ -5,7 +5,6 @@ python -m nemo_speculative.serve_target model=local model.path=DIR backend=sglan
 """
 
 import contextlib
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from nemo_speculative.config.schema import ServeTargetJob
 from nemo_speculative.devices import choose_device
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets.base import Target
-from nemo_speculative.targets.wire import TOKEN_VARIABLE
+from nemo_speculative.targets.wire import TOKEN_VARIABLE, bearer_token
 from nemo_speculative.training.parallelism import fast_float32_matmuls
 
 NEEDS = ("starlette", "uvicorn", "prometheus_client")
@@ -47,18 +46,6 @@ def require_packages() -> None:
     """
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         raise UserError(f"a target server needs {missing[0]}, which is not installed: pip install {' '.join(NEEDS)}")
-
-
-def bearer_token() -> str | None:
-    """What clients must carry; None: nothing.
-
-    Raises:
-        UserError: it is set to nothing, which would let everybody in.
-    """
-    token = os.environ.get(TOKEN_VARIABLE)
-    if token is not None and not token.strip():
-        raise UserError(f"{TOKEN_VARIABLE} is empty: give it a value, or unset it to serve without a token")
-    return token
 
 
 @contextlib.contextmanager
@@ -103,7 +90,7 @@ def serve(job: ServeTargetJob, target: Target, token: str | None, listener: sock
 
     from nemo_speculative.serving.target_server import Limits, TargetServer
 
-    served = TargetServer(target, Limits(job.queue, job.max_tokens, job.io_timeout), token)
+    served = TargetServer(target, Limits(job.queue, job.max_tokens, job.io_timeout), token, job.backend)
     config = uvicorn.Config(
         served.app, log_level="error", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
         timeout_graceful_shutdown=job.drain,

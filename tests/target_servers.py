@@ -62,10 +62,10 @@ def same(one, two):
 
 
 @contextlib.contextmanager
-def serving(target, *, port=0, token=None, queue=8, max_tokens=256, io_timeout=20.0):
+def serving(target, *, port=0, token=None, queue=8, max_tokens=256, io_timeout=20.0, backend=None):
     """A target server; yields the object, whose ``url`` says where it listens."""
     listener = socket.create_server(("127.0.0.1", port))
-    server = TargetServer(target, Limits(queue, max_tokens, io_timeout), token)
+    server = TargetServer(target, Limits(queue, max_tokens, io_timeout), token, backend)
     server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     runner = uvicorn.Server(uvicorn.Config(server.app, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=runner.run, args=([listener],), daemon=True)

@@ -35,6 +35,7 @@ def refused(target_dir, monkeypatch, capsys):
         (["drain=-1"], "drain is -1: it must be greater than 0"),
         (["aux_layers=[7]", "port=0"], "aux_layers holds 7"),
         (["model.path=/no/model", "port=0"], "/no/model does not exist"),
+        (["backend=remote", "port=0"], "backend=remote: a target server runs the target itself"),
         (["trainer.max_steps=3"], "trainer.max_steps=3"),
         (["quue=3"], "did you mean"),
     ],
@@ -53,6 +54,13 @@ def test_a_port_in_use_is_one_line_before_the_target_is_loaded(refused):
 def test_an_empty_token_would_let_everybody_in(refused, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, " ")
     assert f"{TOKEN_VARIABLE} is empty" in refused("port=0")
+
+
+@pytest.mark.parametrize("token", ["two words", "two\nlines", "gehëim"])
+def test_a_token_that_no_client_can_send_is_refused(refused, monkeypatch, token):
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    line = refused("port=0")
+    assert f"{TOKEN_VARIABLE} has a space" in line and token not in line
 
 
 def test_a_package_that_is_missing_is_named(refused, monkeypatch):

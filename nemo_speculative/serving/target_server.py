@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nemo_speculative import __version__
+from nemo_speculative.config.schema import BackendConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import report
 from nemo_speculative.targets.base import Supervision, Target
@@ -42,6 +43,8 @@ PIECE_BYTES = 1 << 20
 """Sent at once: small enough that what a slow reader leaves lying is small."""
 RETRY_SECONDS = 1
 """What a trainer that finds the queue full is told to wait."""
+SICK_FAILURES, SICK_SECONDS = 3, 300.0
+"""/health is no longer well after so many failures of the target in a row, and while one forward takes longer."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,11 @@ class TargetServer:
 
     Args:
         token: what a request has to carry as its bearer token, but for /health; None: nothing.
+        backend: what the target was made from, for /info.
     """
 
-    def __init__(self, target: Target, limits: Limits, token: str | None = None):
-        self.figures, self.info = Figures(), describe(target, limits)
+    def __init__(self, target: Target, limits: Limits, token: str | None = None, backend: BackendConfig | None = None):
+        self.figures, self.info = Figures(), describe(target, limits, backend)
         self.supervise = Supervise(target, limits, self.figures)
         most = HEADER_BYTES + limits.max_tokens * TOKEN_BYTES
         self.app = Starlette(
@@ -72,10 +76,14 @@ class TargetServer:
                 Route("/supervise", self.supervise, methods=["POST"], max_body_size=most),
                 Route("/info", lambda _request: JSONResponse(self.info)),
                 Route("/metrics", lambda _request: PlainTextResponse(generate_latest(self.figures.registry))),
-                Route("/health", lambda _request: PlainTextResponse("ok\n")),
+                Route("/health", self._health),
             ],
-            middleware=[Middleware(RequireToken, token=token)] if token else [],
+            middleware=[Middleware(RequireToken, token=token, most=most, limits=limits)] if token else [],
         )
+
+    def _health(self, _request: Request) -> PlainTextResponse:
+        sick = self.supervise.worker.sick
+        return PlainTextResponse(f"{sick or 'ok'}\n", 503 if sick else 200)
 
     @property
     def unanswered(self) -> int:
@@ -83,13 +91,14 @@ class TargetServer:
         return self.supervise.cut_off
 
 
-def describe(target: Target, limits: Limits) -> dict[str, Any]:
+def describe(target: Target, limits: Limits, backend: BackendConfig | None) -> dict[str, Any]:
     """What /info says."""
     versions = {"nemo_speculative": __version__, "torch": torch.__version__}
     return asdict(Identity.of(target)) | {
         "hidden_size": target.config.hidden_size,
         "max_tokens": limits.max_tokens,
         "target": type(target).__name__,
+        "backend": asdict(backend) if backend else None,
         "device": str(target.device),
         "versions": versions | {"transformers": transformers.__version__},
     }
@@ -110,17 +119,31 @@ class Figures:
 
 
 class RequireToken:
-    """Refuses with 401 what does not carry the bearer token."""
+    """Refuses with 401 what does not carry the bearer token.
 
-    def __init__(self, app: ASGIApp, token: str):
-        self.app, self.expected = app, f"Bearer {token}".encode()
+    Args:
+        most: bytes of a request that are read, and dropped, before it is refused.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, most: int, limits: Limits):
+        self.app, self.expected, self.most, self.limits = app, f"Bearer {token}".encode(), most, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         if scope["type"] != "http" or scope["path"] == "/health" or hmac.compare_digest(given, self.expected):
             return await self.app(scope, receive, send)
+        await self._drop_body(receive)
         refusal = PlainTextResponse("the bearer token is missing or wrong", 401, {"WWW-Authenticate": "Bearer"})
         return await refusal(scope, receive, send)
+
+    async def _drop_body(self, receive: Receive) -> None:
+        """A connection that is closed on unread bytes loses the answer."""
+        dropped, more = 0, True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.io_timeout):
+                while more and dropped <= self.most:
+                    message = await receive()
+                    dropped, more = dropped + len(message.get("body", b"")), message.get("more_body", False)
 
 
 class Worker:
@@ -131,6 +154,8 @@ class Worker:
 
     def __init__(self, target: Target, figures: Figures):
         self.target, self.figures = target, figures
+        self._failures = 0
+        self._since: float | None = None
         self._work: queue.SimpleQueue[tuple[Future[Supervision], Batch]] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="target", daemon=True).start()
 
@@ -140,15 +165,31 @@ class Worker:
         self._work.put((future, batch))
         return future
 
+    @property
+    def sick(self) -> str | None:
+        """What is wrong with the target, for long or time and again; None: nothing."""
+        since = self._since
+        if since is not None and (taken := time.monotonic() - since) > SICK_SECONDS:
+            return f"the target has been at one batch for {taken:.0f} s"
+        if self._failures >= SICK_FAILURES:
+            return f"the target failed {self._failures} times in a row"
+        return None
+
     def _run(self) -> None:
         while True:
             future, batch = self._work.get()
             if not future.set_running_or_notify_cancel():
                 continue
+            self._since = time.monotonic()
             try:
-                future.set_result(self._supervise(batch))
+                made = self._supervise(batch)
             except Exception as error:
+                self._failures += 1
                 future.set_exception(error)
+            else:
+                self._failures = 0
+                future.set_result(made)
+            self._since = None
 
     def _supervise(self, batch: Batch) -> Supervision:
         started = time.perf_counter()
@@ -166,6 +207,7 @@ class Supervise:
         self.limits, self.figures, self.worker = limits, figures, Worker(target, figures)
         self.identity, self.vocab_size = Identity.of(target), target.config.vocab_size
         self.inside = self.cut_off = 0
+        self._arriving = asyncio.Semaphore(limits.queue)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -183,7 +225,8 @@ class Supervise:
 
     async def _answer(self, request: Request, send: Send) -> None:
         # Before anything is refused: a connection that is closed on unread bytes loses the answer.
-        batch = self._batch(await self._body(request), request)
+        async with self._arriving:  # the others' bytes stay in their sockets
+            batch = self._batch(await self._body(request), request)
         with self._place():
             pieces = frame_supervision(await self._computed(batch, request.receive))
             length = sum(piece.nbytes for piece in pieces)

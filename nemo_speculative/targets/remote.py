@@ -1,10 +1,10 @@
 """The target on other GPUs or machines, behind target servers: ``backend=remote``."""
 
 import contextlib
-import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nemo_speculative.devices import send
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.ends import TargetEnds
-from nemo_speculative.targets.wire import TOKEN_VARIABLE, FrameError, Identity, Layout, pack_batch
+from nemo_speculative.targets.wire import TOKEN_VARIABLE, FrameError, Identity, Layout, bearer_token, pack_batch
 
 PIECE_BYTES = 1 << 20
 CONNECTIONS = 16
@@ -83,13 +83,17 @@ class Failed(Exception):
 
 
 class Server:
-    """One target server, and what is known of it."""
+    """One target server, and what is known of it.
+
+    Raises:
+        UserError: see :func:`nemo_speculative.targets.wire.bearer_token`.
+    """
 
     def __init__(self, url: str, timeout: urllib3.Timeout):
         self.url = url
-        self.asked = self.outstanding = 0
+        self.turn = self.outstanding = 0
         self.rests_until, self.failing = 0.0, False
-        token = os.environ.get(TOKEN_VARIABLE)
+        token = bearer_token()
         self._token = {"Authorization": f"Bearer {token}"} if token else {}
         self._path = (urllib3.util.parse_url(url).path or "").rstrip("/")
         self._connections = urllib3.connection_from_url(url, maxsize=CONNECTIONS, timeout=timeout, retries=False)
@@ -170,19 +174,44 @@ ADVICE = {
 """What to do about a refusal, by its status."""
 
 
+class Patience:
+    """What one micro-batch has met with, and whether it is tried further."""
+
+    def __init__(self, timeout: float, attempts: int):
+        self.timeout, self.attempts = timeout, attempts
+        self.failures: Counter[Server] = Counter()
+        self._until: float | None = None
+
+    def busy(self) -> None:
+        """A server was full.  Counted from the first of such answers in a row: a failure may have taken long."""
+        self._until = self._until or time.monotonic() + self.timeout
+
+    def failed(self, server: Server) -> None:
+        self.failures[server] += 1
+        self._until = None
+
+    def left(self, servers: Sequence[Server]) -> list[Server]:
+        """Those that have not failed too often."""
+        return [server for server in servers if self.failures[server] < self.attempts]
+
+    @property
+    def ended(self) -> bool:
+        """Whether servers have been full for too long."""
+        return self._until is not None and time.monotonic() > self._until
+
+
 class Servers:
     """The servers of a run; what fails at one is tried at the next.
 
     Args:
-        timeout: seconds for which servers that are all busy are waited for.
-        attempts: failures of one micro-batch for each server, after which the run ends.
+        timeout: seconds for which servers that are busy are waited for, where nothing else happens.
+        attempts: failures of one micro-batch at a server, after which it is asked there no more.
         rest: seconds for which a server that failed is left alone.
     """
 
     def __init__(self, servers: Sequence[Server], timeout: float, attempts: int, rest: float):
-        self.servers, self.timeout, self.rest = list(servers), timeout, rest
-        self.attempts = attempts * len(self.servers)
-        self._choosing = threading.Lock()
+        self.servers, self.timeout, self.attempts, self.rest = list(servers), timeout, attempts, rest
+        self._choosing, self._turns = threading.Lock(), 0
 
     def check(self, identity: Identity) -> None:
         """Every server runs the target of ``identity``.
@@ -211,9 +240,9 @@ class Servers:
         Raises:
             UserError: none came in the attempts that there are, or a server refuses the request.
         """
-        failures, patience, frame = 0, time.monotonic() + self.timeout, layout.buffer(pinned)
+        patience, frame = Patience(self.timeout, self.attempts), layout.buffer(pinned)
         while True:
-            with self._next() as server:
+            with self._next(patience.left(self.servers)) as server:
                 try:
                     server.supervise(asked, identity, frame)
                     found = layout.read(frame)
@@ -221,14 +250,14 @@ class Servers:
                     return found
                 except Busy as busy:
                     server.rest(busy.seconds)
-                    why, given_up = str(busy), time.monotonic() > patience
+                    why = str(busy)
+                    patience.busy()
                 except (Failed, FrameError) as error:
                     why = str(error)
                     server.rest(self.rest)
                     server.now(failing=why)
-                    failures += 1
-                    given_up = failures >= self.attempts
-            if given_up:
+                    patience.failed(server)
+            if patience.ended or not patience.left(self.servers):
                 raise UserError(self._no_answer(server, why))
 
     def _no_answer(self, last: Server, why: str) -> str:
@@ -239,15 +268,16 @@ class Servers:
         )
 
     @contextlib.contextmanager
-    def _next(self) -> Iterator[Server]:
-        """The server with the fewest requests of ours that does not rest; waits for one."""
+    def _next(self, servers: Sequence[Server]) -> Iterator[Server]:
+        """The one with the fewest requests of ours that does not rest; waits for one.  Equals take turns."""
         while True:
             with self._choosing:
                 now = time.monotonic()
-                chosen = min(self.servers, key=lambda s: (max(s.rests_until - now, 0), s.outstanding, s.asked))
+                chosen = min(servers, key=lambda s: (max(s.rests_until - now, 0), s.outstanding, s.turn))
                 wait = chosen.rests_until - now
                 if wait <= 0:
-                    chosen.asked += 1
+                    self._turns += 1
+                    chosen.turn = self._turns
                     chosen.outstanding += 1
                     break
             time.sleep(wait)

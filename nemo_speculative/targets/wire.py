@@ -4,6 +4,8 @@ A request is a batch, an answer is its supervision in the target's own dtype, bi
 """
 
 import json
+import os
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from nemo_speculative.data.batch import Batch, Span
+from nemo_speculative.errors import UserError
 from nemo_speculative.targets.base import Supervision, Target
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -23,6 +26,21 @@ HEADER_BYTES = 1024
 """Most bytes of a request beside its tokens."""
 TOKEN_VARIABLE = "NEMO_TARGET_TOKEN"
 """The environment variable of the bearer token.  Not a configuration key, which a run would write down."""
+
+
+def bearer_token() -> str | None:
+    """What a request carries, from the environment; None: nothing.
+
+    Raises:
+        UserError: it is set to nothing, which would let everybody in, or to what no header can hold.
+    """
+    if (token := os.environ.get(TOKEN_VARIABLE)) is None:
+        return None
+    if not (token := token.strip()):
+        raise UserError(f"{TOKEN_VARIABLE} is empty: give it a value, or unset it to go without a token")
+    if not re.fullmatch("[!-~]+", token):  # not said: it is a secret
+        raise UserError(f"{TOKEN_VARIABLE} has a space, a line break or no ASCII in it: expected letters and digits")
+    return token
 
 
 class FrameError(ValueError):
@@ -94,6 +112,10 @@ def _spans(spans: torch.Tensor, begins: torch.Tensor) -> tuple[Span, ...]:
     there = (row >= 0) & (row < rows) & (start >= 0) & (start < end) & (end <= length)
     if not there.all() or not begins[row, start].all():
         raise FrameError(f"spans name what is no document of {rows} rows of {length} tokens")
+    edges = torch.cat([begins.flatten().nonzero()[:, 0], torch.tensor([begins.numel()])])
+    starts, ends = row * length + start, row * length + end
+    if not (edges[torch.searchsorted(edges, starts, right=True)] == ends).all() or not (starts.diff() > 0).all():
+        raise FrameError("spans name more or less than one document each, or not in the order of the rows")
     return tuple(Span("", 0, *place) for place in spans.tolist())
 
 

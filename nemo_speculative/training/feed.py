@@ -4,9 +4,10 @@ A thread packs and schedules the next global batch while this one trains.  On CU
 on a stream of its own, beside the draft's work on this one; a target elsewhere is asked ahead in threads.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,9 +16,21 @@ import torch
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.stream import RowStream
+from nemo_speculative.errors import UserError
 from nemo_speculative.objectives.base import Objective
 from nemo_speculative.targets.base import Supervision, Target
 from nemo_speculative.training.clock import Clock
+
+LOOK_SECONDS = 0.2
+"""How often who waits for a target elsewhere looks whether to stop."""
+STOP_SECONDS = 10.0
+"""How long an answer is waited for after that: one that comes lets the step end, and be saved."""
+
+
+class Interrupted(UserError):
+    """Asked to stop while the target did not answer."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -116,8 +129,8 @@ class OnSideStream:
 class InThreads:
     """A target that only waits for others, asked in threads; the clock counts what is waited for it."""
 
-    def __init__(self, target: Target, clock: Clock, device: torch.device):
-        self.target, self.clock, self.ahead = target, clock, target.requests_ahead
+    def __init__(self, target: Target, clock: Clock, device: torch.device, stop: threading.Event):
+        self.target, self.clock, self.stop, self.ahead = target, clock, stop, target.requests_ahead
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = ThreadPoolExecutor(max_workers=1 + self.ahead, thread_name_prefix="target")
 
@@ -135,7 +148,16 @@ class InThreads:
             return self.target.supervise(batch), side.record_event()
 
     def _wait(self, asked: Future[T]) -> T:
+        """
+        Raises:
+            Interrupted: the run was asked to stop, and there is no answer.
+        """
         with self.clock.part("target"):
+            while not wait([asked], LOOK_SECONDS).done:
+                if self.stop.is_set() and not wait([asked], STOP_SECONDS).done:
+                    raise Interrupted(
+                        "interrupted while no target server answered: this step is lost; go on with resume=auto"
+                    )
             return asked.result()
 
     def close(self) -> None:
@@ -153,10 +175,14 @@ def _received(supervision: Supervision, done: torch.cuda.Event) -> Supervision:
 
 
 class TargetAhead:
-    """The target's outputs for one schedule after the other; where it can be, asked for ahead of the draft's work."""
+    """The target's outputs for one schedule after the other; where it can be, asked for ahead of the draft's work.
 
-    def __init__(self, target: Target, device: torch.device, clock: Clock):
-        self.asker = _asker(target, device, clock)
+    Args:
+        stop: set when the run is to end: a target elsewhere that does not answer is then waited for no longer.
+    """
+
+    def __init__(self, target: Target, device: torch.device, clock: Clock, stop: threading.Event | None = None):
+        self.asker = _asker(target, device, clock, stop or threading.Event())
         self._started: deque[Wait] = deque()
 
     def over(self, schedules: list[Any], coming: Callable[[], list[Any]]) -> Iterator[tuple[Any, Supervision]]:
@@ -177,12 +203,18 @@ class TargetAhead:
         for schedule in schedules[len(self._started) : wanted]:
             self._started.append(self.asker.start(schedule.batch))
 
+    def at_once(self, batch: Batch) -> Supervision:
+        """The target's outputs for a batch out of turn; what was asked for ahead is left as it is."""
+        return self.asker.start(batch)()
+
     def close(self) -> None:
         """Gives up what was asked for ahead."""
         self.asker.close()
 
 
-def _asker(target: Target, device: torch.device, clock: Clock) -> InTurn | OnSideStream | InThreads:
+def _asker(
+    target: Target, device: torch.device, clock: Clock, stop: threading.Event
+) -> InTurn | OnSideStream | InThreads:
     if getattr(target, "requests_ahead", 0):
-        return InThreads(target, clock, device)
+        return InThreads(target, clock, device, stop)
     return OnSideStream(target, clock, device) if device.type == "cuda" else InTurn(target, clock)

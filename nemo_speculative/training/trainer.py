@@ -79,10 +79,10 @@ class DraftTrainer:
         self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
         self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average)
         self.clock, self.learning_rate = Clock(device), 0.0
-        self.feed, self.ahead = Feed(stream, objective, device), TargetAhead(target, device, self.clock)
+        self._stop = threading.Event()
+        self.feed, self.ahead = Feed(stream, objective, device), TargetAhead(target, device, self.clock, self._stop)
         self.position: GlobalBatch
         self._unchecked: list[Taken] = []
-        self._stop = threading.Event()
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint of the run directory, if there is one."""
@@ -96,7 +96,7 @@ class DraftTrainer:
         """Runs to the last step.  An interrupt saves a checkpoint and ends the program.
 
         Raises:
-            UserError: a loss is not finite; nothing is saved then.
+            UserError: a loss is not finite, or no target server answers, be it after an interrupt; nothing is saved.
             SystemExit: interrupted, with status 130.
         """
         handlers = {s: signal.signal(s, lambda *_: self._stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -213,7 +213,7 @@ class DraftTrainer:
         sums: dict[str, torch.Tensor] = {}
         with self.average.applied():
             for schedule in self.validation:
-                out = self.trainee(schedule, self.target.supervise(schedule.batch), schedule.counts)
+                out = self.trainee(schedule, self.ahead.at_once(schedule.batch), schedule.counts)
                 sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
             if isinstance(self.trainee, FSDPModule):
                 self.trainee.reshard()  # no backward pass will

@@ -37,7 +37,7 @@ class Served:
         assert any(line.startswith(word) for line in self.process.stdout)
 
     def end(self, number):
-        self.process.send_signal(number)
+        self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
 
@@ -80,13 +80,20 @@ def learned(directory):
     return [{k: v for k, v in line.items() if k != "val/tau_decoded"} for line in metrics(directory)]
 
 
-def test_the_metrics_are_those_of_the_target_in_process(settings, target_dir, in_process, tmp_path):
+def test_the_metrics_are_those_of_the_target_in_process(settings, target_dir, in_process, tmp_path, monkeypatch):
+    """And the token that the server wants is written nowhere."""
+    directory, token = tmp_path / "run", "s3cret-token"
+    monkeypatch.setitem(ENVIRONMENT, "NEMO_TARGET_TOKEN", token)
     with served(target_dir) as one:
-        done = run("recipes/train_eagle3.py", *remote(settings, tmp_path / "run", one.url))
+        done = run("recipes/train_eagle3.py", *remote(settings, directory, one.url))
         assert done.returncode == 0, done.stderr
         assert one.end(signal.SIGTERM) == 0
-    assert learned(tmp_path / "run") == in_process
+    assert learned(directory) == in_process
     assert "only backend=hf decodes" in done.stdout
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    assert json.loads((directory / "summary.json").read_text())["tau"] is None
+    assert len(files) > 5 and not any(token.encode() in file.read_bytes() for file in files)
+    assert token not in done.stdout + done.stderr
 
 
 def test_two_ranks_share_two_servers_of_which_one_is_killed(settings, target_dir, in_process, tmp_path):
@@ -124,6 +131,22 @@ def test_a_training_against_another_target_or_none_is_refused(settings, target_d
     assert f"{one.url} does not answer as a target server" in line and not (tmp_path / "run").exists()
 
 
+def test_a_run_whose_server_hangs_ends_when_it_is_asked_to(settings, target_dir, tmp_path):
+    """With one line, long before the 300 seconds that it waits for an answer."""
+    hangs = ["tests/integration/serve_slowly.py", "1000"]
+    with served(target_dir, program=hangs) as one:
+        command = [sys.executable, "recipes/train_eagle3.py", *remote(settings, tmp_path / "run", one.url)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT) as process:
+            try:
+                one.wait_for("reading")
+                process.send_signal(signal.SIGTERM)
+                _, said = process.communicate(timeout=60)
+            finally:
+                process.kill()
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert [line for line in said.splitlines() if line.startswith("error: interrupted") and "resume=auto" in line]
+
+
 def ask(url, target, batch):
     tag = Identity.of(target).tag
     return httpx.post(f"{url}/supervise", content=pack_batch(batch), headers={"If-Match": tag}, timeout=60)
@@ -156,16 +179,3 @@ def test_a_drain_that_takes_too_long_is_cut_off(target_dir):
         assert one.end(signal.SIGTERM) == 1
         assert "drain=1: 1 requests were not answered" in one.process.stderr.read()
         assert asked.exception() or asked.result().status_code >= 500
-
-
-def test_a_run_writes_no_token_down(settings, target_dir, tmp_path):
-    directory, token = tmp_path / "run", "s3cret-token"
-    with served(target_dir, NEMO_TARGET_TOKEN=token) as one:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(ENVIRONMENT, "NEMO_TARGET_TOKEN", token)
-            done = run("recipes/train_eagle3.py", *remote(settings, directory, one.url, steps=1))
-        assert done.returncode == 0, done.stderr
-    files = [file for file in directory.rglob("*") if file.is_file()]
-    assert json.loads((directory / "summary.json").read_text())["tau"] is None
-    assert len(files) > 5 and not any(token.encode() in file.read_bytes() for file in files)
-    assert token not in done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """The target server over real sockets: what it answers, what it refuses, and that nothing brings it down."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from nemo_speculative.config.schema import SGLangBackendConfig
+from nemo_speculative.serving.target_server import Limits, RequireToken
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.wire import Identity, pack_batch
 from tests.target_servers import Gated, StandIn, batch_of, serving, until
@@ -34,10 +37,15 @@ def figure(server, name):
 
 
 def test_it_says_what_it_runs():
-    with serving(StandIn(dtype=torch.bfloat16), max_tokens=99) as server:
+    backend = SGLangBackendConfig(
+        _target_="nemo_speculative.serving.sglang_target.SGLangTarget", flags=["--quantization", "fp8"]
+    )
+    with serving(StandIn(dtype=torch.bfloat16), max_tokens=99, backend=backend) as server:
         info = httpx.get(f"{server.url}/info").json()
         assert (info["fingerprint"], info["dtype"], info["aux_layers"]) == ("stand-in", "bfloat16", [1, 2])
         assert (info["hidden_size"], info["max_tokens"]) == (4, 99) and "torch" in info["versions"]
+        assert info["backend"]["_target_"].endswith("SGLangTarget")
+        assert info["backend"]["flags"] == ["--quantization", "fp8"]
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
@@ -86,6 +94,75 @@ def test_only_the_right_token_gets_in():
             assert {httpx.get(f"{server.url}/{p}", headers=wrong).status_code for p in ("info", "metrics")} == {401}
         assert post(server, Authorization="Bearer s3cret").status_code == 200
         assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(("pieces", "read"), [(3, 3), (10**6, 11)], ids=["all of it", "what there may be"])
+def test_what_is_refused_for_its_token_is_read_first(pieces, read):
+    """Else a connection that is closed on unread bytes may lose the answer."""
+    taken, sent = [], []
+
+    async def receive():
+        taken.append(None)
+        return {"type": "http.request", "body": bytes(10), "more_body": len(taken) < pieces}
+
+    async def send(message):
+        sent.append((len(taken), message))
+
+    scope = {"type": "http", "method": "POST", "path": "/supervise", "headers": []}
+    asyncio.run(RequireToken(None, "s3cret", 100, Limits(1, 1, 5.0))(scope, receive, send))
+    assert sent[0][0] == len(taken) == read and sent[0][1]["status"] == 401
+
+
+def test_a_refusal_does_not_wait_for_a_request_that_does_not_arrive():
+    with serving(StandIn(), token="s3cret", io_timeout=0.3) as server, raw(server) as slow:
+        slow.sendall(head(1000) + b"\x00" * 10)
+        assert b" 401 " in slow.recv(1000)
+
+
+def health(server):
+    found = httpx.get(f"{server.url}/health")
+    return found.status_code, found.text
+
+
+def test_it_is_not_well_after_failures_in_a_row():
+    class Fails(StandIn):
+        broken = True
+
+        def supervise(self, batch):
+            if self.broken:
+                raise RuntimeError("CUDA error")
+            return super().supervise(batch)
+
+    target = Fails()
+    with serving(target) as server:
+        assert [post(server).status_code for _ in range(2)] == [500, 500] and health(server)[0] == 200
+        post(server)
+        assert health(server) == (503, "the target failed 3 times in a row\n")
+        target.broken = False
+        assert answers_rightly(server) and health(server) == (200, "ok\n")
+
+
+def test_it_is_not_well_while_a_forward_hangs(monkeypatch):
+    monkeypatch.setattr("nemo_speculative.serving.target_server.SICK_SECONDS", 0.2)
+    target = Gated()
+    with serving(target) as server, ThreadPoolExecutor(1) as clients:
+        held = clients.submit(post, server)
+        until(lambda: health(server)[0] == 503)
+        assert "at one batch" in health(server)[1]
+        target.gate.set()
+        assert held.result().status_code == 200
+        until(lambda: health(server)[0] == 200)
+
+
+def test_no_more_requests_arrive_at_once_than_there_are_places():
+    """The next one's bytes are left where they are until one of them is there, or given up."""
+    frame = pack_batch(ASKED)
+    with serving(StandIn(), queue=1, io_timeout=1.5) as server, raw(server) as slow, raw(server) as next_one:
+        slow.sendall(head(len(frame)) + frame[:-1])
+        until(lambda: server.supervise._arriving.locked())
+        next_one.sendall(head(len(frame)) + frame)
+        assert figure(server, "nemo_target_received_bytes_total") == 0
+        assert b" 408 " in slow.recv(1000) and b" 200 " in next_one.recv(1000)
 
 
 def test_a_request_for_another_target_is_refused_naming_both():

@@ -16,7 +16,14 @@ from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.remote import RemoteTarget, Server, Servers
-from nemo_speculative.targets.wire import TOKEN_VARIABLE, Identity, Layout, frame_supervision, pack_batch
+from nemo_speculative.targets.wire import (
+    TOKEN_VARIABLE,
+    Identity,
+    Layout,
+    bearer_token,
+    frame_supervision,
+    pack_batch,
+)
 from tests.target_servers import HIDDEN, Gated, StandIn, batch_of, free_port, same, serving, until
 
 ASKED = batch_of(*range(12))
@@ -72,12 +79,23 @@ def test_another_target_is_refused_at_the_start(target_dir, there, said):
     [
         ({"urls": []}, "backend.urls is empty"),
         ({"urls": ["10.0.0.7:31000"]}, "backend.urls holds '10.0.0.7:31000': expected http://HOST:PORT"),
+        ({"urls": ["http://"]}, "backend.urls holds 'http://': expected"),
+        ({"urls": ["http://host:abc"]}, "backend.urls holds 'http://host:abc': expected"),
+        ({"urls": ["http://host:99999"]}, "backend.urls holds 'http://host:99999': expected"),
+        ({"urls": ["http:///path"]}, "backend.urls holds 'http:///path': expected"),
+        ({"urls": ["ftp://host:1"]}, "backend.urls holds 'ftp://host:1': expected"),
+        ({"urls": ["http://a:1", "http://b:1", "http://A:1/"]}, "names the server 'http://A:1/' twice"),
+        ({"urls": ["http://a", "http://a:80"]}, "names the server 'http://a:80' twice"),
         ({"attempts": 0}, "backend.attempts is 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         RemoteBackendConfig(**({"urls": ["http://127.0.0.1:31000"]} | settings))
+
+
+def test_servers_may_share_a_host_or_a_port():
+    RemoteBackendConfig(urls=["http://a:1", "http://a:2", "https://b:1/x", "https://b:1/y", "http://[::1]:1"])
 
 
 def test_other_weights_are_refused_at_the_start():
@@ -109,6 +127,21 @@ def test_a_wrong_token_is_refused(monkeypatch, token):
         monkeypatch.setenv(TOKEN_VARIABLE, "right")
         servers_at(server.url).check(IDENTITY)
         assert right(ask(servers_at(server.url)))
+
+
+@pytest.mark.parametrize("token", ["", " ", "two words", "two\nlines", "gehëim"])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_said(monkeypatch, token):
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(UserError, match=TOKEN_VARIABLE) as refused:
+        servers_at("http://127.0.0.1:1")
+    assert not token.strip() or token not in str(refused.value)
+
+
+def test_a_token_from_a_file_may_end_with_a_line_break(monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "right\n")
+    assert bearer_token() == "right"
+    with serving(StandIn(), token="right") as server:
+        servers_at(server.url).check(IDENTITY)
 
 
 def test_a_target_that_is_exchanged_in_the_middle_is_refused():
@@ -262,7 +295,70 @@ def test_what_is_no_answer_is_asked_elsewhere(bad):
     with bad() as url, serving(StandIn()) as server:
         servers = servers_at(url, server.url, timeout=0.5, rest=30.0)
         assert all(right(ask(servers)) for _ in range(2))
-        assert servers.servers[0].asked == 1
+        assert servers.servers[0].turn == 1, "it was asked first, and no more"
+
+
+@contextlib.contextmanager
+def full(times):
+    """A server whose queue is full for the first ``times`` requests."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        left = times
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            Handler.left -= 1
+            content = b"full" if Handler.left >= 0 else FRAME
+            self.send_response(429 if Handler.left >= 0 else 200)
+            self.send_header("Retry-After", "0.05")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("hangs_first", [True, False])
+def test_waiting_for_one_that_hangs_does_not_use_up_the_patience_with_one_that_is_full(hangs_first):
+    with silent() as hangs, full(times=2) as busy:
+        servers = servers_at(*((hangs, busy) if hangs_first else (busy, hangs)), timeout=0.4, rest=30.0)
+        assert right(ask(servers)) and servers._turns == 4
+
+
+def test_one_that_is_dead_does_not_use_up_the_attempts_of_one_that_is_full():
+    """It fails as often as both may together, before there is a place at the other; and is asked no more then."""
+    dead = f"http://127.0.0.1:{free_port()}"
+    with full(times=12) as busy:
+        servers = servers_at(dead, busy, attempts=3, rest=0.01)
+        assert right(ask(servers)) and servers.servers[0].failing
+    with full(times=10**6) as busy, pytest.raises(UserError, match="queue is full"):
+        ask(servers_at(dead, busy, timeout=0.5, attempts=3, rest=0.01))
+
+
+def test_every_server_has_attempts_of_its_own():
+    with answering(503, b"going down") as one, answering(503, b"going down") as two:
+        servers = servers_at(one, two, attempts=3, rest=0.01)
+        with pytest.raises(UserError, match="no target server answers any more"):
+            ask(servers)
+        assert servers._turns == 6
+
+
+def test_a_server_that_is_back_takes_its_turns_and_no_more(monkeypatch):
+    port, other, back = free_port(), StandIn(), StandIn()
+    with serving(other) as two:
+        servers = servers_at(f"http://127.0.0.1:{port}", two.url, rest=0.01)
+        servers.servers[0].rest(3600)
+        assert all(right(ask(servers)) for _ in range(6))
+        with serving(back, port=port):
+            servers.servers[0].rest(0)
+            assert all(right(ask(servers)) for _ in range(6))
+    assert (len(back.read), len(other.read)) == (3, 6 + 3)
 
 
 def test_a_server_alone_that_never_answers_ends_the_run():

@@ -109,12 +109,25 @@ def shifted(name, change):
         ({"spans": torch.tensor([[0, 5, 5]])}, "spans name"),
         ({"spans": torch.tensor([[0, -1, 5]])}, "spans name"),
         ({"spans": torch.tensor([[0, 1, 5]])}, "spans name"),
+        ({"spans": torch.tensor([[0, 0, 4]])}, "spans name"),
+        ({"spans": torch.tensor([[0, 0, 8]])}, "spans name"),
+        ({"spans": torch.tensor([[0, 0, 6], [0, 5, 8]])}, "spans name"),
+        ({"spans": torch.tensor([[0, 0, 5], [0, 0, 5]])}, "spans name"),
+        ({"spans": torch.tensor([[0, 5, 8], [0, 0, 5]])}, "spans name"),
+        ({"spans": torch.tensor([[1, 0, 16], [0, 0, 5]])}, "spans name"),
     ],
 )
 def test_what_is_no_batch_is_refused(changes, said):
     with pytest.raises(FrameError, match=said):
         unpack_batch(frame_of(**changes), VOCAB)
     unpack_batch(frame_of(), VOCAB)
+
+
+def test_spans_may_leave_documents_out():
+    for spans in ([[0, 5, 8], [1, 0, 16]], [[0, 14, 16]], []):
+        asked = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
+        found = unpack_batch(frame_of(spans=asked), VOCAB)
+        assert [[s.row, s.start, s.end] for s in found.spans] == spans
 
 
 def test_bytes_that_are_no_frame_are_refused():

@@ -11,7 +11,7 @@ from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.stream import RowStream
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.training.clock import Clock
-from nemo_speculative.training.feed import Feed, TargetAhead
+from nemo_speculative.training.feed import Feed, Interrupted, TargetAhead
 from tests.objectives import cases
 from tests.objectives.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
 from tests.observing import LargestTensor
@@ -188,6 +188,59 @@ def test_closing_waits_for_no_server(feeds):
         assert not target.read and not taking.done()
         target.gate.set()
         assert taking.result()[0] is schedules[0]
+
+
+@pytest.fixture
+def interrupted(feeds, monkeypatch):
+    """What is raised in a run that asks ``target`` and is told to stop meanwhile."""
+    monkeypatch.setattr("nemo_speculative.training.feed.STOP_SECONDS", 1.0)
+
+    def run(target, wait):
+        stop = threading.Event()
+        ahead = TargetAhead(target, CPU, Clock(CPU), stop)
+        with ThreadPoolExecutor(1) as trainer:
+            waiting = trainer.submit(wait, ahead, feeds(stream()).take().schedules)
+            until(lambda: target.asked)
+            stop.set()
+            error = waiting.exception(20)
+        ahead.close()
+        target.gate.set()
+        return error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [lambda ahead, some: next(ahead.over(some, never)), lambda ahead, some: ahead.at_once(some[0].batch)],
+    ids=["training", "validation"],
+)
+def test_a_run_that_is_asked_to_stop_waits_for_no_server(interrupted, wait):
+    error = interrupted(Waits(1), wait)
+    assert isinstance(error, Interrupted) and error.exit_code == 130
+    assert "interrupted" in str(error) and "resume=auto" in str(error)
+
+
+def test_an_answer_that_comes_soon_after_it_is_taken(interrupted):
+    class Soon(Waits):
+        def supervise(self, batch):
+            self.asked += 1
+            self.gate.wait(0.5)
+            return Reads.supervise(self, batch)
+
+    assert interrupted(Soon(1), lambda ahead, some: next(ahead.over(some, never))) is None
+
+
+def test_out_of_turn_nothing_is_mixed_up(feeds):
+    target, plain, feed = Waits(1), Reads(), feeds(stream())
+    target.gate.set()
+    ahead = TargetAhead(target, CPU, Clock(CPU))
+    for _ in range(2):
+        for schedule, supervision in ahead.over(feed.take().schedules, lambda: feed.peek().schedules):
+            assert torch.equal(supervision.last_hidden, plain.supervise(schedule.batch).last_hidden)
+            other = stream().next_global_batch()[1]
+            assert torch.equal(ahead.at_once(other).last_hidden, plain.supervise(other).last_hidden)
+    ahead.close()
 
 
 @needs_cuda

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
 from omegaconf import MISSING
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
 
 from nemo_speculative.config.schema.common import Dtype, require, require_positive
 
@@ -112,12 +114,24 @@ class RemoteBackendConfig(BackendConfig):
 
     def __post_init__(self) -> None:
         require(bool(self.urls), "backend.urls is empty: expected one URL or more, e.g. [http://127.0.0.1:31000]")
-        for url in self.urls:
-            require(
-                url.startswith(("http://", "https://")),
-                f"backend.urls holds {url!r}: expected http://HOST:PORT",
-            )
+        servers = [_server_named(url) for url in self.urls]
+        again = next((url for n, url in enumerate(self.urls) if servers[n] in servers[:n]), None)
+        require(again is None, f"backend.urls names the server {again!r} twice: leave it out once")
         require_positive(self, "backend", "timeout", "connect_timeout", "attempts", "rest")
+
+
+def _server_named(url: str) -> str:
+    """``url`` as any other spelling of it is written, too."""
+    try:
+        parsed = parse_url(url)
+    except LocationParseError:
+        parsed = parse_url("")
+    require(
+        parsed.scheme in ("http", "https") and bool(parsed.host),
+        f"backend.urls holds {url!r}: expected http://HOST:PORT",
+    )
+    port = parsed.port or {"http": 80, "https": 443}[str(parsed.scheme)]
+    return f"{parsed.scheme}://{parsed.host}:{port}{(parsed.path or '').rstrip('/')}"
 
 
 @dataclass
