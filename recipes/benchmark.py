@@ -26,9 +26,9 @@ def main(job: BenchmarkJob) -> None:
         (results / "table.md").write_text(table(measured) + "\n")
         (results / "heatmap.svg").write_text(heat_map(measured))
         print(table(measured))
+    require_success(benchmark)
     if job.write_back:
         write_back(benchmark, best(measured, job.write_back, job.temperature[0]))
-    require_success(benchmark)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from nemo_speculative.benchmarking.cells import accelerator, setting_name
 from nemo_speculative.checkpoints.servable import find_model
 from nemo_speculative.config.schema import BenchmarkJob
 from nemo_speculative.errors import UsageError, UserError
-from nemo_speculative.serving.client import Client
+from nemo_speculative.serving.client import Client, api_key
 from nemo_speculative.serving.command import ServeOptions, from_checkpoint, serve_command, serve_environment
+from nemo_speculative.serving.match import check_target
 from nemo_speculative.serving.server import Server, require_free
 from nemo_speculative.targets.ends import target_fingerprint
 
@@ -29,6 +31,11 @@ NUM_PROGRAM_WORDS = 3
 SPECULATIVE = "--speculative-"
 REPORTED = ("model_path", "version", "dtype", "tp_size", "dp_size", "attention_backend", "quantization")
 """What of a running server's settings its figures depend on, beside the speculative ones."""
+PASSING = frozenset({
+    "internal_states", "startup_time", "status", "launch_command", "kv_events", "random_seed", "host", "dist_init_addr",
+    "max_total_num_tokens", "max_req_input_len",
+})  # fmt: skip
+"""What a server reports beside its settings, and those that are drawn or found anew at each start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +189,10 @@ def _options(job: BenchmarkJob, setting: Sequence[int], version: str) -> ServeOp
         raise UsageError(f"sweep={list(setting)}: {error}" if setting else str(error)) from None
     if options.api_key:
         raise UsageError("server.flags: --api-key would be written into the results; leave it out, or use url=")
+    try:
+        check_target(options, server.target_variant)
+    except UserError as error:
+        raise UsageError(f"{error} (here: target=, server.target_variant=true)") from None
     return options
 
 
@@ -229,10 +240,14 @@ def _running(job: BenchmarkJob) -> list[Endpoint]:
             "write_back, or give checkpoint= in its place"
         )
     urls = [url for url in (job.baseline_url, job.url) if url is not None]
-    infos = [asyncio.run(_info(url, job.api_key)) for url in urls]
+    infos = [asyncio.run(_info(url)) for url in urls]
     if job.baseline_url and infos[0].get("speculative_algorithm"):
         raise UserError(f"baseline_url: {job.baseline_url} speculates; expected a server without a draft")
-    common = {"urls": [job.baseline_url, job.url], **{name: infos[-1].get(name) for name in REPORTED}}
+    _require_alike(urls, infos)
+    common = {
+        "urls": [job.baseline_url, job.url], **{name: infos[-1].get(name) for name in REPORTED},
+        "target": _fingerprint(str(infos[-1].get("model_path"))), "settings": [settings_digest(info) for info in infos],
+    }  # fmt: skip
     return [
         Running(
             server=common,
@@ -244,8 +259,25 @@ def _running(job: BenchmarkJob) -> list[Endpoint]:
     ]
 
 
-async def _info(url: str, api_key: str | None) -> dict[str, Any]:
-    async with Client(url, api_key) as client:
+def _require_alike(urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a baseline whose figures would differ for more than its missing draft."""
+    for name in REPORTED:
+        base, own = infos[0].get(name), infos[-1].get(name)
+        if base != own:
+            raise UserError(
+                f"baseline_url: {name} of {urls[0]} is {base}, expected {own} as of {urls[-1]}; start both alike "
+                "but for the draft"
+            )
+
+
+def settings_digest(info: Mapping[str, Any]) -> str:
+    """Of a server's ``/server_info``, as far as it is equal when the same server is started again."""
+    lasting = {name: value for name, value in info.items() if name not in PASSING and not name.endswith("port")}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:16]
+
+
+async def _info(url: str) -> dict[str, Any]:
+    async with Client(url, api_key()) as client:
         return await client.server_info()
 
 
@@ -254,7 +286,7 @@ def _draft(info: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     names = {"num_steps": "num_steps", "topk": "eagle_topk", "num_draft_tokens": "num_draft_tokens"}
     return {
-        "weights": info.get("speculative_draft_model_path"),
+        "weights": _fingerprint(str(info.get("speculative_draft_model_path"))),
         "speculative": {ours: info.get(f"speculative_{theirs}") for ours, theirs in names.items()},
         "flags": [info["speculative_algorithm"]],
     }

@@ -1,4 +1,4 @@
-"""The inside of the sandbox: ``python -I -S jail.py SECONDS MEMORY_MB < program`` exits with PASSED or else not.
+"""The inside of the sandbox: ``python -I -S jail.py SECONDS MEMORY_MB PASSED < program`` exits so or not.
 
 A program of its own, which imports nothing of this project.  By the kernel: CPU seconds, address space, the size of
 files, and, where user namespaces are permitted, a network namespace without any device.  By an audit hook, which no
@@ -8,21 +8,29 @@ working directory.
 
 import os
 import resource
+import signal  # noqa: F401 - so that what is taken away stays away
 import sys
 
-PASSED = 87
-"""Not 0: code that leaves early with ``exit()`` has not passed its tests."""
 FILE_MB, OPEN_FILES = 16, 64
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 REFUSED = (
     "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "pty.",
-    "ctypes.", "signal.pthread_kill", "webbrowser.", "os.setxattr", "os.removexattr", "sys.remote_exec",
+    "ctypes.", "signal.pthread_kill", "webbrowser.", "os.setxattr",
+    "os.removexattr", "sys.remote_exec",
+    "sqlite3.",  # whose SQL attaches any file
 )  # fmt: skip
 CHANGES = (
     "os.chmod", "os.chown", "os.chflags", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
     "os.truncate", "os.utime", "shutil.",
 )  # fmt: skip
 """Of files; ``open`` is one where it writes."""
+UNSEEN = {
+    "os": ("mkfifo", "mknod"),
+    "posix": ("mkfifo", "mknod"),
+    "signal": ("pidfd_send_signal",),
+    "_signal": ("pidfd_send_signal",),
+}
+"""Functions, by module, that no audit event tells of: they are taken away."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -64,13 +72,18 @@ def guard(directory: str) -> None:
             raise PermissionError(f"{event} is refused here")
         if event == "open":
             changes = bool(args[2] & WRITING) if args[1] is None else bool(set(args[1]) & set("wax+"))
-            paths = [args[0]] if changes else []
+            # A directory's descriptor would be a way past every path, as dir_fd=.
+            paths = [args[0]] if changes or (args[1] is None and os.path.isdir(args[0])) else []
         else:
             named = [arg for arg in args if isinstance(arg, str | bytes | os.PathLike)]
             paths = named if event.startswith(CHANGES) else []
         if any(outside(path) for path in paths):
             raise PermissionError(f"{event}: {paths[0]!r} lies outside the sandbox")
 
+    for module, names in UNSEEN.items():
+        for name in names:
+            if hasattr(sys.modules[module], name):
+                delattr(sys.modules[module], name)
     sys.addaudithook(hook)
 
 
@@ -81,7 +94,9 @@ def main() -> None:
         print("a network namespace of its own" if permitted else "an audit hook (no user namespaces here)")
         return
     program = sys.stdin.buffer.read()
-    limit(float(sys.argv[1]), int(sys.argv[2]))
+    seconds, memory_mb, passed = sys.argv[1:]
+    del sys.argv[1:]
+    limit(float(seconds), int(memory_mb))
     directory = os.path.realpath(os.getcwd())
     names = {"__name__": "__main__", "__builtins__": __builtins__}
     leave = os._exit  # before the program can put something else there
@@ -90,7 +105,7 @@ def main() -> None:
         exec(compile(program, "program.py", "exec"), names)
     except BaseException:  # SystemExit as well
         leave(1)
-    leave(PASSED)
+    leave(int(passed))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from nemo_speculative.benchmarking.cells import Cell, Ledger, Measured
 from nemo_speculative.benchmarking.endpoints import Endpoint, endpoints_of
+from nemo_speculative.benchmarking.figures import Figures
 from nemo_speculative.benchmarking.measure import converse, measure
 from nemo_speculative.benchmarking.suites import Suite, load_suite
 from nemo_speculative.checkpoints.servable import find_model, restate
 from nemo_speculative.config.schema import BenchmarkJob, ModelConfig
 from nemo_speculative.errors import UserError
-from nemo_speculative.serving.client import Client, Unauthorized, Unreachable
+from nemo_speculative.serving.client import Client, Unauthorized, Unreachable, api_key
 from nemo_speculative.serving.process import ServerError
+from nemo_speculative.targets.ends import load_tokenizer
 from nemo_speculative.targets.resolve import resolve_target
 
 
@@ -42,7 +42,7 @@ class Benchmark:
         """
         suite, endpoints = load_suite(job.suite), endpoints_of(job)
         target = resolve_target(ModelConfig(path=endpoints[-1].target), weights=False, key="target")
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=job.server.trust_remote_code)
+        tokenizer = load_tokenizer(target, job.server.trust_remote_code)
         return cls(job, suite, endpoints, tokenizer, Ledger(Path(job.results)))
 
     def cells(self, endpoint: Endpoint) -> list[Cell]:
@@ -78,14 +78,17 @@ class Benchmark:
         try:
             with endpoint.up() as url:
                 asyncio.run(self._measure(url, pending))
-        except ServerError as error:  # it would not come up for the next cell either
-            print(error.log_tail, file=sys.stderr)
+        except Unauthorized:
+            raise
+        except UserError as error:  # it would not come up, or answer, for the next cell either
+            if isinstance(error, ServerError):
+                print(error.log_tail, file=sys.stderr)
             while pending:
                 self._fail(pending, error)
 
     async def _measure(self, url: str, pending: deque[Cell]) -> None:
         suite = self.suite
-        async with Client(url, self.job.api_key) as client:
+        async with Client(url, api_key()) as client:
             try:
                 await client.server_info()
                 warmup = suite.prompts[: self.job.warmup]
@@ -99,6 +102,8 @@ class Benchmark:
         cell = pending[0]
         try:
             figures = await measure(client, self.tokenizer, self.suite, cell.concurrency, cell.temperature)
+            if cell.draft is not None:
+                _require_verified(figures)
         except (Unauthorized, Unreachable):
             raise
         except UserError as error:
@@ -153,6 +158,14 @@ def write_back(benchmark: Benchmark, best: Measured | None) -> None:
     model = find_model(benchmark.job.checkpoint or "")
     restate(model, speculative)
     print(f"{model} is now served with {speculative}")
+
+
+def _require_verified(figures: Figures) -> None:
+    if not figures.verifications:
+        raise UserError(
+            "the server reported not one verification: expected some of a draft; does it speculate, and are the "
+            "answers longer than a token (suite.max_new_tokens)?"
+        )
 
 
 def _name(cell: Cell) -> str:

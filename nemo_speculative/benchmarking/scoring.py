@@ -22,6 +22,7 @@ SYNONYMS = (
     (re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))"), ""),
     (re.compile(r"^[a-zA-Z]="), ""),
 )
+PLAIN = re.compile(r"^[-+]?[\d./]+$")
 FRACTION = re.compile(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$")
 
 
@@ -103,6 +104,8 @@ def _same_number(one: str, other: str) -> bool:
 def _value(text: str) -> Fraction | None:
     """``3``, ``.5``, ``1/2`` and ``\\frac{1}{2}`` as a number."""
     plain = FRACTION.sub(r"\1\2/\3", text)
+    if not PLAIN.match(plain):  # Fraction takes exponents as well, and 1e999999999 would fill the memory
+        return None
     try:
         return Fraction(plain)
     except (ValueError, ZeroDivisionError):

@@ -7,6 +7,7 @@ conversation with the tokenizer's own chat template, which is what the chat endp
 """
 
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ INCREMENTAL = ("incremental_streaming_output", "stream_output")
 """Server settings by which a chunk holds only its own text, not all until then."""
 CONNECT_SECONDS = 10.0
 WRONG_TOKEN = (401, 403)
+BAD_REQUEST = 400
+API_KEY = "SGLANG_API_KEY"
+"""The variable that holds the servers' token: a configuration key would be written into Hydra's records."""
+
+
+def api_key() -> str | None:
+    """The token of the servers that are asked; None: they want none."""
+    return os.environ.get(API_KEY)
 
 
 class Unreachable(UserError):
@@ -139,6 +148,10 @@ class Client:
             if info["completion_tokens"] > (arrivals[-1][1] if arrivals else 0):
                 arrivals.append((time.perf_counter() - started, info["completion_tokens"]))
         reason = info.get("finish_reason") or {}
+        if (
+            reason.get("type") == "abort" and reason.get("status_code") == BAD_REQUEST
+        ):  # the scheduler's, once it streams
+            raise Refused(f"{self.url}: {reason.get('message')}")
         if reason.get("type") not in ("stop", "length") or not arrivals:
             raise Unreachable(f"{self.url}: the answer broke off ({reason.get('message', 'no end of it came')})")
         return Answer(
@@ -185,7 +198,7 @@ class Client:
     def _check(self, reply: httpx.Response) -> None:
         if reply.status_code in WRONG_TOKEN:
             raise Unauthorized(
-                f"{self.url}: refuses the token (HTTP {reply.status_code}); give the server's with api_key=…"
+                f"{self.url}: refuses the token (HTTP {reply.status_code}); give the server's as the variable {API_KEY}"
             )
         if reply.is_error:
             raise Refused(f"{self.url}{reply.url.path}: HTTP {reply.status_code}: {reply.text:.200}")

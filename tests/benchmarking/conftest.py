@@ -16,6 +16,7 @@ import torch
 
 from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.targets.ends import target_fingerprint
 from tests.benchmarking import fake_sglang
 
 PROMPTS = [{"turns": ["the quick fox", "again"]}, {"prompt": "seven wizards"}, {"turns": ["a lazy dog"]}]
@@ -28,7 +29,7 @@ def run_dir(tmp_path, target_dir) -> Path:
                         max_positions=64, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
                         vocab_size=300, draft_vocab_size=300, aux_layers=(1, 3, 4), target_hidden_size=32)  # fmt: skip
     draft = Eagle3Draft(shape)
-    provenance = Provenance(str(target_dir), "0" * 16, "float32", Speculative(5, 1, 6), step=3)
+    provenance = Provenance(str(target_dir), target_fingerprint(target_dir), "float32", Speculative(5, 1, 6), step=3)
     step = tmp_path / "run" / "checkpoints" / "step_3"
     ids = {"bos_token_id": 0, "eos_token_id": 1}
     write_servable(step / "model", Eagle3Draft, draft.state_dict(), shape, provenance, torch.float32, ids)
@@ -43,11 +44,15 @@ def suite_file(tmp_path) -> Path:
     return file
 
 
-@pytest.fixture
-def free_port() -> int:
+def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    return unused_port()
 
 
 @pytest.fixture
@@ -65,14 +70,15 @@ def fake_site(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def serve(free_port) -> Iterator[Callable[..., str]]:
+def serve() -> Iterator[Callable[..., str]]:
     """Starts a fake server with the flags that are given, and says its url."""
     started = []
 
     def start(*flags: str, **environment: str) -> str:
-        command = [sys.executable, fake_sglang.__file__, "--host", "127.0.0.1", "--port", str(free_port), *flags]
+        port = unused_port()
+        command = [sys.executable, fake_sglang.__file__, "--host", "127.0.0.1", "--port", str(port), *flags]
         started.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL))
-        url = f"http://127.0.0.1:{free_port}"
+        url = f"http://127.0.0.1:{port}"
         for _ in range(200):
             try:
                 urllib.request.urlopen(f"{url}/health").close()

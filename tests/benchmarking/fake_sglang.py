@@ -2,7 +2,9 @@
 
 The answer to L prompt ids is L % 5 + 6 tokens "a0 a1 …".  Without --speculative-algorithm one token comes at a time;
 with it the prefill gives one and each verification three, two of them drafts.  FAKE_SGLANG says what goes wrong:
-``die`` at once, ``die_at:N`` at the N-th question (once, while the file FAKE_ONCE is missing), ``token:X`` to be sent.
+``die`` at once, ``die_at:N`` at the N-th question (once, while the file FAKE_ONCE is missing), ``token:X`` to be sent,
+``info`` that /server_info is an error, ``pool:N`` that the scheduler aborts longer prompts, as 0.5.23 streams it,
+``plain`` that nothing is ever verified.
 """
 
 import json
@@ -44,6 +46,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/health":
             self._send(200, {})
+        elif BEHAVIOUR == "info":
+            self._send(500, {"error": "Internal Server Error"})
         elif self._admitted():
             named = ("--speculative-algorithm", "--speculative-draft-model-path", "--dtype")
             counted = ("--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens")
@@ -80,9 +84,14 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.end_headers()
+        if BEHAVIOUR == "pool" and length > int(ARGUMENT):
+            reason = {"type": "abort", "status_code": 400, "message": f"{length} tokens exceed the pool"}
+            info = {"completion_tokens": 0, "prompt_tokens": length, "finish_reason": reason}
+            self.wfile.write(b"data: " + json.dumps({"text": "", "meta_info": info}).encode() + b"\n\ndata: [DONE]\n\n")
+            return
         for tokens, verifications in arrivals(length, speculates):
             info = {"completion_tokens": tokens, "prompt_tokens": length, "finish_reason": None}
-            if verifications:
+            if verifications and BEHAVIOUR != "plain":
                 info |= {"spec_verify_ct": verifications, "spec_correct_drafts_histogram": [0, 0, verifications]}
             if tokens == answer_tokens(length):
                 info["finish_reason"] = {"type": "stop"}

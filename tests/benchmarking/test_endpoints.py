@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from nemo_speculative.benchmarking.endpoints import split, uninterrupted, without
+from nemo_speculative.benchmarking.endpoints import settings_digest, split, uninterrupted, without
 from nemo_speculative.serving.command import from_checkpoint, serve_command
 
 
@@ -21,6 +21,13 @@ def test_a_baseline_is_the_same_command_without_its_speculative_flags(run_dir):
 
 def test_words_without_a_flag():
     assert without(["--a", "1", "--port", "2", "--b"], "--port") == ["--a", "1", "--b"]
+
+
+def test_a_servers_settings_are_the_same_after_another_start():
+    info = {"version": "0.5.23", "max_running_requests": 8, "port": 1, "startup_time": 1.5, "random_seed": 3}
+    again = {**info, "port": 2, "nccl_port": 7, "startup_time": 2.5, "random_seed": 4, "internal_states": [{"load": 1}]}
+    assert settings_digest(again) == settings_digest(info)
+    assert settings_digest({**info, "max_running_requests": 4}) != settings_digest(info)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

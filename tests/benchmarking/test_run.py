@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from nemo_speculative.checkpoints.servable import read_servable
 from nemo_speculative.config.app import to_job
-from nemo_speculative.config.schema import BenchmarkJob
+from nemo_speculative.config.schema import BenchmarkJob, ServerConfig
 from nemo_speculative.data.chat import prompt_ids
 from nemo_speculative.errors import UserError
 from nemo_speculative.serving.client import Unauthorized
@@ -150,7 +150,10 @@ def test_another_target_at_the_same_place_is_measured_anew(run, lines, target_di
     assert set(settings(lines()).values()) == {1}
     weights = tmp_path / "target" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    run(target, "concurrency=[1]")
+    refused = str(run(target, "concurrency=[1]").error)
+    assert "are not those that" in refused and "server.target_variant=true" in refused and "\n" not in refused
+    assert set(settings(lines()).values()) == {1}, "it is not measured unless it is said to be a variant"
+    run(target, "concurrency=[1]", "server.target_variant=true")
     assert set(settings(lines()).values()) == {2}
 
 
@@ -176,13 +179,63 @@ def test_running_servers(run, serve, target_dir, lines, tmp_path):
     flags += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "5"]
     url = serve(*flags, FAKE_SGLANG="token:right")
     there = ["checkpoint=null", f"url={url}", "concurrency=[2]", "temperature=[0,0.7]"]
-    for wrong in ([], ["api_key=wrong"]):
-        assert isinstance(run(*there, *wrong).error, Unauthorized)
+    for wrong in ({}, {"SGLANG_API_KEY": "wrong"}):
+        assert isinstance(run(*there, **wrong).error, Unauthorized)
     assert run(*there, SGLANG_API_KEY="right").error is None
     assert settings(lines()) == {("4-1-5", 2): 2} and "right" not in (tmp_path / "results" / "cells.jsonl").read_text()
     assert "the settings of a running server are its own" in str(run(*there, "num_steps=3").error)
-    speculates = run(*there, f"baseline_url={url}", "api_key=right")
+    speculates = run(*there, f"baseline_url={url}", SGLANG_API_KEY="right")
     assert f"baseline_url: {url} speculates" in str(speculates.error)
+
+
+def test_a_baseline_of_another_model_is_refused(run, serve, target_dir, tmp_path):
+    draft = ["--model-path", str(target_dir), "--speculative-algorithm", "EAGLE3"]
+    other = shutil.copytree(target_dir, tmp_path / "other")
+    for base, name in ((["--model-path", str(other)], "model_path"), ([*draft[:2], "--dtype", "float16"], "dtype")):
+        there = ["checkpoint=null", f"url={serve(*draft)}", f"baseline_url={serve(*base)}"]
+        assert f"baseline_url: {name} of " in str(run(*there).error)
+
+
+def test_another_draft_at_the_same_place_of_a_running_server_is_measured_anew(run, serve, run_dir, target_dir, lines):
+    draft = run_dir / "checkpoints" / "step_3" / "model"
+    url = serve("--model-path", str(target_dir), "--speculative-algorithm", "EAGLE3",
+                "--speculative-draft-model-path", str(draft))  # fmt: skip
+    there = ["checkpoint=null", f"url={url}", "concurrency=[1]"]
+    run(*there)
+    run(*there)
+    assert len(lines()) == 1
+    weights = draft / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    run(*there)
+    assert len(lines()) == 2
+
+
+def test_a_server_that_answers_but_not_for_this_fails_its_cells_and_not_the_sweep(run, lines):
+    done = run("sweep=[[3,1],[4,1]]", FAKE_SGLANG="info")
+    assert len(lines()) == 6 and all("/server_info: HTTP 500" in line["error"] for line in lines())
+    assert str(done.error).startswith("6 cell(s) failed")
+
+
+def test_a_draft_that_verified_nothing_is_no_success(run, lines):
+    done = run("concurrency=[1]", FAKE_SGLANG="plain")
+    assert settings(lines()) == {("baseline", 1): 1}
+    assert "1 cell(s) failed" in str(done.error) and "not one verification" in lines()[-1]["error"]
+
+
+def test_nothing_is_written_back_after_failures(run, run_dir, tmp_path):
+    config = run_dir / "checkpoints" / "step_3" / "model" / "config.json"
+    before = config.read_bytes()
+    # The baseline's server dies at its last turn; both settings of the draft are measured.
+    done = run("sweep=[[3,1],[4,1]]", "concurrency=[1]", "warmup=0", "write_back=1", FAKE_SGLANG="die_at:4",
+               FAKE_ONCE=str(tmp_path / "died"))  # fmt: skip
+    assert "1 cell(s) failed" in str(done.error) and config.read_bytes() == before
+
+
+def test_prompts_that_the_scheduler_aborts_are_left_out(run, lines, suite_file):
+    with suite_file.open("a") as file:
+        file.write(json.dumps({"prompt": "box " * 50}) + "\n")
+    assert run("concurrency=[1]", FAKE_SGLANG="pool:45").error is None
+    assert [(line["figures"]["answers"], line["figures"]["refused"]) for line in lines()] == [(4, 1)] * 2
 
 
 def test_a_busy_port(run, free_port):
@@ -239,6 +292,7 @@ def test_bad_input_is_refused_before_anything_starts(run, more, said, tmp_path):
         ({"temperature": [-1.0]}, r"temperature is \[-1\.0\]"),
         ({"write_back": 7, "concurrency": [1]}, r"write_back is 7: expected one of concurrency=\[1\]"),
         ({"num_steps": 0}, r"num_steps is 0"),
+        ({"server": ServerConfig(device="cpu")}, r"temperature is \[0\.0, 1\.0\] with server\.device=cpu"),
     ],
 )
 def test_a_contradiction_is_refused(more, said):

@@ -35,6 +35,11 @@ def test_a_program_passes_at_its_end_only():
         assert not SANDBOX.passes(program), program
 
 
+def test_leaving_with_a_code_that_is_known_does_not_pass():
+    for program in ("import os; os._exit(87)", "import os, sys; os._exit(int(sys.argv[3]))"):
+        assert not all(SANDBOX.passes(program) for _ in range(4)), "one in 253 is the right one by chance"
+
+
 def test_the_standard_library_is_there_and_ours_is_not():
     assert SANDBOX.passes(
         "import math, collections, itertools, re, heapq, typing, functools, hashlib, datetime, random"
@@ -125,8 +130,12 @@ def test_files_are_written_in_its_own_directory_only(tmp_path):
         f"os.remove({str(outside)!r})", f"os.rename({str(outside)!r}, 'here')", f"os.chmod({str(outside)!r}, 0)",
         f"shutil.rmtree({str(tmp_path)!r})", f"pathlib.Path({str(tmp_path / 'new')!r}).touch()", "open('../up', 'w')",
         f"os.symlink({str(tmp_path)!r}, 'way')", f"os.chdir({str(tmp_path)!r}); open('new', 'w')",
+        f"sqlite3.connect({str(tmp_path / 'new')!r})",
+        f"os.remove('kept', dir_fd=os.open({str(tmp_path)!r}, os.O_RDONLY))",
     ):  # fmt: skip
-        assert refused(attempt, before="import os, shutil, pathlib\n"), attempt
+        assert refused(attempt, before="import os, shutil, sqlite3, pathlib\n"), attempt
+    for name in ("os.mkfifo", "os.mknod", "signal.pidfd_send_signal"):
+        assert refused(name, "AttributeError", "import os, signal\n"), name
     assert outside.read_text() == "as it was" and os.listdir(tmp_path) == ["kept"]
     assert refused("open('big', 'wb').write(bytes(32 << 20))", "OSError", "import signal\n"), "files are limited"
 

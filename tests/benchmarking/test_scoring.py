@@ -99,6 +99,12 @@ HUMAN_EVAL = {
 }
 
 
+@pytest.mark.parametrize("said", ["1e999999999", "1E99999999", "-2.5e+99999999"])
+def test_a_number_with_an_exponent_is_none(said):
+    assert not Boxed().right(f"\\boxed{{{said}}}", {"answer": "3"})
+    assert not Boxed().right("\\boxed{1e2}", {"answer": "100"}), "not even a small one"
+
+
 @pytest.mark.parametrize(
     ("answer", "right"),
     [

@@ -18,6 +18,12 @@ def chunk(text, tokens, finish=None, **info):
     return {"text": text, "meta_info": meta}
 
 
+def aborted(status, message):
+    meta = {"completion_tokens": 0, "prompt_tokens": 3}
+    reason = {"type": "abort", "status_code": status, "message": message}
+    return {"text": "", "meta_info": {**meta, "finish_reason": reason}}
+
+
 class Scripted(BaseHTTPRequestHandler):
     """Answers /generate with the server's ``script``: chunks, seconds to wait, or bytes to send as they are."""
 
@@ -109,7 +115,7 @@ def test_increments_are_put_together(server, setting):
 def test_a_wrong_token(server):
     server.script = [chunk("a", 1, "stop")]
     for wrong in (None, "another"):
-        with pytest.raises(Unauthorized, match=r"refuses the token \(HTTP 401\); give the server.s with api_key"):
+        with pytest.raises(Unauthorized, match=r"refuses the token \(HTTP 401\); .* as the variable SGLANG_API_KEY"):
             ask(server, wrong)
 
 
@@ -120,6 +126,8 @@ def test_a_wrong_token(server):
         ([{"error": {"message": "longer than the context"}}], Refused, "longer than the context"),
         ([chunk("a", 1)], Unreachable, "broke off"),
         ([chunk("a", 1), chunk("a b", 2, "abort")], Unreachable, "broke off"),
+        ([aborted(400, "exceeds the pool")], Refused, "exceeds the pool"),
+        ([aborted(500, "went wrong")], Unreachable, r"broke off \(went wrong\)"),
         ([], Unreachable, "broke off"),
         ([b"data: {\n\n"], Unreachable, "not SGLang"),
         ([{"other": 1}], Unreachable, "not SGLang"),

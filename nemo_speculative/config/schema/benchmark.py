@@ -53,6 +53,8 @@ class ServerConfig:
     """Where it listens, on 127.0.0.1."""
     timeout: float = 900.0
     """Seconds until it must be ready."""
+    target_variant: bool = False
+    """Accept a target with other weights of the same shape than the draft was trained for, such as a quantised copy."""
     trust_remote_code: bool = False
     """Whether the target's own code may run."""
     flags: list[str] = field(default_factory=list)
@@ -74,8 +76,6 @@ class BenchmarkJob:
     """A running server to measure in place of a checkpoint."""
     baseline_url: Optional[str] = None
     """Beside url, a server of the same target without speculation."""
-    api_key: Optional[str] = None
-    """Bearer token of the servers at url and baseline_url; better given as the variable SGLANG_API_KEY."""
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     num_steps: Optional[int] = None
@@ -91,7 +91,7 @@ class BenchmarkJob:
     concurrency: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32])
     """Conversations in flight at once; each is measured."""
     temperature: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """Of the answers; each is measured, 0 is greedy."""
+    """Of the answers; each is measured, 0 is greedy, the only one with server.device=cpu."""
     warmup: int = 4
     """Prompts that each server answers before it is measured."""
     results: str = "outputs/benchmark"
@@ -110,6 +110,11 @@ class BenchmarkJob:
             require(at_once > 0, f"concurrency is {self.concurrency}: expected numbers above 0")
         for heat in self.temperature:
             require(0 <= heat < math.inf, f"temperature is {self.temperature}: expected numbers of at least 0")
+        require(
+            self.url is not None or self.server.device != "cpu" or not any(self.temperature),
+            f"temperature is {self.temperature} with server.device=cpu, which takes the likeliest token only: give "
+            "temperature=[0]",
+        )
         for setting in self.sweep:
             require(
                 len(setting) in (2, 3) and min(setting) > 0,
