@@ -27,29 +27,20 @@ class SGLangTarget(TargetEnds):
     Args:
         max_tokens: in one forward; documents longer than that are refused.
         flags: further ones of SGLang's server, such as ``--quantization``.
+        ends: those of :class:`nemo_speculative.targets.ends.TargetEnds`.
 
     Raises:
         UserError: see :class:`nemo_speculative.serving.model_runner.Runner`; or SGLang's logits are not the head's.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        aux_layers: list[int] | None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        trust_remote_code: bool = False,
-        max_tokens: int = 16384,
-        flags: Sequence[str] = (),
-    ):
+    def __init__(self, path: Path, *, max_tokens: int = 16384, flags: Sequence[str] = (), **ends: Any):
         from nemo_speculative.serving.model_runner import Runner  # SGLang is imported for nobody else
 
-        super().__init__(path, aux_layers=aux_layers, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        trusted = ["--trust-remote-code"] if trust_remote_code else []
+        super().__init__(path, **ends)
+        trusted = ["--trust-remote-code"] if self.trust_remote_code else []
         self.runner = Runner(
-            self.path, aux_layers=self.aux_layers, dtype=dtype, device=self.device, max_tokens=max_tokens,
-            flags=[*trusted, *flags],
+            self.path, aux_layers=self.aux_layers, dtype=self.head_weight.dtype, device=self.device,
+            max_tokens=max_tokens, flags=[*trusted, *flags],
         )  # fmt: skip
         self._last: torch.cuda.Event | None = None
         self._check_head()

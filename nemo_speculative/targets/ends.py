@@ -33,6 +33,9 @@ class TargetEnds:
     """The ends of the model in ``path``; :meth:`logits` is its head as the model itself applies it.
 
     Args:
+        aux_layers: whose outputs are wanted; None: EAGLE-3's choice.
+        dtype, device: of what is loaded.
+        trust_remote_code: whether the repository's own code may run.
         loading: transformers' further options.
 
     Raises:

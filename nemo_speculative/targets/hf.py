@@ -23,32 +23,22 @@ class HFTarget(TargetEnds):
 
     The only target that continues texts: it answers questions, and measures drafts.
 
+    Args:
+        attn_implementation: transformers' name of its attention.
+        device_map, max_memory: see :class:`nemo_speculative.config.schema.PlacementConfig`.
+        ends: those of :class:`nemo_speculative.targets.ends.TargetEnds`.
+
     Raises:
         UserError: the directory holds no usable model or tokenizer, or the head does more to the last hidden state
             than this class reproduces.
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        aux_layers: list[int] | None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        attn_implementation: str = "sdpa",
-        trust_remote_code: bool = False,
-        device_map: str | None = None,
-        max_memory: dict[str, str] | None = None,
-    ):
-        super().__init__(
-            path,
-            aux_layers=aux_layers,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-            **(_spread(device_map, max_memory) if device_map else {}),
-        )
+        self, path: Path, *, attn_implementation: str = "sdpa", device_map: str | None = None,
+        max_memory: dict[str, str] | None = None, **ends: Any,
+    ):  # fmt: skip
+        placed = _spread(device_map, max_memory) if device_map else {}
+        super().__init__(path, attn_implementation=attn_implementation, **placed, **ends)
         # Greedy means the argmax: a repetition penalty that the model ships would otherwise be taken over.
         self.model.generation_config = GenerationConfig()
         self._decoder = self.model.get_decoder()

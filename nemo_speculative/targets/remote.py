@@ -34,6 +34,7 @@ class RemoteTarget(TargetEnds):
     Args:
         urls, timeout, connect_timeout, attempts, rest: see
             :class:`nemo_speculative.config.schema.RemoteBackendConfig`.
+        ends: those of :class:`nemo_speculative.targets.ends.TargetEnds`.
 
     Raises:
         UserError: a server cannot be reached, refuses the token, or runs another target.
@@ -43,17 +44,14 @@ class RemoteTarget(TargetEnds):
         self,
         path: Path,
         *,
-        aux_layers: list[int] | None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        trust_remote_code: bool = False,
         urls: Sequence[str],
         timeout: float = 300.0,
         connect_timeout: float = 5.0,
         attempts: int = 4,
         rest: float = 5.0,
+        **ends: Any,
     ):
-        super().__init__(path, aux_layers=aux_layers, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        super().__init__(path, **ends)
         self.requests_ahead = len(urls)
         self.identity = Identity.of(self)
         limits = urllib3.Timeout(connect=connect_timeout, read=timeout)
