@@ -18,6 +18,11 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def named(error: Exception, most: int = 200) -> str:
+    """``error`` of somebody else's as a part of one line: its class and so many letters of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
 def report(error: Exception | str) -> None:
     """Prints ``error`` to stderr as one line."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -4,15 +4,14 @@ python -m nemo_speculative.serve_target model=llama31_8b backend=hf port=31000
 python -m nemo_speculative.serve_target model=local model.path=DIR backend=sglang host=0.0.0.0
 """
 
-import contextlib
 import signal
 import socket
-from collections.abc import Iterator
 from importlib.util import find_spec
 
 import torch
 from hydra.utils import get_method, instantiate
 
+from nemo_speculative.addresses import bound
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import ServeTargetJob
 from nemo_speculative.devices import choose_device
@@ -35,7 +34,7 @@ def main(job: ServeTargetJob) -> None:
     require_packages()
     token = bearer_token()
     device = choose_device(job.device, "device")
-    with bound(job.host, job.port) as listener, fast_float32_matmuls(device):
+    with bound(job.host, job.port, f"host={job.host} port={job.port}") as listener, fast_float32_matmuls(device):
         serve(job, build_target(job, device), token, listener)
 
 
@@ -46,26 +45,6 @@ def require_packages() -> None:
     """
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         raise UserError(f"a target server needs {missing[0]}, which is not installed: pip install {' '.join(NEEDS)}")
-
-
-@contextlib.contextmanager
-def bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket of that address that nobody can connect to yet: taken before the target is loaded.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"host={host} port={port}: cannot listen there ({error.strerror}); choose another port=…"
-        ) from None
-    with listener:
-        yield listener
 
 
 def build_target(job: ServeTargetJob, device: torch.device) -> Target:

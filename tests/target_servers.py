@@ -84,8 +84,3 @@ def until(holds, seconds=20.0):
     while not holds():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.01)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]

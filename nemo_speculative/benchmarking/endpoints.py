@@ -78,7 +78,7 @@ class Launched(Endpoint):
     @contextmanager
     def up(self) -> Iterator[str]:
         options, command = self.options, serve_command(self.options, self.python)
-        self._check_port()
+        require_free(options.host, options.port, f"server.port={options.port}")
         if self.draft is None:
             command, _ = split(command)
         log = next(file for n in count(1) if not (file := self.logs / f"{self._name}-{n}.log").exists())
@@ -89,12 +89,6 @@ class Launched(Endpoint):
         finally:
             with uninterrupted():
                 server.stop()
-
-    def _check_port(self) -> None:
-        try:
-            require_free(self.options.host, self.options.port)
-        except UsageError as error:
-            raise UsageError(f"server.port={self.options.port}: {error}") from None
 
     @property
     def _name(self) -> str:

@@ -6,7 +6,6 @@ it takes for granted holds for the versions in ``VERSIONS``.
 
 import logging
 import os
-import socket
 import sys
 import warnings
 from array import array
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from nemo_speculative.addresses import free_port
 from nemo_speculative.errors import UserError
 from nemo_speculative.serving.command import CPU_ENGINE, CPU_ENVIRONMENT
 from nemo_speculative.serving.flags import parse_flags
@@ -176,7 +176,7 @@ def _start(server_args: Any, device: torch.device) -> Any:
 
     server_args.resolve_once()
     rank = dist.get_rank() if dist.is_initialized() else 0
-    gpu_id, port = device.index or 0, _free_port()
+    gpu_id, port = device.index or 0, free_port()
     ranks = SpawnRanks(world_rank=spawn_world_rank(server_args, tp_rank=rank, pp_rank=0), gpu_id=gpu_id)
     publish(server_args, role="scheduler", ranks=ranks)
     _init_process_global_configs()
@@ -191,12 +191,6 @@ def _start(server_args: Any, device: torch.device) -> Any:
     runner.init_attention_backends()
     runner.init_cuda_graphs()
     return runner
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _scheduled(runner: Any, texts: Sequence[Sequence[int]]) -> Any:

@@ -1,7 +1,6 @@
 """An SGLang server as a subprocess: started, waited for, tried, stopped with all its children."""
 
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -11,7 +10,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.errors import UsageError
+from nemo_speculative.addresses import bound
+from nemo_speculative.errors import UsageError, named
 from nemo_speculative.serving.process import SGLangProcess
 
 POLL_SECONDS = 0.5
@@ -31,20 +31,14 @@ class Smoke:
     verifications: int
 
 
-def require_free(host: str, port: int) -> None:
-    """Refuses an address that cannot be listened on.
+def require_free(host: str, port: int, given_as: str | None = None) -> None:
+    """Refuses an address that cannot be listened on; ``given_as`` is what the user calls it, by default serve_sglang's.
 
     Raises:
         UsageError: the port is busy, or the host is not one of this machine's.
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            # As the server does it: a port that is only cooling down after a close is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise UsageError(f"--host {host} --port {port}: cannot listen there ({error}); choose another --port") from None
+    with bound(host, port, given_as or f"--host {host} --port {port}", UsageError):
+        pass
 
 
 class Server(SGLangProcess):
@@ -87,7 +81,7 @@ class Server(SGLangProcess):
             info = self._generate(timeout, api_key)["meta_info"]
             found = Smoke(info["completion_tokens"], info.get("spec_verify_ct", 0))
         except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-            raise self.failed(f"SGLang is up but does not answer /generate ({_reason(error)})") from None
+            raise self.failed(f"SGLang is up but does not answer /generate ({named(error)})") from None
         if found.tokens < 1:
             raise self.failed("SGLang is up but answers with no token")
         if found.verifications < 1:
@@ -115,10 +109,6 @@ class Server(SGLangProcess):
         request = urllib.request.Request(f"{self.url}/generate", json.dumps(SMOKE).encode(), headers)
         with self._opener.open(request, timeout=timeout) as answer:
             return json.load(answer)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _reachable(host: str) -> str:

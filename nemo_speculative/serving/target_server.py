@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from nemo_speculative import __version__
 from nemo_speculative.config.schema import BackendConfig
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.errors import report
+from nemo_speculative.errors import named, report
 from nemo_speculative.targets.base import Supervision, Target
 from nemo_speculative.targets.wire import (
     HEADER_BYTES,
@@ -281,7 +281,7 @@ class Supervise:
         except (ClientDisconnect, asyncio.CancelledError):
             raise
         except Exception as error:
-            said = f"the target failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            said = f"the target failed: {named(error)}"
             report(said)
             raise HTTPException(500, said) from error
         finally:

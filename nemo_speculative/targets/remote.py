@@ -14,7 +14,7 @@ import urllib3
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.devices import send
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import UserError, named
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.ends import TargetEnds
 from nemo_speculative.targets.wire import TOKEN_VARIABLE, FrameError, Identity, Layout, bearer_token, pack_batch
@@ -123,7 +123,7 @@ class Server:
                     frame[at : at + len(piece)] = piece
                     at += len(piece)
         except urllib3.exceptions.HTTPError as error:
-            raise Failed(_named(error)) from None
+            raise Failed(named(error)) from None
 
     def rest(self, seconds: float) -> None:
         """Leaves it alone for a while."""
@@ -152,16 +152,12 @@ class Server:
                 return answer
             said = " ".join(answer.data.decode(errors="replace").split())[:300]
         except urllib3.exceptions.HTTPError as error:
-            raise Failed(_named(error)) from None
+            raise Failed(named(error)) from None
         if answer.status in REFUSALS:
             raise UserError(f"backend.urls: {self.url} refuses: {said}{ADVICE.get(answer.status, '')}")
         if answer.status == 429:
             raise Busy(float(answer.headers.get("Retry-After", 1)))
         raise Failed(f"status {answer.status}: {said}")
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 ADVICE = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from nemo_speculative.config.schema import ModelConfig
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import UserError, named
 
 DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 WEIGHTS = ["*.safetensors"]
@@ -30,8 +30,7 @@ def resolve_target(config: ModelConfig, weights: bool = True, key: str = "model.
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=wanted))
     except Exception as error:  # one class per way in which a hub can fail
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(
             f"{key}: the weights of {config.path} are not on this machine and the hub could not give them "
-            f"({reason}); point {key} at a directory that holds them: {key}=/path/to/model"
+            f"({named(error, 100)}); point {key} at a directory that holds them: {key}=/path/to/model"
         ) from None

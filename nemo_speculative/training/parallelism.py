@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from nemo_speculative.addresses import free_port
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
@@ -32,7 +32,7 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
     titan.bind_device(device.type)
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     world_size = int(os.environ["WORLD_SIZE"])
     shard = world_size // config.replicate if config.shard == -1 else config.shard
     if config.replicate < 1 or shard < 1 or config.replicate * shard != world_size:
@@ -53,12 +53,6 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
         yield dims
     finally:
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def first_rank_only(make: Callable[[], T]) -> T | None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_speculative import addresses
 from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
 from nemo_speculative.targets.ends import target_fingerprint
@@ -44,15 +44,9 @@ def suite_file(tmp_path) -> Path:
     return file
 
 
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def free_port() -> int:
-    return unused_port()
+    return addresses.free_port()
 
 
 @pytest.fixture
@@ -75,7 +69,7 @@ def serve() -> Iterator[Callable[..., str]]:
     started = []
 
     def start(*flags: str, **environment: str) -> str:
-        port = unused_port()
+        port = addresses.free_port()
         command = [sys.executable, fake_sglang.__file__, "--host", "127.0.0.1", "--port", str(port), *flags]
         started.append(subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL))
         url = f"http://127.0.0.1:{port}"

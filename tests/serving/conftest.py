@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from nemo_speculative import addresses
 from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
 from nemo_speculative.data.vocabulary import DraftVocabulary
 from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
@@ -208,6 +208,4 @@ def fake_sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return addresses.free_port()

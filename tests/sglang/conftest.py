@@ -6,7 +6,6 @@ NEMO_QUESTIONS (20) and NEMO_MAX_NEW_TOKENS (48) say on how much; NEMO_ALL=1 ser
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from nemo_speculative.addresses import free_port
 from nemo_speculative.serving.command import (
     ServeOptions,
     from_checkpoint,
@@ -100,16 +100,10 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 
 def _answers(command_for: CommandFor, options: ServeOptions, questions: Questions, log: Path) -> list[Answer]:
     """One question after the other."""
-    options = replace(options, port=_free_port())
+    options = replace(options, port=free_port())
     with Server(command_for(options), serve_environment(options), options.host, options.port, log) as server:
         server.wait_until_healthy(START_SECONDS)
         return [_generate(server.url, prompt, questions) for prompt in questions.prompts]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def with_draft(options: ServeOptions) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from nemo_speculative import addresses
 from nemo_speculative.checkpoints.servable import read_servable
 from nemo_speculative.decoding.drafters import EagleDrafter
 from nemo_speculative.decoding.generate import Generation, generate
@@ -88,9 +88,7 @@ def served(request, runs) -> Served:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return addresses.free_port()
 
 
 @pytest.fixture

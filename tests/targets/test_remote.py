@@ -10,6 +10,7 @@ import pytest
 import torch
 import urllib3
 
+from nemo_speculative.addresses import free_port
 from nemo_speculative.config.schema import RemoteBackendConfig
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
@@ -24,7 +25,7 @@ from nemo_speculative.targets.wire import (
     frame_supervision,
     pack_batch,
 )
-from tests.target_servers import HIDDEN, Gated, StandIn, batch_of, free_port, same, serving, until
+from tests.target_servers import HIDDEN, Gated, StandIn, batch_of, same, serving, until
 
 ASKED = batch_of(*range(12))
 IDENTITY = Identity.of(StandIn())
