@@ -114,11 +114,12 @@ class Ledger:
             "machine": machine(),
             "version": __version__,
         }
+        # First: an interruption right after the line is written must not leave the table without it.
+        self._measured[measured.cell.key] = measured
         with self._file.open("ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._measured[measured.cell.key] = measured
 
     def _read(self) -> Iterator[Measured]:
         if not self._file.is_file():

@@ -43,6 +43,11 @@ class Batch:
         return replace(self, **moved, host=None if device.type == "cpu" else self.host or self)
 
     @property
+    def on_host(self) -> "Batch":
+        """This one where it can be read without waiting for a device."""
+        return self.host or self
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """The names of the conversations."""
         return tuple(span.id for span in self.spans)

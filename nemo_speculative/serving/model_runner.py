@@ -57,14 +57,13 @@ class Runner:
         self, path: Path, *, aux_layers: Sequence[int], dtype: torch.dtype, device: torch.device, max_tokens: int,
         flags: Sequence[str] = (),
     ):  # fmt: skip
-        found = _check_version()
+        self._version = _check_version()
         _make_importable(device)
         own = _own_flags(path, aux_layers, dtype, device, max_tokens)
         _check_flags(own, flags)
         self.has_aux = bool(aux_layers)
-        self._runner = _as_one_line(found, lambda: _start(parse_flags([*own, *flags], "backend.flags"), device))
+        self._runner = _as_one_line(self._version, lambda: _start(parse_flags([*own, *flags], "backend.flags"), device))
         self.max_tokens = min(max_tokens, self._runner.max_total_num_tokens)
-        self._extend = lambda texts: _as_one_line(found, lambda: self._forward(texts))
 
     def extend(self, texts: Sequence[Sequence[int]]) -> Extended:
         """What it computes of ``texts``, token ids, none of which sees another; at most ``max_tokens`` together.
@@ -72,7 +71,7 @@ class Runner:
         Raises:
             UserError: a changed internal of SGLang.
         """
-        return self._extend(texts)
+        return _as_one_line(self._version, lambda: self._forward(texts))
 
     @torch.no_grad()
     def _forward(self, texts: Sequence[Sequence[int]]) -> Extended:

@@ -65,7 +65,7 @@ class SGLangTarget(TargetEnds):
     def _supervise(self, batch: Batch) -> Supervision:
         places = _places(batch)
         # Of the host's: SGLang schedules there, and to ask the device would wait for all that it still has to do.
-        flat = (batch.host or batch).input_ids.flatten().tolist()
+        flat = batch.on_host.input_ids.flatten().tolist()
         own = [flat[start:end] for start, end in places]
         found = [self._extended(texts, keep=texts is own) for texts in _of_all_ranks(own)]
         aux, hidden = next(kept for kept in found if kept is not None)

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from nemo_speculative import __version__
 from nemo_speculative.config.schema import BackendConfig
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.errors import named, report
+from nemo_speculative.errors import UserError, named, report
 from nemo_speculative.targets.base import Supervision, Target
 from nemo_speculative.targets.wire import (
     HEADER_BYTES,
@@ -183,6 +183,8 @@ class Worker:
             self._since = time.monotonic()
             try:
                 made = self._supervise(batch)
+            except UserError as error:  # the batch's fault
+                future.set_exception(error)
             except Exception as error:
                 self._failures += 1
                 future.set_exception(error)
@@ -280,6 +282,8 @@ class Supervise:
             return work.result()
         except (ClientDisconnect, asyncio.CancelledError):
             raise
+        except UserError as error:
+            raise HTTPException(422, f"the target refuses the batch: {error}") from None
         except Exception as error:
             said = f"the target failed: {named(error)}"
             report(said)

@@ -22,7 +22,7 @@ from nemo_speculative.targets.wire import TOKEN_VARIABLE, FrameError, Identity, 
 PIECE_BYTES = 1 << 20
 CONNECTIONS = 16
 """Kept for each server: more than a rank has requests there at once."""
-REFUSALS = {400, 401, 412, 413}
+REFUSALS = {400, 401, 412, 413, 422}
 """What another attempt, or another server of the same kind, would answer alike."""
 
 

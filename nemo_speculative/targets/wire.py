@@ -72,6 +72,7 @@ class Identity:
 
 def pack_batch(batch: Batch) -> bytes:
     """The request for ``batch``: all of it but the names of its conversations."""
+    batch = batch.on_host
     spans = [(span.row, span.start, span.end) for span in batch.spans]
     return save(
         {

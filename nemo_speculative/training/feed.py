@@ -215,6 +215,6 @@ class TargetAhead:
 def _asker(
     target: Target, device: torch.device, clock: Clock, stop: threading.Event
 ) -> InTurn | OnSideStream | InThreads:
-    if getattr(target, "requests_ahead", 0):
+    if target.requests_ahead:
         return InThreads(target, clock, device, stop)
     return OnSideStream(target, clock, device) if device.type == "cuda" else InTurn(target, clock)

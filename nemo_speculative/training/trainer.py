@@ -123,6 +123,8 @@ class DraftTrainer:
             self._check_losses()
             metrics = self._train_metrics(sums, grad_norm) | (self.validate() if validate else {})
             self._report_and_save(metrics, save, measure=not stop or last)
+            # What validation, measurement and saving took is no part of the steps that follow.
+            self.clock.lap()
         if stop:
             self.reporter.say(f"interrupted: saved step {self.step}; go on with resume=auto")
             raise SystemExit(INTERRUPTED)
@@ -222,7 +224,8 @@ class DraftTrainer:
     def _report_and_save(self, metrics: dict[str, float], save: bool, measure: bool) -> None:
         self.reporter.line(self.step, metrics)
         if not save:
-            return self.reporter.write(self.step, metrics)
+            self.reporter.write(self.step, metrics)
+            return
         # The line of metrics is written before the checkpoint appears: a run resumed from it lacks none.
         self.saver.save(
             self.step, self.state, self.trainee, self.position.state, measure=measure,
@@ -231,8 +234,6 @@ class DraftTrainer:
             ),
         )  # fmt: skip
         self.reporter.say(self.saver.report(self.step))
-        self.clock.lap()
-        return None
 
     def close(self) -> None:
         self.ahead.close()

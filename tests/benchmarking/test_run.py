@@ -310,8 +310,9 @@ def started(overrides, *more, **environment) -> subprocess.Popen:
 
 
 def appears(file: Path) -> None:
+    """Waits until something is in it."""
     deadline = time.monotonic() + 60
-    while not file.exists() and time.monotonic() < deadline:
+    while not (file.exists() and file.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load
 
 from nemo_speculative.config.schema import SGLangBackendConfig
+from nemo_speculative.errors import UserError
 from nemo_speculative.serving.target_server import Limits, RequireToken
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.wire import Identity, pack_batch
@@ -213,6 +214,20 @@ def test_a_target_that_fails_fails_one_request():
         failed = post(server)
         assert failed.status_code == 500 and "CUDA out of memory" in failed.text
         assert answers_rightly(server)
+
+
+def test_what_a_target_refuses_is_no_failure_of_it():
+    class Refuses(StandIn):
+        def supervise(self, batch):
+            raise UserError("a document has 9 tokens: lower data.max_length")
+
+    with serving(Refuses()) as server:
+        for _ in range(4):
+            refused = post(server)
+            assert (refused.status_code, refused.text) == (
+                422, "the target refuses the batch: a document has 9 tokens: lower data.max_length"
+            )  # fmt: skip
+        assert health(server) == (200, "ok\n")
 
 
 def raw(server):

@@ -229,6 +229,20 @@ def test_a_request_that_fails_is_asked_elsewhere():
         assert len(broken.read) == 1 and len(sound.read) == 3, "what failed is left alone for a while"
 
 
+def test_what_the_target_refuses_ends_the_run_at_once():
+    """As any other server of the same kind would refuse it."""
+
+    class Refuses(StandIn):
+        def supervise(self, batch):
+            self.read.append(None)
+            raise UserError("backend.max_tokens: a document has 9 tokens")
+
+    one, two = Refuses(), Refuses()
+    with serving(one) as first, serving(two) as second, pytest.raises(UserError, match=r"a document has 9 tokens"):
+        ask(servers_at(first.url, second.url))
+    assert len(one.read) + len(two.read) == 1
+
+
 def test_a_server_that_died_is_asked_again_when_it_is_back(capsys):
     port, other = free_port(), StandIn()
     with serving(other) as two:
@@ -258,14 +272,16 @@ def silent():
 
 
 @contextlib.contextmanager
-def answering(status, content, length=None):
-    """Whatever it is asked, it answers this."""
+def replying(reply):
+    """A server that answers every request with what ``reply()`` gives: status, content, and headers beside them."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, content, headers = reply()
             self.send_response(status)
-            self.send_header("Content-Length", str(length or len(content)))
+            for name, value in ({"Content-Length": len(content)} | headers).items():
+                self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(content)
 
@@ -278,6 +294,18 @@ def answering(status, content, length=None):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+def answering(status, content, length=None):
+    """A server that always answers the same, as long as it says or not."""
+    return replying(lambda: (status, content, {"Content-Length": length or len(content)}))
+
+
+def full(times):
+    """A server whose queue is full for the first ``times`` requests."""
+    left = iter(range(times))
+    full_once = (429, b"full", {"Retry-After": "0.05"})
+    return replying(lambda: full_once if next(left, None) is not None else (200, FRAME, {}))
 
 
 @pytest.mark.parametrize(
@@ -297,32 +325,6 @@ def test_what_is_no_answer_is_asked_elsewhere(bad):
         servers = servers_at(url, server.url, timeout=0.5, rest=30.0)
         assert all(right(ask(servers)) for _ in range(2))
         assert servers.servers[0].turn == 1, "it was asked first, and no more"
-
-
-@contextlib.contextmanager
-def full(times):
-    """A server whose queue is full for the first ``times`` requests."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        left = times
-
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            Handler.left -= 1
-            content = b"full" if Handler.left >= 0 else FRAME
-            self.send_response(429 if Handler.left >= 0 else 200)
-            self.send_header("Retry-After", "0.05")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
 
 
 @pytest.mark.parametrize("hangs_first", [True, False])

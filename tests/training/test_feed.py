@@ -109,6 +109,8 @@ def test_close_ends_the_thread():
 class Reads:
     """A target that notes what it read; its outputs follow from the tokens, by way of some work on the device."""
 
+    requests_ahead = 0
+
     def __init__(self, device=CPU):
         random = torch.Generator().manual_seed(0)
         self.table = torch.randn(VOCAB, HIDDEN, generator=random).to(device)
