@@ -6,9 +6,12 @@ prompt before it is the assistant's.  Where a prefix is not a prefix in token id
 """
 
 from collections.abc import Collection
+from typing import Any
 
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.errors import UserError
+
+Message = dict[str, Any]
 
 
 def tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -> TokenRow:
@@ -24,7 +27,7 @@ def tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -
         ids, mask = _by_generation_tag(tokenizer, conversation)
     else:
         ids, mask = _by_prefixes(tokenizer, conversation)
-    return TokenRow(conversation.id, ids, _end_at_stop(ids, mask, stop_ids), conversation.origin)
+    return TokenRow(conversation.id, ids, _end_at_stop(ids, mask, stop_ids), conversation.origin, conversation.source)
 
 
 def template_of(tokenizer) -> str:
@@ -41,12 +44,12 @@ def template_of(tokenizer) -> str:
     return tokenizer.chat_template
 
 
-def prompt_ids(tokenizer, messages: list[dict[str, str]], origin: str) -> list[int]:
+def prompt_ids(tokenizer, messages: list[Message], origin: str, tools: list[Message] | None = None) -> list[int]:
     """The ids after which the assistant's answer to ``messages`` begins."""
-    return _render(tokenizer, messages, origin, add_generation_prompt=True)["input_ids"]
+    return _render(tokenizer, messages, origin, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
-def _render(tokenizer, messages: list[dict[str, str]], origin: str, **options) -> dict[str, list[int]]:
+def _render(tokenizer, messages: list[Message], origin: str, **options) -> dict[str, list[int]]:
     template_of(tokenizer)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
@@ -56,18 +59,21 @@ def _render(tokenizer, messages: list[dict[str, str]], origin: str, **options) -
 
 
 def _by_generation_tag(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    rendered = _render(tokenizer, conversation.messages, conversation.origin, return_assistant_tokens_mask=True)
+    rendered = _render(
+        tokenizer, conversation.messages, conversation.origin, tools=conversation.tools,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
     return rendered["input_ids"], [bool(m) for m in rendered["assistant_masks"]]
 
 
 def _by_prefixes(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    messages, origin = conversation.messages, conversation.origin
-    whole = _render(tokenizer, messages, origin)["input_ids"]
+    messages, origin, tools = conversation.messages, conversation.origin, conversation.tools
+    whole = _render(tokenizer, messages, origin, tools=tools)["input_ids"]
     mask = [False] * len(whole)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = prompt_ids(tokenizer, messages[:turn], origin)
-            after = _render(tokenizer, messages[: turn + 1], origin)["input_ids"]
+            before = prompt_ids(tokenizer, messages[:turn], origin, tools)
+            after = _render(tokenizer, messages[: turn + 1], origin, tools=tools)["input_ids"]
             if whole[: len(after)] != after or after[: len(before)] != before:
                 raise UserError(
                     f"{origin}: the chat template of {tokenizer.name_or_path} renders message {turn} differently "

@@ -1,6 +1,5 @@
 """What the command line refuses, and in which words: one line that names the key, what was found and what to do."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from hydra.types import RunMode
 
 from nemo_speculative.config.app import CONF, explain, run_program, to_job
 from nemo_speculative.errors import UserError
+from tests import programs
 
 REPOSITORY = CONF.parent
 JSONL = ["model=local", "model.path=/nowhere", "data=jsonl", "data.path=some.jsonl"]
@@ -253,9 +253,9 @@ def test_a_defect_keeps_its_traceback():
     ],
 )
 def test_the_recipe_prints_one_line_and_exits_with_1(tmp_path, overrides, expected):
-    command = [sys.executable, str(REPOSITORY / "recipes/train_eagle3.py"), *overrides, f"output_dir={tmp_path}/out"]
+    command = [str(REPOSITORY / "recipes/train_eagle3.py"), *overrides, f"output_dir={tmp_path}/out"]
     environment = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = programs.run_program(*command, environment=environment, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {expected}")

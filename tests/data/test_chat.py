@@ -144,3 +144,15 @@ def test_a_template_that_raises_is_quoted_on_one_line(template, said, tag):
     assert message.startswith("data.jsonl:1: the chat template rejects this conversation: ")
     assert said in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, PREFIX_TEMPLATE], ids=["tag", "prefixes"])
+def test_tools_reach_the_template(template):
+    tokenizer = make_tokenizer("{% for tool in tools or [] %}{{ tool.name }}{% endfor %}" + template)
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    without = tokenize(tokenizer, Conversation("x", messages, "here"), {END})
+    row = tokenize(tokenizer, Conversation("x", messages, "here", [{"name": "fox"}], "calls"), {END})
+    added = tokenizer("fox", add_special_tokens=False)["input_ids"]
+    assert row.input_ids == added + without.input_ids and row.source == "calls"
+    assert row.loss_mask == [False] * len(added) + without.loss_mask
+    assert prompt_ids(tokenizer, messages[:1], "here", [{"name": "fox"}])[: len(added)] == added

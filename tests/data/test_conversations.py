@@ -36,6 +36,13 @@ MALFORMED = [
     ({"input_ids": [5, 6], "loss_mask": [1]}, '"loss_mask"', 'as long as "input_ids" (2)'),
     ({"input_ids": [5, 6], "loss_mask": [0, 2]}, '"loss_mask"', "a list of 0 and 1"),
     ({"input_ids": [5, 6], "loss_mask": 1}, '"loss_mask"', "a list of 0 and 1"),
+    (turns({"role": "user", "content": None, "tool_calls": [{}]}), "message 0 has the content None", "expected text"),
+    (turns({"role": "assistant", "content": None, "tool_calls": []}), "message 0 has the content None", "text"),
+    (turns({"role": "assistant", "content": "a", "tool_calls": "f()"}), '"tool_calls"', "must be a list"),
+    (turns({"role": "assistant", "content": "a", "reasoning_content": 7}), '"reasoning_content"', "must be text"),
+    (GOOD | {"tools": "search"}, "'search'", '"tools" must be a list of JSON objects'),
+    (GOOD | {"rows": []}, "[]", '"rows" must be a list of'),
+    (GOOD | {"rows": [{"input_ids": [5], "loss_mask": []}]}, '"loss_mask"', 'as long as "input_ids" (1)'),
 ]
 
 
@@ -96,6 +103,30 @@ def test_what_a_file_holds_comes_back(tmp_path):
         TokenRow("3", [5, 6, 7], [False, True, True], f"{file}:3"),
         TokenRow("7", [5, 6, 7], [False, True, True], f"{file}:4"),
         Conversation("5", GOOD["conversations"], f"{file}:5"),
+    ]
+
+
+def test_tools_and_what_a_target_generated(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "a"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    lines = [
+        {"id": "with tools", "conversations": messages, "tools": tools, "source": "calls"},
+        {"id": "one", **GOOD, "rows": [TOKENS]},
+        {"id": "two", **GOOD, "rows": [TOKENS, {"input_ids": [8], "loss_mask": [1]}], "source": "s"},
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_jsonl(file) == [
+        Conversation("with tools", messages, f"{file}:1", tools, "calls"),
+        TokenRow("one", [5, 6, 7], [False, True, True], f"{file}:2"),
+        TokenRow("two#0", [5, 6, 7], [False, True, True], f"{file}:3", "s"),
+        TokenRow("two#1", [8], [True], f"{file}:3", "s"),
     ]
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.programs import ROOT, run_program
+
 TOPICS = ["foxes", "dogs", "wizards", "jugs", "boxes", "liquor", "sevens", "dozens", "jumps", "browns"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
@@ -41,22 +42,28 @@ def settings(target_dir, data_file) -> list[str]:
 
 def run(*command: str, ranks: int = 1, timeout: int = 240, path: str = "") -> subprocess.CompletedProcess:
     """A program of the repository in a process of its own, which also imports from ``path``."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), path)))}
+    return run_program(*command, environment=environment, timeout=timeout, ranks=ranks)
+
+
+def torchrun(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
+    """The same on two ranks, by the launcher itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT, check=False
+        [*launcher, *command], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=ROOT, check=False
     )
 
 
-def train(settings: list[str], output_dir: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    return run("recipes/train_eagle3.py", *settings, f"output_dir={output_dir}", *overrides, ranks=ranks)
+def train(
+    settings: list[str], output_dir: Path, *overrides: str, ranks: int = 1, run=run
+) -> subprocess.CompletedProcess:
+    more = {"ranks": ranks} if ranks > 1 else {}
+    return run("recipes/train_eagle3.py", *settings, f"output_dir={output_dir}", *overrides, **more)
 
 
-def drive(moment: str, step: int, settings: list[str], output_dir: Path, ranks: int = 1) -> subprocess.CompletedProcess:
+def drive(moment: str, step: int, settings: list[str], output_dir: Path, run=run) -> subprocess.CompletedProcess:
     overrides = (*settings, f"output_dir={output_dir}", "resume=auto")
-    return run("tests/integration/driver.py", moment, str(step), *overrides, ranks=ranks)
+    return run("tests/integration/driver.py", moment, str(step), *overrides)
 
 
 def metrics(output_dir: Path) -> list[dict]:

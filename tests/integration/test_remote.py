@@ -3,8 +3,6 @@
 import contextlib
 import json
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -14,8 +12,9 @@ from safetensors.torch import load
 
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.wire import Identity, pack_batch
-from tests.integration.conftest import ENVIRONMENT, ROOT, metrics, run, train
+from tests.integration.conftest import ENVIRONMENT, metrics, run, train
 from tests.integration.test_training import only_error
+from tests.programs import Program
 from tests.target_servers import batch_of, until
 
 QUICK = ["backend.attempts=2", "backend.rest=0.2", "backend.connect_timeout=2"]
@@ -30,7 +29,7 @@ class Served:
     def __init__(self, process):
         self.process = process
         line = next((line for line in process.stdout if line.startswith("serving")), None)
-        assert line, process.stderr.read()
+        assert line, "".join(process.stderr)
         self.url = line.split(" on ")[1].split()[0]
 
     def wait_for(self, word):
@@ -44,15 +43,9 @@ class Served:
 @contextlib.contextmanager
 def served(target_dir, *overrides, program=PROGRAM, **environment):
     """A target server as its user starts it."""
-    command = [sys.executable, *program, "model=local", f"model.path={target_dir}", "port=0", *overrides]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT | environment
-    )
-    try:
+    command = [*program, "model=local", f"model.path={target_dir}", "port=0", *overrides]
+    with Program(*command, environment=ENVIRONMENT | environment) as process:
         yield Served(process)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def remote(settings, directory, *urls, steps=6):
@@ -135,15 +128,13 @@ def test_a_run_whose_server_hangs_ends_when_it_is_asked_to(settings, target_dir,
     """With one line, long before the 300 seconds that it waits for an answer."""
     hangs = ["tests/integration/serve_slowly.py", "1000"]
     with served(target_dir, program=hangs) as one:
-        command = [sys.executable, "recipes/train_eagle3.py", *remote(settings, tmp_path / "run", one.url)]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT) as process:
-            try:
-                one.wait_for("reading")
-                process.send_signal(signal.SIGTERM)
-                _, said = process.communicate(timeout=60)
-            finally:
-                process.kill()
-    assert process.returncode == 130 and "Traceback" not in said, said
+        command = ["recipes/train_eagle3.py", *remote(settings, tmp_path / "run", one.url)]
+        with Program(*command, environment=ENVIRONMENT) as process:
+            one.wait_for("reading")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 130
+            said = "".join(process.stderr)
+    assert "Traceback" not in said, said
     assert [line for line in said.splitlines() if line.startswith("error: interrupted") and "resume=auto" in line]
 
 
@@ -167,7 +158,7 @@ def test_sigterm_answers_what_was_taken_on_and_takes_nothing_more(target_dir):
         for answer, batch in zip(asked, batches, strict=True):
             assert torch.equal(load(answer.result().content)["aux"], target.supervise(batch).aux)
         assert one.process.wait(30) == 0
-        assert "every request taken on was answered" in one.process.stdout.read()
+        assert "every request taken on was answered" in "".join(one.process.stdout)
 
 
 def test_a_drain_that_takes_too_long_is_cut_off(target_dir):
@@ -177,5 +168,5 @@ def test_a_drain_that_takes_too_long_is_cut_off(target_dir):
         asked = clients.submit(ask, one.url, target, batch_of(*range(12)))
         one.wait_for("reading")
         assert one.end(signal.SIGTERM) == 1
-        assert "drain=1: 1 requests were not answered" in one.process.stderr.read()
+        assert "drain=1: 1 requests were not answered" in "".join(one.process.stderr)
         assert asked.exception() or asked.result().status_code >= 500

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from nemo_speculative.checkpoints.servable import read_servable
-from tests.integration.conftest import drive, metrics, run, train
+from tests.integration.conftest import drive, metrics, run, torchrun, train
 
 
 def weights(directory):
@@ -57,7 +57,7 @@ def test_killed_at_any_moment_a_resumed_run_is_the_uninterrupted_one_bit_for_bit
 
 
 def test_two_ranks_train_as_one_does(settings, finished, tmp_path):
-    done = train(settings, tmp_path / "run", ranks=2)
+    done = train(settings, tmp_path / "run", run=torchrun)
     assert done.returncode == 0, done.stderr
     for one, two in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
@@ -89,7 +89,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(settings, tm
 
 def test_a_save_that_fails_on_one_rank_ends_the_other(settings, tmp_path):
     """The first rank alone writes the model; the second must not wait for it for ever."""
-    full = drive("fill_disk_at", 3, settings, tmp_path / "run", ranks=2)
+    full = drive("fill_disk_at", 3, settings, tmp_path / "run", run=torchrun)
     assert full.returncode != 0 and "could not be written" in full.stderr
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
