@@ -7,6 +7,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # What test-sglang judges: the draft of `make train`, if there is one, else a small random one.
 RUN ?= $(wildcard outputs/tiny-eagle3)
+JUDGES ?= tests/sglang
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-sglang train test test-sglang lint bench
@@ -30,8 +31,8 @@ train: $(READY)  ## make the embedded target, train an EAGLE-3 draft for it, mea
 test: $(READY)  ## the test suite, on as many processes as there are cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
-test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run
-	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest tests/sglang --confcutdir=tests/sglang -rs --numprocesses auto --dist loadfile $(ARGS)
+test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run, JUDGES=FILES by some tests
+	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest $(JUDGES) --confcutdir=tests/sglang -rs --numprocesses auto --dist loadfile $(ARGS)
 
 setup-sglang: $(VENV_SGLANG)/.ready  ## SGLang's own environment, for a CPU
 

@@ -9,13 +9,18 @@ from transformers.utils.logging import disable_progress_bar
 BAR_WIDTH = 24
 REFRESH_SECONDS = {True: 0.5, False: 15.0}
 """On a terminal one line is redrawn; in a log file a line is added now and then."""
+QUIET_SECONDS = 3.0
 
 
 class Progress:
-    """Counts towards ``total`` on standard error: share, rate and time left, plus a note of the caller's."""
+    """Counts towards ``total`` on standard error: share, rate and time left, plus a note of the caller's.
 
-    def __init__(self, title: str, total: int):
-        self.title, self.total, self.done = title, total, 0
+    Args:
+        quiet: says nothing at all unless it takes longer than a few seconds.
+    """
+
+    def __init__(self, title: str, total: int, quiet: bool = False):
+        self.title, self.total, self.done, self.quiet = title, total, 0, quiet
         self.started = self.drawn = time.monotonic()
         self.interactive = sys.stderr.isatty()
 
@@ -23,8 +28,10 @@ class Progress:
         """``note`` is called only when the line is drawn, so it may cost a synchronisation."""
         self.done += by
         now = time.monotonic()
+        if self.quiet and now - self.started < QUIET_SECONDS:
+            return
         if now - self.drawn >= REFRESH_SECONDS[self.interactive]:
-            self.drawn = now
+            self.drawn, self.quiet = now, False
             self._draw(note(), now)
 
     def _draw(self, note: str, now: float) -> None:
@@ -41,6 +48,8 @@ class Progress:
 
     def close(self) -> None:
         """Ends the line and says how long it took."""
+        if self.quiet:
+            return
         clear = "\r\x1b[K" if self.interactive else ""
         took = duration(time.monotonic() - self.started)
         print(f"{clear}{self.title}: {self.done} of {self.total} in {took}", file=sys.stderr, flush=True)

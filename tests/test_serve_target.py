@@ -36,6 +36,7 @@ def refused(target_dir, monkeypatch, capsys):
         (["aux_layers=[7]", "port=0"], "aux_layers holds 7"),
         (["model.path=/no/model", "port=0"], "/no/model does not exist"),
         (["backend=remote", "port=0"], "backend=remote: a target server runs the target itself"),
+        (["backend=features", "backend.directory=x", "port=0"], "backend=features: a target server runs the target"),
         (["trainer.max_steps=3"], "trainer.max_steps=3"),
         (["quue=3"], "did you mean"),
     ],

@@ -1,10 +1,10 @@
 """A picture of a sweep: settings down, concurrency across, in one SVG file that needs nothing else."""
 
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import groupby
 from math import log2
 
+from nemo_speculative import svg
 from nemo_speculative.benchmarking.cells import Measured
 from nemo_speculative.benchmarking.table import in_order, speed_up
 
@@ -12,13 +12,9 @@ WIDTH, HEIGHT, LEFT, TOP = 108, 44, 132, 64
 """Pixels: of a field, and of what stands left of and above the fields of a panel."""
 LETTER = 8
 """Pixels that a letter of a title takes, at most."""
-SLOWER, EQUAL, FASTER = (202, 90, 62), (247, 247, 244), (38, 118, 130)
+EQUAL = (247, 247, 244)
 FULL = 1.6
 """Doublings of the baseline's speed at which a color is full."""
-STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:#222}.title{font-weight:600}.small{font-size:11px}"
-    ".middle{text-anchor:middle}"
-)
 
 
 def heat_map(cells: Iterable[Measured]) -> str:
@@ -35,7 +31,7 @@ def heat_map(cells: Iterable[Measured]) -> str:
         top, width = bottom, max(width, right)
     size = f'width="{width}" height="{top}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {top}">'
-    return "\n".join([head, f"<style>{STYLE}</style>", f'<rect {size} fill="#fff"/>', *drawn, "</svg>", ""])
+    return "\n".join([head, f"<style>{svg.STYLE}</style>", f'<rect {size} fill="#fff"/>', *drawn, "</svg>", ""])
 
 
 def _panel(panel: Sequence[Measured], measured: Sequence[Measured], top: int) -> tuple[str, int, int]:
@@ -44,11 +40,13 @@ def _panel(panel: Sequence[Measured], measured: Sequence[Measured], top: int) ->
     settings = sorted({one.cell.setting for one in panel}, key=_order)
     title = f"{panel[0].cell.suite}, temperature {panel[0].cell.temperature:g}: speed-up and tokens/s"
     parts = [
-        _text(12, top + 22, title, "title"),
-        _text(12, top + TOP - 8, "steps-topk-tokens", "small"),
+        svg.text(12, top + 22, title, "title"),
+        svg.text(12, top + TOP - 8, "steps-topk-tokens", "small"),
     ]
-    parts += [_text(LEFT + WIDTH * (i + 0.5), top + TOP - 8, f"{n} at once", "middle") for i, n in enumerate(at_once)]
-    parts += [_text(12, top + TOP + HEIGHT * (j + 0.6), setting) for j, setting in enumerate(settings)]
+    parts += [
+        svg.text(LEFT + WIDTH * (i + 0.5), top + TOP - 8, f"{n} at once", "middle") for i, n in enumerate(at_once)
+    ]
+    parts += [svg.text(12, top + TOP + HEIGHT * (j + 0.6), setting) for j, setting in enumerate(settings)]
     for one in panel:
         x = LEFT + WIDTH * at_once.index(one.cell.concurrency)
         y = top + TOP + HEIGHT * settings.index(one.cell.setting)
@@ -67,19 +65,15 @@ def _field(x: int, y: int, one: Measured, gain: float | None) -> str:
     if gain is not None:
         lines, fill = [(f"{gain:.2f}x", 0.45, "middle"), (speed, 0.82, "small middle")], _color(gain)
     box = f'<rect x="{x}" y="{y}" width="{WIDTH - 2}" height="{HEIGHT - 2}" fill="{fill}" stroke="#ddd"/>'
-    return box + "".join(_text(x + WIDTH / 2, y + HEIGHT * down, said, classes) for said, down, classes in lines)
+    return box + "".join(svg.text(x + WIDTH / 2, y + HEIGHT * down, said, classes) for said, down, classes in lines)
 
 
 def _color(gain: float) -> str:
     share = min(abs(log2(gain)) / FULL, 1.0)
-    end = FASTER if gain > 1 else SLOWER
+    end = svg.GOOD if gain > 1 else svg.BAD
     # Three quarters of the way at most, so that dark letters stay readable.
     mixed = [round(a + (b - a) * share * 0.75) for a, b in zip(EQUAL, end, strict=True)]
     return "#{:02x}{:02x}{:02x}".format(*mixed)
-
-
-def _text(x: float, y: float, said: str, classes: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{classes}">{escape(said)}</text>'
 
 
 def _order(setting: str) -> list[int]:

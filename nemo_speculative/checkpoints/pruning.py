@@ -9,8 +9,8 @@ from hydra.utils import get_method
 
 from nemo_speculative.checkpoints.servable import Servable, read_config, read_servable, write_servable
 from nemo_speculative.config.schema import ModelConfig, PruneJob
-from nemo_speculative.data.documents import to_documents
-from nemo_speculative.data.vocabulary import count_supervised, entries_for
+from nemo_speculative.data.store import Tokenizing, stored_documents
+from nemo_speculative.data.vocabulary import entries_for
 from nemo_speculative.errors import UserError
 from nemo_speculative.shapes import VocabularySize, parse_vocab_size
 from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
@@ -48,8 +48,9 @@ def _counts(job: PruneJob, target: str) -> torch.Tensor:
     split = get_method(job.data._target_)(job.data, seed=0)
     max_length, _ = job.data.lengths(config.max_position_embeddings)
     stop = stop_ids(config.eos_token_id, tokenizer)
-    rows = to_documents([*split.training, *split.held_out], tokenizer, stop, max_length, config.vocab_size).rows
-    return count_supervised(rows, config.vocab_size)
+    how = Tokenizing(tokenizer, stop, max_length, config.vocab_size)
+    sides = [stored_documents(items, how, job.data, "tokenising") for items in (split.training, split.held_out)]
+    return torch.stack([side.all_counts for side in sides]).sum(0)
 
 
 def kept_entries(servable: Servable, counts: torch.Tensor, size: VocabularySize) -> torch.Tensor:

@@ -12,9 +12,11 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("backend", "hf"): schema.HFBackendConfig,
     ("backend", "sglang"): schema.SGLangBackendConfig,
     ("backend", "remote"): schema.RemoteBackendConfig,
+    ("backend", "features"): schema.FeaturesBackendConfig,
     ("data", "jsonl"): schema.DataConfig,
     ("data", "tiny"): schema.TinyDataConfig,
-    ("data", "hub"): schema.HubDataConfig,
+    ("data", "dataset"): schema.DatasetConfig,
+    ("data", "mix"): schema.MixDataConfig,
     ("loss", "soft_ce"): schema.LossConfig,
     ("loss", "hard_ce"): schema.HardCrossEntropyConfig,
     ("loss", "kl"): schema.KLDivergenceConfig,
@@ -32,6 +34,9 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("evaluation", "default"): schema.EvaluationConfig,
     ("suite", "jsonl"): schema.SuiteConfig,
     ("server", "sglang"): schema.ServerConfig,
+    ("engine", "hf"): schema.HFEngineConfig,
+    ("engine", "endpoint"): schema.EndpointConfig,
+    ("reasoning", "tagged"): schema.ReasoningConfig,
     ("form", "sglang"): schema.FormConfig,
     ("form", "speculators"): schema.SpeculatorsFormConfig,
     ("form", "transformers"): schema.TransformersFormConfig,
@@ -47,8 +52,13 @@ def register() -> None:
     for (group, name), node in SCHEMAS.items():
         store.store(group=f"schema/{group}", name=name, node=node, package=PACKAGES.get(group, group))
     store.store(name="train_job", node=schema.TrainJob)
+    store.store(name="capture_job", node=schema.CaptureJob)
     store.store(name="evaluate_job", node=schema.EvaluateJob)
     store.store(name="benchmark_job", node=schema.BenchmarkJob)
     store.store(name="serve_target_job", node=schema.ServeTargetJob)
     store.store(name="prune_job", node=schema.PruneJob)
+    store.store(name="prepare_job", node=schema.PrepareJob)
     store.store(name="convert_job", node=schema.ConvertJob)
+    store.store(name="inspect_job", node=schema.InspectJob)
+    store.store(name="generate_job", node=schema.GenerateJob)
+    store.store(name="merge_job", node=schema.MergeJob)

@@ -24,6 +24,11 @@ line and exit code 1.  The values below are the schema's; an option's YAML may s
 """
 ROOTS = {
     "recipes/train_eagle3.py": schema.TrainJob,
+    "recipes/capture_features.py": schema.CaptureJob,
+    "recipes/inspect_data.py": schema.InspectJob,
+    "recipes/prepare_data.py": schema.PrepareJob,
+    "recipes/generate_data.py": schema.GenerateJob,
+    "recipes/merge_data.py": schema.MergeJob,
     "recipes/evaluate.py": schema.EvaluateJob,
     "recipes/benchmark.py": schema.BenchmarkJob,
     "nemo_speculative/serve_target.py": schema.ServeTargetJob,

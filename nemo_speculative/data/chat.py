@@ -5,6 +5,7 @@ assistant's part itself; otherwise prefixes of the conversation are rendered, an
 prompt before it is the assistant's.  Where a prefix is not a prefix in token ids, the template is refused.
 """
 
+import json
 from collections.abc import Collection
 from typing import Any
 
@@ -46,20 +47,47 @@ def template_of(tokenizer) -> str:
 
 def prompt_ids(tokenizer, messages: list[Message], origin: str, tools: list[Message] | None = None) -> list[int]:
     """The ids after which the assistant's answer to ``messages`` begins."""
-    return _render(tokenizer, messages, origin, tools=tools, add_generation_prompt=True)["input_ids"]
+    return render(tokenizer, messages, origin, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
-def _render(tokenizer, messages: list[Message], origin: str, **options) -> dict[str, list[int]]:
+def render(tokenizer, messages: list[Message], origin: str, **options) -> dict[str, list[int]]:
+    """``messages`` by the chat template, with its ``options``: ``input_ids`` and what else was asked for.
+
+    Raises:
+        UserError: no chat template, or messages that it rejects.
+    """
     template_of(tokenizer)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(as_served(messages), tokenize=True, return_dict=True, **options)
     except Exception as error:  # jinja2 and the templates' own raise_exception
         said = " ".join(str(error).split())
         raise UserError(f"{origin}: the chat template rejects this conversation: {said}") from error
 
 
+def as_served(messages: list[Message]) -> list[Message]:
+    """``messages`` as chat servers hand them to the template, which data files are not written for.
+
+    No null values, empty text for none, and the arguments of tool calls as objects, which OpenAI writes as text.
+    """
+    seen = [{k: v for k, v in m.items() if v is not None} | {"content": m.get("content") or ""} for m in messages]
+    for message in seen:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
+    return seen
+
+
+def _with_object(call: Message) -> Message:
+    function = call.get("function", {})
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
+    except json.JSONDecodeError:
+        return call
+
+
 def _by_generation_tag(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    rendered = _render(
+    rendered = render(
         tokenizer, conversation.messages, conversation.origin, tools=conversation.tools,
         return_assistant_tokens_mask=True,
     )  # fmt: skip
@@ -68,17 +96,17 @@ def _by_generation_tag(tokenizer, conversation: Conversation) -> tuple[list[int]
 
 def _by_prefixes(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
     messages, origin, tools = conversation.messages, conversation.origin, conversation.tools
-    whole = _render(tokenizer, messages, origin, tools=tools)["input_ids"]
+    whole = render(tokenizer, messages, origin, tools=tools)["input_ids"]
     mask = [False] * len(whole)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             before = prompt_ids(tokenizer, messages[:turn], origin, tools)
-            after = _render(tokenizer, messages[: turn + 1], origin, tools=tools)["input_ids"]
+            after = render(tokenizer, messages[: turn + 1], origin, tools=tools)["input_ids"]
             if whole[: len(after)] != after or after[: len(before)] != before:
                 raise UserError(
                     f"{origin}: the chat template of {tokenizer.name_or_path} renders message {turn} differently "
                     "within the whole conversation and at its end, so the assistant's tokens cannot be told; add "
-                    "{% generation %} to the template, or give input_ids and loss_mask"
+                    "{% generation %} to the template, or give input_ids and loss_mask (recipes/generate_data.py does)"
                 )
             mask[len(before) : len(after)] = [True] * (len(after) - len(before))
     return whole, mask

@@ -1,10 +1,16 @@
 """From conversations to documents: token rows that fit, with what was left out counted."""
 
-from collections.abc import Collection, Iterable, Sequence
+import hashlib
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
 
 from nemo_speculative.data.chat import tokenize
 from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.data.vocabulary import count_supervised
 from nemo_speculative.errors import UserError
 
 
@@ -12,19 +18,44 @@ from nemo_speculative.errors import UserError
 class Documents:
     """Tokenised rows, and what became of those that are not among them."""
 
-    rows: list[TokenRow] = field(default_factory=list)
+    vocab_size: int
+    """Of the target."""
+    rows: Sequence[TokenRow] = field(default_factory=list)
     unsupervised: list[str] = field(default_factory=list)
     """Ids left out because no token of theirs is supervised (within the longest length)."""
     truncated: int = 0
     supervised_tokens_cut: int = 0
 
+    @cached_property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each row."""
+        return array("i", (len(row.input_ids) for row in self.rows))
+
+    @cached_property
+    def counts(self) -> dict[str, torch.Tensor]:
+        """int64 [V] for each source: how often the assistant wrote each id."""
+        by_source: dict[str, list[TokenRow]] = {}
+        for row in self.rows:
+            by_source.setdefault(row.source, []).append(row)
+        return {source: count_supervised(rows, self.vocab_size) for source, rows in sorted(by_source.items())}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all rows in their order."""
+        return hashlib.sha256(b"".join(map(row_digest, self.rows))).hexdigest()[:16]
+
+    @property
+    def all_counts(self) -> torch.Tensor:
+        """int64 [V]: those of every source together."""
+        return sum(self.counts.values(), torch.zeros(self.vocab_size, dtype=torch.long))
+
     @property
     def tokens(self) -> int:
-        return sum(len(r.input_ids) for r in self.rows)
+        return sum(self.lengths)
 
     @property
     def supervised_tokens(self) -> int:
-        return sum(sum(r.loss_mask) for r in self.rows)
+        return int(self.all_counts.sum())
 
     def report(self) -> str:
         """One line: rows, tokens, supervised share, and what was left out."""
@@ -38,6 +69,15 @@ class Documents:
         return line
 
 
+def row_digest(row: TokenRow) -> bytes:
+    """16 bytes that tell a row, with its name, from others."""
+    identity = row.id.encode()
+    digest = hashlib.sha256(len(identity).to_bytes(4, "little") + identity)
+    digest.update(array("i", row.input_ids).tobytes())
+    digest.update(bytes(row.loss_mask))
+    return digest.digest()[:16]
+
+
 def to_documents(
     items: Iterable[Conversation | TokenRow], tokenizer, stop_ids: Collection[int], max_length: int, vocab_size: int
 ) -> Documents:
@@ -46,7 +86,8 @@ def to_documents(
     Raises:
         UserError: a conversation has no assistant turn or cannot be masked, or an id lies outside the vocabulary.
     """
-    out = Documents()
+    rows: list[TokenRow] = []
+    out = Documents(vocab_size, rows)
     for item in items:
         row = item if isinstance(item, TokenRow) else _tokenize(tokenizer, item, stop_ids)
         _check_ids(row, vocab_size)
@@ -55,7 +96,7 @@ def to_documents(
             out.truncated += 1
             out.supervised_tokens_cut += sum(row.loss_mask) - sum(kept.loss_mask)
         if any(kept.loss_mask):
-            out.rows.append(kept)
+            rows.append(kept)
         else:
             out.unsupervised.append(row.id)
     return out
@@ -86,7 +127,7 @@ def preview(row: TokenRow, tokenizer, colour: bool) -> str:
     return "".join(pieces)
 
 
-def _runs(ids: Sequence[int], mask: Sequence[bool]) -> Iterable[tuple[bool, list[int]]]:
+def _runs(ids: Sequence[int], mask: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
     start = 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or mask[i] != mask[start]:

@@ -2,7 +2,9 @@
 
 import bisect
 import random
+from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +15,29 @@ WINDOW = 2048
 """Documents packed together: wide enough to fill rows, narrow enough to keep the shuffled order."""
 
 
-def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> list[list[int]]:
+class Rows(Sequence[list[int]]):
+    """Which documents each row holds, in four bytes for each and four for a row."""
+
+    def __init__(self) -> None:
+        self._documents, self._ends = array("i"), array("i", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self._documents[self._ends[index] : self._ends[index + 1]].tolist()
+
+    def append(self, documents: Sequence[int]) -> None:
+        self._documents.extend(documents)
+        self._ends.append(len(self._documents))
+
+
+def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> Rows:
     """Which documents share a row: best-fit decreasing within windows of a shuffled order.
 
     Depends on nothing but its arguments, so that every rank and every restart makes the same rows.
@@ -25,14 +49,15 @@ def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> list[list[int]]:
         Rows of indices into ``lengths``, in the order in which they are trained on.
     """
     rng = random.Random(seed)
-    order = list(range(len(lengths)))
+    order = array("i", range(len(lengths)))
     rng.shuffle(order)
-    rows: list[list[int]] = []
+    rows = Rows()
     for start in range(0, len(order), WINDOW):
         window = sorted(order[start : start + WINDOW], key=lambda i: (-lengths[i], i))
         packed = _best_fit(window, lengths, row_tokens)
         rng.shuffle(packed)
-        rows += packed
+        for row in packed:
+            rows.append(row)
     return rows
 
 

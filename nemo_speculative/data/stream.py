@@ -4,11 +4,9 @@ A global batch is the same whatever the number of ranks and micro-batches; the o
 consumed.  That makes resuming exact, on any number of ranks.
 """
 
-from collections.abc import Sequence
-
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate, pack
+from nemo_speculative.data.documents import Documents
+from nemo_speculative.data.packing import Rows, collate, pack
 
 
 class RowStream:
@@ -16,7 +14,7 @@ class RowStream:
 
     def __init__(
         self,
-        documents: Sequence[TokenRow],
+        documents: Documents,
         *,
         row_tokens: int,
         global_batch_size: int,
@@ -26,15 +24,15 @@ class RowStream:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.documents, self.row_tokens, self.pad_id, self.seed = documents, row_tokens, pad_id, seed
+        self.documents, self.row_tokens, self.pad_id, self.seed = documents.rows, row_tokens, pad_id, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.rows_consumed = 0
-        self._lengths = [len(d.input_ids) for d in documents]
-        self._epochs: dict[int, list[list[int]]] = {}
+        self._lengths = documents.lengths
+        self._epochs: dict[int, Rows] = {}
         self._epoch, self._epoch_start = 0, 0
 
-    def rows_of(self, epoch: int) -> list[list[int]]:
+    def rows_of(self, epoch: int) -> Rows:
         """The packed rows of an epoch; only the last two asked for are kept."""
         if epoch not in self._epochs:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}

@@ -1,13 +1,18 @@
 """The draft vocabulary: the target ids that a draft can propose."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import compress, islice
+from typing import TypeVar
 
 import torch
 
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.shapes import VocabularySize
 
+T = TypeVar("T")
+ROWS_COUNTED_AT_ONCE = 256
+"""A count is as long as the vocabulary, however few rows it is of."""
 ENTRIES_MULTIPLE = 64
 """Matrix products are fastest where the head's rows are a multiple of it."""
 
@@ -39,35 +44,45 @@ class DraftVocabulary:
         return inside
 
 
-def build_vocabulary(rows: Iterable[TokenRow], size: VocabularySize, target_size: int) -> DraftVocabulary:
-    """The most frequent ids under the loss mask; ties, and ids never seen, go to the lower id.
+def build_vocabulary(counts: torch.Tensor, size: VocabularySize) -> DraftVocabulary:
+    """The ids that the assistant wrote most often; ties, and ids never seen, go to the lower id.
 
-    Linear in the tokens; sorts the vocabulary once.
+    Sorts the vocabulary once.
+
+    Args:
+        counts: int64 [V], how often it wrote each: see :func:`count_supervised`.
     """
-    counts = count_supervised(rows, target_size)
     entries = size.entries if size.entries is not None else entries_for(counts, size.coverage)
     chosen = torch.sort(counts, descending=True, stable=True).indices[:entries].sort().values
-    return DraftVocabulary(chosen, target_size, _coverage(counts, chosen))
+    return DraftVocabulary(chosen, len(counts), coverage(counts, chosen))
 
 
-def vocabulary_of(d2t: torch.Tensor, rows: Iterable[TokenRow], target_size: int) -> DraftVocabulary:
-    """The vocabulary that ``d2t`` int64 [V_d] describes, and what it covers of ``rows``."""
+def vocabulary_of(d2t: torch.Tensor, counts: torch.Tensor) -> DraftVocabulary:
+    """The vocabulary that ``d2t`` int64 [V_d] describes, and what it covers of ``counts`` int64 [V]."""
     ids = torch.arange(len(d2t)) + d2t
-    return DraftVocabulary(ids, target_size, _coverage(count_supervised(rows, target_size), ids))
+    return DraftVocabulary(ids, len(counts), coverage(counts, ids))
 
 
-def _coverage(counts: torch.Tensor, ids: torch.Tensor) -> float:
+def coverage(counts: torch.Tensor, ids: torch.Tensor) -> float:
+    """The share of what is counted in int64 [V] that has one of ``ids``, from 0 to 1."""
     total = int(counts.sum())
     return int(counts[ids].sum()) / total if total else 0.0
 
 
 def count_supervised(rows: Iterable[TokenRow], target_size: int) -> torch.Tensor:
-    """int64 [V]: how often each id was written by the assistant."""
+    """int64 [V]: how often each id was written by the assistant; linear in the tokens."""
     counts = torch.zeros(target_size, dtype=torch.long)
-    for row in rows:
-        supervised = torch.tensor(row.input_ids)[torch.tensor(row.loss_mask)]
-        counts += torch.bincount(supervised, minlength=target_size)
+    for some in batched(rows, ROWS_COUNTED_AT_ONCE):
+        ids = [i for row in some for i in compress(row.input_ids, row.loss_mask)]
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=target_size)
     return counts
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """``items`` in lists of ``size``, the last one shorter."""
+    left = iter(items)
+    while some := list(islice(left, size)):
+        yield some
 
 
 def entries_for(counts: torch.Tensor, coverage: float) -> int:

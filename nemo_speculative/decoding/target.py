@@ -121,6 +121,10 @@ class CachedTarget:
         """The other sequences are done."""
         self._kv.select(rows)
 
+    def join(self, other: "CachedTarget") -> None:
+        """Takes over the sequences of ``other``, of the same target, behind its own."""
+        self._kv.join(other._kv)
+
 
 _CHECKED: WeakSet[HFTarget] = WeakSet()
 

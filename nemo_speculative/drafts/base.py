@@ -86,6 +86,8 @@ class Draft(nn.Module, ABC):
     """The class that serves it, as ``config.json`` names it."""
     ALGORITHM: ClassVar[str]
     """SGLang's --speculative-algorithm."""
+    READS_LAST_HIDDEN: ClassVar[bool] = True
+    """Whether :meth:`read` looks at the last hidden state, so that captured features must have it everywhere."""
 
     target: FrozenEnds
     """Set by :meth:`attach`; neither saved nor trained."""

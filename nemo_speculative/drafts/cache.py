@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
 
 FIRST_POSITIONS = 64
 
@@ -96,6 +97,13 @@ class KVCache:
         self._layers = {layer: [room[index] for room in stored] for layer, stored in self._layers.items()}
         self._set([self.lengths[row] for row in index])
 
+    def join(self, other: "KVCache") -> None:
+        """Puts the sequences of ``other`` behind those of this one."""
+        for layer, theirs in other._layers.items():
+            both = zip(self._layers[layer], theirs, strict=True)
+            self._layers[layer] = [torch.cat(_equally_long(x, y)) for x, y in both]
+        self._set(self.lengths + other.lengths)
+
     def _behind(self, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Row [B, 1] and position [B, n] of the ``new`` positions behind each row's length."""
         if (new, device) not in self._places:
@@ -116,3 +124,9 @@ class KVCache:
                 new[:, :, : old.shape[2]] = old
             self._layers[layer] = stored = grown
         return stored
+
+
+def _equally_long(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, H, m, d] each, the shorter one with zeros behind it."""
+    length = max(x.shape[2], y.shape[2])
+    return pad(x, (0, 0, 0, length - x.shape[2])), pad(y, (0, 0, 0, length - y.shape[2]))

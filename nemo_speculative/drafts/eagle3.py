@@ -94,6 +94,7 @@ class Eagle3Draft(Draft):
 
     ARCHITECTURE = "LlamaForCausalLMEagle3"
     ALGORITHM = "EAGLE3"
+    READS_LAST_HIDDEN = False
 
     d2t: torch.Tensor
     t2d: torch.Tensor

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.conversations import TokenRow
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,19 @@ class Target(Protocol):
         """Tells one target's weights from another's."""
         ...
 
+    def expect(self, *documents: Sequence[TokenRow]) -> None:
+        """Told once what it will be asked for.
+
+        Raises:
+            UserError: there is what it cannot supervise.
+        """
+        ...
+
     def supervise(self, batch: Batch) -> Supervision: ...
+
+    def close(self) -> None:
+        """The run is at its end, whatever ended it."""
+        ...
 
     def compile(self) -> None:
         """Compiles what it can of :meth:`supervise`."""

@@ -1,11 +1,26 @@
-"""A target's configuration, before any of its weights are there."""
+"""A target's configuration and tokenizer, before any of its weights are there."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from nemo_speculative.config.schema import ModelConfig, TinyModelConfig
-from nemo_speculative.targets.ends import text_config
+from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.targets.tiny import llama_config
+from nemo_speculative.targets.tiny import directory_of, llama_config, make_tokenizer
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a target is, but for its weights."""
+
+    config: Any
+    """The part of it that is about text."""
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    """What ends an answer."""
 
 
 def target_config(model: ModelConfig) -> Any:
@@ -17,3 +32,26 @@ def target_config(model: ModelConfig) -> Any:
     if isinstance(model, TinyModelConfig):
         return llama_config(model)
     return text_config(resolve_target(model, weights=False), model.trust_remote_code)
+
+
+def describe_target(model: ModelConfig) -> Description:
+    """The target without its weights; the embedded one even before it is made.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    config = target_config(model)
+    if isinstance(model, TinyModelConfig) and not directory_of(model).exists():
+        tokenizer = make_tokenizer(model)
+        return Description(config, tokenizer, stop_ids(config.eos_token_id, tokenizer))
+    directory = directory_of(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
+    tokenizer = load_tokenizer(directory, model.trust_remote_code)
+    return Description(config, tokenizer, stop_ids(_generation_eos(directory, config), tokenizer))
+
+
+def _generation_eos(directory: Path, config: Any) -> int | list[int] | None:
+    """As the loaded model has it: its own generation configuration, where it ships one."""
+    try:
+        return GenerationConfig.from_pretrained(directory).eos_token_id
+    except OSError:
+        return config.eos_token_id

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.errors import UserError
 from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.shapes import aux_layers_for
@@ -107,6 +108,12 @@ class TargetEnds:
         layers = decoder_layers(model.get_decoder(), self.config.num_hidden_layers)
         first = max(len(layers) - count, 0)
         return [_filled(layer, self.path, first + n) for n, layer in enumerate(layers[first:])]
+
+    def expect(self, *documents: Sequence[TokenRow]) -> None:
+        """Whatever it is asked for will be computed."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def compile(self) -> None:
         """Nothing of the supervision is computed here."""

@@ -16,20 +16,21 @@ from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable
 from nemo_speculative.config.schema import Answers, Resume, TrainJob
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import Conversation, TokenRow
-from nemo_speculative.data.documents import Documents, to_documents
+from nemo_speculative.data.documents import Documents
+from nemo_speculative.data.items import Items
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.sources import Split
+from nemo_speculative.data.store import Tokenizing, stored_documents
 from nemo_speculative.data.stream import RowStream
-from nemo_speculative.data.vocabulary import DraftVocabulary, build_vocabulary, vocabulary_of
+from nemo_speculative.data.vocabulary import DraftVocabulary, build_vocabulary, coverage, vocabulary_of
 from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.drafts.init import init_from_target
 from nemo_speculative.errors import UserError
 from nemo_speculative.evaluation.acceptance import measure_tau, question_prompts
+from nemo_speculative.generation.answers import answer, unanswered
 from nemo_speculative.objectives.base import Objective
 from nemo_speculative.objectives.unroll import UnrollObjective
 from nemo_speculative.serving.versions import check_servable
-from nemo_speculative.targets.answers import answer, unanswered
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.hf import HFTarget
@@ -57,10 +58,7 @@ class RunData:
     @property
     def fingerprint(self) -> str:
         """Tells whether a resumed run sees the same rows."""
-        digest = hashlib.sha256(str(self.row_tokens).encode())
-        for row in self.training.rows:
-            digest.update(json.dumps([row.id, row.input_ids, row.loss_mask]).encode())
-        return digest.hexdigest()[:16]
+        return hashlib.sha256(f"{self.row_tokens} {self.training.fingerprint}".encode()).hexdigest()[:16]
 
 
 def as_plain(job: Any) -> dict[str, Any]:
@@ -158,8 +156,8 @@ def build_data(job: TrainJob, target: Target, split: Split) -> RunData:
     """
     max_length, row_tokens = job.data.lengths(target.config.max_position_embeddings)
     enough = max(job.evaluation.num_questions, job.evaluation.selection_questions)
-    training = _documents(job, target, split.training, max_length, "answering, training")
-    held_out = _documents(job, target, split.held_out[: 2 * enough], max_length, "answering, held out")
+    training = _documents(job, target, split.training, max_length, "training")
+    held_out = _documents(job, target, split.held_out[: 2 * enough], max_length, "held out")
     if not training.rows:
         raise UserError(f"data: no conversation holds a supervised token ({training.report()}); nothing to train on")
     longest_prompt = target.config.max_position_embeddings - 2
@@ -171,11 +169,10 @@ def load_split(job: TrainJob) -> Split:
     return get_method(job.data._target_)(job.data, job.seed)
 
 
-def _documents(
-    job: TrainJob, target: Target, items: list[Conversation | TokenRow], max_length: int, title: str
-) -> Documents:
+def _documents(job: TrainJob, target: Target, items: Items, max_length: int, title: str) -> Documents:
+    how = Tokenizing(target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
     if job.data.answers is Answers.given or not items:
-        return to_documents(items, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+        return first_rank_first(lambda: stored_documents(items, how, job.data, f"tokenising, {title}"))
     assert isinstance(target, HFTarget), "the configuration lets no other backend answer"
     rows = first_rank_first(
         lambda: answer(
@@ -184,11 +181,11 @@ def _documents(
             max_answer_tokens=job.data.max_answer_tokens,
             batch_size=job.data.generation_batch_size,
             max_length=max_length,
-            cache_dir=job.data.cache_dir,
-            title=title,
+            cache_dir=f"{job.data.cache_dir}/answers",
+            title=f"answering, {title}",
         )
     )
-    documents = to_documents(rows, target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+    documents = how(rows)
     documents.unsupervised += unanswered(items, rows)
     return documents
 
@@ -226,15 +223,21 @@ def announce(data: RunData, vocabulary: DraftVocabulary) -> None:
             f"covering {vocabulary.coverage:.2%} of the supervised tokens",
             flush=True,
         )
+        counts = data.training.counts
+        for source in counts if len(counts) > 1 else ():
+            covered = coverage(counts[source], vocabulary.ids)
+            print(
+                f"  of {source or 'lines that name no source'}: {covered:.2%} of {int(counts[source].sum())}",
+                flush=True,
+            )
 
 
 def build_draft_vocabulary(job: TrainJob, target: Target, training: Documents) -> DraftVocabulary:
     """The most frequent supervised ids of the training rows, or those of the draft that it starts from."""
     start = read_start(job.draft, target.config)
     if start and "d2t" in start.tensors:
-        return vocabulary_of(start.tensors["d2t"], training.rows, target.config.vocab_size)
-    size = job.draft.vocabulary(target.config.vocab_size)
-    return build_vocabulary(training.rows, size, target.config.vocab_size)
+        return vocabulary_of(start.tensors["d2t"], training.all_counts)
+    return build_vocabulary(training.all_counts, job.draft.vocabulary(target.config.vocab_size))
 
 
 def build_objective(job: TrainJob, target: Target) -> Objective:
@@ -259,7 +262,7 @@ def build_stream(job: TrainJob, target: Target, data: RunData, dims: titan.Paral
     if size % ranks:
         raise UserError(f"trainer.global_batch_size is {size}: it cannot be split evenly over {ranks} ranks")
     return RowStream(
-        data.training.rows,
+        data.training,
         row_tokens=data.row_tokens,
         global_batch_size=size,
         micro_batch_size=job.trainer.micro_batch_size,
@@ -272,9 +275,9 @@ def build_stream(job: TrainJob, target: Target, data: RunData, dims: titan.Paral
 
 def validation_batches(job: TrainJob, target: Target, data: RunData, dims: titan.ParallelDims) -> list[Batch]:
     """This rank's share of the held-out rows; every rank gets as many batches, the last ones possibly without rows."""
-    rows = pack([len(r.input_ids) for r in data.held_out.rows], data.row_tokens, VALIDATION_SEED)
+    packed = pack(data.held_out.lengths, data.row_tokens, VALIDATION_SEED)
     share, ranks = job.trainer.micro_batch_size, dims.world_size
-    rows = rows[: job.trainer.val_rows]
+    rows = packed[: job.trainer.val_rows]
     if not rows:
         return []
     mine = rows[torch.distributed.get_rank() :: ranks]

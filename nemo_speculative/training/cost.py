@@ -272,6 +272,8 @@ class Placement:
     element: int
     """Of what the draft computes in."""
     device_type: str
+    target_share: float = 1.0
+    """Of the target's layers, what lies here: with a target elsewhere, or on disk, nothing."""
 
     @property
     def wrapped(self) -> bool:
@@ -310,12 +312,13 @@ def step_memory(
     logits = draft.logits_bytes(target.vocabulary, place.target_element, place.device_type)
     gradients = count * FLOAT32 / shards
     backward = max(kept + logits, kept + draft.head_bytes(), gradients)
-    forward = target.forward_bytes(largest, place.target_element, draft.aux_layers)
+    forward = bool(place.target_share) * target.forward_bytes(largest, place.target_element, draft.aux_layers)
     # On CUDA the target reads the next micro-batch meanwhile; else one comes after the other.
     beside = forward + states if place.device_type == "cuda" else max(forward - backward, 0.0)
     copies = 2 * count * place.element if place.wrapped else 0
+    decoder = place.target_share * (target.parameters - target.end_parameters) * place.target_element
     parts = {
-        "target": target.parameters * place.target_element,
+        "target": target.end_parameters * place.target_element + decoder,
         "draft": count * FLOAT32 / shards + copies,
         "gradients and moments": gradients + _moments_bytes(draft, optimizer) / shards,
         "target's states": states + beside,
@@ -325,8 +328,7 @@ def step_memory(
     if place.device_type == "cpu":
         passing = sum(parts[name] for name in ("target's states", "activations", "logits"))
         parts["allocator"] = CPU_HEAP_SHARE * passing + CPU_HEAP_BYTES
-    decoder = (target.parameters - target.end_parameters) * place.target_element
-    return Memory(parts, decoder + beside)
+    return Memory(parts, decoder + beside if place.target_share else 0.0)
 
 
 def _moments_bytes(draft: DraftCost, config: OptimizerConfig) -> int:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
-from nemo_speculative.data.conversations import Conversation, TokenRow
-from nemo_speculative.data.documents import Documents, preview, to_documents
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.documents import Documents, preview
+from nemo_speculative.data.items import Items
 from nemo_speculative.data.packing import pack
+from nemo_speculative.data.store import Tokenizing, stored_documents
 from nemo_speculative.data.stream import RowStream
 from nemo_speculative.data.vocabulary import build_vocabulary
 from nemo_speculative.devices import choose_device
@@ -46,7 +48,7 @@ def describe(job: TrainJob) -> str:
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
     items = load_split(job).training
     documents = _tokenized(job, items, tokenizer, config, max_length)
-    entries = build_vocabulary(documents.rows, job.draft.vocabulary(config.vocab_size), config.vocab_size).size
+    entries = build_vocabulary(documents.all_counts, job.draft.vocabulary(config.vocab_size)).size
     shape = draft_shape(job, config, entries)
     aux = job.draft.chosen_aux_layers(config.num_hidden_layers)
     models = Models.of(job, config, shape)
@@ -55,9 +57,9 @@ def describe(job: TrainJob) -> str:
         f"{job.model.dtype.value}, aux layers {aux}",
         f"draft     {models.draft.all_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.num_steps} steps, computed in {job.trainer.dtype.value}",
-        f"data      {len(items)} conversations: {_data_line(job, documents, items)}",
+        f"data      {len(items)} conversations: {_data_line(job, documents)}",
         f"training  {_steps_line(job, documents, row_tokens)}",
-        *_cost_lines(job, models, config, shape, documents.rows, row_tokens, device),
+        *_cost_lines(job, models, config, shape, documents, row_tokens, device),
         f"writes    {Path(job.output_dir).resolve()}",
     ]
     if documents.rows:
@@ -79,15 +81,14 @@ def _target(job: TrainJob) -> tuple[Any, Any, str]:
     return text_config(directory, trust), load_tokenizer(directory, trust), str(directory)
 
 
-def _tokenized(
-    job: TrainJob, items: list[Conversation | TokenRow], tokenizer: Any, config: Any, max_length: int
-) -> Documents:
+def _tokenized(job: TrainJob, items: Items, tokenizer: Any, config: Any, max_length: int) -> Documents:
+    how = Tokenizing(tokenizer, stop_ids(config.eos_token_id, tokenizer), max_length, config.vocab_size)
     if job.data.answers is Answers.target:  # those that have one already show what the others will be like
-        items = [item for item in items if isinstance(item, TokenRow) or item.has_answer]
-    return to_documents(items, tokenizer, stop_ids(config.eos_token_id, tokenizer), max_length, config.vocab_size)
+        return how([item for item in items if isinstance(item, TokenRow) or item.has_answer])
+    return stored_documents(items, how, job.data, "tokenising")
 
 
-def _data_line(job: TrainJob, documents: Documents, items: list[Conversation | TokenRow]) -> str:
+def _data_line(job: TrainJob, documents: Documents) -> str:
     if job.data.answers is Answers.target:
         return (
             f"the target answers them, at most {job.data.max_answer_tokens} tokens each; as given: {documents.report()}"
@@ -96,7 +97,7 @@ def _data_line(job: TrainJob, documents: Documents, items: list[Conversation | T
 
 
 def _steps_line(job: TrainJob, documents: Documents, row_tokens: int) -> str:
-    rows = len(pack([len(r.input_ids) for r in documents.rows], row_tokens, job.seed))
+    rows = len(pack(documents.lengths, row_tokens, job.seed))
     if not rows and not job.trainer.max_steps:
         return "as many steps as the answers give, not known before the target writes them"
     steps, batch = job.trainer.total_steps(max(rows, 1)), job.trainer.global_batch_size
@@ -109,12 +110,12 @@ def _steps_line(job: TrainJob, documents: Documents, row_tokens: int) -> str:
 
 
 def _cost_lines(
-    job: TrainJob, models: Models, config: Any, shape: DraftShape, rows: list[TokenRow], row_tokens: int,
+    job: TrainJob, models: Models, config: Any, shape: DraftShape, documents: Documents, row_tokens: int,
     device: torch.device,
 ) -> list[str]:  # fmt: skip
-    if not rows:
+    if not documents.rows:
         return ["cost      not known before the target writes the answers"]
-    stream = _stream(job, rows, row_tokens)
+    stream = _stream(job, documents, row_tokens)
     batches = stream.next_global_batch()
     amounts = count(job, models, batches, device)
     lines = _memory_lines(memory(job, models, amounts, device))
@@ -129,10 +130,10 @@ def _cost_lines(
     return [*_time_lines(job, found, job.trainer.total_steps(len(stream.rows_of(0))), device), *lines]
 
 
-def _stream(job: TrainJob, rows: list[TokenRow], row_tokens: int) -> RowStream:
+def _stream(job: TrainJob, documents: Documents, row_tokens: int) -> RowStream:
     """What the first rank would train on."""
     return RowStream(
-        rows,
+        documents,
         row_tokens=row_tokens,
         global_batch_size=job.trainer.global_batch_size,
         micro_batch_size=job.trainer.micro_batch_size,
@@ -149,10 +150,12 @@ def _ranks() -> int:
 def _time_lines(job: TrainJob, found: Prediction, steps: int, device: torch.device) -> list[str]:
     where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
     shares = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in found.multiply_adds.items() if value)
-    ways = [("online", found.online), ("cached", found.cached)]
+    ways = {"online": found.online, "cached": found.cached}
+    if not job.backend.share_of_layers(_ranks()):
+        del ways["online"]
     said = "; ".join(
         f"{name} {_seconds(seconds)} a step, {found.tokens / seconds:.0f} tokens/s, {_seconds(steps * seconds)} in all"
-        for name, seconds in ways
+        for name, seconds in ways.items()
     )
     return [
         f"time      on this device ({where}), measured on a piece of a step: {said}",
@@ -177,7 +180,8 @@ def _bytes(size: float) -> str:
 
 def _memory_lines(found: Memory) -> list[str]:
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items())
+    cached = f", {_bytes(found.cached)} cached; online" if found.without_target else ""
     return [
-        f"memory    about {_bytes(found.online)} a device on {_ranks()} rank(s), {_bytes(found.cached)} cached; "
-        f"online: {parts} (what training adds to the program)"
+        f"memory    about {_bytes(found.online)} a device on {_ranks()} rank(s){cached}: {parts} (what training adds "
+        "to the program)"
     ]

@@ -107,6 +107,7 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
         target_element=BYTES[job.model.dtype.value],
         element=BYTES[job.trainer.dtype.value],
         device_type=device.type,
+        target_share=job.backend.share_of_layers(ranks),
     )
     return step_memory(models.target, models.draft, largest, job.optimizer, place)
 

@@ -24,9 +24,9 @@ def train(job: TrainJob) -> None:
     split = assembly.load_split(job)
     device = choose_device(job.trainer.device, "trainer.device")
     with process_group(device, job.parallelism) as dims:
-        with fast_float32_matmuls(device):
-            target = assembly.build_target(job, device)
+        with fast_float32_matmuls(device), closing(assembly.build_target(job, device)) as target:
             data = assembly.build_data(job, target, split)
+            target.expect(data.training.rows, data.held_out.rows)
             vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
             assembly.announce(data, vocabulary)
             draft = assembly.build_draft(job, target, vocabulary)

@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.slots_alive",
     "trainer.compile", "trainer.log_interval", "trainer.save_interval", "trainer.keep_checkpoints",
     "trainer.val_interval", "trainer.val_rows", "trainer.profile", "data.cache_dir", "data.generation_batch_size",
+    "data.workers",
     "model.cache_dir", "model.path", "data.path", "data.held_out_path", "backend",
 )  # fmt: skip
 """Keys that may differ from the run's first start; what model.path and data.path hold is compared instead."""

@@ -24,7 +24,7 @@ ROWS = [
 def checkpoint(tmp_path, target, target_dir):
     torch.manual_seed(0)
     draft = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, 100))
-    draft.use_vocabulary(build_vocabulary([], VocabularySize(100), 300))
+    draft.use_vocabulary(build_vocabulary(torch.zeros(300, dtype=torch.long), VocabularySize(100)))
     write(tmp_path / "model", draft, str(target_dir))
     return tmp_path / "model"
 

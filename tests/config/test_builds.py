@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from nemo_speculative.config.app import CONF, to_job
+from nemo_speculative.data.documents import Documents
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.ends import text_config
@@ -89,7 +90,7 @@ def test_backend_remote(target_dir):
 def test_draft(option, target):
     entries = 50 if "eagle3" in option else target.config.vocab_size
     job = job_of(f"draft={option}", *(["draft.vocab_size=50"] if entries == 50 else []))
-    rows = assembly.to_documents([], target.tokenizer, target.stop_ids, 64, 300)
+    rows = Documents(300)
     draft = assembly.build_draft(job, target, assembly.build_draft_vocabulary(job, target, rows))
     assert isinstance(draft, get_class(job.draft._target_)) and len(draft.draft_ids) == entries
     assert assembly.build_objective(job, target).num_steps == job.draft.num_steps
@@ -105,8 +106,10 @@ def test_loss(option, target):
 @pytest.mark.parametrize("option", options("data"))
 def test_data(option, data_dir):
     job = job_of(f"data={option}", "data.held_out_share=0.3")
-    if hasattr(job.data, "repository"):
-        job.data.repository, job.data.split, job.data.held_out_split = str(data_dir), "train", None
+    if hasattr(job.data, "prepared"):
+        job.data.prepared = str(data_dir / "prepared")
+        for source in getattr(job.data, "sources", [job.data]):
+            source.path = str(data_dir / "train.jsonl")
     elif job.data.path == "somewhere":
         job.data.path = str(data_dir / "train.jsonl")
     split = assembly.load_split(job)
@@ -139,7 +142,7 @@ def test_groups_of_plain_values_have_no_other_options():
     """These name nothing to build; an option that does belongs to a test above."""
     plain = {"parallelism", "trainer", "exporter", "evaluation", "server", "hydra"}
     built = {"model", "backend", "draft", "loss", "data", "optimizer", "logger", "form"}
-    elsewhere = {"model_draft", "suite"}  # below, and in tests/benchmarking/test_suites.py
+    elsewhere = {"model_draft", "suite", "engine", "reasoning"}  # below, and in tests of their own
     assert {group for group, _ in GROUPS} == plain | built | elsewhere
 
 

@@ -33,8 +33,11 @@ def groups_of_root(root: Path) -> list[str]:
 
 ROOTS = {file.stem: groups_of_root(file) for file in sorted(CONF.glob("*.yaml"))}
 GROUPS = files_of_groups()
-REFUSED = {("serve_target", "backend", "remote")}
-"""Options of a group that a root with that group has no use for: tests/test_serve_target.py."""
+REFUSED = {
+    ("serve_target", "backend", "remote"), ("serve_target", "backend", "features"),
+    ("capture_features", "backend", "features"),
+}  # fmt: skip
+"""Options of a group that a root with that group has no use for: tests/test_serve_target.py, tests/features."""
 CASES = [
     (root, group, option)
     for group, option in GROUPS
@@ -44,7 +47,7 @@ CASES = [
     and (root, group, option) not in REFUSED
 ]
 
-SUITED = {("train_eagle3", "backend"): ["data.answers=given"]}
+SUITED = {(root, "backend"): ["data.answers=given"] for root in ("train_eagle3", "capture_features")}
 """What every option of a root's group goes with, where not every one goes with the defaults."""
 
 

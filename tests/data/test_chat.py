@@ -114,6 +114,24 @@ def test_a_template_whose_prefixes_disagree_is_refused(template, conversation, t
     assert "\n" not in message
 
 
+def test_messages_reach_the_template_as_servers_hand_them_on():
+    """No null, and the arguments of calls as objects: a template that prints them shows it."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.name is defined %}{{ m.name }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>{% endfor %}"
+    )
+    call = {"function": {"name": "f", "arguments": '{"x": "fox"}'}}
+    messages = [
+        {"role": "user", "content": "q", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "t"},
+        {"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": "no JSON"}}]},
+    ]
+    text = tokenizer.decode(tokenize(tokenizer, Conversation("x", messages, "here"), {END}).input_ids)
+    assert text == '<|user|>q<|end|><|assistant|>{"x": "fox"}<|end|><|tool|>t<|end|><|assistant|>a"no JSON"<|end|>'
+    assert messages[1]["content"] is None and call["function"]["arguments"] == '{"x": "fox"}', "left as it was"
+
+
 def test_a_single_turn_of_such_a_template_is_fine():
     tokenizer, conversation = make_tokenizer(FORGETFUL), dialogue("u:one", "a:two")
     row = tokenize(tokenizer, conversation, {END})

@@ -71,7 +71,7 @@ def test_many_left_out_are_named_in_part(tokenizer):
 
 
 def test_nothing_at_all():
-    assert Documents().report() == "0 conversations, 0 tokens, 0% supervised"
+    assert Documents(300).report() == "0 conversations, 0 tokens, 0% supervised"
 
 
 @pytest.mark.parametrize(("vocab_size", "refused"), [(14, False), (13, True), (5, True)])

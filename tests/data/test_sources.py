@@ -4,12 +4,13 @@ import hashlib
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 
-from nemo_speculative.config.schema import DataConfig, HubDataConfig
+from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import sources
-from nemo_speculative.data.sources import Split, load_hub, load_jsonl, load_stdlib, shuffled
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.items import Listed, shuffled
+from nemo_speculative.data.sources import Split, load_jsonl, load_stdlib
 from nemo_speculative.errors import UserError
 
 
@@ -118,105 +119,19 @@ def test_the_order_is_that_of_the_seed(many):
 
 
 def test_shuffled_leaves_its_argument_alone():
-    items = list(range(50))
-    assert sorted(shuffled(items, 0)) == items == list(range(50))
-    assert shuffled(items, 0) != items
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """A directory that the `datasets` library reads, with its cache beside it and the network off."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    (tmp_path / "repository").mkdir()
-    return tmp_path / "repository"
-
-
-def test_a_directory_of_jsonl_files(hub):
-    write(hub / "train.jsonl", range(200), key="messages")
-    split = load_hub(HubDataConfig(repository=str(hub), held_out_share=0.2), seed=0)
-    both = {row.id: row for row in [*split.training, *split.held_out]}
-    assert both.keys() == {f"train/{n}" for n in range(200)}
-    assert set(ids(split.held_out)) == {i for i in both if naive_share(i) < 0.2}
-    assert all(both[f"train/{n}"].messages == messages(n) for n in range(200))
-    assert both["train/7"].origin == f"{hub}:train:7"
-
-
-def test_a_split_held_out_and_a_column_of_another_name(hub):
-    write(hub / "train.jsonl", range(20), key="talk")
-    write(hub / "test.jsonl", range(100, 105), key="talk")
-    config = HubDataConfig(repository=str(hub), held_out_split="test", messages_key="talk", max_conversations=5)
-    split = load_hub(config, seed=0)
-    assert len(split.training) == 5
-    assert sorted(ids(split.held_out)) == [f"test/{n}" for n in range(5)]
-    assert {row.messages[0]["content"] for row in split.held_out} == {f"question {n}" for n in range(100, 105)}
-
-
-def test_a_column_that_is_missing_is_named_with_those_there_are(hub):
-    write(hub / "train.jsonl", range(3), key="talk")
-    with pytest.raises(UserError) as caught:
-        load_hub(HubDataConfig(repository=str(hub)), seed=0)
-    assert str(caught.value) == f"data.messages_key: {hub} has the columns ['talk', 'id'], not 'messages'"
-
-
-def test_a_row_that_is_no_conversation_is_named(hub):
-    lines = [{"messages": messages(0)}, {"messages": [{"role": "human", "content": "q"}]}]
-    (hub / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError) as caught:
-        load_hub(HubDataConfig(repository=str(hub)), seed=0)
-    assert str(caught.value).startswith(f"{hub}:train:1: message 0 is {{'role': 'human'")
-    assert "expected a role among" in str(caught.value)
-
-
-def test_a_column_that_holds_text_is_named_by_its_own_name(hub):
-    (hub / "train.jsonl").write_text('{"talk": "hello"}\n')
-    with pytest.raises(UserError) as caught:
-        load_hub(HubDataConfig(repository=str(hub), messages_key="talk"), seed=0)
-    assert str(caught.value) == f"{hub}:train:0: \"talk\" must be a list of messages, not 'hello'"
-
-
-@pytest.mark.parametrize("option", [{"split": "validation"}, {"held_out_split": "validation"}])
-def test_a_split_that_is_missing(hub, option):
-    write(hub / "train.jsonl", range(3), key="messages")
-    with pytest.raises(UserError) as caught:
-        load_hub(HubDataConfig(repository=str(hub), **option), seed=0)
-    message = str(caught.value)
-    assert message.startswith(f"data.repository: {hub} cannot be loaded (")
-    assert "validation" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("repository", ["nobody/nothing-at-all", "/no/such/directory"])
-def test_a_repository_that_cannot_be_had(hub, repository):
-    with pytest.raises(UserError) as caught:
-        load_hub(HubDataConfig(repository=repository), seed=0)
-    message = str(caught.value)
-    assert message.startswith(f"data.repository: {repository} cannot be loaded (")
-    assert "data=jsonl data.path=FILE" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("error", [RuntimeError(), RuntimeError("first\nsecond"), RuntimeError("x" * 5000)])
-def test_whatever_the_library_raises_is_one_short_line(hub, monkeypatch, error):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError) as caught:
-        load_hub(HubDataConfig(repository="some/thing"), seed=0)
-    message = str(caught.value)
-    assert message.startswith("data.repository: some/thing cannot be loaded (RuntimeError: ")
-    assert "\n" not in message
-    assert len(message) < 400
+    items = Listed([TokenRow(str(n), [n], [True], "here") for n in range(50)])
+    assert sorted(int(row.id) for row in shuffled(items, 0)) == [int(row.id) for row in items] == list(range(50))
+    assert ids(shuffled(items, 0)) != ids(items)
 
 
 def test_the_standard_library_source_shuffles_and_limits(monkeypatch):
-    sides = {False: [f"t{n}" for n in range(50)], True: [f"h{n}" for n in range(20)]}
+    sides = {
+        held_out: [TokenRow(f"{name}{n}", [n], [True], "here") for n in range(count)]
+        for held_out, name, count in ((False, "t", 50), (True, "h", 20))
+    }
     monkeypatch.setattr(sources, "stdlib_conversations", lambda held_out: sides[held_out])
     split = load_stdlib(DataConfig(path=None, max_conversations=30), seed=1)
     assert isinstance(split, Split)
-    assert len(set(split.training)) == 30
-    assert set(split.training) <= set(sides[False])
-    assert split.training == shuffled(sides[False], 1)[:30]
-    assert sorted(split.held_out) == sorted(sides[True])
+    assert len(set(ids(split.training))) == 30
+    assert ids(split.training) == ids(shuffled(Listed(sides[False]), 1))[:30]
+    assert sorted(ids(split.held_out)) == sorted(ids(sides[True]))

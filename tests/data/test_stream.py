@@ -8,17 +8,19 @@ import pytest
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.documents import Documents
 from nemo_speculative.data.stream import RowStream
 
 ROW_TOKENS = 32
 
 
-def documents(count: int = 61, seed: int = 0) -> list[TokenRow]:
+def documents(count: int = 61, seed: int = 0) -> Documents:
     rng = random.Random(seed)
     lengths = [rng.randint(3, ROW_TOKENS) for _ in range(count)]
-    return [
+    rows = [
         TokenRow(f"d{i}", [rng.randrange(300) for _ in range(n)], [True] * n, "here") for i, n in enumerate(lengths)
     ]
+    return Documents(300, rows)
 
 
 def stream(**options) -> RowStream:
@@ -110,7 +112,7 @@ def test_each_epoch_holds_each_document_once_in_an_order_of_its_own():
     s = stream(global_batch_size=1, micro_batch_size=1)
     epochs = [ids_of_epoch(s) for _ in range(4)]
     for ids in epochs:
-        assert Counter(ids) == Counter(d.id for d in documents())
+        assert Counter(ids) == Counter(d.id for d in documents().rows)
     assert all(a != b for a, b in pairwise(epochs))
     assert len({tuple(ids) for ids in epochs}) == len(epochs)
 
@@ -129,7 +131,7 @@ def test_the_epoch_is_that_of_the_next_row():
 def test_a_global_batch_larger_than_an_epoch_goes_on_with_the_next(count):
     """Documents of a whole row each: a batch of 8 rows is 8 // count epochs and a part of another."""
     few = [TokenRow(f"d{i}", [i] * ROW_TOKENS, [True] * ROW_TOKENS, "here") for i in range(count)]
-    batch = stream(documents=few).next_global_batch()[0]
+    batch = stream(documents=Documents(300, few)).next_global_batch()[0]
     ids = list(batch.ids)
     for start in range(0, 8 - count + 1, count):
         assert set(ids[start : start + count]) == {d.id for d in few}
@@ -142,5 +144,24 @@ def test_the_seed_makes_the_order():
 
 def test_the_padding_is_the_given_id():
     short = [TokenRow(f"d{i}", [5] * 20, [True] * 20, "here") for i in range(8)]
-    batch = stream(documents=short, pad_id=299).next_global_batch()[0]
+    batch = stream(documents=Documents(300, short), pad_id=299).next_global_batch()[0]
     assert batch.input_ids.tolist() == [[5] * 20 + [299] * 12] * 8
+
+
+def test_stopped_and_gone_on_with_at_other_rank_counts_every_document_of_an_epoch_comes_once():
+    """Counted by id over three epochs and more: 1, 2, 4 and 8 ranks after each other, a restart before each."""
+    seen: Counter[tuple[str, int]] = Counter()
+    state = {"rows_consumed": 0}
+    for world_size in (1, 2, 4, 8, 2, 1):
+        ranks = [stream(rank=rank, world_size=world_size, micro_batch_size=1) for rank in range(world_size)]
+        for one in ranks:
+            one.load_state_dict(state)
+        for _ in range(3):
+            batches = [batch for one in ranks for batch in one.next_global_batch()]
+            seen.update((span.id, span.epoch) for batch in batches for span in batch.spans)
+        (state,) = {tuple(one.state_dict().items()) for one in ranks}
+        state = dict(state)
+    whole_epochs = max(epoch for _, epoch in seen)
+    assert whole_epochs >= 3
+    for epoch in range(whole_epochs):
+        assert {i: n for (i, e), n in seen.items() if e == epoch} == {row.id: 1 for row in documents().rows}

@@ -36,7 +36,7 @@ def settings(target_dir, data_file) -> list[str]:
         "trainer.log_interval=1", "trainer.save_interval=3", "trainer.val_interval=4", "optimizer.lr=3e-3",
         "draft.num_steps=3", "draft.vocab_size=200", "exporter.dtype=float32", "exporter.num_steps=3",
         "evaluation.num_questions=2", "evaluation.selection_questions=1", "evaluation.max_new_tokens=12",
-        "data.held_out_share=0.1",
+        "data.held_out_share=0.1", f"data.cache_dir={data_file.parent}",
     ]  # fmt: skip
 
 

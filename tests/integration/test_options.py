@@ -66,7 +66,7 @@ def test_a_checkpoint_is_evaluated_by_itself(finished, data_file):
 
 
 def test_answers_of_the_target_are_trained_on(settings, tmp_path):
-    answers = ["data.answers=target", "data.max_answer_tokens=20", f"data.cache_dir={tmp_path}/answers"]
+    answers = ["data.answers=target", "data.max_answer_tokens=20", f"data.cache_dir={tmp_path}"]
     done = train(settings, tmp_path / "run", *answers, "trainer.max_steps=2")
     assert done.returncode == 0 and "covering" in done.stdout, done.stderr
     assert len(list((tmp_path / "answers").glob("*.jsonl"))) == 2

@@ -8,6 +8,7 @@ import torch
 
 from nemo_speculative.config.schema import DepthSampling, FeatureNoise
 from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.documents import Documents
 from nemo_speculative.data.stream import RowStream
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.training.clock import Clock
@@ -24,7 +25,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams a
 def stream(**where):
     rows = [TokenRow(f"c{n}", [n % VOCAB] * (6 + n), [t > 2 for t in range(6 + n)], "") for n in range(11)]
     numbers = {"row_tokens": 24, "global_batch_size": 4, "micro_batch_size": 2, "pad_id": 0, "seed": 3}
-    return RowStream(rows, **numbers, **where)
+    return RowStream(Documents(VOCAB, rows), **numbers, **where)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import torch
 from nemo_speculative.config.app import to_job
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.vocabulary import vocabulary_of
+from nemo_speculative.data.documents import Documents
+from nemo_speculative.data.vocabulary import count_supervised, vocabulary_of
 from nemo_speculative.drafts.eagle3 import Eagle3Draft
 from nemo_speculative.errors import UserError
 from nemo_speculative.training import assembly
@@ -28,7 +29,7 @@ def job_from(path, *overrides):
 def test_shape_vocabulary_and_weights_are_taken_over(published, target, capsys):
     job = job_from(published)
     assembly.settle_draft(job, target.config)
-    rows = assembly.to_documents([], target.tokenizer, target.stop_ids, 64, 300)
+    rows = Documents(300)
     vocabulary = assembly.build_draft_vocabulary(job, target, rows)
     assert vocabulary.ids.tolist() == layouts.DRAFT_IDS
     draft, start = assembly.build_draft(job, target, vocabulary), read_start(job.draft, target.config)
@@ -59,5 +60,5 @@ def test_no_draft_there(tmp_path, target):
 
 def test_the_coverage_of_a_given_vocabulary_is_counted(target):
     rows = [TokenRow("a", [2, 2, 7, 8], [False, True, True, True], "")]
-    found = vocabulary_of(layouts.vocabulary_maps()["d2t"], rows, 300)
+    found = vocabulary_of(layouts.vocabulary_maps()["d2t"], count_supervised(rows, 300))
     assert found.coverage == pytest.approx(2 / 3) and found.ids.tolist() == layouts.DRAFT_IDS

@@ -6,8 +6,9 @@ numbers are methods.
 """
 
 from nemo_speculative.config.schema.benchmark import BenchmarkJob, ServerConfig, SuiteConfig
+from nemo_speculative.config.schema.capture import CaptureJob, FeatureDtype
 from nemo_speculative.config.schema.common import Dtype
-from nemo_speculative.config.schema.data import Answers, DataConfig, HubDataConfig, TinyDataConfig
+from nemo_speculative.config.schema.data import Answers, DataConfig, TinyDataConfig
 from nemo_speculative.config.schema.draft import (
     DepthSampling,
     DraftConfig,
@@ -25,6 +26,15 @@ from nemo_speculative.config.schema.exporter import (
     SpeculatorsFormConfig,
     TransformersFormConfig,
 )
+from nemo_speculative.config.schema.generate import (
+    EndpointConfig,
+    EngineConfig,
+    GenerateJob,
+    HFEngineConfig,
+    MergeJob,
+    ReasoningConfig,
+)
+from nemo_speculative.config.schema.inspect import InspectJob
 from nemo_speculative.config.schema.jobs import ConvertJob, EvaluateJob, PruneJob, Resume, TrainJob
 from nemo_speculative.config.schema.loss import (
     HardCrossEntropyConfig,
@@ -36,6 +46,7 @@ from nemo_speculative.config.schema.loss import (
 )
 from nemo_speculative.config.schema.model import (
     BackendConfig,
+    FeaturesBackendConfig,
     HFBackendConfig,
     ModelConfig,
     PlacementConfig,
@@ -44,6 +55,7 @@ from nemo_speculative.config.schema.model import (
     TinyModelConfig,
 )
 from nemo_speculative.config.schema.optimizer import DecayType, MuonConfig, OptimizerConfig
+from nemo_speculative.config.schema.prepare import DatasetConfig, FilterConfig, MixDataConfig, PrepareJob, SourceConfig
 from nemo_speculative.config.schema.serve import ServeTargetJob
 from nemo_speculative.config.schema.trainer import (
     LoggerConfig,
@@ -58,41 +70,55 @@ __all__ = [
     "Answers",
     "BackendConfig",
     "BenchmarkJob",
+    "CaptureJob",
     "ConvertJob",
     "DataConfig",
+    "DatasetConfig",
     "DecayType",
     "DepthSampling",
     "DraftConfig",
     "Dtype",
     "Eagle3DraftConfig",
     "EagleDraftConfig",
+    "EndpointConfig",
+    "EngineConfig",
     "EvaluateJob",
     "EvaluationConfig",
     "ExporterConfig",
+    "FeatureDtype",
     "FeatureNoise",
+    "FeaturesBackendConfig",
+    "FilterConfig",
     "FormConfig",
+    "GenerateJob",
     "HFBackendConfig",
+    "HFEngineConfig",
     "HardCrossEntropyConfig",
-    "HubDataConfig",
     "InitFromTarget",
+    "InspectJob",
     "KLDivergenceConfig",
     "LKAlphaConfig",
     "LKLambdaConfig",
     "LoggerConfig",
     "LossConfig",
     "MaskConvention",
+    "MergeJob",
+    "MixDataConfig",
     "ModelConfig",
     "MuonConfig",
     "Normalization",
     "OptimizerConfig",
     "ParallelismConfig",
     "PlacementConfig",
+    "PrepareJob",
     "PruneJob",
+    "ReasoningConfig",
     "RemoteBackendConfig",
     "Resume",
     "SGLangBackendConfig",
     "ServeTargetJob",
     "ServerConfig",
+    "SourceConfig",
     "SpeculatorsFormConfig",
     "SuiteConfig",
     "TensorBoardConfig",

@@ -37,12 +37,21 @@ class DataConfig:
     """Longest conversation, in tokens; what is cut off is counted. null: 2048, or the target's context if shorter."""
     row_tokens: Optional[int] = None
     """Tokens in one packed row; null: max_length."""
-    cache_dir: str = "cache/answers"
-    """Where generated answers are kept."""
+    cache_dir: str = "cache"
+    """Where tokenised rows (tokens/) and generated answers (answers/) are kept, by what they were made of."""
+    workers: Optional[int] = None
+    """Processes that tokenise a long file; null: as many as there are cores, up to 8."""
 
     def __post_init__(self) -> None:
         require_positive(
-            self, "data", "max_length", "row_tokens", "max_answer_tokens", "generation_batch_size", "max_conversations"
+            self,
+            "data",
+            "max_length",
+            "row_tokens",
+            "max_answer_tokens",
+            "generation_batch_size",
+            "max_conversations",
+            "workers",
         )
         require(
             0 <= self.held_out_share < 1,
@@ -76,17 +85,9 @@ class TinyDataConfig(DataConfig):
     _target_: str = "nemo_speculative.data.sources.load_stdlib"
     path: Optional[str] = None
 
-
-@dataclass
-class HubDataConfig(DataConfig):
-    """A chat dataset that the `datasets` library can load: a hub repository or a directory."""
-
-    _target_: str = "nemo_speculative.data.sources.load_hub"
-    path: Optional[str] = None
-    repository: str = MISSING
-    """Name on the hub, or a directory of JSON, JSONL or Parquet files."""
-    split: str = "train"
-    held_out_split: Optional[str] = None
-    """null: held_out_share of split."""
-    messages_key: str = "messages"
-    """The column that holds the messages."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.path is None,
+            f"data.path is {self.path}, and data=tiny, which model=tiny brings, reads no file: add data=jsonl",
+        )

@@ -8,6 +8,7 @@ from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
 from nemo_speculative.config.schema.common import Dtype, require, require_positive
+from nemo_speculative.config.schema.draft import MaskConvention
 
 
 @dataclass
@@ -71,6 +72,10 @@ class BackendConfig:
     """Whether it continues texts: answers questions, and measures drafts."""
     _target_: str = MISSING
 
+    def share_of_layers(self, ranks: int) -> float:
+        """How much of the target's decoder layers each of ``ranks`` processes holds."""
+        return 1.0
+
 
 @dataclass
 class HFBackendConfig(BackendConfig):
@@ -95,6 +100,9 @@ class SGLangBackendConfig(BackendConfig):
     def __post_init__(self) -> None:
         require_positive(self, "backend", "max_tokens")
 
+    def share_of_layers(self, ranks: int) -> float:
+        return 1 / ranks
+
 
 @dataclass
 class RemoteBackendConfig(BackendConfig):
@@ -113,14 +121,45 @@ class RemoteBackendConfig(BackendConfig):
     """Seconds for which a server that failed is left alone."""
 
     def __post_init__(self) -> None:
-        require(bool(self.urls), "backend.urls is empty: expected one URL or more, e.g. [http://127.0.0.1:31000]")
-        servers = [_server_named(url) for url in self.urls]
-        again = next((url for n, url in enumerate(self.urls) if servers[n] in servers[:n]), None)
-        require(again is None, f"backend.urls names the server {again!r} twice: leave it out once")
+        require_servers("backend.urls", self.urls)
         require_positive(self, "backend", "timeout", "connect_timeout", "attempts", "rest")
 
+    def share_of_layers(self, ranks: int) -> float:
+        return 0.0
 
-def _server_named(url: str) -> str:
+
+@dataclass
+class FeaturesBackendConfig(BackendConfig):
+    """Hidden states on disk, that recipes/capture_features.py or an epoch with fill=true left there."""
+
+    _target_: str = "nemo_speculative.features.target.FeaturesTarget"
+    directory: str = MISSING
+    """Where they are."""
+    fill: bool = False
+    """What is missing is computed by transformers in this process when it is first needed, and kept (mixed mode)."""
+    shard_mb: int = 1024
+    """MiB of a shard that is written then; up to three are held in memory."""
+    mask_convention: MaskConvention = MaskConvention.serving
+    """Of the draft: says which positions are needed; its YAML takes it from there."""
+    draft: str = MISSING
+    """The draft's class: says which states are needed; the YAML takes it from there."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "backend", "shard_mb")
+
+    def share_of_layers(self, ranks: int) -> float:
+        return float(self.fill)
+
+
+def require_servers(key: str, urls: list[str]) -> None:
+    """Refuses none, what is no URL of a server, and one that is named twice; ``key`` is where they were given."""
+    require(bool(urls), f"{key} is empty: expected one URL or more, e.g. [http://127.0.0.1:31000]")
+    servers = [_server_named(key, url) for url in urls]
+    again = next((url for n, url in enumerate(urls) if servers[n] in servers[:n]), None)
+    require(again is None, f"{key} names the server {again!r} twice: leave it out once")
+
+
+def _server_named(key: str, url: str) -> str:
     """``url`` as any other spelling of it is written, too."""
     try:
         parsed = parse_url(url)
@@ -128,7 +167,7 @@ def _server_named(url: str) -> str:
         parsed = parse_url("")
     require(
         parsed.scheme in ("http", "https") and bool(parsed.host),
-        f"backend.urls holds {url!r}: expected http://HOST:PORT",
+        f"{key} holds {url!r}: expected http://HOST:PORT",
     )
     port = parsed.port or {"http": 80, "https": 443}[str(parsed.scheme)]
     return f"{parsed.scheme}://{parsed.host}:{port}{(parsed.path or '').rstrip('/')}"

@@ -4,7 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from nemo_speculative.config.schema.common import require
-from nemo_speculative.config.schema.model import BackendConfig, ModelConfig, RemoteBackendConfig
+from nemo_speculative.config.schema.model import (
+    BackendConfig,
+    FeaturesBackendConfig,
+    ModelConfig,
+    RemoteBackendConfig,
+)
 
 
 @dataclass
@@ -39,10 +44,11 @@ class ServeTargetJob:
     """A model brings it for a training; not used here."""
 
     def __post_init__(self) -> None:
-        require(
-            not isinstance(self.backend, RemoteBackendConfig),
-            "backend=remote: a target server runs the target itself; take backend=hf or backend=sglang",
-        )
+        for name, elsewhere in (("remote", RemoteBackendConfig), ("features", FeaturesBackendConfig)):
+            require(
+                not isinstance(self.backend, elsewhere),
+                f"backend={name}: a target server runs the target itself; take backend=hf or backend=sglang",
+            )
         for name in ("queue", "max_tokens", "io_timeout", "drain"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}: it must be greater than 0")

@@ -6,8 +6,8 @@ import torch
 
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.errors import UserError
-from nemo_speculative.targets import answers
-from nemo_speculative.targets.answers import answer, unanswered
+from nemo_speculative.generation import answers
+from nemo_speculative.generation.answers import answer, unanswered
 from nemo_speculative.targets.hf import HFTarget
 from tests.conftest import WORDS
 
@@ -61,7 +61,7 @@ def test_token_rows_are_answered_from_their_first_supervised_token(target, tmp_p
 def test_answers_are_cached_by_target_and_questions(target, tmp_path, monkeypatch):
     items = [ask("one")]
     rows = answer(target, items, batch_size=4, cache_dir=str(tmp_path), **LIMITS)
-    monkeypatch.setattr(answers, "_generate", lambda *_: pytest.fail("generated again"))
+    monkeypatch.setattr(answers, "Decoder", lambda *_: pytest.fail("generated again"))
     assert answer(target, items, batch_size=4, cache_dir=str(tmp_path), **LIMITS) == rows
     with pytest.raises(pytest.fail.Exception):
         answer(target, [ask("two")], batch_size=4, cache_dir=str(tmp_path), **LIMITS)

@@ -1,0 +1,196 @@
+"""The target's hidden states from disk, ``backend=features``.
+
+Of the target itself only embedding and head are loaded.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.data.batch import Batch, Span
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.devices import send
+from nemo_speculative.errors import UserError
+from nemo_speculative.features.budget import Budget
+from nemo_speculative.features.manifest import AUX, LAST_HIDDEN, Manifest
+from nemo_speculative.features.positions import Positions, key_of
+from nemo_speculative.features.shards import Tensors
+from nemo_speculative.features.store import Place, Store
+from nemo_speculative.features.upkeep import opened, prepare, remove_unfinished, seal
+from nemo_speculative.features.writer import MIB, Writer, stored_hidden
+from nemo_speculative.locks import exclusive
+from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.ends import TargetEnds
+from nemo_speculative.targets.hf import HFTarget
+
+READ_AHEAD = 2
+"""Batches that are read in threads while the draft works on one."""
+
+
+class FeaturesTarget(TargetEnds):
+    """The ends of the model in ``path``, and supervision from the features in ``directory``.
+
+    Positions that no loss reads are zeros.
+
+    Args:
+        mask_convention, draft: of the training; features for others are refused.
+        fill: what is missing is computed by the model itself when it is first asked for, and kept.
+        shard_mb: MiB of a shard that is written then.
+        ends: those of :class:`nemo_speculative.targets.ends.TargetEnds`.
+
+    Raises:
+        UserError: the directory holds no features or those of something else, or a shard is damaged or missing.
+    """
+
+    requests_ahead = READ_AHEAD
+
+    def __init__(
+        self, path: Path, *, directory: str, mask_convention: MaskConvention, draft: str, fill: bool = False,
+        shard_mb: int = 1024, **ends: Any,
+    ):  # fmt: skip
+        super().__init__(path, **ends)
+        self.directory = Path(directory)
+        wanted = Manifest.of(self, mask_convention, draft)
+        with ExitStack() as held:
+            if fill:
+                held.enter_context(_writing(self.directory))
+                if _first_rank():
+                    remove_unfinished(self.directory)
+                self.store = Store(self.directory, prepare(self.directory, wanted))
+            else:
+                self.store = opened(self.directory, "backend.directory")
+                self.store.manifest.require_same(wanted, self.directory)
+            self._filler = _Filler(self.store, shard_mb, path, ends, held.pop_all()) if fill else None
+
+    def expect(self, *documents: Sequence[TokenRow]) -> None:
+        """
+        Raises:
+            UserError: some are not there, or, where they are to be added, there is no room for them.
+        """
+        budget = Budget.of(self.store, *documents)
+        if not budget.missing:
+            return
+        if self._filler is None:
+            total = len(budget.missing) + budget.present
+            raise UserError(
+                f"backend.directory: {len(budget.missing)} of {total} documents are not in {self.directory}, the first "
+                f"is {budget.first}: this command line for recipes/capture_features.py output={self.directory} adds "
+                "what is missing, or backend.fill=true does on the way"
+            )
+        if _first_rank():
+            print(f"{budget.report(self.directory)}; captured on the way", flush=True)
+            budget.require_room(self.directory, "backend.directory")
+
+    def supervise(self, batch: Batch) -> Supervision:
+        """
+        Raises:
+            UserError: a document is not there, or its shard is damaged.
+        """
+        host = batch.on_host
+        keys = [key_of(*_document(host, span)) for span in host.spans]
+        found = self.store.find(keys)
+        if None not in found:
+            return self._read(host, found)
+        if self._filler:
+            return self._filler.supervise(batch, keys)
+        span = host.spans[found.index(None)]
+        raise UserError(f"backend.directory: document {span.id} is not in {self.directory}; capture it first")
+
+    def _read(self, batch: Batch, found: list[Place | None]) -> Supervision:
+        manifest = self.store.manifest
+        rows: Tensors = {
+            kind + suffix: torch.zeros(*batch.input_ids.shape, width, dtype=dtype)
+            for kind, layout in manifest.layouts.items()
+            for suffix, (dtype, width) in layout.items()
+        }
+        for span, place in zip(batch.spans, found, strict=True):
+            assert place is not None
+            self._lay(batch, span, self.store.tensors(place), rows)
+        return Supervision(self._decoded(AUX, rows, batch), self._decoded(LAST_HIDDEN, rows, batch))
+
+    def _lay(self, batch: Batch, span: Span, stored: Tensors, rows: Tensors) -> None:
+        positions = Positions.of(_document(batch, span)[1], self.store.manifest.convention)
+        hidden = stored_hidden(positions, self.store.manifest)
+        for name, x in stored.items():
+            into = rows[name][span.row, span.start : span.end]
+            if name.startswith(AUX):
+                into[: len(x)] = x
+            elif len(hidden) == int(hidden[-1]) + 1 - int(hidden[0]):  # one run: no index
+                into[int(hidden[0]) : int(hidden[-1]) + 1] = x
+            else:
+                _bytes(into).index_copy_(0, hidden, _bytes(x))
+
+    def _decoded(self, kind: str, rows: Tensors, batch: Batch) -> torch.Tensor:
+        manifest, dtype = self.store.manifest, self.head_weight.dtype
+        layout = manifest.layouts.get(kind)
+        if layout is None:
+            return torch.zeros(*batch.input_ids.shape, 0, dtype=dtype, device=self.device)
+        parts = {suffix: send(rows[kind + suffix], self.device) for suffix in layout}
+        return manifest.codec.decode(parts, manifest.hidden_size, dtype)
+
+    def close(self) -> None:
+        if self._filler:
+            self._filler.close()
+
+
+class _Filler:
+    """The target itself, as long as documents are missing; what it computes goes to disk in a thread.
+
+    Args:
+        held: what is held while there is something to write.
+    """
+
+    def __init__(self, store: Store, shard_mb: int, path: Path, ends: dict[str, Any], held: ExitStack):
+        self.store, self.path, self.ends, self.held = store, path, ends, held
+        self.writer = Writer(store.directory, store.manifest, shard_mb * MIB)
+        self._one_at_a_time, self._epoch = threading.Lock(), 0
+        self._target: HFTarget | None = None
+
+    def supervise(self, batch: Batch, keys: list[bytes]) -> Supervision:
+        """The whole batch as the target computes it; what of it is missing on disk is written."""
+        with self._one_at_a_time:
+            self._target = self._target or HFTarget(self.path, **self.ends)
+            with torch.no_grad():
+                supervision = self._target.supervise(batch)
+            spans = batch.on_host.spans
+            if (epoch := max(span.epoch for span in spans)) > self._epoch:
+                # A pass is over: what the last shard waits for has been seen.
+                self._epoch = epoch
+                self.writer.flush()
+            self.store.refresh()
+            for key, span, place in zip(keys, spans, self.store.find(keys), strict=True):
+                if place is None:
+                    self.writer.put(key, batch, span, supervision)
+            return supervision
+
+    def close(self) -> None:
+        with self.held, self._one_at_a_time:
+            self.writer.close()
+            if _first_rank():
+                print(seal(self.store.directory), flush=True)
+
+
+def _document(batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its ids and its loss mask, [L] each, of a batch on the host."""
+    place = span.row, slice(span.start, span.end)
+    return batch.input_ids[place], batch.loss_mask[place]
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as torch can copy any dtype."""
+    return x.view(torch.uint8)
+
+
+def _writing(directory: Path) -> Any:
+    """Held by the first rank for all of them."""
+    return exclusive(directory, "backend.directory") if _first_rank() else ExitStack()
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,88 @@
+"""Who answers: one protocol for the target in this process and for servers."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from nemo_speculative.errors import UserError
+from nemo_speculative.generation.dialogue import Completion, Request
+from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
+
+
+class Failed(UserError):
+    """A request that was given up: recorded, and tried again by the next run.
+
+    Args:
+        reason: what is counted, the same for all that failed alike.
+        detail: what was found.
+        attempts: how often it was tried.
+    """
+
+    def __init__(self, reason: str, detail: str = "", attempts: int = 1):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail, self.attempts = reason, detail, attempts
+
+
+class Engine(ABC):
+    """Answers of the target in ``directory``, of which it reads the tokenizer and the configuration at once.
+
+    An async context: what it holds open is closed at its end.
+
+    Raises:
+        UserError: the directory holds no usable tokenizer or configuration.
+    """
+
+    def __init__(self, directory: Path, trust_remote_code: bool = False):
+        self.directory, self.trust_remote_code = directory, trust_remote_code
+        self.tokenizer = load_tokenizer(directory, trust_remote_code)
+        self.config = text_config(directory, trust_remote_code)
+        self.context: int = self.config.max_position_embeddings
+        """Tokens of its longest sequence."""
+        self.stop_ids = stop_ids(_generation_config(directory, self.config).eos_token_id, self.tokenizer)
+        """What ends an answer."""
+
+    @property
+    @abstractmethod
+    def concurrency(self) -> int:
+        """Conversations to be in flight at once."""
+
+    @abstractmethod
+    async def identity(self) -> dict[str, Any]:
+        """What its answers depend on; called first.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+
+    @abstractmethod
+    async def complete(self, request: Request) -> Completion:
+        """The answer to ``request``.
+
+        Raises:
+            Failed: there is none.
+            UserError: nor will there be any to other requests.
+        """
+
+    async def __aenter__(self) -> "Engine":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:  # noqa: B027
+        """Gives back what it holds open; by default nothing."""
+
+    def rendering(self) -> dict[str, Any]:
+        """What prompts and ends of answers depend on."""
+        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+        return {"chat_template": template, "stop_ids": sorted(self.stop_ids)}
+
+
+def _generation_config(directory: Path, config: Any) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(directory)
+    except OSError:  # it ships none
+        return GenerationConfig.from_model_config(config)

@@ -1,0 +1,130 @@
+"""A JSONL file that grows line by line, survives any end of its writer, and ends up in the order of the input."""
+
+import json
+import os
+import re
+import time
+from array import array
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from nemo_speculative.errors import UserError
+
+INDEX = re.compile(rb'\{"index": (\d+), ')
+SYNC_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line."""
+
+    index: int
+    """Which line of the input it is about."""
+    offset: int
+    """Where it begins, in bytes."""
+    line: bytes
+
+
+def entries(file: Path) -> Iterator[Entry]:
+    """The whole lines of a journal, one at a time; a last one that was cut off is none.
+
+    Raises:
+        UserError: a line is not a journal's.
+    """
+    if not file.is_file():
+        return
+    offset = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            found = INDEX.match(line)
+            if found is None:
+                raise UserError(f"{file}:{number}: not a line that was written here ({line[:40]!r}); restore the file")
+            yield Entry(int(found[1]), offset, line)
+            offset += len(line)
+
+
+class Journal:
+    """Appends to ``file``; a line that a kill or a full disk cut off is taken away first.
+
+    Raises:
+        UserError: a line of the file is not a journal's.
+    """
+
+    def __init__(self, file: Path):
+        self.file, self.size, self._synced = file, 0, time.monotonic()
+        for entry in entries(file):
+            self.size = entry.offset + len(entry.line)
+        self._out = file.open("ab", buffering=0)
+        self._out.truncate(self.size)
+
+    def append(self, index: int, record: dict[str, Any]) -> None:
+        """Writes a line; what is older than a second or so is on the disk when it returns.
+
+        Raises:
+            OSError: there is no room; the file is as it was.
+        """
+        line = _encoded({"index": index, **record}) + b"\n"
+        try:
+            written = 0
+            while written < len(line):
+                written += self._out.write(line[written:])
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self._sync()
+        except OSError as error:
+            self._out.truncate(self.size)
+            raise OSError(error.errno, error.strerror, str(self.file)) from None
+        self.size += len(line)
+
+    def _sync(self) -> None:
+        os.fsync(self._out.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Writes all through to the disk."""
+        self._sync()
+        self._out.close()
+
+
+def _encoded(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
+        return json.dumps(record).encode()
+
+
+def put_in_order(file: Path, dropped: Collection[int] = ()) -> None:
+    """Sorts a journal that nobody writes by index, in the place of the old one at once.
+
+    Of several lines of an index the last stays; of those in ``dropped``, none.  One line at a time is in memory.
+
+    Raises:
+        OSError: there is no room for the sorted copy; the file is as it was.
+    """
+    if not file.is_file():
+        return
+    indices, offsets = array("q"), array("q")
+    for entry in entries(file):
+        indices.append(entry.index)
+        offsets.append(entry.offset)
+    order = sorted(range(len(indices)), key=indices.__getitem__)
+    kept = [n for n, after in zip_longest(order, order[1:]) if after is None or indices[after] != indices[n]]
+    kept = [n for n in kept if indices[n] not in dropped]
+    if len(kept) == len(indices) and kept == sorted(kept):
+        return
+    copy = file.with_suffix(".sorted")
+    try:
+        with file.open("rb") as lines, copy.open("wb") as out:
+            for n in kept:
+                lines.seek(offsets[n])
+                out.write(lines.readline())
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError:
+        copy.unlink(missing_ok=True)
+        raise
+    os.replace(copy, file)

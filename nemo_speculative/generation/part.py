@@ -1,0 +1,169 @@
+"""A range's directory: the answers, what was left out and why, and what both depend on."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_speculative.errors import UserError
+from nemo_speculative.generation.journal import Journal, entries, put_in_order
+
+ANSWERS, LEFT_OUT, MANIFEST = "answers.jsonl", "left_out.jsonl", "manifest.json"
+SKIPPED, FAILED = "skipped", "failed"
+
+
+@dataclass
+class Outcome:
+    """What became of the lines of a range."""
+
+    directory: Path
+    asked: int
+    answered: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Lines that nobody can answer, by reason."""
+    failed: Counter[str] = field(default_factory=Counter)
+    """Lines whose answers are still wanted, by reason."""
+    finishes: Counter[str] = field(default_factory=Counter)
+    """Answers by how they ended, see :class:`nemo_speculative.generation.dialogue.Dialogue`."""
+    inexact: int = 0
+    """Conversations whose ids are not known."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a line is missing, or there twice.
+        """
+        found = self.answered + self.skipped.total() + self.failed.total()
+        if found != self.asked:
+            raise UserError(
+                f"{self.directory}: {self.answered} answered, {self.skipped.total()} skipped and "
+                f"{self.failed.total()} failed are not the {self.asked} lines of the range; start the same command "
+                "again"
+            )
+
+
+class Part:
+    """What a range has so far; see :func:`opened`."""
+
+    def __init__(self, directory: Path, start: int, end: int):
+        self.directory, self.start = directory, start
+        self._done = bytearray(end - start)
+        self._skipped: set[int] = set()
+        self._attempts: dict[int, int] = {}
+        for entry in entries(directory / ANSWERS):
+            self._done[entry.index - start] = True
+        for entry in entries(directory / LEFT_OUT):
+            left = json.loads(entry.line)
+            self._attempts[entry.index] = left["attempts"]
+            if left["outcome"] == SKIPPED:
+                self._done[entry.index - start] = True
+        self._answers, self._left_out = Journal(directory / ANSWERS), Journal(directory / LEFT_OUT)
+
+    def wants(self, index: int) -> bool:
+        """Whether a line has neither an answer nor a reason why there is none."""
+        return not self._done[index - self.start]
+
+    @property
+    def pending(self) -> int:
+        return self._done.count(0)
+
+    def answer(self, index: int, record: dict[str, Any]) -> None:
+        """
+        Raises:
+            OSError: there is no room.
+        """
+        self._answers.append(index, record)
+        self._done[index - self.start] = True
+
+    def leave_out(
+        self, index: int, identity: str, outcome: str, reason: str, detail: str = "", attempts: int = 0
+    ) -> None:
+        """Records why a line has no answer; one that failed counts its attempts over all runs.
+
+        Raises:
+            OSError: there is no room.
+        """
+        attempts += self._attempts.get(index, 0)
+        said = {"id": identity, "outcome": outcome, "reason": reason}
+        self._left_out.append(index, said | ({"detail": detail} if detail else {}) | {"attempts": attempts})
+
+    def close(self) -> None:
+        self._answers.close()
+        self._left_out.close()
+
+
+@contextmanager
+def opened(directory: Path, start: int, end: int, manifest: dict[str, Any]) -> Iterator[Part]:
+    """The part of a range in ``directory``, new or gone on with.
+
+    Raises:
+        UserError: it was begun with another ``manifest``, or is damaged.
+    """
+    _agree(directory / MANIFEST, manifest)
+    part = Part(directory, start, end)
+    try:
+        yield part
+    finally:
+        part.close()
+
+
+def _agree(file: Path, manifest: dict[str, Any]) -> None:
+    if not file.is_file():
+        if (file.parent / ANSWERS).is_file():
+            raise UserError(f"{file.parent}: there are answers and no {MANIFEST}; give another output")
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(manifest, indent=1) + "\n")
+        os.replace(partial, file)
+        return
+    if differing := difference(read_manifest(file), manifest):
+        raise UserError(f"output: {file.parent} was begun with {differing} now; give another output, or that value")
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        manifest = json.loads(file.read_text())
+        return {**manifest, "range": manifest["range"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: not the manifest of generated answers; restore it, or give another output") from None
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first key in which two manifests differ: ``temperature=0.0, and it is 0.7``."""
+    for key in [*one, *other]:
+        if one.get(key) != other.get(key):
+            return f"{key}={one.get(key)}, and it is {other.get(key)}"
+    return None
+
+
+def concluded(directory: Path, asked: int) -> Outcome:
+    """Puts the files of a part that nobody writes into the order of the input, and counts what they hold.
+
+    Raises:
+        UserError: they do not hold every line.
+        OSError: there is no room for the ordered copies.
+    """
+    outcome = Outcome(directory, asked)
+    put_in_order(directory / ANSWERS)
+    left_before = {entry.index for entry in entries(directory / LEFT_OUT)}
+    answered_since: set[int] = set()
+    for entry in entries(directory / ANSWERS):
+        if entry.index in left_before:
+            answered_since.add(entry.index)
+        record = json.loads(entry.line)
+        outcome.answered += 1
+        outcome.finishes.update(record["finish"])
+        outcome.inexact += "rows" not in record and "input_ids" not in record
+    put_in_order(directory / LEFT_OUT, dropped=answered_since)
+    for entry in entries(directory / LEFT_OUT):
+        left = json.loads(entry.line)
+        (outcome.skipped if left["outcome"] == SKIPPED else outcome.failed)[left["reason"]] += 1
+    outcome.check()
+    return outcome

@@ -1,0 +1,89 @@
+"""What the recipe does, from a job to a report."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_method
+
+from nemo_speculative.config.schema import Answers, InspectJob
+from nemo_speculative.data.store import Tokenizing
+from nemo_speculative.inspection.comparison import ByTemplate, ChatServer, Comparison
+from nemo_speculative.inspection.figures import figures
+from nemo_speculative.inspection.page import page
+from nemo_speculative.inspection.server import RunningServer
+from nemo_speculative.inspection.survey import Survey
+from nemo_speculative.inspection.table import shown, summary
+from nemo_speculative.locks import exclusive
+from nemo_speculative.serving.client import api_key
+from nemo_speculative.targets.describe import describe_target
+
+
+def inspect(job: InspectJob) -> str:
+    """Writes ``report.html`` and ``figures.json`` and returns what of them goes to the terminal.
+
+    Raises:
+        UserError: the target, the data, the server or a conversation to be shown cannot be had.
+    """
+    target = describe_target(job.model)
+    config, tokenizer = target.config, target.tokenizer
+    max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
+    survey = Survey(Tokenizing(tokenizer, target.stop_ids, max_length, config.vocab_size), job.show)
+    with exclusive(job.directory, "output"), _server(job, tokenizer) as server:
+        split = get_method(job.data._target_)(job.data, job.seed)
+        comparison = Comparison(tokenizer, server, max_length, job.compare)
+        survey.read(split, comparison.add)
+        found = figures(survey, split, row_tokens, job.seed)
+        found |= {"comparison": _plain(comparison, job), "notes": _notes(job, survey)}
+        title = f"{job.name}, as a draft of {job.model.path} is trained on it"
+        _write(job.directory / "report.html", page(found, survey.shown, tokenizer, title))
+        _write(job.directory / "figures.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return "\n\n".join([*shown(survey.shown, tokenizer, max_length, sys.stdout.isatty()), summary(found)])
+
+
+@contextmanager
+def _server(job: InspectJob, tokenizer: Any) -> Iterator[ChatServer]:
+    if job.url is None:
+        yield ByTemplate(tokenizer)
+        return
+    with RunningServer(job.url, api_key()) as server:
+        server.check()
+        yield server
+
+
+def _plain(comparison: Comparison, job: InspectJob) -> dict[str, Any]:
+    counted = ("conversations", "not_comparable", "turns", "equal", "cut_off")
+    return {
+        "server": f"the server at {job.url}" if job.url else "the tokenizer's template",
+        **{name: getattr(comparison, name) for name in counted},
+        "causes": dict(comparison.causes.most_common()),
+        "differences": [asdict(one) for one in comparison.differences],
+    }
+
+
+def _notes(job: InspectJob, survey: Survey) -> list[str]:
+    """What a reader of the figures must know."""
+    notes = []
+    if survey.refused.count:
+        notes.append(
+            f"a training refuses {survey.refused.count} conversations, and ends at the first: "
+            f"{survey.refused.examples[0]}"
+        )
+    if job.data.answers is Answers.target:
+        notes.append("data.answers=target: these are the answers of the data; a training has the target write its own")
+    if not survey.tallies:
+        notes.append("no conversation holds a supervised token: there is nothing to train on")
+    notes += [f"{name} is not shown: a training makes no row of it" for name in survey.not_shown]
+    return notes
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(unfinished, path)

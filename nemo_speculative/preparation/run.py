@@ -1,0 +1,161 @@
+"""The preparation: rows read, recognised, checked and written, each of them counted."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_speculative.config.schema import MixDataConfig, PrepareJob
+from nemo_speculative.data.items import share_of
+from nemo_speculative.errors import UserError
+from nemo_speculative.locks import exclusive
+from nemo_speculative.preparation import reasons
+from nemo_speculative.preparation.digests import Digests, digest
+from nemo_speculative.preparation.filters import check
+from nemo_speculative.preparation.formatted import FormattedText
+from nemo_speculative.preparation.forms import Item
+from nemo_speculative.preparation.output import HELD_OUT, TRAIN, Counts, Output, finished, total
+from nemo_speculative.preparation.reasons import LeftOut
+from nemo_speculative.preparation.streams import Found, Stream, described, interleaved, streams_of
+from nemo_speculative.progress import Progress
+
+FORMAT = 1
+"""Raised when the same input would give other rows."""
+PROGRESS_BYTES = 1000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A finished preparation."""
+
+    directory: Path
+    counts: dict[str, Counts]
+    """By the name of a stream."""
+    up_to_date: bool = False
+    """It was there already."""
+
+
+def prepare(job: PrepareJob, *, wait: bool = False) -> Prepared:
+    """Makes ``job.directory`` unless it holds just that; goes on where a run of the same job was interrupted.
+
+    Args:
+        wait: for another process that writes it, instead of refusing.
+
+    Raises:
+        UserError: a source cannot be had or read, or holds nothing to train on, the disk is full, or another process
+            writes there.
+    """
+    preparation = _Preparation(job)  # before the directory is made: what cannot be had leaves nothing behind
+    with exclusive(job.directory, "output", wait=wait):
+        prepared = preparation.run()
+    every = total(prepared.counts)
+    if not every.taken:
+        raise UserError(
+            f"data: none of {every.read} rows can be used ({', '.join(every.reasons) or 'there are none'}); "
+            f"{prepared.directory}/left_out.jsonl says why of each"
+        )
+    return prepared
+
+
+class _Preparation:
+    def __init__(self, job: PrepareJob):
+        self.job, self.directory = job, job.directory
+        self.streams = streams_of(job)
+        self.text = FormattedText.of(job.tokenizer) if job.tokenizer else None
+        self.seen = Digests()
+
+    def run(self) -> Prepared:
+        inputs = described(self.streams)
+        options = self._options()
+        fingerprint = hashlib.sha256(json.dumps([inputs, options]).encode()).hexdigest()
+        if counts := finished(self.directory, fingerprint):
+            return Prepared(self.directory, counts, up_to_date=True)
+        with Output(self.directory, fingerprint, [s.label for s in self.streams]) as output:
+            if output.rows_before:
+                print(f"{self.directory}: going on behind row {output.rows_before}", flush=True)
+            for row in output.kept():
+                self._remember(row, row["id"])
+            self._write(output)
+            output.finish(inputs=inputs, options=options)
+        return Prepared(self.directory, output.counts)
+
+    def _options(self) -> dict[str, Any]:
+        """What else than the input decides about the rows."""
+        job = self.job
+        return {
+            "format": FORMAT, "columns": job.columns, "keep_unanswered": job.keep_unanswered,
+            "deduplicate": job.deduplicate, "max_conversations": job.max_conversations, "filters": asdict(job.filters),
+            "held_out_share": job.data.held_out_share, "tokenizer": self.text.identity if self.text else None,
+        }  # fmt: skip
+
+    def _write(self, output: Output) -> None:
+        progress = Progress("prepare, kB", self._bytes() // PROGRESS_BYTES, quiet=True)
+        read = 0
+        rows = interleaved(self.streams, lambda s: output.counts[s.label].read, lambda s: output.counts[s.label].taken)
+        for stream, found in rows:
+            if self._enough(output):
+                break
+            self._put(output, stream, found)
+            before, read = read, read + found.size
+            progress.advance(by=read // PROGRESS_BYTES - before // PROGRESS_BYTES)
+        progress.close()
+
+    def _bytes(self) -> int:
+        return sum(file.stat().st_size for s in self.streams for part in s.parts for file in part.files)
+
+    def _enough(self, output: Output) -> bool:
+        most = self.job.max_conversations
+        return most is not None and sum(counts.train for counts in output.counts.values()) >= most
+
+    def _put(self, output: Output, stream: Stream, found: Found) -> None:
+        try:
+            item = self._item(found)
+            check(item, self.job.filters, self.job.keep_unanswered)
+            identity = self._identity(item, stream, found.id)
+        except LeftOut as left_out:
+            output.leave_out(stream.label, found.id, found.origin, left_out)
+            return
+        share = self.job.data.held_out_share
+        side = stream.side or (HELD_OUT if share_of(identity) < share else TRAIN)
+        output.keep(stream.label, side, {"id": identity, **item, "source": stream.source})
+
+    def _item(self, found: Found) -> Item:
+        if isinstance(found.item, LeftOut):
+            raise found.item
+        if "text" not in found.item:
+            return found.item
+        if self.text is None:
+            raise UserError(
+                f"{found.origin}: its `text` is formatted already; give tokenizer=DIR, whose chat template formatted "
+                "it, to tell the answers in it"
+            )
+        return self.text.read(found.item["text"])
+
+    def _identity(self, item: Item, stream: Stream, own: str | None) -> str:
+        """A name that no other row has, and that does not depend on where the row lies."""
+        content = content_of(item)
+        if self.job.deduplicate and content in self.seen:
+            raise LeftOut(reasons.DUPLICATE)
+        mixed = isinstance(self.job.data, MixDataConfig)
+        name = f"{stream.source}/{own}" if own and mixed else own or f"{stream.source}/{content:016x}"
+        # The last can only be needed where duplicates are kept.
+        names = (name, f"{name}#{content:016x}", f"{name}#{len(self.seen)}")
+        name = next(name for name in names if _name_key(name) not in self.seen)
+        self._remember(item, name)
+        return name
+
+    def _remember(self, item: Item, name: str) -> None:
+        self.seen.add(content_of(item))
+        self.seen.add(_name_key(name))
+
+
+def content_of(item: Item) -> int:
+    """64 bits that differ where messages, tools or tokens do; white space counts as one space."""
+    messages = [m | {"content": " ".join(m["content"].split())} for m in item.get("conversations", [])]
+    told = [messages, item.get("tools"), item.get("input_ids"), item.get("loss_mask")]
+    return digest(json.dumps(told, sort_keys=True))
+
+
+def _name_key(name: str) -> int:
+    return digest(name, b"name")

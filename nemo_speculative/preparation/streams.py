@@ -1,0 +1,201 @@
+"""Where the rows of a dataset or a mix come from, in which order, and what they hold."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from nemo_speculative.config.app import CONF, to_job
+from nemo_speculative.config.schema import DataConfig, DatasetConfig, MixDataConfig, PrepareJob, SourceConfig
+from nemo_speculative.errors import UserError
+from nemo_speculative.preparation.forms import Item, known, recognise
+from nemo_speculative.preparation.readers import Part, Row, hub_parts, local_parts, sha256
+from nemo_speculative.preparation.reasons import UNKNOWN_SHAPE, UNREADABLE, LeftOut
+
+SAMPLE_ROWS = 100
+"""So many rows of a file tell whether it is of a known shape."""
+ID_KEYS = ("id", "uuid", "conversation_id", "prompt_id")
+HELD_OUT_FIRST = math.inf
+"""A row of a held-out split that is in the training split, too, is left out of that."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row in one of our own forms, or why it is not."""
+
+    origin: str
+    id: str | None
+    """Its own."""
+    item: Item | LeftOut
+    size: int
+    """Bytes of its file, about; with those of the rows before it that were skipped."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows of one source, in the order of its files."""
+
+    label: str
+    """Its name in the table."""
+    source: str
+    """What its rows say that they are of."""
+    parts: list[Part]
+    weight: float = 1.0
+    side: str | None = None
+    """``train`` or ``held_out``; None: by the hash of a row's id."""
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, skip: int) -> Iterator[Found]:
+        """Every row behind the first ``skip``.
+
+        Raises:
+            UserError: a file cannot be read on, or most of one is of no known shape.
+        """
+        position, skipped = 0, 0
+        for part in self.parts:
+            tally = _Tally(part.name)
+            for row in part.rows():
+                position += 1
+                if position <= skip:
+                    skipped += row.size
+                    continue
+                found, skipped = self._found(row, row.size + skipped), 0
+                tally.count(found)
+                yield found
+            tally.check()
+
+    def _found(self, row: Row, size: int) -> Found:
+        if isinstance(row.record, LeftOut):
+            return Found(row.origin, None, row.record, size)
+        record = {self.columns.get(key, key): value for key, value in row.record.items()}
+        own = next((_clean(str(record[key])) for key in ID_KEYS if record.get(key) not in (None, "")), None)
+        try:
+            return Found(row.origin, own, recognise(record), size)
+        except LeftOut as left_out:
+            return Found(row.origin, own, left_out, size)
+
+
+def _clean(text: str) -> str:
+    """JSON can hold half a character, UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
+
+
+class _Tally:
+    """How many rows of a file can be read at all."""
+
+    def __init__(self, name: str):
+        self.name, self.rows = name, 0
+        self.unreadable: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+
+    def count(self, found: Found) -> None:
+        self.rows += 1
+        if isinstance(found.item, LeftOut) and found.item.reason in UNREADABLE:
+            self.unreadable[found.item.reason] += 1
+            self.examples.setdefault(found.item.reason, found.item.found)
+        if self.rows == SAMPLE_ROWS:
+            self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: more than half of them cannot.
+        """
+        if 2 * self.unreadable.total() <= self.rows:
+            return
+        ((reason, _),) = self.unreadable.most_common(1)
+        expected = "expected JSON in UTF-8, one object a line or an array of them, or Parquet"
+        if reason == UNKNOWN_SHAPE:
+            expected = f"known: {known()}; rename columns with columns={{THEIRS: KNOWN}}"
+        raise UserError(
+            f"{self.name}: {self.unreadable.total()} of the first {self.rows} rows cannot be read, most often: "
+            f"{reason} ({self.examples[reason]}); {expected}"
+        )
+
+
+def streams_of(job: PrepareJob) -> list[Stream]:
+    """Every stream that the job asks for; those of held-out splits come first.
+
+    Raises:
+        UserError: a source cannot be had.
+    """
+    if isinstance(job.data, MixDataConfig):
+        streams = [stream for source in job.data.sources for stream in _source_streams(source, job.columns)]
+        if len({stream.label for stream in streams}) < len(streams):
+            raise UserError(f"data.sources: {', '.join(s.name for s in job.data.sources)}: give each a name of its own")
+        return streams
+    return _streams(job.data, job.directory.name, 1.0, job.columns)
+
+
+def _source_streams(source: SourceConfig, columns: dict[str, str]) -> list[Stream]:
+    options = {file.stem for file in (CONF / "data").glob("*.yaml")}
+    data = _option(source.name) if source.name in options else DataConfig(path=source.name)
+    if source.path:
+        data.path = source.path
+    label = source.name if source.path or source.name in options else source.name.rstrip("/").rpartition("/")[2]
+    return _streams(data, label.partition(".")[0] or label, source.weight, columns)
+
+
+def _option(name: str) -> DataConfig:
+    """What conf/data/<name>.yaml says."""
+    if GlobalHydra.instance().is_initialized():
+        return to_job(compose("prepare_data", overrides=[f"data={name}"])).data
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_job(compose("prepare_data", overrides=[f"data={name}"])).data
+
+
+def _streams(data: DataConfig, name: str, weight: float, columns: dict[str, str]) -> list[Stream]:
+    held_out = _held_out_parts(data)
+    streams = [Stream(name, name, _parts(data), weight, "train" if held_out else None, columns)]
+    if held_out:
+        streams.insert(0, Stream(f"{name}, held out", name, held_out, HELD_OUT_FIRST, "held_out", columns))
+    return streams
+
+
+def _parts(data: DataConfig) -> list[Part]:
+    if data.path:
+        return local_parts(data.path, "data.path", data.split if isinstance(data, DatasetConfig) else None)
+    if isinstance(data, DatasetConfig):
+        return hub_parts(data.repository, data.split, data.subset, data.revision)
+    raise UserError("data: nothing to prepare here; give a file or folder, or a dataset of conf/data")
+
+
+def _held_out_parts(data: DataConfig) -> list[Part]:
+    if data.held_out_path:
+        return local_parts(data.held_out_path, "data.held_out_path", None)
+    if isinstance(data, DatasetConfig) and data.held_out_split and not data.path:
+        return hub_parts(data.repository, data.held_out_split, data.subset, data.revision)
+    return []
+
+
+def interleaved(
+    streams: Sequence[Stream], read: Callable[[Stream], int], taken: Callable[[Stream], int]
+) -> Iterator[tuple[Stream, Found]]:
+    """Rows of all streams, of each in its order; the next comes from the one furthest below its weight.
+
+    So the shares of what was taken are those of the weights after every row, until a stream has no more.
+
+    Args:
+        read: rows of a stream that were read before.
+        taken: rows of a stream that were kept so far.
+    """
+    open_streams: dict[str, tuple[Stream, Iterator[Found]]] = {s.label: (s, s.rows(read(s))) for s in streams}
+    while open_streams:
+        stream, rows = min(open_streams.values(), key=lambda each: (taken(each[0]) + 1) / each[0].weight)
+        found = next(rows, None)
+        if found is None:
+            del open_streams[stream.label]
+        else:
+            yield stream, found
+
+
+def described(streams: Sequence[Stream]) -> list[dict[str, Any]]:
+    """The inputs by their content: what tells whether they are the same as before."""
+    return [
+        {"label": s.label, "side": s.side, "weight": str(s.weight), "sha256": [sha256(part) for part in s.parts]}
+        for s in streams
+    ]

@@ -1,0 +1,30 @@
+"""Run the target once over the data of a training, and keep its hidden states on disk for backend=features.
+
+python recipes/capture_features.py model=… draft=eagle3 data=jsonl data.path=FILE output=DIR     what a training reads
+python recipes/train_eagle3.py     model=… draft=eagle3 data=jsonl data.path=FILE backend=features backend.directory=DIR
+python recipes/capture_features.py … output=DIR plan=true         bytes a token, the total, what is free
+python recipes/capture_features.py draft=eagle1 model=… eagle=CKPTS output=DIR     EAGLE's .ckpt files, converted
+python recipes/capture_features.py merge=[DIR1,DIR2] output=DIR   parts captured on several machines
+python recipes/capture_features.py verify=true output=DIR         every checksum
+
+The same command goes on where it was interrupted; torchrun shares the work among ranks.
+"""
+
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import CaptureJob
+from nemo_speculative.features.capture import capture
+from nemo_speculative.features.upkeep import merge, verify
+
+
+@recipe("capture_features")
+def main(job: CaptureJob) -> None:
+    if job.merge:
+        print(merge(job.merge, job.output))
+    elif job.verify:
+        print(verify(job.output))
+    else:
+        capture(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Have the target answer every question of a data file anew, and keep the ids as it generates them.
+
+python recipes/generate_data.py model=local model.path=DIR path=FILE output=DIR              in this process
+python recipes/generate_data.py model=… path=FILE output=DIR engine=endpoint 'engine.urls=[http://HOST:PORT]'
+python recipes/generate_data.py … range=0:17500                    a part; recipes/merge_data.py puts parts together
+
+What was answered is not answered again: the same command goes on where it was interrupted, and tries again what failed.
+"""
+
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import GenerateJob
+from nemo_speculative.generation.run import generate_data, require_success
+from nemo_speculative.generation.table import table
+
+
+@recipe("generate_data")
+def main(job: GenerateJob) -> None:
+    outcome = generate_data(job)
+    print(table(outcome))
+    require_success(outcome)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Put the parts together that recipes/generate_data.py wrote: one JSONL file, in the order of the input.
+
+python recipes/merge_data.py 'parts=[outputs/a,outputs/b]' output=answers.jsonl
+"""
+
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import MergeJob
+from nemo_speculative.generation.merge import merge
+
+
+@recipe("merge_data")
+def main(job: MergeJob) -> None:
+    merged = merge(job)
+    print(f"{job.output}: {merged.describe()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Prepare a dataset, or a mix of several: one validated JSONL, without duplicates, split into training and held out.
+
+python recipes/prepare_data.py data=sharegpt                        from the hub, to cache/dataset/sharegpt
+python recipes/prepare_data.py data=sharegpt data.path=FILE         the same from a local copy
+python recipes/prepare_data.py data=jsonl data.path=FOLDER          your own, in any known shape
+python recipes/prepare_data.py data=mix "data.sources=[{name: sharegpt, weight: 2}, {name: FILE}]"
+
+An interrupted run is gone on with by the same command.  Why rows were left out is in left_out.jsonl, row by row.
+"""
+
+from nemo_speculative.config.app import recipe
+from nemo_speculative.config.schema import PrepareJob
+from nemo_speculative.preparation.run import prepare
+from nemo_speculative.preparation.table import table
+
+
+@recipe("prepare_data")
+def main(job: PrepareJob) -> None:
+    prepared = prepare(job)
+    print(table(prepared.counts))
+    print(f"{prepared.directory}: {'up to date' if prepared.up_to_date else 'written'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Mixed mode: what is missing is computed once, by the target itself, and read from then on."""
+
+import pytest
+
+from nemo_speculative.data.packing import collate, pack
+from nemo_speculative.errors import UserError
+from nemo_speculative.features.budget import Budget
+from nemo_speculative.features.manifest import Manifest
+from nemo_speculative.features.store import Store
+from nemo_speculative.features.upkeep import verify
+from nemo_speculative.targets.hf import HFTarget
+from tests.features.cases import ROW, assert_same, capture_into, loss_of, reading
+
+ROUNDING = 2e-5
+
+
+def epochs(documents, count):
+    """The global batches of each pass over the documents, each packed anew."""
+    lengths = [len(d.input_ids) for d in documents]
+    return [
+        [collate([[documents[d] for d in row]], ROW, pad_id=1, epochs=[e]) for row in pack(lengths, ROW, seed=e)]
+        for e in range(count)
+    ]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The batches that the target itself was asked for."""
+    seen, supervise = [], HFTarget.supervise
+    monkeypatch.setattr(HFTarget, "supervise", lambda self, batch: seen.append(batch) or supervise(self, batch))
+    return seen
+
+
+def test_two_epochs_are_those_of_online_training_and_the_target_runs_in_the_first(
+    algorithm, online, documents, target_dir, tmp_path, asked
+):
+    first, second, third = epochs(documents, 3)
+    mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    mixed.expect(documents)
+    found = [loss_of(algorithm, mixed, [batch]) for batch in first]
+    assert len(asked) >= len(first)
+    probes = len(asked)
+    expected = [loss_of(algorithm, online, [batch]) for batch in first]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs)
+    asked.clear()
+    # The first batch of a pass finds what the last shard held back; then all of it is on disk.
+    later = [loss_of(algorithm, mixed, [batch]) for batch in [*second, *third]]
+    assert len(asked) <= 1 < probes
+    for ours, batch in zip(later, [*second, *third], strict=True):
+        assert_same(ours, loss_of(algorithm, online, [batch]), ROUNDING)
+    mixed.close()
+    assert f"{len(documents)} documents" in verify(str(tmp_path / "f"))
+
+
+def test_a_run_that_goes_on_uses_what_was_captured(algorithm, documents, target_dir, tmp_path, asked):
+    (batches,) = epochs(documents, 1)
+    mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    mixed.expect(documents)
+    for batch in batches[:2]:
+        mixed.supervise(batch)
+    mixed.close()
+    again = reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    asked.clear()
+    for batch in batches[:2]:
+        again.supervise(batch)
+    assert not asked
+    again.supervise(batches[2])
+    assert asked[-1] is batches[2]
+    again.close()
+
+
+def test_captured_features_are_filled_up_where_they_are_not_complete(
+    algorithm, online, documents, target_dir, tmp_path
+):
+    capture_into(tmp_path / "f", online, documents[:9], algorithm)
+    mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    for batch in epochs(documents, 1)[0]:
+        mixed.supervise(batch)
+    mixed.close()
+    assert "14 documents" in verify(str(tmp_path / "f"))
+
+
+def test_two_trainings_do_not_fill_one_directory(algorithm, target_dir, tmp_path):
+    first = reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    with pytest.raises(UserError, match=f"backend.directory: another process writes into {tmp_path / 'f'}"):
+        reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    first.close()
+    reading(target_dir, tmp_path / "f", algorithm, fill=True).close()
+
+
+def test_a_disk_that_is_too_small_is_refused_at_the_start(algorithm, documents, target_dir, tmp_path, monkeypatch):
+    mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    monkeypatch.setattr("nemo_speculative.features.budget.free", lambda directory: 1000)
+    with pytest.raises(UserError, match=r"backend.directory: the features take .* GB free; make room"):
+        mixed.expect(documents)
+    mixed.close()
+
+
+def test_the_size_is_known_beforehand_to_the_byte(algorithm, online, documents, tmp_path):
+    manifest = Manifest.of(online, algorithm.config.mask_convention, algorithm.name)
+    (tmp_path / "f").mkdir()
+    budget = Budget.of(Store(tmp_path / "f", manifest), documents, documents)
+    capture_into(tmp_path / "f", online, documents, algorithm)
+    store = Store(tmp_path / "f", Manifest.read(tmp_path / "f"))
+    keys = [bytes(entry["key"]) for entry in store.shards[0].entries]
+    stored = [store.tensors(place) for place in store.find(keys)]
+    assert budget.nbytes == sum(x.numel() * x.element_size() for tensors in stored for x in tensors.values())
+    assert len(budget.missing) == len(documents) and budget.tokens == sum(len(d.input_ids) for d in documents)

@@ -1,0 +1,272 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from nemo_speculative.data.conversations import TokenRow, read_jsonl
+from nemo_speculative.errors import UserError
+from nemo_speculative.generation import journal
+from nemo_speculative.generation.run import generate_data, require_success
+from nemo_speculative.generation.table import table
+from nemo_speculative.locks import exclusive
+from tests.conftest import PREFIX_TEMPLATE, WORDS, make_target, make_tokenizer
+from tests.generation.conftest import conversation, read, write
+
+
+def answers_of(outcome):
+    return outcome.directory / "answers.jsonl"
+
+
+def greedy(target, prompt, limit):
+    """One token at a time, without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + limit:
+        ids.append(int(target.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] in target.stop_ids:
+            break
+    return ids[len(prompt) :]
+
+
+def answered_by_hand(target, messages, limit):
+    """The conversation with every answer given anew, and the prompt and answer ids of each turn."""
+    said, turns = [], []
+    for message in messages:
+        if message["role"] != "assistant":
+            said.append(message)
+            continue
+        rendered = target.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
+        ids = greedy(target, rendered["input_ids"], limit)
+        turns.append((rendered["input_ids"], ids))
+        said.append({"role": "assistant", "content": target.tokenizer.decode(ids, skip_special_tokens=True)})
+    return said, turns
+
+
+def test_every_turn_is_answered_anew_and_sees_the_new_ones_before_it(target, job, questions):
+    outcome = generate_data(job())
+    records = read(answers_of(outcome))
+    assert [r["index"] for r in records] == list(range(12))
+    for record, asked in zip(records, read(questions), strict=True):
+        said, turns = answered_by_hand(target, asked["conversations"], 12)
+        assert record["id"] == asked["id"]
+        assert record["conversations"] == said
+        assert "OLD" not in json.dumps(record["conversations"])
+        # Each turn's ids stand at the end of a row's supervised runs, in order, however rows were joined.
+        supervised = [i for row in record["rows"] for i, m in zip(row["input_ids"], row["loss_mask"], strict=True) if m]
+        assert supervised == [i for _, ids in turns for i in ids]
+        assert record["rows"][-1]["input_ids"] == turns[-1][0] + turns[-1][1]
+
+
+def test_training_reads_the_rows_as_they_were_generated(job):
+    outcome = generate_data(job())
+    rows = read_jsonl(answers_of(outcome))
+    kept = [row for record in read(answers_of(outcome)) for row in record["rows"]]
+    assert all(isinstance(row, TokenRow) for row in rows)
+    assert [row.input_ids for row in rows] == [row["input_ids"] for row in kept]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_depends_on_neither_batch_nor_range_nor_order(job, tmp_path, questions, temperature):
+    settings = {"temperature": temperature, "top_p": 0.9, "top_k": 50}
+    whole = read(answers_of(generate_data(job(**settings))))
+    alone = read(answers_of(generate_data(job(**settings, batch_size=1, output=str(tmp_path / "alone")))))
+    wide = read(answers_of(generate_data(job(**settings, batch_size=16, output=str(tmp_path / "wide")))))
+    some = read(answers_of(generate_data(job(**settings, range="3:7"))))
+    assert whole == alone == wide
+    assert some == whole[3:7]
+    other = read(answers_of(generate_data(job(**settings, seed=1, output=str(tmp_path / "other")))))
+    assert (whole == other) == (temperature == 0)
+
+
+def test_an_interrupted_part_ends_up_as_an_uninterrupted_one(job, tmp_path, monkeypatch):
+    whole = answers_of(generate_data(job(temperature=1.0, output=str(tmp_path / "whole")))).read_bytes()
+    _stop_after(monkeypatch, 5)
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate_data(job(temperature=1.0))
+    monkeypatch.undo()
+    part = tmp_path / "out" / "0-12" / "answers.jsonl"
+    kept = part.read_bytes()
+    assert kept.count(b"\n") == 5
+    with part.open("ab") as torn:
+        torn.write(b'{"index": 11, "id": "c11", "conv')
+    resumed = answers_of(generate_data(job(temperature=1.0))).read_bytes()
+    assert resumed == whole
+    assert sorted(kept.splitlines()) == sorted(set(kept.splitlines()) & set(resumed.splitlines()))
+
+
+def _stop_after(monkeypatch, answers):
+    append, done = journal.Journal.append, []
+
+    def counted(self, *given):
+        if len(done) == answers:
+            raise RuntimeError("stopped")
+        done.append(append(self, *given))
+
+    monkeypatch.setattr(journal.Journal, "append", counted)
+
+
+def test_what_is_done_needs_no_weights(job, monkeypatch):
+    before = answers_of(generate_data(job())).read_bytes()
+    monkeypatch.setattr("nemo_speculative.generation.local.HFTarget", lambda *_, **__: pytest.fail("loaded again"))
+    assert answers_of(generate_data(job())).read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(job, tmp_path, monkeypatch):
+    whole = answers_of(generate_data(job(output=str(tmp_path / "whole")))).read_bytes()
+
+    class Full:
+        """A file on a disk that is full after some bytes; the last write before gets through in part."""
+
+        def __init__(self, out, room):
+            self.out, self.room = out, room
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            data = data[: self.room]
+            self.room -= len(data)
+            return self.out.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.out, name)
+
+    opened = journal.Journal.__init__
+
+    def full(self, file):
+        opened(self, file)
+        self._out = Full(self._out, 1500)
+
+    monkeypatch.setattr(journal.Journal, "__init__", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        generate_data(job())
+    monkeypatch.undo()
+    part = tmp_path / "out" / "0-12" / "answers.jsonl"
+    assert caught.value.filename == str(part)
+    assert len(read_jsonl(part)) > 0 and part.read_bytes().endswith(b"}\n")
+    assert answers_of(generate_data(job())).read_bytes() == whole
+
+
+def test_two_processes_are_not_let_into_one_range(job, tmp_path):
+    with exclusive(tmp_path / "out" / "0-12", "output"), pytest.raises(UserError, match="output: another process"):
+        generate_data(job())
+    generate_data(job(range="0:3"))
+
+
+def test_what_was_begun_otherwise_is_refused_by_name(job, questions, tmp_path):
+    generate_data(job())
+    with pytest.raises(UserError, match=r"temperature=0.0, and it is 0.5 now; give another output"):
+        generate_data(job(temperature=0.5))
+    with pytest.raises(UserError, match="max_new_tokens=12, and it is 13"):
+        generate_data(job(max_new_tokens=13))
+    with pytest.raises(UserError, match=r"reasoning=\['Keep'"):
+        generate_data(job(reasoning="Drop"))
+    moved = shutil.copy(questions, tmp_path / "moved.jsonl")
+    generate_data(job(path=str(moved)))
+    moved_lines = moved.read_text().replace("fox", "cow")
+    moved.write_text(moved_lines)
+    with pytest.raises(UserError, match="begun with input="):
+        generate_data(job(path=str(moved)))
+
+
+def test_another_target_or_template_is_refused_by_name(job, tmp_path):
+    generate_data(job())
+    other = make_target(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="begun with target="):
+        generate_data(job(model=type(job().model)(path=str(other))))
+    shutil.copytree(job().model.path, tmp_path / "same", dirs_exist_ok=True)
+    make_tokenizer(PREFIX_TEMPLATE).save_pretrained(tmp_path / "same")
+    with pytest.raises(UserError, match="begun with chat_template="):
+        generate_data(job(model=type(job().model)(path=str(tmp_path / "same"))))
+
+
+def test_what_cannot_be_answered_is_counted_with_its_reason(job, tmp_path):
+    answer = {"role": "assistant", "content": "c"}
+    records = [
+        conversation("fine", "hello"),
+        conversation("long", WORDS),
+        {"id": "silent", "conversations": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "?"}]},
+        {"id": "nothing", "input_ids": [4, 5, 6], "loss_mask": [0, 0, 0]},
+        {"id": "twice", "conversations": [*conversation("", "a", "b")["conversations"], answer]},
+    ]
+    file = write(tmp_path / "mixed.jsonl", records)
+    outcome = generate_data(job(path=str(file)))
+    assert (outcome.asked, outcome.answered, outcome.skipped.total(), outcome.failed.total()) == (5, 1, 4, 0)
+    left = {record["id"]: record for record in read(outcome.directory / "left_out.jsonl")}
+    assert set(left) == {"long", "silent", "nothing", "twice"}
+    assert "leaves no room" in left["long"]["reason"] and "asks nothing" in left["silent"]["reason"]
+    assert all(record["outcome"] == "skipped" for record in left.values())
+    shown = table(outcome)
+    assert "skipped          4" in shown and "        2  the conversation asks nothing" in shown
+    require_success(outcome)
+
+
+def test_a_conversation_ends_where_the_context_does(job, tmp_path, target):
+    file = write(tmp_path / "long.jsonl", [conversation("a", "hello", "OLD", WORDS, "OLD")])
+    outcome = generate_data(job(path=str(file), max_length=100))
+    (record,) = read(answers_of(outcome))
+    assert [m["role"] for m in record["conversations"]] == ["user", "assistant"]
+    assert record["finish"][-1] == "context" and outcome.finishes["context"] == 1
+    with pytest.raises(UserError, match="max_length is 257: the target's context is 256"):
+        generate_data(job(path=str(file), max_length=257, output=str(tmp_path / "more")))
+
+
+def test_answers_that_are_cut_are_kept_or_not(job, tmp_path):
+    kept = generate_data(job(max_new_tokens=2))
+    assert kept.finishes["length"] and kept.answered == 12
+    left = generate_data(job(max_new_tokens=2, keep_cut=False, output=str(tmp_path / "strict")))
+    cut = {r["id"] for r in read(answers_of(kept)) if "length" in r["finish"]}
+    assert {r["id"] for r in read(left.directory / "left_out.jsonl")} == cut
+    assert left.answered == 12 - len(cut)
+
+
+def test_token_rows_sources_tools_and_earlier_answers_go_through(job, tmp_path, target_dir, target):
+    told = PREFIX_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ tools[0].name if tools else '' }}")
+    model = shutil.copytree(target_dir, tmp_path / "told")
+    make_tokenizer(told).save_pretrained(model)
+    before = {"rows": [{"input_ids": [0, 9], "loss_mask": [0, 1]}]}
+    records = [
+        {"id": "ids", "input_ids": [0, 9, 8, 7, 6], "loss_mask": [0, 0, 0, 1, 1], "source": "s"},
+        conversation("tools", "quick", "OLD", tools=[{"name": "wizards"}], source="t"),
+        conversation("again", "quick", "OLD", **before),
+    ]
+    file = write(tmp_path / "kinds.jsonl", records)
+    outcome = generate_data(job(path=str(file), model=type(job().model)(path=str(model))))
+    ids, tools, again = read(answers_of(outcome))
+    assert ids["input_ids"] == [0, 9, 8, *greedy(target, [0, 9, 8], 12)] and "conversations" not in ids
+    assert ids["loss_mask"] == [0] * 3 + [1] * (len(ids["input_ids"]) - 3)
+    assert (ids["source"], tools["source"], tools["tools"]) == ("s", "t", [{"name": "wizards"}])
+    assert target.tokenizer.decode(tools["rows"][0]["input_ids"]).startswith("<|begin|>wizards<|user|>quick")
+    assert target.tokenizer.decode(again["rows"][0]["input_ids"]).startswith("<|begin|><|user|>quick")
+
+
+@pytest.mark.parametrize(
+    ("content", "range_", "expected"),
+    [
+        (b'{"id": "a"}\n', None, "found the keys"),
+        (b'{"conversations": [{"role": "user", "content": "x"}]}\nnope\n', None, r"bad.jsonl:2: not JSON"),
+        (b'{"conversations": [{"role": "user", "content": "\xff"}]}\n', None, r"bad.jsonl:1: not UTF-8"),
+        (b"\n", None, "is empty"),
+        (b'{"conversations": [{"role": "user", "content": "x"}]}\n', "0:2", r"range is 0:2: .* has 1 lines"),
+        (b'{"conversations": [{"role": "user", "content": "x"}]}\n', "1:", r"range is 1:"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_starts(job, tmp_path, monkeypatch, content, range_, expected):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content)
+    monkeypatch.setattr("nemo_speculative.generation.run.engine_of", lambda _: pytest.fail("started"))
+    with pytest.raises(UserError, match=expected) as caught:
+        generate_data(job(path=str(file), range=range_))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_range_that_is_none_is_refused(job):
+    for wrong in ("3", "a:b", "5:5", "7:3", "-1:3"):
+        with pytest.raises(UserError, match="range is"):
+            job(range=wrong)
+
+
+def test_a_target_without_a_template_is_refused(job, tmp_path, target_dir):
+    model = shutil.copytree(target_dir, tmp_path / "bare")
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        generate_data(job(model=type(job().model)(path=str(model))))
