@@ -13,8 +13,7 @@ from nemo_speculative.data.store import Tokenizing, stored_documents
 from nemo_speculative.data.vocabulary import entries_for
 from nemo_speculative.errors import UserError
 from nemo_speculative.shapes import VocabularySize, parse_vocab_size
-from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
-from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.targets.describe import describe_target
 
 SMALLEST = 256
 
@@ -43,12 +42,10 @@ def prune_checkpoint(job: PruneJob) -> str:
 
 
 def _counts(job: PruneJob, target: str) -> torch.Tensor:
-    directory = resolve_target(ModelConfig(path=target), weights=False)
-    config, tokenizer = text_config(directory), load_tokenizer(directory)
+    described = describe_target(ModelConfig(path=target))
     split = get_method(job.data._target_)(job.data, seed=0)
-    max_length, _ = job.data.lengths(config.max_position_embeddings)
-    stop = stop_ids(config.eos_token_id, tokenizer)
-    how = Tokenizing(tokenizer, stop, max_length, config.vocab_size)
+    max_length, _ = job.data.lengths(described.config.max_position_embeddings)
+    how = Tokenizing(described.tokenizer, described.stop_ids, max_length, described.config.vocab_size)
     sides = [stored_documents(items, how, job.data, "tokenising") for items in (split.training, split.held_out)]
     return torch.stack([side.all_counts for side in sides]).sum(0)
 

@@ -5,11 +5,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from nemo_speculative.errors import UserError
 from nemo_speculative.generation.dialogue import Completion, Request
-from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
+from nemo_speculative.targets.describe import stop_ids_of
+from nemo_speculative.targets.ends import load_tokenizer, text_config
 
 
 class Failed(UserError):
@@ -41,7 +40,7 @@ class Engine(ABC):
         self.config = text_config(directory, trust_remote_code)
         self.context: int = self.config.max_position_embeddings
         """Tokens of its longest sequence."""
-        self.stop_ids = stop_ids(_generation_config(directory, self.config).eos_token_id, self.tokenizer)
+        self.stop_ids = stop_ids_of(directory, self.config, self.tokenizer)
         """What ends an answer."""
 
     @property
@@ -79,10 +78,3 @@ class Engine(ABC):
         """What prompts and ends of answers depend on."""
         template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
         return {"chat_template": template, "stop_ids": sorted(self.stop_ids)}
-
-
-def _generation_config(directory: Path, config: Any) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(directory)
-    except OSError:  # it ships none
-        return GenerationConfig.from_model_config(config)

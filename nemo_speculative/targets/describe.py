@@ -46,12 +46,13 @@ def describe_target(model: ModelConfig) -> Description:
         return Description(config, tokenizer, stop_ids(config.eos_token_id, tokenizer))
     directory = directory_of(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
     tokenizer = load_tokenizer(directory, model.trust_remote_code)
-    return Description(config, tokenizer, stop_ids(_generation_eos(directory, config), tokenizer))
+    return Description(config, tokenizer, stop_ids_of(directory, config, tokenizer))
 
 
-def _generation_eos(directory: Path, config: Any) -> int | list[int] | None:
-    """As the loaded model has it: its own generation configuration, where it ships one."""
+def stop_ids_of(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer of the target in ``directory``, as the loaded model has it."""
     try:
-        return GenerationConfig.from_pretrained(directory).eos_token_id
-    except OSError:
-        return config.eos_token_id
+        eos = GenerationConfig.from_pretrained(directory).eos_token_id
+    except OSError:  # it ships none
+        eos = config.eos_token_id
+    return stop_ids(eos, tokenizer)

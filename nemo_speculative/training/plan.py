@@ -18,7 +18,7 @@ from nemo_speculative.data.vocabulary import build_vocabulary
 from nemo_speculative.devices import choose_device
 from nemo_speculative.drafts.base import DraftShape
 from nemo_speculative.targets import tiny
-from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
+from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.training.assembly import draft_shape, load_split, settle_draft
 from nemo_speculative.training.cost import Memory
@@ -43,18 +43,20 @@ def describe(job: TrainJob) -> str:
         UserError: whatever the run itself would refuse before it loads weights.
     """
     device = choose_device(job.trainer.device, "trainer.device")
-    config, tokenizer, where = _target(job)
+    target = describe_target(job.model)
+    config, tokenizer = target.config, target.tokenizer
     settle_draft(job, config)
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
     items = load_split(job).training
-    documents = _tokenized(job, items, tokenizer, config, max_length)
+    how = Tokenizing(tokenizer, target.stop_ids, max_length, config.vocab_size)
+    documents = _tokenized(job, items, how)
     entries = build_vocabulary(documents.all_counts, job.draft.vocabulary(config.vocab_size)).size
     shape = draft_shape(job, config, entries)
     aux = job.draft.chosen_aux_layers(config.num_hidden_layers)
     models = Models.of(job, config, shape)
     lines = [
-        f"target    {where}: {models.target.parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers, "
-        f"{job.model.dtype.value}, aux layers {aux}",
+        f"target    {_where(job)}: {models.target.parameters / 1e6:.1f} M parameters, "
+        f"{config.num_hidden_layers} layers, {job.model.dtype.value}, aux layers {aux}",
         f"draft     {models.draft.all_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.num_steps} steps, computed in {job.trainer.dtype.value}",
         f"data      {len(items)} conversations: {_data_line(job, documents)}",
@@ -69,20 +71,15 @@ def describe(job: TrainJob) -> str:
     return "\n".join(lines)
 
 
-def _target(job: TrainJob) -> tuple[Any, Any, str]:
-    """Configuration, tokenizer and name of the target; the embedded one need not exist yet."""
+def _where(job: TrainJob) -> str:
+    """The target's place; the embedded one need not exist yet."""
     if isinstance(job.model, TinyModelConfig):
         directory = tiny.directory_of(job.model)
-        if not directory.exists():
-            return tiny.llama_config(job.model), tiny.make_tokenizer(job.model), "embedded, to be made"
-    else:
-        directory = resolve_target(job.model, weights=False)
-    trust = job.model.trust_remote_code
-    return text_config(directory, trust), load_tokenizer(directory, trust), str(directory)
+        return str(directory) if directory.exists() else "embedded, to be made"
+    return str(resolve_target(job.model, weights=False))
 
 
-def _tokenized(job: TrainJob, items: Items, tokenizer: Any, config: Any, max_length: int) -> Documents:
-    how = Tokenizing(tokenizer, stop_ids(config.eos_token_id, tokenizer), max_length, config.vocab_size)
+def _tokenized(job: TrainJob, items: Items, how: Tokenizing) -> Documents:
     if job.data.answers is Answers.target:  # those that have one already show what the others will be like
         return how([item for item in items if isinstance(item, TokenRow) or item.has_answer])
     return stored_documents(items, how, job.data, "tokenising")
