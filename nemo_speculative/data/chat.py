@@ -5,6 +5,7 @@ assistant's part itself; otherwise prefixes of the conversation are rendered, an
 prompt before it is the assistant's.  Where a prefix is not a prefix in token ids, the template is refused.
 """
 
+import hashlib
 import json
 from collections.abc import Collection
 from typing import Any
@@ -43,6 +44,21 @@ def template_of(tokenizer) -> str:
             'tokenised already ({"input_ids", "loss_mask"} a line)'
         )
     return tokenizer.chat_template
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Of all that decides how a conversation becomes ids: :func:`rules_digest` and the chat template."""
+    said = [rules_digest(tokenizer), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def rules_digest(tokenizer) -> str:
+    """Of all that decides how a text becomes ids; not of padding and truncation, which calls change."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(fast.to_str()) if fast else {"vocabulary": tokenizer.get_vocab()}
+    kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    described = [type(tokenizer).__name__, kept, tokenizer.get_added_vocab()]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prompt_ids(tokenizer, messages: list[Message], origin: str, tools: list[Message] | None = None) -> list[int]:

@@ -120,17 +120,38 @@ def check_messages(value: Any, origin: str, key: str = "conversations") -> list[
     if not isinstance(value, list) or not value:
         raise UserError(f'{origin}: "{key}" must be a list of messages, not {value!r:.60}')
     for index, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f"{origin}: message {index} is {message!r:.60}, expected a role among {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) and not (
-            message.get("content") is None and message["role"] == "assistant" and message.get("tool_calls")
-        ):
-            raise UserError(f"{origin}: message {index} has the content {message.get('content')!r:.60}, expected text")
-        if not isinstance(message.get("reasoning_content", ""), str | None):
-            raise UserError(f'{origin}: message {index}: "reasoning_content" must be text')
-        if not isinstance(message.get("tool_calls") or [], list):
-            raise UserError(f'{origin}: message {index}: "tool_calls" must be a list')
+        _check_message(message, index, origin)
+        if fault := _fault_of_place(message, index, value[index - 1] if index else None):
+            raise UserError(
+                f"{origin}: message {index} {fault}; correct it (recipes/prepare_data.py leaves such rows out, counted)"
+            )
     return value
+
+
+def _fault_of_place(message: dict[str, Any], index: int, before: dict[str, Any] | None) -> str | None:
+    """What no chat is like, though a template may render it."""
+    role = message["role"]
+    if role == "system" and index:
+        return "is the system's, expected first"
+    if role == "assistant" and before and before["role"] == "assistant":
+        return "is a second answer in a row, expected the user's or a tool's before it"
+    says = message.get("content") or message.get("reasoning_content") or message.get("tool_calls")
+    if role in ("user", "assistant") and not (says.strip() if isinstance(says, str) else says):
+        return f"of the {role} is empty, expected text"
+    return None
+
+
+def _check_message(message: Any, index: int, origin: str) -> None:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise UserError(f"{origin}: message {index} is {message!r:.60}, expected a role among {', '.join(ROLES)}")
+    if not isinstance(message.get("content"), str) and not (
+        message.get("content") is None and message["role"] == "assistant" and message.get("tool_calls")
+    ):
+        raise UserError(f"{origin}: message {index} has the content {message.get('content')!r:.60}, expected text")
+    if not isinstance(message.get("reasoning_content", ""), str | None):
+        raise UserError(f'{origin}: message {index}: "reasoning_content" must be text')
+    if not isinstance(message.get("tool_calls") or [], list):
+        raise UserError(f'{origin}: message {index}: "tool_calls" must be a list')
 
 
 def _tools(value: Any, origin: str) -> list[dict[str, Any]] | None:

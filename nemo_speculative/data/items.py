@@ -14,6 +14,8 @@ from nemo_speculative.errors import UserError
 from nemo_speculative.progress import Progress
 
 Item = Conversation | TokenRow
+SIDE = "side in training:"
+"""What decides a side of a training's split is drawn anew: a prepared file holds one side of an earlier split."""
 
 
 class Items(Sequence[Item]):
@@ -38,13 +40,23 @@ class Items(Sequence[Item]):
 
     def share(self, index: int) -> float:
         """A number in [0, 1) that depends on the item's id alone, so that a split survives added rows."""
-        return share_of(self[index].id)
+        return share_of(self[index].id, SIDE)
+
+    def in_order(self) -> "Items":
+        """The same items as they lie in what they were chosen from."""
+        return self
 
 
 class Chosen(Items):
     """Those of ``items`` that ``indices`` names, in that order."""
 
+    _items: Items
+    _indices: array
+
     def __init__(self, items: Items, indices: array):
+        if isinstance(items, Chosen):
+            theirs = items._indices
+            items, indices = items._items, array("q", (theirs[index] for index in indices))
         self._items, self._indices = items, indices
         self.fingerprint = _digest(items.fingerprint.encode(), indices.tobytes())
 
@@ -53,6 +65,9 @@ class Chosen(Items):
 
     def _item(self, index: int) -> Item:
         return self._items[self._indices[index]]
+
+    def in_order(self) -> Items:
+        return Chosen(self._items, array("q", sorted(self._indices)))
 
     def share(self, index: int) -> float:
         return self._items.share(self._indices[index])
@@ -118,7 +133,7 @@ class JsonLines(Items):
     def _add(self, line: bytes, start: int, number: int) -> None:
         items = parse_line(line, f"{self.path}:{number}", str(number))
         # Of the line's own id: what one conversation became lies on one side of a split.
-        share = share_of(items[0].id.removesuffix("#0") if len(items) > 1 else items[0].id)
+        share = share_of(items[0].id.removesuffix("#0") if len(items) > 1 else items[0].id, SIDE)
         for part in range(len(items)):
             self._starts.append(start)
             self._bytes.append(len(line))
@@ -173,9 +188,9 @@ def shuffled(items: Items, seed: int) -> Items:
     return Chosen(items, order)
 
 
-def share_of(identity: str) -> float:
-    """In [0, 1), evenly over ids."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big") / 2**32
+def share_of(identity: str, drawn_for: str = "") -> float:
+    """In [0, 1), evenly over ids, and independent for what is ``drawn_for`` another purpose."""
+    return int.from_bytes(hashlib.sha256((drawn_for + identity).encode()).digest()[:4], "big") / 2**32
 
 
 def _digest(*pieces: bytes) -> str:

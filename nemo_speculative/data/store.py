@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
@@ -22,10 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_speculative.config.schema import DataConfig
+from nemo_speculative.data.chat import tokenizer_digest
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.documents import Documents, row_digest, to_documents
 from nemo_speculative.data.items import Items
 from nemo_speculative.errors import UserError
+from nemo_speculative.locks import exclusive
 from nemo_speculative.progress import Progress
 
 VERSION = 1
@@ -57,14 +61,6 @@ class Tokenizing:
         """Equal where the rows are."""
         made_by = [VERSION, tokenizer_digest(self.tokenizer), sorted(self.stop_ids), self.max_length, self.vocab_size]
         return hashlib.sha256(json.dumps([items.fingerprint, *made_by]).encode()).hexdigest()[:16]
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Of all that decides how a conversation becomes ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    described = [type(tokenizer).__name__, str(tokenizer.chat_template), sorted(tokenizer.get_added_vocab().items())]
-    return hashlib.sha256((said + json.dumps(described)).encode()).hexdigest()[:16]
 
 
 class StoredRows(Sequence[TokenRow]):
@@ -102,14 +98,18 @@ class StoredRows(Sequence[TokenRow]):
 
 
 def stored_documents(items: Items, how: Tokenizing, config: DataConfig, title: str) -> Documents:
-    """``items`` as documents; taken from the cache of ``config`` where they were made before, of the same content.
+    """``items`` as documents, in the order of the file that they were chosen from.
+
+    Taken from the cache of ``config`` where they were made before, of the same content.
 
     Raises:
-        UserError: an item cannot be tokenised, or a process that did was killed.
+        UserError: an item cannot be tokenised, a process that did was killed, or there is no room for what it made.
     """
+    items = items.in_order()
     directory = Path(config.cache_dir) / "tokens" / how.key(items)
-    if not _is_whole(directory):
-        _make(items, how, directory, config.workers, title)
+    with exclusive(directory, "data.cache_dir", wait=True):
+        if not _is_whole(directory):
+            _make(items, how, directory, config.workers, title)
     return _open(directory, how.vocab_size)
 
 
@@ -137,14 +137,17 @@ def _open(directory: Path, vocab_size: int) -> Documents:
 
 
 def _make(items: Items, how: Tokenizing, directory: Path, workers: int | None, title: str) -> None:
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    partial = directory / "partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+    partial.mkdir()
     try:
         _write(partial, _chunks(items, how, workers, title), how.vocab_size)
-        if directory.exists():  # damaged, or another process was faster with the same
-            shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            partial.rename(directory)
+        for name in (ROWS, COUNTS, META):  # the last one tells that the others are whole
+            os.replace(partial / name, directory / name)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {directory} cannot be written ({error}); make room there, or name another directory"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -214,7 +217,8 @@ def _elsewhere(items: Items, how: Tokenizing, places: list[tuple[int, int]], cou
         left, asked = iter(places), list[Future[_Chunk]]()
         try:
             while True:
-                asked += [pool.submit(_work, *place) for place in islice(left, 2 * count - len(asked))]
+                with _no_interrupts():
+                    asked += [pool.submit(_work, *place) for place in islice(left, 2 * count - len(asked))]
                 if not asked:
                     return
                 yield asked.pop(0).result()
@@ -226,14 +230,24 @@ def _elsewhere(items: Items, how: Tokenizing, places: list[tuple[int, int]], cou
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Processes that are started here take no notice of Ctrl-C: the one that writes ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 _given: tuple[Items, Tokenizing]
 
 
 def _begin(items: Items, how: Tokenizing) -> None:
     global _given
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that writes ends them
     torch.set_num_threads(1)
     _given = items, how
 

@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from hydra.utils import get_class
 
 from nemo_speculative import __version__
 from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.data.chat import rules_digest
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.errors import UserError
 from nemo_speculative.features.codecs import CODECS, Codec, Layout
@@ -63,7 +63,7 @@ class Manifest:
             dtype=identity.dtype,
             hidden_size=target.config.hidden_size,
             aux_layers=identity.aux_layers,
-            tokenizer=tokenizer_hash(target.tokenizer),
+            tokenizer=rules_digest(target.tokenizer),
             chat_template=_hash(target.tokenizer.chat_template or ""),
             mask_convention=convention.value,
             last_hidden="attended" if draft_class.READS_LAST_HIDDEN else "supervised",
@@ -128,14 +128,6 @@ class Manifest:
             kind: sum(dtype.itemsize * width for dtype, width in layout.values())
             for kind, layout in self.layouts.items()
         }
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Of its vocabulary, merges and rules; not of its padding and truncation, which calls change."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(fast.to_str()) if fast else {"vocabulary": tokenizer.get_vocab()}
-    kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
-    return _hash(json.dumps(kept, sort_keys=True))
 
 
 def _hash(text: str) -> str:

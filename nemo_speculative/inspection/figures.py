@@ -42,6 +42,7 @@ def figures(survey: Survey, split: Split, row_tokens: int, seed: int) -> dict[st
         "supervised_share": share(whole.supervised, whole.tokens),
         "coverage_histogram": [whole.coverage[bin] for bin in range(max(whole.coverage, default=-1) + 1)],
         "lengths": lengths(whole),
+        "silent_answers": whole.silent,
         "turns": dict(sorted(whole.turns.items())),
         "roles": dict(whole.roles.most_common()),
         "max_length": survey.max_length,

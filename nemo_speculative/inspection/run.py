@@ -74,6 +74,11 @@ def _notes(job: InspectJob, survey: Survey) -> list[str]:
             f"a training refuses {survey.refused.count} conversations, and ends at the first: "
             f"{survey.refused.examples[0]}"
         )
+    if silent := survey.total().silent:
+        notes.append(
+            f"{silent} answers are trained on as their end alone: the chat template renders nothing of them, as some "
+            "do with calls of tools; such a template cannot serve them either"
+        )
     if job.data.answers is Answers.target:
         notes.append("data.answers=target: these are the answers of the data; a training has the target write its own")
     if not survey.tallies:
@@ -85,5 +90,9 @@ def _notes(job: InspectJob, survey: Survey) -> list[str]:
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
     unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None

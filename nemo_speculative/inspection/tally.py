@@ -24,7 +24,8 @@ class Tally:
     def __init__(self, vocab_size: int, max_length: int):
         self.max_length = max_length
         self.limits = np.array(sorted({*LIMITS, max_length}))
-        self.tokens = self.supervised = 0
+        self.tokens = self.supervised = self.silent = 0
+        """``silent``: answers of one token, their end: of what the message holds the template renders nothing."""
         self.turns: Counter[int] = Counter()
         """Rows by their number of answers."""
         self.roles: Counter[str] = Counter()
@@ -51,6 +52,7 @@ class Tally:
         spoken = Counter(roles or ())
         self.tokens += length
         self.supervised += len(places)
+        self.silent += int((span_lengths(mask) == 1).sum())
         self.turns[spoken["assistant"] if roles is not None else num_spans(mask)] += 1
         self.roles.update(spoken)
         self.coverage[min(COVERAGE_BINS * len(places) // length, COVERAGE_BINS - 1)] += 1
@@ -70,6 +72,7 @@ class Tally:
         """Adds what ``other``, of the same target and length, has counted."""
         self.tokens += other.tokens
         self.supervised += other.supervised
+        self.silent += other.silent
         for name in ("turns", "roles", "coverage"):
             getattr(self, name).update(getattr(other, name))
         for name in ("lengths", "documents"):
@@ -84,4 +87,10 @@ class Tally:
 
 def num_spans(mask: np.ndarray) -> int:
     """Runs of true in bool [L]."""
-    return int(mask[0]) + int((mask[1:] & ~mask[:-1]).sum())
+    return len(span_lengths(mask))
+
+
+def span_lengths(mask: np.ndarray) -> np.ndarray:
+    """int64 [spans]: how long each run of true in bool [L] is."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return edges[1::2] - edges[::2]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_speculative.data.chat import prompt_ids, template_of, tokenize
+from nemo_speculative.data.chat import prompt_ids, rules_digest, template_of, tokenize, tokenizer_digest
 from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, TEMPLATE, make_tokenizer
@@ -174,3 +174,13 @@ def test_tools_reach_the_template(template):
     assert row.input_ids == added + without.input_ids and row.source == "calls"
     assert row.loss_mask == [False] * len(added) + without.loss_mask
     assert prompt_ids(tokenizer, messages[:1], "here", [{"name": "fox"}])[: len(added)] == added
+
+
+def test_the_digest_tells_tokenizers_apart_and_not_what_calls_leave_behind():
+    tokenizer, other, grown = make_tokenizer(), make_tokenizer(PREFIX_TEMPLATE), make_tokenizer()
+    grown.add_tokens(["zebra"])
+    before = tokenizer_digest(tokenizer)
+    tokenizer(["a", "much longer"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(tokenizer) == tokenizer_digest(make_tokenizer()) == before
+    assert len({before, tokenizer_digest(other), tokenizer_digest(grown)}) == 3
+    assert rules_digest(other) == rules_digest(tokenizer) != rules_digest(grown)

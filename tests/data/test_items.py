@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from nemo_speculative.data.conversations import TokenRow, read_jsonl
-from nemo_speculative.data.items import JsonLines, Listed, share_of, shuffled, split_by_share
+from nemo_speculative.data.items import SIDE, JsonLines, Listed, share_of, shuffled, split_by_share
 from nemo_speculative.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_what_one_conversation_became_lies_on_one_side(tmp_path):
     training, held_out = split_by_share(items, 0.2)
     sides = [{row.id.split("#")[0] for row in side} for side in (training, held_out)]
     assert not sides[0] & sides[1]
-    assert sides[1] == {f"c{n}" for n in range(300) if share_of(f"c{n}") < 0.2}
+    assert sides[1] == {f"c{n}" for n in range(300) if share_of(f"c{n}", SIDE) < 0.2}
     assert len(training) + len(held_out) == len(items)
 
 

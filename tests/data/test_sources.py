@@ -29,8 +29,8 @@ def ids(rows) -> list[str]:
 
 
 def naive_share(identity: str) -> float:
-    """The first 32 bits of the id's SHA-256, read as a fraction."""
-    return int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) / 2**32
+    """The first 32 bits of a SHA-256 of the id, read as a fraction."""
+    return int(hashlib.sha256(f"side in training:{identity}".encode()).hexdigest()[:8], 16) / 2**32
 
 
 @pytest.fixture

@@ -1,9 +1,12 @@
 """Tokenised rows on disk, beside the same made in memory."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import store
 from nemo_speculative.data.conversations import Conversation, TokenRow
-from nemo_speculative.data.items import JsonLines, Listed
+from nemo_speculative.data.items import JsonLines, Listed, shuffled
 from nemo_speculative.data.packing import pack
 from nemo_speculative.data.store import Tokenizing, stored_documents
 from nemo_speculative.errors import UserError
@@ -131,13 +134,18 @@ def test_nothing_at_all(how, config):
     assert empty.report() == "0 conversations, 0 tokens, 0% supervised"
 
 
+def left_in(items):
+    """The files of the cache, but for those that say who writes."""
+    return [file for file in (items.path.parent / "cache/tokens").glob("*/*") if file.name != ".lock"]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_refused_leaves_nothing(items, how, config, monkeypatch, workers):
     monkeypatch.setattr(store, "ITEMS_FOR_WORKERS", 1)
     silent = Listed([*items, Conversation("x", [{"role": "user", "content": "q"}], "somewhere:7")])
     with pytest.raises(UserError, match="somewhere:7: the conversation has no assistant turn"):
         stored_documents(silent, how, dataclasses.replace(config, workers=workers), "t")
-    assert not list((items.path.parent / "cache/tokens").iterdir())
+    assert left_in(items) == []
 
 
 class KilledAt(Listed):
@@ -154,4 +162,35 @@ def test_a_process_that_is_killed_is_one_line(items, how, config, monkeypatch):
     monkeypatch.setattr(store, "CHUNK", 8)
     with pytest.raises(UserError, match=r"data\.workers: a process that tokenised was killed"):
         stored_documents(KilledAt(list(items)), how, dataclasses.replace(config, workers=2), "t")
-    assert not list((items.path.parent / "cache/tokens").iterdir())
+    assert left_in(items) == []
+
+
+def test_the_order_asked_for_is_none_of_its_content(items, how, config):
+    one, two = (stored_documents(shuffled(items, seed), how, config, "t") for seed in (0, 1))
+    assert one.fingerprint == two.fingerprint == how(list(items)).fingerprint
+    assert len(list((items.path.parent / "cache/tokens").iterdir())) == 1
+    some = stored_documents(shuffled(items, 0)[:9], how, config, "t")
+    assert [row.id for row in some.rows] == [
+        row.id for row in how(sorted(shuffled(items, 0)[:9], key=list(items).index)).rows
+    ]
+
+
+def test_processes_that_want_the_same_at_once_make_it_once(items, how, config, monkeypatch):
+    made = []
+    make = store._make
+    monkeypatch.setattr(store, "_make", lambda *given: (made.append(1), time.sleep(0.2), make(*given))[-1])
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: stored_documents(items, how, config, "t").fingerprint, range(4)))
+    assert made == [1] and set(found) == {how(list(items)).fingerprint}
+
+
+def test_a_full_disk_names_the_place_and_leaves_nothing(items, how, config, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*cache/tokens/\w+ cannot be written \(.*No space left"):
+        stored_documents(items, how, config, "t")
+    assert left_in(items) == []
+    monkeypatch.undo()
+    assert_equal(stored_documents(items, how, config, "t"), how(list(items)))

@@ -70,6 +70,14 @@ def test_what_a_training_would_refuse_is_said(settings, data):
     assert "silent is not shown: a training makes no row of it" in said
 
 
+def test_answers_of_which_the_template_renders_nothing_are_counted(settings, data, tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with data.open("a") as file:
+        file.write(json.dumps({"id": "called", "conversations": messages}) + "\n")
+    assert "1 answers are trained on as their end alone" in inspect(job_of(*settings))
+
+
 def test_the_embedded_target_need_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in (tiny, sources):  # the real one takes seconds

@@ -29,6 +29,7 @@ def test_every_count_is_the_naive_one():
     assert tally.tokens == sum(len(r.input_ids) for r in rows)
     assert tally.supervised == sum(sum(r.loss_mask) for r in rows)
     assert tally.turns == Counter(naive_spans(r.loss_mask) for r in rows)
+    assert tally.silent == sum("".join("x" if m else " " for m in r.loss_mask).split().count("x") for r in rows) > 0
     assert list(tally.lengths) == [len(r.input_ids) for r in rows]
     shares = [sum(r.loss_mask) / len(r.loss_mask) for r in rows]
     naive = np.histogram(shares, np.arange(COVERAGE_BINS + 1) / COVERAGE_BINS)[0].tolist()
