@@ -12,6 +12,9 @@ from nemo_speculative.generation.reasoning import Reasoning
 
 Message = dict[str, Any]
 ASKING = ("user", "tool")
+SAYING = ("content", "reasoning_content", "tool_calls")
+PROMPT_END = 64
+"""Tokens of a prompt that hold the tag which opens its answer's reasoning, if it ends with one."""
 SEED_BITS = 31
 """What every server takes."""
 
@@ -129,20 +132,27 @@ class Dialogue:
         return Request(prompt, min(limits.max_new_tokens, room), _seed(seed, self.item.id, turn), messages, tools)
 
     def add(self, turn: int, request: Request, completion: Completion) -> None:
-        """Takes over the answer to ``request``."""
+        """Takes over the answer to ``request``.
+
+        Raises:
+            Unanswerable: it was cut before it said anything.
+        """
         self.finish.append("stop" if completion.stopped else "length")
         if isinstance(self.item, Conversation):
-            self.messages += [*self._questions[turn], self._said(completion)]
+            self.messages += [*self._questions[turn], self._said(request, completion)]
         if completion.ids is not None:
             self._add_row(request.prompt, completion.ids)
 
-    def _said(self, completion: Completion) -> Message:
+    def _said(self, request: Request, completion: Completion) -> Message:
         message = completion.message
         if message is None:
             # What a client of a server reads, and sends back with the next question.
             text = self.tokenizer.decode(completion.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             message = {"role": "assistant", "content": text}
-        return self.reasoning.applied(message)
+        kept = self.reasoning.applied(message, self.tokenizer.decode(request.prompt[-PROMPT_END:]))
+        if completion.ids is None and not any(kept.get(key) for key in SAYING):
+            raise Unanswerable(self.item.origin, "an answer was cut before it said anything")
+        return kept
 
     def _add_row(self, prompt: list[int], answer: list[int]) -> None:
         last = self._rows[-1] if self._rows else None

@@ -11,7 +11,7 @@ from nemo_speculative.errors import UserError, report
 from nemo_speculative.generation.dialogue import Completion, Request
 from nemo_speculative.generation.engine import Engine, Failed
 from nemo_speculative.generation.protocols import Protocol
-from nemo_speculative.generation.servers import Broken, Down, Server
+from nemo_speculative.generation.servers import Broken, Busy, Down, NoAnswer, Server
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.targets.tiny import prepare_tiny
 
@@ -42,25 +42,34 @@ class EndpointEngine(Engine):
             await server.close()
 
     async def identity(self) -> dict[str, Any]:
+        until = time.monotonic() + self.settings.patience
         found = await asyncio.gather(*map(self._found, self.servers))
-        if self._stated is None:
-            raise UserError(f"engine.urls: no server can be asked ({found[0]}); is one running there?")
+        while self._stated is None:
+            busy = [s for s, trouble in zip(self.servers, found, strict=True) if isinstance(trouble, Busy)]
+            if not busy or time.monotonic() > until:
+                raise UserError(
+                    f"engine.urls: no server can be asked ({self.servers[0].url}: {found[0]}); is one running there?"
+                )
+            await asyncio.sleep(POLL_SECONDS)
+            for server in (one for one in busy if one.takes(1)):
+                found[self.servers.index(server)] = await self._found(server)
         self.context = min([self.context, *(server.context for server in self.servers if server.context)])
         return {"engine": "endpoint", **self._stated}
 
-    async def _found(self, server: Server) -> str | None:
+    async def _found(self, server: Server) -> Down | None:
         """What keeps it from being asked, at the start."""
         try:
             await self._identified(server)
-        except (Down, Broken) as error:
+        except Down as error:
             server.failed()
             report(f"{server.url}: cannot be asked yet ({error})")
-            return f"{server.url}: {error}"
+            return error
+        server.succeeded()
         return None
 
     async def _identified(self, server: Server) -> None:
         protocol = await server.identify()
-        stated = _stated(protocol)
+        stated = _stated(server, protocol)
         if self._stated is None:
             self._stated = stated
         if stated != self._stated:
@@ -81,18 +90,21 @@ class EndpointEngine(Engine):
                 completion = await server.ask(request)
             except Down as error:
                 self._trouble(server, error)
-            except Broken as error:
-                self._trouble(server, error)
+            except (Broken, NoAnswer) as error:
+                self._well(server) if isinstance(error, NoAnswer) else self._trouble(server, error)
                 tried += 1
                 if tried >= self.settings.attempts:
                     raise Failed(str(error), server.url, tried) from None
             else:
-                server.succeeded()
-                self._dark_since = None
+                self._well(server)
                 return completion
             finally:
                 server.outstanding -= 1
             avoided = server
+
+    def _well(self, server: Server) -> None:
+        server.succeeded()
+        self._dark_since = None
 
     def _trouble(self, server: Server, error: Exception) -> None:
         server.failed()
@@ -120,12 +132,14 @@ class EndpointEngine(Engine):
             await asyncio.sleep(POLL_SECONDS)
 
 
-def _stated(protocol: Protocol) -> dict[str, Any]:
-    return {"protocol": protocol.NAME, "target": protocol.model}
+def _stated(server: Server, protocol: Protocol) -> dict[str, Any]:
+    stated = {"protocol": protocol.NAME, "target": protocol.model}
+    return stated | ({"model_path": server.model_path} if server.model_path else {})
 
 
 def _said(stated: dict[str, Any]) -> str:
-    return f"{stated['target']} ({stated['protocol']})"
+    loaded = f", loaded from {stated['model_path']}" if "model_path" in stated else ""
+    return f"{stated['target']} ({stated['protocol']}{loaded})"
 
 
 def _described(model: ModelConfig) -> Path:

@@ -1,10 +1,10 @@
 """Who answers: one protocol for the target in this process and for servers."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from nemo_speculative.data.store import tokenizer_digest
 from nemo_speculative.errors import UserError
 from nemo_speculative.generation.dialogue import Completion, Request
 from nemo_speculative.targets.describe import stop_ids_of
@@ -28,7 +28,7 @@ class Failed(UserError):
 class Engine(ABC):
     """Answers of the target in ``directory``, of which it reads the tokenizer and the configuration at once.
 
-    An async context: what it holds open is closed at its end.
+    Whoever makes one calls :meth:`prepare` before the first request, and :meth:`close` at the end.
 
     Raises:
         UserError: the directory holds no usable tokenizer or configuration.
@@ -65,16 +65,12 @@ class Engine(ABC):
             UserError: nor will there be any to other requests.
         """
 
-    async def __aenter__(self) -> "Engine":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+    def prepare(self) -> None:  # noqa: B027
+        """Gets ready to answer, however long it takes; by default there is nothing to do."""
 
     async def close(self) -> None:  # noqa: B027
         """Gives back what it holds open; by default nothing."""
 
     def rendering(self) -> dict[str, Any]:
         """What prompts and ends of answers depend on."""
-        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
-        return {"chat_template": template, "stop_ids": sorted(self.stop_ids)}
+        return {"tokenizer": tokenizer_digest(self.tokenizer), "stop_ids": sorted(self.stop_ids)}

@@ -1,6 +1,5 @@
 """The target answers in this process, through transformers."""
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from nemo_speculative.targets.hf import HFTarget
 
 
 class HFEngine(Engine):
-    """See :class:`Engine`.  The weights are loaded for the first request: a run that is done needs none."""
+    """See :class:`Engine`.  The weights are loaded by :meth:`prepare`: a run that is done needs none."""
 
     def __init__(self, config: HFEngineConfig, model: ModelConfig, sampling: Sampling):
         super().__init__(get_method(model._target_)(model), model.trust_remote_code)
         self.settings, self.dtype, self.sampling = config, model.dtype.value, sampling
+        self._decoder: Decoder | None = None
 
     @property
     def concurrency(self) -> int:
@@ -31,10 +31,10 @@ class HFEngine(Engine):
         return {"engine": "hf", "target": target_fingerprint(self.directory), "dtype": self.dtype}
 
     async def complete(self, request: Request) -> Completion:
+        assert self._decoder is not None
         return await self._decoder.complete(request)
 
-    @cached_property
-    def _decoder(self) -> Decoder:
+    def prepare(self) -> None:
         target = HFTarget(
             self.directory,
             aux_layers=[],
@@ -43,4 +43,4 @@ class HFEngine(Engine):
             device=choose_device(self.settings.device, "engine.device"),
             trust_remote_code=self.trust_remote_code,
         )
-        return Decoder(target, self.settings.batch_size, self.sampling)
+        self._decoder = Decoder(target, self.settings.batch_size, self.sampling)

@@ -2,12 +2,15 @@
 
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nemo_speculative.errors import UserError
 from nemo_speculative.generation.journal import Journal, entries, put_in_order
@@ -31,6 +34,8 @@ class Outcome:
     """Answers by how they ended, see :class:`nemo_speculative.generation.dialogue.Dialogue`."""
     inexact: int = 0
     """Conversations whose ids are not known."""
+    namesakes: int = 0
+    """Lines with the id of an earlier one."""
 
     def check(self) -> None:
         """
@@ -154,16 +159,20 @@ def concluded(directory: Path, asked: int) -> Outcome:
     put_in_order(directory / ANSWERS)
     left_before = {entry.index for entry in entries(directory / LEFT_OUT)}
     answered_since: set[int] = set()
+    names = array("q")
     for entry in entries(directory / ANSWERS):
         if entry.index in left_before:
             answered_since.add(entry.index)
         record = json.loads(entry.line)
+        names.append(hash(record["id"]))
         outcome.answered += 1
         outcome.finishes.update(record["finish"])
         outcome.inexact += "rows" not in record and "input_ids" not in record
     put_in_order(directory / LEFT_OUT, dropped=answered_since)
     for entry in entries(directory / LEFT_OUT):
         left = json.loads(entry.line)
+        names.append(hash(left["id"]))
         (outcome.skipped if left["outcome"] == SKIPPED else outcome.failed)[left["reason"]] += 1
+    outcome.namesakes = len(names) - len(np.unique(names))
     outcome.check()
     return outcome

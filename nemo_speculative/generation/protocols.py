@@ -125,11 +125,13 @@ class Chat(Protocol):
         choice = reply["choices"][0]
         said = choice["message"]
         message = {key: said[key] for key in ("content", "reasoning_content", "tool_calls") if said.get(key)}
-        if not isinstance(said.get("content") or "", str) or not message.keys() & {"content", "tool_calls"}:
+        stopped = ENDS[choice["finish_reason"]]
+        silent = not message.keys() & {"content", "tool_calls"}  # at its limit, it had not come beyond the reasoning
+        if not isinstance(said.get("content") or "", str) or (silent and stopped):
             raise ValueError("an answer without content")
         message.setdefault("content", "" if "tool_calls" not in message else None)
         message = _with_arguments({"role": "assistant", **message}, json.loads, str)
-        return Completion(None, ENDS[choice["finish_reason"]], message)
+        return Completion(None, stopped, message)
 
 
 def _with_arguments(message: dict[str, Any], convert: Callable[[Any], Any], found: type) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """A range of questions, answered by an engine, each answer on disk as it comes."""
 
-import asyncio
-import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from nemo_speculative.data.chat import template_of
 from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.errors import UserError
+from nemo_speculative.generation import interrupts
 from nemo_speculative.generation.concurrency import in_parallel
 from nemo_speculative.generation.dialogue import Dialogue, Limits, Unanswerable, converse
 from nemo_speculative.generation.engine import Engine, Failed
@@ -33,21 +32,24 @@ def generate_data(job: GenerateJob) -> Outcome:
     Raises:
         UserError: the input is malformed, what is there was made otherwise, or nobody can answer.
     """
-    questions = Questions.of(job)
-    directory = Path(job.output) / questions.name
-    with exclusive(directory, "output"):
-        asyncio.run(_answer(job, questions, directory))
-        return concluded(directory, len(questions))
+    with interrupts.interruptible() as run:
+        questions = Questions.of(job)
+        directory = Path(job.output) / questions.name
+        with exclusive(directory, "output"):
+            _answer(job, questions, directory, run)
+            return concluded(directory, len(questions))
 
 
-async def _answer(job: GenerateJob, questions: Questions, directory: Path) -> None:
-    # Asked to end, it ends as after Ctrl-C, which cancels what is under way.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, signal.raise_signal, signal.SIGINT)
-    async with engine_of(job) as engine:
-        manifest = await _manifest(job, questions, engine)
+def _answer(job: GenerateJob, questions: Questions, directory: Path, run: interrupts.Run) -> None:
+    engine = engine_of(job)
+    try:
+        manifest = run(_manifest(job, questions, engine))
         with opened(directory, questions.start, questions.end, manifest) as part:
             if part.pending:
-                await Run.of(job, engine, part).all_of(questions)
+                engine.prepare()
+                run(Run.of(job, engine, part).all_of(questions))
+    finally:
+        run(engine.close())
 
 
 def engine_of(job: GenerateJob) -> Engine:

@@ -15,7 +15,8 @@ from nemo_speculative.serving.client import API_KEY, CONNECT_SECONDS, WRONG_TOKE
 
 OPENAI_API_KEY = "OPENAI_API_KEY"
 BUSY = (429, 503)
-NOT_FOR_GOOD = (408, 409, 425)
+NOT_FOR_GOOD = (408, 409, 425, 429)
+NOT_IMPLEMENTED = 501
 NOT_TAKEN = (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL)
 FIRST_REST, LONGEST_REST = 0.5, 30.0
 """Seconds for which a server that failed is left alone; doubled with each failure, half as much more or less."""
@@ -25,8 +26,16 @@ class Down(Exception):
     """Nobody there, or no time for this request: another server may, or this one later."""
 
 
+class Busy(Down):
+    """It is there, and has no time, or is in trouble."""
+
+
 class Broken(Exception):
     """The request was taken on, and no answer came of it."""
+
+
+class NoAnswer(Exception):
+    """What was answered is none, of a server that is well."""
 
 
 class Server:
@@ -50,6 +59,8 @@ class Server:
         self.outstanding, self.failures, self._rests_until = 0, 0, 0.0
         self.context: int | None = None
         """Tokens of its longest sequence, if it says so."""
+        self.model_path: str | None = None
+        """What its model was loaded from, if it says so: the name that it serves it by may be any."""
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -69,17 +80,25 @@ class Server:
     async def identify(self) -> Protocol:
         """Asks what it is.
 
+        What it cannot do it says by refusing it: trouble of any kind says nothing of what it is.
+
         Raises:
-            Down: it cannot be reached.
+            Down: it cannot be reached, or is in trouble.
             Unauthorized: it wants another token.
             UserError: it has not the model.
         """
+        try:
+            return await self._identified()
+        except Broken as error:
+            raise Busy(str(error)) from None
+
+    async def _identified(self) -> Protocol:
         models = await self._get("/v1/models") or {}
         native = await self._get("/model_info") or await self._get("/get_model_info")
-        is_sglang = isinstance(native, dict) and "model_path" in native
-        card = self._model(models, native["model_path"] if isinstance(native, dict) and is_sglang else None)
+        self.model_path = native.get("model_path") if isinstance(native, dict) else None
+        card = self._model(models, self.model_path)
         self.context = card.get("max_model_len")
-        if is_sglang:
+        if self.model_path is not None:
             return SGLangGenerate(card["id"], **self._options)
         for kind in (CompletionIds, CompletionLogprobs):
             protocol = kind(card["id"], **self._options)
@@ -108,8 +127,8 @@ class Server:
     async def _get(self, path: str) -> Any:
         """None: it has no such thing."""
         reply = await self._send("GET", path, None)
-        if reply.status_code in BUSY:
-            raise Down(f"HTTP {reply.status_code}")
+        if not reply.is_success and not _is_refusal(reply.status_code):
+            raise Busy(f"HTTP {reply.status_code}")
         try:
             return reply.json() if reply.is_success else None
         except ValueError:
@@ -121,7 +140,7 @@ class Server:
         probe = Request([first], 1, 0, [])
         try:
             await self._asked(protocol, probe)
-        except (Broken, Failed):
+        except (NoAnswer, Failed):
             return False
         return True
 
@@ -129,7 +148,8 @@ class Server:
         """
         Raises:
             Down: it is not there, or too busy.
-            Broken: the answer failed, or is none.
+            Broken: the answer failed.
+            NoAnswer: it is none.
             Failed: it refuses this request for good.
             Unauthorized: it wants another token.
         """
@@ -143,15 +163,15 @@ class Server:
             raise Failed(str(error)) from None
         reply = await self._send("POST", protocol.PATH, body)
         if reply.status_code in BUSY:
-            raise Down(f"HTTP {reply.status_code}")
-        if 400 <= reply.status_code < 500 and reply.status_code not in NOT_FOR_GOOD:
+            raise Busy(f"HTTP {reply.status_code}")
+        if _is_refusal(reply.status_code):
             raise Failed(f"refused with HTTP {reply.status_code}", f"{self.url}: {reply.text:.200}")
         if not reply.is_success:
             raise Broken(f"HTTP {reply.status_code}")
         try:
             return protocol.read(reply.json())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise Broken(f"what was answered is none ({named(error, 100)})") from None
+            raise NoAnswer(f"what was answered is none ({named(error, 100)})") from None
 
     async def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         try:
@@ -165,3 +185,8 @@ class Server:
                 f"{API_KEY} or {OPENAI_API_KEY}"
             )
         return reply
+
+
+def _is_refusal(status: int) -> bool:
+    """Whether the same request will be refused again."""
+    return (400 <= status < 500 and status not in NOT_FOR_GOOD) or status == NOT_IMPLEMENTED

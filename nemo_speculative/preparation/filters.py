@@ -26,17 +26,17 @@ def check(item: dict[str, Any], filters: FilterConfig, keep_unanswered: bool) ->
     Raises:
         LeftOut: it is not to be trained on.
     """
-    if "input_ids" in item:
-        _check_tokens(item, filters)
-    else:
+    if "input_ids" in item or "rows" in item:
+        _check_tokens(item.get("rows", [item]), filters)
+    if "conversations" in item:
         _check_order(item["conversations"])
         _check_contents(item["conversations"], keep_unanswered)
         _check_text("\n".join(_texts(item["conversations"])), filters)
 
 
-def _check_tokens(item: dict[str, Any], filters: FilterConfig) -> None:
-    length = len(item["input_ids"])
-    if not any(item["loss_mask"]):
+def _check_tokens(rows: list[dict[str, Any]], filters: FilterConfig) -> None:
+    length = max(len(row["input_ids"]) for row in rows)
+    if not any(any(row["loss_mask"]) for row in rows):
         raise LeftOut(reasons.NOTHING_SUPERVISED, f"{length} tokens")
     if filters.max_tokens and length > filters.max_tokens:
         raise LeftOut(reasons.TOO_LONG, f"{length} tokens")

@@ -11,7 +11,8 @@ from nemo_speculative.preparation.tools import read_calls, read_tools
 
 Record = dict[str, Any]
 Item = dict[str, Any]
-"""``conversations`` and maybe ``tools``; or ``input_ids`` and ``loss_mask``; or ``text``."""
+"""``conversations`` and maybe ``tools``, or ``rows`` of ids as a target generated them; or ``input_ids`` and
+``loss_mask``; or ``text``."""
 
 CHAT = ("messages", "conversations", "conversation")
 QUESTION = ("instruction", "question", "prompt", "query", "problem", "input")
@@ -56,7 +57,16 @@ def _chat_key(record: Record) -> str | None:
 def _read_chat(record: Record) -> Item:
     key = _chat_key(record)
     assert key is not None
-    return _conversation(record, read_messages(record[key]))
+    return _conversation(record, read_messages(record[key])) | _generated(record)
+
+
+def _generated(record: Record) -> Item:
+    """What recipes/generate_data.py put beside the messages: to tokenise these anew would give other ids."""
+    rows = record.get("rows")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "input_ids" in row for row in rows):
+        return {}  # somebody else's rows
+    source = {"source": str(record["source"])} if record.get("source") else {}
+    return {"rows": [_read_ids(row) for row in rows]} | source
 
 
 def _read_calls(record: Record) -> Item:
@@ -67,8 +77,11 @@ def _read_calls(record: Record) -> Item:
 def _read_pair(record: Record) -> Item:
     key = _first(record, QUESTION) or ""
     asked, answer = record[key], _first(record, ANSWER)
-    if isinstance(asked, str) and key == "instruction" and record.get("input"):
-        asked = f"{asked}\n\n{record['input']}"
+    more = record.get("input") if key != "input" else None
+    if more and is_messages(asked):
+        raise LeftOut(reasons.UNKNOWN_SHAPE, f"input beside a {key} of messages")
+    if more:
+        asked = "\n\n".join(_said("user", text)["content"] for text in (asked, more))
     messages = read_messages(asked) if is_messages(asked) else [*_history(record), _said("user", asked)]
     return _conversation(record, messages + (_answered(record[answer]) if answer else []))
 
@@ -101,8 +114,8 @@ def _conversation(record: Record, messages: list[Message]) -> Item:
 
 
 def _read_ids(record: Record) -> Item:
-    key = _first(record, MASK) or ""
-    ids, mask = record["input_ids"], record[key]
+    key = _first(record, MASK) or MASK[0]
+    ids, mask = record["input_ids"], record.get(key)
     if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
         raise LeftOut(reasons.BAD_IDS, f"input_ids {ids!r:.60}")
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(isinstance(m, int | bool) for m in mask):

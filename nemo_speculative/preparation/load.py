@@ -1,5 +1,6 @@
 """A dataset of conf/data as a training reads it: prepared, by itself if need be."""
 
+import json
 from dataclasses import replace
 
 from nemo_speculative.config.schema import DatasetConfig, MixDataConfig, PrepareJob
@@ -7,7 +8,7 @@ from nemo_speculative.data.sources import Split, load_jsonl
 from nemo_speculative.errors import UserError
 from nemo_speculative.preparation.output import finished, prepared_from
 from nemo_speculative.preparation.run import prepare
-from nemo_speculative.preparation.streams import described, streams_of
+from nemo_speculative.preparation.sources import asked_for, sources_of
 from nemo_speculative.preparation.table import table
 
 
@@ -23,12 +24,24 @@ def load_prepared(config: DatasetConfig | MixDataConfig, seed: int) -> Split:
         prepared = prepare(job, wait=True)
         if not prepared.up_to_date:
             print(f"{job.directory}: prepared\n{table(prepared.counts)}", flush=True)
-    elif config.path and described(streams_of(job)) != prepared_from(job.directory):
-        # Not made anew here: it may have been prepared with other options than the defaults.
-        raise UserError(
-            f"data.path: {config.path} is not what {job.directory} was prepared from; "
-            "run recipes/prepare_data.py again, or name another data.prepared"
-        )
+    else:
+        _check_same(job)
     train, held_out = job.directory / "train.jsonl", job.directory / "held_out.jsonl"
     given = str(held_out) if held_out.stat().st_size else None
     return load_jsonl(replace(config, path=str(train), held_out_path=given), seed)
+
+
+def _check_same(job: PrepareJob) -> None:
+    """Not made anew here: it may have been prepared with other options than the defaults.
+
+    Raises:
+        UserError: what is prepared is of another dataset.
+    """
+    before = prepared_from(job.directory)
+    for key, value in asked_for(sources_of(job), job.data.held_out_share).items():
+        if key not in before or before[key] != value:
+            was = json.dumps(before[key]) if key in before else "no such key"
+            raise UserError(
+                f"{key}: {job.directory} was prepared with {was}, not {json.dumps(value)}; "
+                "run recipes/prepare_data.py again, or name another data.prepared"
+            )

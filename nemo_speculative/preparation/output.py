@@ -97,7 +97,7 @@ class Output:
         setattr(counts, side, getattr(counts, side) + 1)
         self._read(counts)
 
-    def leave_out(self, label: str, identity: str | None, origin: str, left_out: LeftOut) -> None:
+    def leave_out(self, label: str, identity: str, origin: str, left_out: LeftOut) -> None:
         row = {"id": identity, "source": label, "origin": origin, "reason": left_out.reason, "found": left_out.found}
         self._write(LEFT_OUT, row)
         counts = self.counts[label]
@@ -164,9 +164,9 @@ def finished(directory: Path, fingerprint: str | None = None) -> dict[str, Count
     return {label: Counts(**counts) for label, counts in manifest["counts"].items()}
 
 
-def prepared_from(directory: Path) -> list[dict[str, Any]]:
-    """The inputs of the whole preparation in ``directory``, by their content."""
-    return _json(directory / "manifest.json")["inputs"]
+def prepared_from(directory: Path) -> dict[str, Any]:
+    """What the whole preparation in ``directory`` was asked for, by the keys of the configuration."""
+    return _json(directory / "manifest.json").get("asked", {})
 
 
 def _json(file: Path) -> dict[str, Any]:

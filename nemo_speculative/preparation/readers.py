@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ class JsonFile:
             try:
                 start = stream.peek(CHUNK_CHARACTERS).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
                 yield from self._measured(self._elements(stream) if start == b"[" else self._lines(stream), file)
-            except (gzip.BadGzipFile, EOFError) as error:
+            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise UserError(f"{self.path}: cannot be unzipped ({named(error, 100)}); fetch it anew") from None
 
     @staticmethod
@@ -231,6 +232,8 @@ class JsonFile:
                 f"{self.path}: not JSON at line {array.lines_before + error.lineno} ({error.msg}, element {number}); "
                 "an array cannot be read on behind that: mend it, or make it one object a line"
             ) from None
+        except RecursionError:
+            raise UserError(f"{self.path}: element {number} is nested too deeply; take it out") from None
 
 
 def _parsed(line: bytes) -> Any:
@@ -258,7 +261,7 @@ class _Array:
         """The next element, or ``_END``.
 
         Raises:
-            json.JSONDecodeError, UnicodeDecodeError
+            json.JSONDecodeError, UnicodeDecodeError, RecursionError
         """
         first, self.opened = not self.opened, True
         if first:

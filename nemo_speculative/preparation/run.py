@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,11 @@ from nemo_speculative.preparation.formatted import FormattedText
 from nemo_speculative.preparation.forms import Item
 from nemo_speculative.preparation.output import HELD_OUT, TRAIN, Counts, Output, finished, total
 from nemo_speculative.preparation.reasons import LeftOut
-from nemo_speculative.preparation.streams import Found, Stream, described, interleaved, streams_of
+from nemo_speculative.preparation.sources import asked_for, sources_of
+from nemo_speculative.preparation.streams import Found, Stream, fetched, interleaved, streams_of
 from nemo_speculative.progress import Progress
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same input would give other rows."""
 PROGRESS_BYTES = 1000
 
@@ -46,9 +50,10 @@ def prepare(job: PrepareJob, *, wait: bool = False) -> Prepared:
         UserError: a source cannot be had or read, or holds nothing to train on, the disk is full, or another process
             writes there.
     """
-    preparation = _Preparation(job)  # before the directory is made: what cannot be had leaves nothing behind
-    with exclusive(job.directory, "output", wait=wait):
-        prepared = preparation.run()
+    with _ended_as_by_ctrl_c():
+        preparation = _Preparation(job)  # before the directory is made: what cannot be had leaves nothing behind
+        with exclusive(job.directory, "output", wait=wait):
+            prepared = preparation.run()
     every = total(prepared.counts)
     if not every.taken:
         raise UserError(
@@ -58,17 +63,31 @@ def prepare(job: PrepareJob, *, wait: bool = False) -> Prepared:
     return prepared
 
 
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM closes the files, too, and is told in one line."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Preparation:
     def __init__(self, job: PrepareJob):
         self.job, self.directory = job, job.directory
-        self.streams = streams_of(job)
+        self.sources = sources_of(job)
+        self.streams = streams_of(self.sources, job.columns)
         self.text = FormattedText.of(job.tokenizer) if job.tokenizer else None
         self.seen = Digests()
 
     def run(self) -> Prepared:
-        inputs = described(self.streams)
-        options = self._options()
-        fingerprint = hashlib.sha256(json.dumps([inputs, options]).encode()).hexdigest()
+        described = {
+            "asked": asked_for(self.sources, self.job.data.held_out_share),
+            "fetched": fetched(self.streams),
+            "options": self._options(),
+        }
+        fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         if counts := finished(self.directory, fingerprint):
             return Prepared(self.directory, counts, up_to_date=True)
         with Output(self.directory, fingerprint, [s.label for s in self.streams]) as output:
@@ -77,7 +96,7 @@ class _Preparation:
             for row in output.kept():
                 self._remember(row, row["id"])
             self._write(output)
-            output.finish(inputs=inputs, options=options)
+            output.finish(**described)
         return Prepared(self.directory, output.counts)
 
     def _options(self) -> dict[str, Any]:
@@ -86,7 +105,7 @@ class _Preparation:
         return {
             "format": FORMAT, "columns": job.columns, "keep_unanswered": job.keep_unanswered,
             "deduplicate": job.deduplicate, "max_conversations": job.max_conversations, "filters": asdict(job.filters),
-            "held_out_share": job.data.held_out_share, "tokenizer": self.text.identity if self.text else None,
+            "tokenizer": self.text.identity if self.text else None, "labels": [s.label for s in self.streams],
         }  # fmt: skip
 
     def _write(self, output: Output) -> None:
@@ -114,11 +133,11 @@ class _Preparation:
             check(item, self.job.filters, self.job.keep_unanswered)
             identity = self._identity(item, stream, found.id)
         except LeftOut as left_out:
-            output.leave_out(stream.label, found.id, found.origin, left_out)
+            output.leave_out(stream.label, found.id or found.origin, found.origin, left_out)
             return
         share = self.job.data.held_out_share
         side = stream.side or (HELD_OUT if share_of(identity) < share else TRAIN)
-        output.keep(stream.label, side, {"id": identity, **item, "source": stream.source})
+        output.keep(stream.label, side, {"id": identity, **item, "source": item.get("source", stream.source)})
 
     def _item(self, found: Found) -> Item:
         if isinstance(found.item, LeftOut):
@@ -138,7 +157,7 @@ class _Preparation:
         if self.job.deduplicate and content in self.seen:
             raise LeftOut(reasons.DUPLICATE)
         mixed = isinstance(self.job.data, MixDataConfig)
-        name = f"{stream.source}/{own}" if own and mixed else own or f"{stream.source}/{content:016x}"
+        name = f"{stream.source}/{own}" if own and mixed else own or f"{content:016x}"
         # The last can only be needed where duplicates are kept.
         names = (name, f"{name}#{content:016x}", f"{name}#{len(self.seen)}")
         name = next(name for name in names if _name_key(name) not in self.seen)

@@ -4,17 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-
-from nemo_speculative.config.app import CONF, to_job
-from nemo_speculative.config.schema import DataConfig, DatasetConfig, MixDataConfig, PrepareJob, SourceConfig
 from nemo_speculative.errors import UserError
 from nemo_speculative.preparation.forms import Item, known, recognise
-from nemo_speculative.preparation.readers import Part, Row, hub_parts, local_parts, sha256
+from nemo_speculative.preparation.output import HELD_OUT, TRAIN
+from nemo_speculative.preparation.readers import Part, Row, sha256
 from nemo_speculative.preparation.reasons import UNKNOWN_SHAPE, UNREADABLE, LeftOut
+from nemo_speculative.preparation.sources import Source
 
 SAMPLE_ROWS = 100
 """So many rows of a file tell whether it is of a known shape."""
@@ -48,6 +44,7 @@ class Stream:
     side: str | None = None
     """``train`` or ``held_out``; None: by the hash of a row's id."""
     columns: dict[str, str] = field(default_factory=dict)
+    of_hub: bool = False
 
     def rows(self, skip: int) -> Iterator[Found]:
         """Every row behind the first ``skip``.
@@ -117,59 +114,23 @@ class _Tally:
         )
 
 
-def streams_of(job: PrepareJob) -> list[Stream]:
-    """Every stream that the job asks for; those of held-out splits come first.
+def streams_of(sources: Sequence[Source], columns: dict[str, str]) -> list[Stream]:
+    """Every stream of the sources; that of what a source holds out comes before the rest of it.
 
     Raises:
         UserError: a source cannot be had.
     """
-    if isinstance(job.data, MixDataConfig):
-        streams = [stream for source in job.data.sources for stream in _source_streams(source, job.columns)]
-        if len({stream.label for stream in streams}) < len(streams):
-            raise UserError(f"data.sources: {', '.join(s.name for s in job.data.sources)}: give each a name of its own")
-        return streams
-    return _streams(job.data, job.directory.name, 1.0, job.columns)
+    return [stream for source in sources for stream in _streams(source, columns)]
 
 
-def _source_streams(source: SourceConfig, columns: dict[str, str]) -> list[Stream]:
-    options = {file.stem for file in (CONF / "data").glob("*.yaml")}
-    data = _option(source.name) if source.name in options else DataConfig(path=source.name)
-    if source.path:
-        data.path = source.path
-    label = source.name if source.path or source.name in options else source.name.rstrip("/").rpartition("/")[2]
-    return _streams(data, label.partition(".")[0] or label, source.weight, columns)
-
-
-def _option(name: str) -> DataConfig:
-    """What conf/data/<name>.yaml says."""
-    if GlobalHydra.instance().is_initialized():
-        return to_job(compose("prepare_data", overrides=[f"data={name}"])).data
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_job(compose("prepare_data", overrides=[f"data={name}"])).data
-
-
-def _streams(data: DataConfig, name: str, weight: float, columns: dict[str, str]) -> list[Stream]:
-    held_out = _held_out_parts(data)
-    streams = [Stream(name, name, _parts(data), weight, "train" if held_out else None, columns)]
+def _streams(source: Source, columns: dict[str, str]) -> list[Stream]:
+    name, held_out = source.name, source.held_out_parts()
+    side = TRAIN if held_out else None
+    streams = [Stream(name, name, source.parts(), source.weight, side, columns, source.of_hub)]
     if held_out:
-        streams.insert(0, Stream(f"{name}, held out", name, held_out, HELD_OUT_FIRST, "held_out", columns))
+        label, of_hub = f"{name}, held out", not source.data.held_out_path
+        streams.insert(0, Stream(label, name, held_out, HELD_OUT_FIRST, HELD_OUT, columns, of_hub))
     return streams
-
-
-def _parts(data: DataConfig) -> list[Part]:
-    if data.path:
-        return local_parts(data.path, "data.path", data.split if isinstance(data, DatasetConfig) else None)
-    if isinstance(data, DatasetConfig):
-        return hub_parts(data.repository, data.split, data.subset, data.revision)
-    raise UserError("data: nothing to prepare here; give a file or folder, or a dataset of conf/data")
-
-
-def _held_out_parts(data: DataConfig) -> list[Part]:
-    if data.held_out_path:
-        return local_parts(data.held_out_path, "data.held_out_path", None)
-    if isinstance(data, DatasetConfig) and data.held_out_split and not data.path:
-        return hub_parts(data.repository, data.held_out_split, data.subset, data.revision)
-    return []
 
 
 def interleaved(
@@ -193,9 +154,6 @@ def interleaved(
             yield stream, found
 
 
-def described(streams: Sequence[Stream]) -> list[dict[str, Any]]:
-    """The inputs by their content: what tells whether they are the same as before."""
-    return [
-        {"label": s.label, "side": s.side, "weight": str(s.weight), "sha256": [sha256(part) for part in s.parts]}
-        for s in streams
-    ]
+def fetched(streams: Sequence[Stream]) -> dict[str, list[str]]:
+    """What the hub gave for each stream of it, as SHA-256: a branch may have gone on."""
+    return {s.label: [sha256(part) for part in s.parts] for s in streams if s.of_hub}

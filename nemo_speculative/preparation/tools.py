@@ -49,5 +49,5 @@ def _from_json(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         raise LeftOut(reasons.BAD_TOOLS, f"{value!r:.80}") from None

@@ -3,7 +3,9 @@
 KIND is sglang, completions (ids if asked for), logprobs (older vLLM), or chat, which refuses everything else.  The
 answer to a prompt of ids is ``answer_to``; to messages, their number in words.  FAKE says what goes wrong:
 ``die_at:N`` at the N-th question, ``garbage`` and ``status:CODE`` and ``hang`` for as long as the file FAKE_WHILE
-exists (or always), ``refuse`` of prompts with the id 77, ``token:X`` to be carried, ``slow:S`` seconds an answer.
+exists (or always), likewise ``get:CODE`` to all that is no question and ``drop`` of connections, ``refuse`` of prompts
+with the id 77, ``token:X`` to be carried, ``slow:S`` seconds an answer, ``cut:REASONING`` of a chat that says
+nothing else.  FAKE_PATH is where its model was loaded from.
 """
 
 import json
@@ -37,10 +39,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if not self._admitted():
             return
-        if self.path == "/v1/models":
+        if BEHAVIOUR == "get" and wrong_now():
+            self._send(int(ARGUMENT), {"error": "no"})
+        elif self.path == "/v1/models":
             self._send(200, {"data": [{"id": MODEL, "max_model_len": 200}]})
         elif self.path == "/model_info" and KIND == "sglang":
-            self._send(200, {"model_path": MODEL})
+            self._send(200, {"model_path": os.environ.get("FAKE_PATH", MODEL)})
         else:
             self._send(404, {"error": "Not Found"})
 
@@ -56,7 +60,9 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(3)
         if BEHAVIOUR == "slow":
             time.sleep(float(ARGUMENT))
-        if BEHAVIOUR == "status" and wrong_now():
+        if BEHAVIOUR == "drop" and wrong_now():
+            self.close_connection = True
+        elif BEHAVIOUR == "status" and wrong_now():
             self._send(int(ARGUMENT), {"error": "no"})
         elif BEHAVIOUR == "garbage" and wrong_now():
             self._send(200, {"output_ids": ["x"], "choices": "?"})
@@ -80,7 +86,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, {"choices": [choice]})
         elif KIND == "chat" and self.path == "/v1/chat/completions":
             message = {"role": "assistant", "content": f"answer {len(asked['messages'])}", "refusal": None}
-            self._send(200, {"choices": [{"message": message, "finish_reason": "stop"}]})
+            end = "stop"
+            if BEHAVIOUR == "cut":
+                message, end = {"role": "assistant", "content": None, "reasoning_content": ARGUMENT or None}, "length"
+            self._send(200, {"choices": [{"message": message, "finish_reason": end}]})
         else:
             self._send(404, {"error": "Not Found"})
 

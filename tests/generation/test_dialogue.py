@@ -55,22 +55,28 @@ def test_a_template_that_renders_earlier_answers_differently_makes_rows_of_their
 
 
 @pytest.mark.parametrize(
-    ("text", "split"),
+    ("prompt", "text", "split"),
     [
-        ("<think>\nhm\n</think>\n\nyes", ("yes", "hm")),
-        ("hm\n</think>\n\nyes", ("yes", "hm")),  # the prompt opened it
-        ("<think>hm, and on", ("", "hm, and on")),  # cut off
-        ("<think>a</think>b</think>c", ("b</think>c", "a")),
-        ("no reasoning", ("no reasoning", None)),
+        ("", "<think>\nhm\n</think>\n\nyes", ("yes", "hm")),
+        ("<|assistant|><think>\n", "hm\n</think>\n\nyes", ("yes", "hm")),
+        ("<|assistant|><think>\n", "hm, and on", ("", "hm, and on")),  # cut off
+        ("", "<think>hm, and on", ("", "hm, and on")),
+        ("", "<think>a</think>b</think>c", ("b</think>c", "a")),
+        ("", "no reasoning", ("no reasoning", None)),
+        ("", "write </think> behind it", ("write </think> behind it", None)),
+        ("<think>\n\n</think>\n\n", "write </think> behind it", ("write </think> behind it", None)),
+        ("", "from <think> to </think>", ("from <think> to </think>", None)),
     ],
 )
-def test_reasoning_is_kept_split_off_or_dropped(text, split):
+def test_reasoning_is_kept_split_off_or_dropped(prompt, text, split):
     message = {"role": "assistant", "content": text}
-    assert Keep().applied(message) == message
+    assert Keep().applied(message, prompt) == message
     content, reasoning = split
     parted = {"role": "assistant", "content": content}
-    assert Drop().applied(message) == parted
-    assert Split().applied(message) == (parted if reasoning is None else parted | {"reasoning_content": reasoning})
+    assert Drop().applied(message, prompt) == parted
+    assert Split().applied(message, prompt) == (
+        parted if reasoning is None else parted | {"reasoning_content": reasoning}
+    )
 
 
 def test_dropped_reasoning_is_seen_by_no_later_turn_and_stays_in_the_ids():
@@ -79,6 +85,16 @@ def test_dropped_reasoning_is_seen_by_no_later_turn_and_stays_in_the_ids():
     assert "hm" not in prompts[1] + prompts[2]
     assert [m["content"] for m in asked.messages] == ["one", "a", "two", "b", "three", "c"]
     assert "hm" in asked.tokenizer.decode(asked.rows()[0].input_ids)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_the_end_of_the_prompt_tells_whether_it_opened_the_reasoning(opened):
+    opening = "{% if add_generation_prompt %}<|assistant|>" + "<think>" * opened
+    asked = dialogue(PREFIX_TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>", opening), Split(), ["one"])
+    (prompt,) = answered(asked, "hm</think>a")
+    assert prompt.rstrip().endswith("<think>") == opened
+    said = {"content": "a", "reasoning_content": "hm"} if opened else {"content": "hm</think>a"}
+    assert asked.messages[-1] == {"role": "assistant", **said}
 
 
 def test_a_question_that_no_answer_followed_is_answered_too():

@@ -122,7 +122,7 @@ def test_another_model_that_comes_back_is_refused_by_name(serve, asking):
 
     replaced = threading.Thread(target=replace)
     replaced.start()
-    with pytest.raises(UserError, match=r"serves another \(sglang\), where the-target \(sglang\) answered"):
+    with pytest.raises(UserError, match=r"serves another \(sglang.*\), where the-target \(sglang.*\) answered"):
         generate_data(asking(url, concurrency=1))
     replaced.join()
 
@@ -207,6 +207,74 @@ def test_the_token_is_sent_and_written_nowhere(serve, asking, monkeypatch, tmp_p
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(written) > 6 and not any(b"s3cret" in file.read_bytes() for file in written)
     assert "s3cret" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fake"),
+    [("sglang", "get:502"), ("sglang", "get:429"), ("completions", "status:500"), ("completions", "drop")],
+)
+def test_a_server_in_trouble_is_asked_again_what_it_is(kind, fake, serve, asking, tmp_path, target):
+    trouble = tmp_path / "trouble"
+    trouble.touch()
+    url = serve(kind, FAKE=fake, FAKE_WHILE=str(trouble))
+    threading.Timer(0.5, trouble.unlink).start()
+    outcome = generate_data(asking(url))
+    assert (outcome.answered, manifest_of(outcome)["protocol"]) == (12, kind)
+    check(answers_of(outcome), target)
+
+
+def test_trouble_at_the_start_that_does_not_end_is_one_line(serve, asking):
+    with pytest.raises(UserError, match=r"no server can be asked \(http://127.0.0.1:\d+: HTTP 502\)"):
+        generate_data(asking(serve("sglang", FAKE="get:502"), patience=0.3))
+
+
+@pytest.mark.parametrize("fake", ["status:500", "drop", "get:502"])
+def test_a_server_that_comes_back_in_trouble_is_waited_for(fake, serve, asking, tmp_path, target):
+    port, trouble = addresses.free_port(), tmp_path / "trouble"
+    trouble.touch()
+    url = serve("completions", port=port, FAKE="die_at:7")
+
+    def replace():
+        serve.processes[0].wait()
+        serve("completions", port=port, FAKE=fake, FAKE_WHILE=str(trouble))
+        time.sleep(0.5)
+        trouble.unlink()
+
+    replaced = threading.Thread(target=replace)
+    replaced.start()
+    outcome = generate_data(asking(url, concurrency=1))
+    replaced.join()
+    assert (outcome.answered, outcome.inexact) == (12, 0)
+    check(answers_of(outcome), target)
+
+
+def test_what_is_no_answer_is_no_trouble_of_the_server(serve, asking, monkeypatch):
+    monkeypatch.setattr(servers.Server, "failed", lambda _: pytest.fail("a server that is well was left alone"))
+    outcome = generate_data(asking(serve("sglang", FAKE="garbage"), range="0:2"))
+    assert outcome.failed.total() == 2
+
+
+@pytest.mark.parametrize("reasoning", ["Keep", "Split"])
+def test_reasoning_that_was_cut_is_an_answer(reasoning, serve, asking):
+    outcome = generate_data(asking(serve("chat", FAKE="cut:hm, hm"), reasoning=reasoning, range="0:1"))
+    (record,) = answers_of(outcome)
+    said = {"role": "assistant", "content": "", "reasoning_content": "hm, hm"}
+    assert (record["conversations"][-1], record["finish"]) == (said, ["length"])
+
+
+@pytest.mark.parametrize(("fake", "reasoning"), [("cut:", "Keep"), ("cut:hm", "Drop")])
+def test_an_answer_that_was_cut_before_it_said_anything_is_skipped(fake, reasoning, serve, asking):
+    outcome = generate_data(asking(serve("chat", FAKE=fake), reasoning=reasoning, range="0:1"))
+    assert dict(outcome.skipped) == {"an answer was cut before it said anything": 1} and not outcome.failed
+
+
+def test_another_model_of_the_same_name_is_refused(serve, asking):
+    urls = [serve("sglang", FAKE_PATH=path) for path in ("/a", "/b")]
+    generate_data(asking(urls[0], range="0:2"))
+    with pytest.raises(UserError, match="begun with model_path=/a, and it is /b now"):
+        generate_data(asking(urls[1], range="0:2"))
+    with pytest.raises(UserError, match=r"loaded from /.*the same model has to answer all"):
+        generate_data(asking(*urls, range="2:3"))
 
 
 def test_another_model_between_two_runs_is_refused(serve, asking):

@@ -1,8 +1,11 @@
 import json
 import shutil
+import signal
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
+from transformers import AutoTokenizer
 
 from nemo_speculative.data.conversations import TokenRow, read_jsonl
 from nemo_speculative.errors import UserError
@@ -175,29 +178,53 @@ def test_another_target_or_template_is_refused_by_name(job, tmp_path):
         generate_data(job(model=type(job().model)(path=str(other))))
     shutil.copytree(job().model.path, tmp_path / "same", dirs_exist_ok=True)
     make_tokenizer(PREFIX_TEMPLATE).save_pretrained(tmp_path / "same")
-    with pytest.raises(UserError, match="begun with chat_template="):
+    with pytest.raises(UserError, match="begun with tokenizer="):
+        generate_data(job(model=type(job().model)(path=str(tmp_path / "same"))))
+    same_template = AutoTokenizer.from_pretrained(job().model.path)
+    same_template.backend_tokenizer.normalizer = Lowercase()
+    same_template.save_pretrained(tmp_path / "same")
+    with pytest.raises(UserError, match="begun with tokenizer="):
         generate_data(job(model=type(job().model)(path=str(tmp_path / "same"))))
 
 
 def test_what_cannot_be_answered_is_counted_with_its_reason(job, tmp_path):
-    answer = {"role": "assistant", "content": "c"}
     records = [
         conversation("fine", "hello"),
         conversation("long", WORDS),
         {"id": "silent", "conversations": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "?"}]},
         {"id": "nothing", "input_ids": [4, 5, 6], "loss_mask": [0, 0, 0]},
-        {"id": "twice", "conversations": [*conversation("", "a", "b")["conversations"], answer]},
+        {"id": "prompt", "conversations": [{"role": "system", "content": "be brief"}]},
     ]
     file = write(tmp_path / "mixed.jsonl", records)
     outcome = generate_data(job(path=str(file)))
     assert (outcome.asked, outcome.answered, outcome.skipped.total(), outcome.failed.total()) == (5, 1, 4, 0)
     left = {record["id"]: record for record in read(outcome.directory / "left_out.jsonl")}
-    assert set(left) == {"long", "silent", "nothing", "twice"}
+    assert set(left) == {"long", "silent", "nothing", "prompt"}
     assert "leaves no room" in left["long"]["reason"] and "asks nothing" in left["silent"]["reason"]
     assert all(record["outcome"] == "skipped" for record in left.values())
     shown = table(outcome)
     assert "skipped          4" in shown and "        2  the conversation asks nothing" in shown
     require_success(outcome)
+
+
+def test_lines_of_the_same_id_are_all_answered_and_counted(job, tmp_path):
+    records = [conversation("a", "one"), conversation("b", "two"), conversation("a", "three"), conversation("a", WORDS)]
+    outcome = generate_data(job(path=str(write(tmp_path / "same.jsonl", records))))
+    assert (outcome.answered, outcome.skipped.total(), outcome.namesakes) == (3, 1, 2)
+    assert "        2  of them have the id of an earlier line" in table(outcome)
+    assert "earlier line" not in table(generate_data(job(output=str(tmp_path / "other"))))
+
+
+@pytest.mark.parametrize("busy_with", ["run.engine_of", "local.HFTarget"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_to_end_ends_while_the_target_is_made_or_loaded(busy_with, number, job, monkeypatch):
+    def busy(*_, **__):
+        signal.raise_signal(number)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(f"nemo_speculative.generation.{busy_with}", busy)
+    with pytest.raises(KeyboardInterrupt):
+        generate_data(job())
 
 
 def test_a_conversation_ends_where_the_context_does(job, tmp_path, target):
@@ -245,6 +272,11 @@ def test_token_rows_sources_tools_and_earlier_answers_go_through(job, tmp_path, 
         (b'{"id": "a"}\n', None, "found the keys"),
         (b'{"conversations": [{"role": "user", "content": "x"}]}\nnope\n', None, r"bad.jsonl:2: not JSON"),
         (b'{"conversations": [{"role": "user", "content": "\xff"}]}\n', None, r"bad.jsonl:1: not UTF-8"),
+        (
+            b'{"conversations": [{"role": "user", "content": " "}]}\n',
+            None,
+            r"bad.jsonl:1: message 0 of the user is empty",
+        ),
         (b"\n", None, "is empty"),
         (b'{"conversations": [{"role": "user", "content": "x"}]}\n', "0:2", r"range is 0:2: .* has 1 lines"),
         (b'{"conversations": [{"role": "user", "content": "x"}]}\n', "1:", r"range is 1:"),

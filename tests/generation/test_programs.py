@@ -1,12 +1,16 @@
 """The recipes as a user runs them, and as machines end them."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from nemo_speculative.generation.run import generate_data
 from tests.generation.conftest import read, start_recipe
+from tests.programs import ROOT
 
 ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 130}
 """What ends a run, and the exit status that it has then."""
@@ -53,6 +57,23 @@ def test_a_run_that_is_ended_anyhow_is_gone_on_with(arguments, serve, asking, tm
         assert resumed.answered == 12
         assert (resumed.directory / "answers.jsonl").read_bytes() == whole.read_bytes()
         assert set(kept[number].splitlines()[:3]) <= set(whole.read_bytes().splitlines())
+
+
+def test_what_a_script_runs_in_the_background_is_ended_by_sigterm(arguments, serve, tmp_path):
+    """There a shell has it ignore Ctrl-C."""
+    url, output = serve("sglang", FAKE="slow:0.2"), tmp_path / "out"
+    given = ["recipes/generate_data.py", *arguments, f"engine.urls=[{url}]", f"output={output}"]
+    script = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, *given]
+    with subprocess.Popen(
+        script, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    ) as program:
+        wait_for_lines(output / "0-12" / "answers.jsonl", 1)
+        program.send_signal(signal.SIGINT)
+        wait_for_lines(output / "0-12" / "answers.jsonl", 3)
+        program.send_signal(signal.SIGTERM)
+        said = program.communicate(timeout=60)[1].decode()
+    assert program.returncode == 130 and said.splitlines()[-1].startswith("error: interrupted")
+    assert "Traceback" not in said
 
 
 def test_ranges_answered_side_by_side_are_merged_by_the_recipes(arguments, serve, tmp_path):

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 
 from nemo_speculative.config.schema import (
@@ -23,7 +25,7 @@ from nemo_speculative.data.chat import tokenize
 from nemo_speculative.data.conversations import Conversation, read_jsonl
 from nemo_speculative.errors import UserError
 from nemo_speculative.locks import exclusive
-from nemo_speculative.preparation import output, reasons, run, streams
+from nemo_speculative.preparation import output, reasons, run, sources
 from nemo_speculative.preparation.load import load_prepared
 from nemo_speculative.preparation.run import prepare
 from nemo_speculative.preparation.table import table
@@ -85,7 +87,7 @@ def test_every_row_is_written_or_left_out_with_its_reason(tmp_path):
     assert Counter(row["reason"] for row in left_out) == EXPECTED
     by_reason = {row["reason"]: row for row in left_out}
     assert by_reason[reasons.DUPLICATE]["id"] == "again"
-    assert by_reason[reasons.BAD_JSON]["origin"] == f"{tmp_path}/rows.jsonl:46"
+    assert by_reason[reasons.BAD_JSON]["origin"] == by_reason[reasons.BAD_JSON]["id"] == f"{tmp_path}/rows.jsonl:46"
     assert by_reason[reasons.UNKNOWN_SHAPE]["found"] == "the keys foo"
 
 
@@ -94,7 +96,7 @@ def test_what_is_written_is_what_training_reads(tmp_path):
     read = [*read_jsonl(tmp_path / "out" / "train.jsonl"), *read_jsonl(tmp_path / "out" / "held_out.jsonl")]
     assert len({row.id for row in read}) == len(read) == len(MIXED) - sum(EXPECTED.values())
     assert {f"c{n}" for n in range(40)} < {row.id for row in read}
-    assert {row.source for row in read} == {"out"}
+    assert {row.source for row in read} == {"rows"}
     said = {row.messages[1]["content"] for row in read if isinstance(row, Conversation)}
     assert said == {f"answer {n}" for n in range(40)} | {"so much", "but the same id"}
 
@@ -111,13 +113,66 @@ def test_the_split_is_by_id_and_survives_added_and_moved_rows(tmp_path):
     assert stable <= held_out and stable and len(after) > 80
 
 
+def test_ids_sides_and_sources_do_not_depend_on_where_the_result_goes(tmp_path):
+    results = []
+    for name in ("one", "other"):
+        job = job_for(tmp_path, [chat(f"q{n}", "a") for n in range(60)])
+        prepare(replace(job, output=str(tmp_path / name)))
+        results.append([rows_of(tmp_path / name, side) for side in ("train", "held_out")])
+    assert results[0] == results[1] and all(results[0])
+
+
+def test_an_id_by_content_is_of_messages_and_tools_alone(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    told = [chat("q", "a"), chat("q", "a", tools=tools), chat("q", "b")]
+    for name, extra in (("here", {}), ("there", {"score": 3})):
+        path = write(tmp_path / f"{name}.jsonl", [record | extra for record in told])
+        prepare(PrepareJob(DataConfig(path=path, held_out_share=0.0), output=str(tmp_path / name)))
+    here, there = ([row["id"] for row in rows_of(tmp_path / name)] for name in ("here", "there"))
+    assert here == there and len(set(here)) == 3
+
+
+def generated(question: str, *rows: dict, **more) -> dict:
+    """A line of recipes/generate_data.py."""
+    return {"index": 0} | chat(question, "a", rows=list(rows), **more) | {"finish": ["stop"]}
+
+
+def test_ids_that_a_target_generated_are_kept_as_they_are(tmp_path):
+    rows = [{"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, {"input_ids": [8, 9], "loss_mask": [0, 1]}]
+    silent = {"input_ids": [1, 2], "loss_mask": [0, 0]}
+    bad = {"input_ids": [1, 2], "loss_mask": [0]}
+    long = {"input_ids": [1] * 9, "loss_mask": [1] * 9}
+    records = [
+        generated("q1", *rows, id="g", source="code"), generated("q2", rows[1], silent), generated("q3", silent),
+        generated("q4", bad), generated("q5", {"input_ids": [1]}), generated("q6", rows[0], long),
+        chat("q7", "a", rows=["of a table"], source="theirs"),
+    ]  # fmt: skip
+    (counts,) = prepare(job_for(tmp_path, records, 0.0, filters=FilterConfig(max_tokens=8))).counts.values()
+    assert counts.left_out == {reasons.NOTHING_SUPERVISED: 1, reasons.BAD_IDS: 2, reasons.TOO_LONG: 1}
+    first, second, plain = rows_of(tmp_path / "out", "train")
+    assert first == {**chat("q1", "a"), "id": "g", "rows": rows, "source": "code"}
+    assert second["rows"] == [rows[1], silent] and second["source"] == "rows"
+    assert "rows" not in plain and plain["source"] == "rows"
+    read = read_jsonl(tmp_path / "out" / "train.jsonl")
+    assert [row.input_ids for row in read[:2]] == [row["input_ids"] for row in rows]
+
+
+@pytest.mark.parametrize(("depth", "left_out"), [(400, {}), (100_000, {reasons.BAD_JSON: 1, reasons.BAD_TOOLS: 1})])
+def test_what_is_nested_too_deeply_is_left_out(tmp_path, depth, left_out):
+    tool = f'[{{"name": "f", "parameters": {"[" * depth}{"]" * depth}}}]'
+    line = json.dumps(chat("q", "a", tools=0)).replace('"tools": 0', f'"tools": {tool}') + "\n"
+    records = [line, chat("q2", "a", tools=tool), chat("q3", "a")]
+    (counts,) = prepare(job_for(tmp_path, [chat(f"other {n}", "a") for n in range(9)] + records)).counts.values()
+    assert counts.left_out == left_out and counts.read == 12
+
+
 def test_a_held_out_file_of_its_own_comes_first(tmp_path):
     """A conversation of it must not be trained on."""
     job = job_for(tmp_path, [chat(f"q{n}", f"a{n}") for n in range(9)])
     job.data.held_out_path = write(tmp_path / "held.jsonl", [chat("q3", "a3"), chat("other", "one")])
     counts = prepare(job).counts
     assert [row["conversations"][0]["content"] for row in rows_of(tmp_path / "out", "held_out")] == ["q3", "other"]
-    assert counts["out"].train == 8 and counts["out"].left_out == {reasons.DUPLICATE: 1}
+    assert counts["rows"].train == 8 and counts["rows"].left_out == {reasons.DUPLICATE: 1}
 
 
 def test_again_is_up_to_date_whatever_the_path_until_the_content_changes(tmp_path):
@@ -129,8 +184,11 @@ def test_again_is_up_to_date_whatever_the_path_until_the_content_changes(tmp_pat
     assert again.up_to_date and not first.up_to_date and again.counts == first.counts
     assert contents(tmp_path / "out") == before
     changed = prepare(job_for(tmp_path, [chat("new", "row"), *MIXED]))
-    assert not changed.up_to_date and changed.counts["out"].read == len(MIXED) + 1
+    assert not changed.up_to_date and changed.counts["rows"].read == len(MIXED) + 1
     assert not prepare(job_for(tmp_path, share=0.5)).up_to_date, "nor with other options"
+    renamed = Path(job_for(tmp_path, share=0.5).data.path).rename(tmp_path / "renamed.jsonl")
+    prepare(PrepareJob(DataConfig(path=str(renamed), held_out_share=0.5), output=str(tmp_path / "out")))
+    assert {row["source"] for row in rows_of(tmp_path / "out")} == {"renamed"}, "its rows say where they are from"
 
 
 def test_a_result_that_was_cut_is_made_again(tmp_path):
@@ -317,6 +375,13 @@ def test_a_mix_of_one_source_twice(tmp_path):
         prepare(mix_job(tmp_path, [SourceConfig(path), SourceConfig(path)]))
 
 
+@pytest.mark.parametrize("key", ["path", "held_out_path"])
+def test_a_mix_reads_its_sources_only(tmp_path, key):
+    job = mix_job(tmp_path, [SourceConfig(write(tmp_path / "a.jsonl", [chat("q", "a")]))])
+    with pytest.raises(UserError, match=rf"^data\.{key} is other\.jsonl, and a mix reads data\.sources only"):
+        prepare(replace(job, data=replace(job.data, **{key: "other.jsonl"})))
+
+
 def test_formatted_text_is_masked_as_the_conversation_that_it_shows(tmp_path):
     """The oracle is what training makes of the same conversation in messages."""
     tokenizer = make_tokenizer()
@@ -354,7 +419,7 @@ def test_training_prepares_what_is_not_there_and_reads_it(tmp_path, monkeypatch)
     split = load_prepared(dataset(tmp_path, path=path), seed=0)
     assert len(split.training) + len(split.held_out) == 50 and split.held_out
     assert {row.id for row in split.held_out} == {r["id"] for r in rows_of(tmp_path / "prepared", "held_out")}
-    monkeypatch.setattr(streams, "hub_parts", lambda *_: pytest.fail("it is prepared: nobody need ask the hub"))
+    monkeypatch.setattr(sources, "hub_parts", lambda *_: pytest.fail("it is prepared: nobody need ask the hub"))
     again = load_prepared(dataset(tmp_path), seed=0)
     assert [row.id for row in again.training] == [row.id for row in split.training]
 
@@ -367,9 +432,86 @@ def test_training_keeps_what_was_prepared_with_options_of_its_own_and_refuses_ot
     load_prepared(config, seed=0)
     assert contents(tmp_path / "prepared") == before
     write(tmp_path / "rows.jsonl", [chat("other", "content")])
-    with pytest.raises(UserError, match=r"^data\.path: .* is not what .*prepared was prepared from; run recipes"):
+    with pytest.raises(UserError, match=r"^data\.path: .*prepared was prepared with \"sha256:.*; run recipes"):
         load_prepared(config, seed=0)
     assert contents(tmp_path / "prepared") == before
+
+
+OTHERS = [
+    ("repository", "nobody/other", "nobody/nothing"), ("subset", "main", None), ("revision", "v2", None),
+    ("split", "train[50:]", "train"), ("held_out_split", "test", None), ("held_out_share", 0.5, 0.2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "before"), OTHERS)
+def test_training_on_another_dataset_than_was_prepared_is_refused(tmp_path, key, value, before):
+    path = write(tmp_path / "rows.jsonl", [chat(f"q{n}", "a") for n in range(50)])
+    load_prepared(dataset(tmp_path, path=path), seed=0)
+    changed = replace(dataset(tmp_path), **{key: value})
+    with pytest.raises(UserError) as caught:
+        load_prepared(changed, seed=0)
+    assert str(caught.value) == (
+        f"data.{key}: {tmp_path}/prepared was prepared with {json.dumps(before)}, not {json.dumps(value)}; "
+        "run recipes/prepare_data.py again, or name another data.prepared"
+    )
+
+
+def test_training_on_other_held_out_rows_than_were_prepared_is_refused(tmp_path):
+    path, held = (write(tmp_path / f"{x}.jsonl", [chat(f"{x}{n}", "a") for n in range(50)]) for x in "rh")
+    load_prepared(dataset(tmp_path, path=path, held_out_path=held), seed=0)
+    with pytest.raises(UserError, match=r"^data\.held_out_path: .* was prepared with \"sha256:.*\", not null; run"):
+        load_prepared(dataset(tmp_path, path=path), seed=0)
+
+
+def test_training_on_another_mix_than_was_prepared_is_refused(tmp_path):
+    a, b = (write(tmp_path / f"{x}.jsonl", [chat(f"{x}{n}", "a") for n in range(50)]) for x in "ab")
+
+    def load(*sources: SourceConfig):
+        return load_prepared(mix_job(tmp_path, list(sources)).data, seed=0)
+
+    before = load(SourceConfig(a), SourceConfig("gsm8k", b))
+    assert len(load(SourceConfig(a), SourceConfig("gsm8k", b)).training) == len(before.training)
+    for changed, (key, said) in (
+        ([SourceConfig(a)], ("data.sources: ", ' with ["a", "gsm8k"], not ["a"]; ')),
+        ([SourceConfig(a, weight=2.0), SourceConfig("gsm8k", b)], ("data.sources[a].weight: ", " with 1.0, not 2.0; ")),
+        ([SourceConfig(a), SourceConfig("gsm8k", a)], ("data.sources[gsm8k].path: ", ' with "sha256:')),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(*changed)
+        assert str(caught.value).startswith(key) and said in str(caught.value)
+    write(tmp_path / "a.jsonl", [chat("new", "row")])
+    with pytest.raises(UserError, match=r"^data\.sources\[a\]\.path: "):
+        load(SourceConfig(a), SourceConfig("gsm8k", b))
+
+
+def test_training_on_what_another_version_prepared_is_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [chat(f"q{n}", "a") for n in range(50)])
+    load_prepared(dataset(tmp_path, path=path), seed=0)
+    manifest = tmp_path / "prepared" / "manifest.json"
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "asked"}))
+    with pytest.raises(UserError, match=r"^data\.held_out_share: .* was prepared with no such key, not 0\.2; run"):
+        load_prepared(dataset(tmp_path, path=path), seed=0)
+
+
+def test_another_slice_of_a_repository_is_prepared_anew(tmp_path, monkeypatch):
+    """A directory stands in for the hub; both slices are of the same files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+    (tmp_path / "here").mkdir()
+    write(tmp_path / "here" / "train.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(50)])
+
+    def asked(split: str) -> tuple[bool, set[str]]:
+        config = replace(dataset(tmp_path), repository=str(tmp_path / "here"), split=split)
+        done = prepare(PrepareJob(config))
+        return done.up_to_date, {row["conversations"][0]["content"] for row in rows_of(done.directory)}
+
+    first, second = ({f"q{n}" for n in numbers} for numbers in (range(20), range(20, 50)))
+    assert [asked(s) for s in ("train[:20]", "train[:20]", "train[20:]")] == [
+        (False, first), (True, first), (False, second)
+    ]  # fmt: skip
+    assert {row["source"] for row in rows_of(tmp_path / "prepared")} == {"here"}
+    write(tmp_path / "here" / "train.jsonl", [{"question": f"other {n}", "answer": "a"} for n in range(50)])
+    assert asked("train[20:]") == (False, {f"other {n}" for n in range(20, 50)}), "a branch may have gone on"
 
 
 def test_training_on_a_dataset_that_cannot_be_had(tmp_path):

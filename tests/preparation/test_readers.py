@@ -140,6 +140,8 @@ def test_an_array_with_an_error_names_the_line_and_gives_what_lies_before(tmp_pa
         ("empty_ended.json", b"[", "not JSON at line 1"),
         ("latin.json", '[{"a": "ü"}]'.encode("latin-1"), "not UTF-8"),
         ("cut.jsonl.gz", gzip.compress(lines())[:-200], "cannot be unzipped"),
+        ("broken.jsonl.gz", gzip.compress(lines())[:10] + b"\xff" * 300, "cannot be unzipped (error: Error -3"),
+        ("deep.json", b'[{"a": 1},\n{"a": ' + b"[" * 100_000, "element 1 is nested too deeply"),
         ("cut.parquet", b"PAR1" + bytes(100), "cannot be read as Parquet"),
     ],
 )

@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.programs import ROOT, run_program
+from tests.programs import ROOT, Program, run_program
+from tests.target_servers import until
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 ROWS = [{"conversations": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "a"}]} for n in range(30)]
@@ -26,7 +28,7 @@ def test_a_dataset_from_a_copy_and_again(tmp_path, path):
     command = ("data=sharegpt", f"data.path={path}", f"output={tmp_path}/out")
     first, again = prepared(*command), prepared(*command)
     assert first.returncode == again.returncode == 0, first.stderr
-    (row,) = (line for line in first.stdout.splitlines() if line.startswith("| out "))
+    (row,) = (line for line in first.stdout.splitlines() if line.startswith("| sharegpt "))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert (cells[1], cells[4], cells[5]) == ("31", "1", "1 duplicate") and int(cells[2]) + int(cells[3]) == 30
     assert first.stdout.endswith(f"{tmp_path}/out: written\n") and again.stdout.endswith("/out: up to date\n")
@@ -54,6 +56,35 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(tmp_path, overrides, 
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_says_so_in_a_line_and_is_gone_on_with(tmp_path, number):
+    """It is stopped in the middle: behind row 2100 the program sleeps."""
+    rows = [{"question": f"q{n}", "answer": "a"} for n in range(3000)]
+    path, slow = tmp_path / "rows.jsonl", tmp_path / "slow.py"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    slow.write_text(
+        "import runpy, sys, time\n"
+        "from nemo_speculative.preparation import run\n"
+        "put = run._Preparation._put\n"
+        "def slow(self, output, stream, found):\n"
+        "    put(self, output, stream, found)\n"
+        "    if sum(c.read for c in output.counts.values()) > 2100: time.sleep(60)\n"
+        "run._Preparation._put = slow\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = ("recipes/prepare_data.py", "data=jsonl", f"data.path={path}", f"output={tmp_path}/out")
+    with Program(str(slow), *command, environment=ENVIRONMENT) as program:
+        state = tmp_path / "out" / "state.json"
+        until(lambda: state.exists() and '"read": 2000' in state.read_text())
+        program.send_signal(number)
+        assert program.wait(60) == 130
+        said = list(program.stderr)
+    assert said == ["error: interrupted; start again with the same command (a training with resume=auto)\n"]
+    done = run_program(*command, environment=ENVIRONMENT, timeout=120)
+    assert f"{tmp_path}/out: going on behind row 2000" in done.stdout and "| rows   | 3000 " in done.stdout, done.stdout
 
 
 def test_the_processes_of_a_job_prepare_once(tmp_path, path):
