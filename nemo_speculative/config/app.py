@@ -5,6 +5,7 @@ Hydra composes ``conf/``; what it or the schema refuses becomes one line on stan
 
 import dataclasses
 import difflib
+import errno
 import functools
 import os
 import re
@@ -135,7 +136,10 @@ def run_program(program: Callable[[], None]) -> None:
 
 
 def _file_error(error: OSError) -> str:
-    return f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
+    said = f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
+    if error.errno == errno.ENOSPC:
+        return f"{said}; make room there, and start again with the same command"
+    return said
 
 
 def _leave(code: int) -> None:

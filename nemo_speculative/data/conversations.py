@@ -108,7 +108,8 @@ def parse_json(line: bytes, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{origin}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
+            f"{origin}: not JSON ({error.msg}, column {error.colno}); expected one object a line; "
+            "recipes/prepare_data.py reads other shapes"
         ) from None
     if not isinstance(record, dict):
         raise UserError(f"{origin}: found a {type(record).__name__}, expected a JSON object")

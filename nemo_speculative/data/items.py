@@ -107,7 +107,8 @@ class JsonLines(Items):
     def __init__(self, path: str | Path, key: str = "data.path"):
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"{key}: {self.path} does not exist or is not a file; expected a JSONL file")
+            found = "is a directory" if self.path.is_dir() else "does not exist or is not a file"
+            raise UserError(f"{key}: {self.path} {found}; expected a JSONL file")
         self._starts, self._bytes, self._numbers = array("q"), array("q"), array("q")
         self._parts = array("i")
         """Which of a line's items it is."""

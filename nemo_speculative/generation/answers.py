@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_speculative.data.chat import tokenizer_digest
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.generation.concurrency import in_parallel
@@ -45,7 +46,7 @@ def answer(
 
 def _fingerprint(target: HFTarget, items: Sequence[Conversation | TokenRow], *limits: int) -> str:
     dtype, stop = str(target.model.dtype), sorted(target.stop_ids)
-    shaping = [RECIPE_VERSION, target.fingerprint, str(target.tokenizer.chat_template), dtype, stop, limits]
+    shaping = [RECIPE_VERSION, target.fingerprint, tokenizer_digest(target.tokenizer), dtype, stop, limits]
     digest = hashlib.sha256(json.dumps(shaping).encode())
     for item in items:
         content = [item.messages, item.tools] if isinstance(item, Conversation) else [item.input_ids, item.loss_mask]

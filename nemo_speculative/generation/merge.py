@@ -173,5 +173,7 @@ def _write(output: Path, lines: Iterator[bytes]) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(partial, output)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from None
     finally:
         partial.unlink(missing_ok=True)

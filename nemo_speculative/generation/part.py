@@ -125,7 +125,7 @@ def _agree(file: Path, manifest: dict[str, Any]) -> None:
         os.replace(partial, file)
         return
     if differing := difference(read_manifest(file), manifest):
-        raise UserError(f"output: {file.parent} was begun with {differing} now; give another output, or that value")
+        raise UserError(f"output: {file.parent} was begun with {differing} now; give another output, or that")
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -137,14 +137,15 @@ def read_manifest(file: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
         return {**manifest, "range": manifest["range"]}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: not the manifest of generated answers; restore it, or give another output") from None
+        raise UserError(f"{file}: not a manifest that generate_data.py wrote; name a directory that it did") from None
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     """The first key in which two manifests differ: ``temperature=0.0, and it is 0.7``."""
     for key in [*one, *other]:
         if one.get(key) != other.get(key):
-            return f"{key}={one.get(key)}, and it is {other.get(key)}"
+            name = "input (the content of path)" if key == "input" else key
+            return f"{name}={one.get(key)}, and it is {other.get(key)}"
     return None
 
 

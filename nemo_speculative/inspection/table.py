@@ -28,7 +28,7 @@ def summary(found: dict[str, Any]) -> str:
         ("vocabulary", _vocabulary(found["vocabulary"])),
         ("duplicates", f"{copies['copies']:,} copies; {copies['held_out_in_training']:,} held out are trained on too"),
         ("left out", left_out),
-        ("chat server", f"{compared['equal']:,} of {compared['turns']:,} turns equal {compared['server']}"),
+        ("chat server", _compared(compared)),
     ]
     lines += [("", f"{n:,} {cause}") for cause, n in compared["causes"].items()]
     lines += [("", text) for one in compared["differences"][:MOST_DIFFERENCES] for text in _difference(one)]
@@ -50,6 +50,12 @@ def _vocabulary(found: dict[str, Any]) -> str:
     sizes = [f"{row['entries']:,} cover {row['training']:.2%}" for row in found["table"]]
     reach = [f"{float(part):.1%} with {n:,}" for part, n in found["reach"].items()]
     return ", ".join(sizes + reach)
+
+
+def _compared(found: dict[str, Any]) -> str:
+    if not found["turns"]:
+        return "nothing to compare: the data are token ids, or no answer lies within the longest length"
+    return f"{found['equal']:,} of {found['turns']:,} turns equal {found['server']}"
 
 
 def _difference(found: dict[str, Any]) -> Iterable[str]:

@@ -136,7 +136,9 @@ class _Preparation:
             output.leave_out(stream.label, found.id or found.origin, found.origin, left_out)
             return
         share = self.job.data.held_out_share
-        side = stream.side or (HELD_OUT if share_of(identity) < share else TRAIN)
+        # Not of its name in a mix: alone and in any mix it lies on the same side.
+        drawn = share_of(found.id or f"{content_of(item):016x}")
+        side = stream.side or (HELD_OUT if drawn < share else TRAIN)
         output.keep(stream.label, side, {"id": identity, **item, "source": item.get("source", stream.source)})
 
     def _item(self, found: Found) -> Item:

@@ -167,7 +167,7 @@ def test_what_was_begun_otherwise_is_refused_by_name(job, questions, tmp_path):
     generate_data(job(path=str(moved)))
     moved_lines = moved.read_text().replace("fox", "cow")
     moved.write_text(moved_lines)
-    with pytest.raises(UserError, match="begun with input="):
+    with pytest.raises(UserError, match=r"begun with input \(the content of path\)="):
         generate_data(job(path=str(moved)))
 
 

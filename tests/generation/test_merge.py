@@ -78,7 +78,7 @@ def test_parts_of_other_inputs_or_settings_are_refused_by_name(parts, job, tmp_p
         merged(parts, "b", "cold")
     other = write(tmp_path / "other.jsonl", [conversation(f"o{n}", WORDS[n : n + 20]) for n in range(12)])
     generate_data(job(range="0:5", temperature=1.0, path=str(other), output=str(tmp_path / "other")))
-    with pytest.raises(UserError, match="made with input="):
+    with pytest.raises(UserError, match=r"made with input \(the content of path\)="):
         merged(parts, "b", "other")
 
 
@@ -91,7 +91,7 @@ def test_what_is_no_part_or_is_there_already_is_refused(parts, tmp_path):
     with pytest.raises(UserError, match=r"there.jsonl exists"):
         merge(MergeJob(parts=[str(parts / "a")], output=str(tmp_path / "there.jsonl")))
     (parts / "a" / "0-5" / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not the manifest"):
+    with pytest.raises(UserError, match=r"not a manifest that generate_data\.py wrote"):
         merged(parts, "a", "b")
 
 
