@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import random
+from abc import abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from nemo_speculative.data.conversations import Conversation, TokenRow, parse_line
+from nemo_speculative.data.indexed import Indexed
 from nemo_speculative.errors import UserError
 from nemo_speculative.progress import Progress
 
@@ -18,25 +21,16 @@ SIDE = "side in training:"
 """What decides a side of a training's split is drawn anew: a prepared file holds one side of an earlier split."""
 
 
-class Items(Sequence[Item]):
+class Items(Indexed[Item]):
     """A sequence of items; slices of it, like every choice among them, are :class:`Chosen`."""
 
-    fingerprint: str
-    """Of what they say: equal for equal content, wherever it lies."""
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of what they say: equal for equal content, wherever it lies."""
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Items": ...
-    def __getitem__(self, index: int | slice) -> "Item | Items":
-        if isinstance(index, slice):
-            return Chosen(self, array("q", range(*index.indices(len(self)))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._item(index % len(self))
-
-    def _item(self, index: int) -> Item:
-        raise NotImplementedError
+    def _slice(self, indices: range) -> "Items":
+        return Chosen(self, array("q", indices))
 
     def share(self, index: int) -> float:
         """A number in [0, 1) that depends on the item's id alone, so that a split survives added rows."""
@@ -58,7 +52,10 @@ class Chosen(Items):
             theirs = items._indices
             items, indices = items._items, array("q", (theirs[index] for index in indices))
         self._items, self._indices = items, indices
-        self.fingerprint = _digest(items.fingerprint.encode(), indices.tobytes())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _digest(self._items.fingerprint.encode(), self._indices.tobytes())
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -78,8 +75,10 @@ class Listed(Items):
 
     def __init__(self, items: Sequence[Item]):
         self._items = items
-        said = (json.dumps(_content(item)).encode() for item in items)
-        self.fingerprint = _digest(*said)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _digest(*(json.dumps(_content(item)).encode() for item in self._items))
 
     def __len__(self) -> int:
         return len(self._items)
@@ -114,7 +113,7 @@ class JsonLines(Items):
         """Which of a line's items it is."""
         self._shares = array("d")
         self._descriptor: int | None = None
-        self.fingerprint = self._scan()
+        self._digest = self._scan()
         if not self._starts:
             raise UserError(f"{key}: {self.path} is empty; expected one JSON object a line")
 
@@ -142,11 +141,12 @@ class JsonLines(Items):
             self._parts.append(part)
             self._shares.append(share)
 
+    @property
+    def fingerprint(self) -> str:
+        return self._digest
+
     def __len__(self) -> int:
         return len(self._starts)
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self._item(index) for index in range(len(self)))
 
     def _item(self, index: int) -> Item:
         if self._descriptor is None:

@@ -4,18 +4,18 @@ import bisect
 import random
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.indexed import Indexed
 
 WINDOW = 2048
 """Documents packed together: wide enough to fill rows, narrow enough to keep the shuffled order."""
 
 
-class Rows(Sequence[list[int]]):
+class Rows(Indexed[list[int]]):
     """Which documents each row holds, in four bytes for each and four for a row."""
 
     def __init__(self) -> None:
@@ -24,12 +24,7 @@ class Rows(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def _item(self, index: int) -> list[int]:
         return self._documents[self._ends[index] : self._ends[index + 1]].tolist()
 
     def append(self, documents: Sequence[int]) -> None:

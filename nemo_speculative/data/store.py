@@ -27,6 +27,7 @@ from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data.chat import tokenizer_digest
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.documents import Documents, row_digest, to_documents
+from nemo_speculative.data.indexed import Indexed
 from nemo_speculative.data.items import Items
 from nemo_speculative.errors import UserError
 from nemo_speculative.locks import exclusive
@@ -63,7 +64,7 @@ class Tokenizing:
         return hashlib.sha256(json.dumps([items.fingerprint, *made_by]).encode()).hexdigest()[:16]
 
 
-class StoredRows(Sequence[TokenRow]):
+class StoredRows(Indexed[TokenRow]):
     """The rows of an Arrow file, read when asked for."""
 
     def __init__(self, file: Path):
@@ -76,12 +77,7 @@ class StoredRows(Sequence[TokenRow]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def _item(self, index: int) -> TokenRow:
         number = bisect_right(self._ends, index)
         row = index - (self._ends[number - 1] if number else 0)
         identity, source, ids, mask = self._batch(number).columns

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from nemo_speculative.data.chat import rules_digest
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.errors import UserError
 from nemo_speculative.features.codecs import CODECS, Codec, Layout
+from nemo_speculative.files import write_whole
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.wire import Identity
 
@@ -93,9 +93,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Replaces the file as a whole."""
-        partial = directory / f"{FILE}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-        partial.rename(directory / FILE)
+        write_whole(directory / FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     def require_same(self, other: "Manifest", directory: Path, free: tuple[str, ...] = FREE) -> None:
         """

@@ -5,11 +5,9 @@ name is a hash of the documents' keys, so shards of several writers lie in one d
 a shard that has one is whole.
 """
 
-import contextlib
-import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_speculative.errors import UserError
 from nemo_speculative.features.manifest import AUX, LAST_HIDDEN, Manifest
 from nemo_speculative.features.positions import KEY_BYTES
+from nemo_speculative.files import published, room_or, write_whole
 
 KINDS = (AUX, LAST_HIDDEN)
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -70,42 +69,14 @@ def write_shard(directory: Path, documents: Sequence[Document]) -> Path:
     """
     digest = xxhash.xxh3_128(b"".join(document.key for document in documents)).hexdigest()
     shard, index = directory / f"{digest}.safetensors", directory / f"{digest}.json"
-    with _room(shard):
-        with _published(shard) as file:
-            _write_tensors(file, documents)
-        text = _index_text(documents, shard)
-        with _published(index) as file:
-            os.write(file, text.encode())
+    with room_or(
+        f"{directory}: the disk is full, and {shard.name} was not written; the shards before it are whole: free some "
+        "space, and the same command goes on"
+    ):
+        with published(shard) as file:
+            _write_tensors(file.fileno(), documents)
+        write_whole(index, _index_text(documents, shard))
     return index
-
-
-@contextlib.contextmanager
-def _room(shard: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{shard.parent}: the disk is full, and {shard.name} was not written; the shards before it are whole: free "
-            "some space, and the same command goes on"
-        ) from error
-
-
-@contextlib.contextmanager
-def _published(path: Path) -> Iterator[int]:
-    """A file that has its name only when all of it is on the disk."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            yield file
-            os.fsync(file)
-        finally:
-            os.close(file)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_tensors(file: int, documents: Sequence[Document]) -> None:

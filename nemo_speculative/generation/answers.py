@@ -10,6 +10,7 @@ from pathlib import Path
 from nemo_speculative.data.chat import tokenizer_digest
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.files import write_whole
 from nemo_speculative.generation.concurrency import in_parallel
 from nemo_speculative.generation.decoder import Decoder, in_flight
 from nemo_speculative.generation.dialogue import Dialogue, Limits, TooLong, converse
@@ -38,9 +39,7 @@ def answer(
         limits = Limits(max_answer_tokens, max_length)
         rows = asyncio.run(_answer_all(target, items, limits, batch_size, Progress(title, len(items))))
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(_to_line(row) for row in rows))
-        partial.rename(file)
+        write_whole(file, "".join(_to_line(row) for row in rows))
     return [_from_line(line, f"{file}:{number}") for number, line in enumerate(file.open(), start=1)]
 
 

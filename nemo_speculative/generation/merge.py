@@ -1,6 +1,5 @@
 """Parts of generated answers put together, in the order of the input."""
 
-import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from nemo_speculative.config.schema import MergeJob
 from nemo_speculative.errors import UserError
+from nemo_speculative.files import published
 from nemo_speculative.generation.journal import entries
 from nemo_speculative.generation.part import ANSWERS, LEFT_OUT, MANIFEST, difference, read_manifest
 from nemo_speculative.generation.part import SKIPPED as SKIPPED_OUTCOME
@@ -166,14 +166,5 @@ def _named(spans: Sequence[range]) -> str:
 
 def _write(output: Path, lines: Iterator[bytes]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as out:
-            out.writelines(lines)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, output)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with published(output) as out:
+        out.writelines(lines)

@@ -1,7 +1,6 @@
 """A range's directory: the answers, what was left out and why, and what both depend on."""
 
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nemo_speculative.errors import UserError
+from nemo_speculative.files import write_whole
 from nemo_speculative.generation.journal import Journal, entries, put_in_order
 
 ANSWERS, LEFT_OUT, MANIFEST = "answers.jsonl", "left_out.jsonl", "manifest.json"
@@ -120,9 +120,7 @@ def _agree(file: Path, manifest: dict[str, Any]) -> None:
     if not file.is_file():
         if (file.parent / ANSWERS).is_file():
             raise UserError(f"{file.parent}: there are answers and no {MANIFEST}; give another output")
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(manifest, indent=1) + "\n")
-        os.replace(partial, file)
+        write_whole(file, json.dumps(manifest, indent=1) + "\n")
         return
     if differing := difference(read_manifest(file), manifest):
         raise UserError(f"output: {file.parent} was begun with {differing} now; give another output, or that")

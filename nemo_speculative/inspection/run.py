@@ -1,18 +1,17 @@
 """What the recipe does, from a job to a report."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_method
 
 from nemo_speculative.config.schema import Answers, InspectJob
 from nemo_speculative.data.store import Tokenizing
+from nemo_speculative.files import write_whole
 from nemo_speculative.inspection.comparison import ByTemplate, ChatServer, Comparison
 from nemo_speculative.inspection.figures import figures
 from nemo_speculative.inspection.page import page
@@ -41,8 +40,8 @@ def inspect(job: InspectJob) -> str:
         found = figures(survey, split, row_tokens, job.seed)
         found |= {"comparison": _plain(comparison, job), "notes": _notes(job, survey)}
         title = f"{job.name}, as a draft of {job.model.path} is trained on it"
-        _write(job.directory / "report.html", page(found, survey.shown, tokenizer, title))
-        _write(job.directory / "figures.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_whole(job.directory / "report.html", page(found, survey.shown, tokenizer, title))
+        write_whole(job.directory / "figures.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return "\n\n".join([*shown(survey.shown, tokenizer, max_length, sys.stdout.isatty()), summary(found)])
 
 
@@ -85,14 +84,3 @@ def _notes(job: InspectJob, survey: Survey) -> list[str]:
         notes.append("no conversation holds a supervised token: there is nothing to train on")
     notes += [f"{name} is not shown: a training makes no row of it" for name in survey.not_shown]
     return notes
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -5,7 +5,6 @@ on.  At the end they get their names, and the manifest comes last: a directory t
 """
 
 import contextlib
-import errno
 import json
 import os
 from collections import Counter
@@ -14,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.files import room_or, write_whole
 from nemo_speculative.preparation.reasons import LeftOut
 
 TRAIN, HELD_OUT, LEFT_OUT = "train", "held_out", "left_out"
@@ -81,6 +80,10 @@ class Output:
                 file.close()
 
     @property
+    def _full(self) -> str:
+        return f"output: {self.directory}: the disk is full; make room and run again: it goes on where it stopped"
+
+    @property
     def rows_before(self) -> int:
         """Rows that an interrupted run read."""
         return sum(counts.read for counts in self.counts.values())
@@ -114,8 +117,8 @@ class Output:
             self._partial(name).replace(self.directory / f"{name}.jsonl")
         sizes = {name: (self.directory / f"{name}.jsonl").stat().st_size for name in FILES}
         manifest = {"fingerprint": self.fingerprint, "bytes": sizes, **described, "counts": self._counts_plain()}
-        with _full_disk_said(self.directory):
-            _replace(self.directory / "manifest.json", manifest)
+        with room_or(self._full):
+            write_whole(self.directory / "manifest.json", _as_text(manifest))
         (self.directory / "state.json").unlink()
 
     def _read(self, counts: Counts) -> None:
@@ -126,17 +129,17 @@ class Output:
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        with _full_disk_said(self.directory):
+        with room_or(self._full):
             self._files[name].write(line.encode(errors="replace"))
 
     def _save_state(self) -> None:
         self._rows_since = 0
-        with _full_disk_said(self.directory):
+        with room_or(self._full):
             for file in self._files.values():
                 file.flush()
             sizes = {name: file.tell() for name, file in self._files.items()}
             state = {"fingerprint": self.fingerprint, "bytes": sizes, "counts": self._counts_plain()}
-            _replace(self.directory / "state.json", state)
+            write_whole(self.directory / "state.json", _as_text(state))
 
     def _resumable(self) -> dict[str, int]:
         """How far each file is good, if an interrupted run of the same job left them."""
@@ -173,19 +176,5 @@ def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _replace(file: Path, value: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(file)
-
-
-@contextlib.contextmanager
-def _full_disk_said(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"output: {directory}: the disk is full; make room and run again: it goes on where it stopped"
-        ) from None
+def _as_text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -135,15 +135,13 @@ class Table:
 
     def rows(self) -> Iterator[Row]:
         size = sum(file.stat().st_size for file in self.files) // max(len(self.table), 1)
-        number = 0
-        for batch in self.table.with_format("arrow").iter(BATCH_ROWS):
-            for record in batch.to_pylist():
-                yield Row(f"{self.name}:{number}", _without_nulls(record), size)
-                number += 1
+        yield from _numbered(self.name, self.table.with_format("arrow").iter(BATCH_ROWS), size)
 
 
 @dataclass(frozen=True)
-class ParquetFile:
+class OneFile:
+    """What is read of a single file."""
+
     path: Path
 
     @property
@@ -154,6 +152,11 @@ class ParquetFile:
     def files(self) -> list[Path]:
         return [self.path]
 
+
+@dataclass(frozen=True)
+class ParquetFile(OneFile):
+    """A table, read some rows at a time."""
+
     def rows(self) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
@@ -161,13 +164,16 @@ class ParquetFile:
         try:
             with parquet.ParquetFile(self.path, pre_buffer=False) as file:
                 size = self.path.stat().st_size // max(file.metadata.num_rows, 1)
-                number = 0
-                for batch in file.iter_batches(BATCH_ROWS):
-                    for record in batch.to_pylist():
-                        yield Row(f"{self.path}:{number}", _without_nulls(record), size)
-                        number += 1
+                yield from _numbered(self.name, file.iter_batches(BATCH_ROWS), size)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path}: cannot be read as Parquet ({named(error, 100)}); fetch it anew") from None
+
+
+def _numbered(name: str, batches: Iterable[Any], size: int) -> Iterator[Row]:
+    """The rows of Arrow ``batches``, ``size`` bytes each on the disk."""
+    records = (record for batch in batches for record in batch.to_pylist())
+    for number, record in enumerate(records):
+        yield Row(f"{name}:{number}", _without_nulls(record), size)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -180,18 +186,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class JsonFile:
+class JsonFile(OneFile):
     """One object a line, or an array of objects; gzipped or not.  What it is shows in its first bytes."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.path]
 
     def rows(self) -> Iterator[Row]:
         with self.path.open("rb") as file:

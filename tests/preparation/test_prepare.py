@@ -1,7 +1,6 @@
 """The whole preparation: what is written, that nothing is lost or doubled, and that it goes on where it stopped."""
 
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
@@ -10,72 +9,23 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import pytest
 
 from nemo_speculative.config.schema import (
     DataConfig,
     DatasetConfig,
     FilterConfig,
-    MixDataConfig,
     PrepareJob,
-    SourceConfig,
 )
 from nemo_speculative.data.chat import tokenize
 from nemo_speculative.data.conversations import Conversation, read_jsonl
 from nemo_speculative.errors import UserError
 from nemo_speculative.locks import exclusive
-from nemo_speculative.preparation import output, reasons, run, sources
-from nemo_speculative.preparation.load import load_prepared
+from nemo_speculative.preparation import output, reasons, run
 from nemo_speculative.preparation.run import prepare
 from nemo_speculative.preparation.table import table
 from tests.conftest import make_tokenizer
-
-
-def chat(question: str, answer: str, **more) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
-
-
-def write(file: Path, records: list) -> str:
-    file.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
-    return str(file)
-
-
-def rows_of(directory: Path, *names: str) -> list[dict]:
-    return [
-        json.loads(line) for name in names or ("train", "held_out") for line in (directory / f"{name}.jsonl").open()
-    ]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir() if file.name != ".lock"}
-
-
-def naive_share(identity: str) -> float:
-    return int(hashlib.sha256(identity.encode()).hexdigest()[:8], 16) / 2**32
-
-
-MIXED = [
-    *(chat(f"question {n}", f"answer {n}", id=f"c{n}") for n in range(40)),
-    chat("question 3", " answer   3\n", id="again"),
-    {"question": "how much", "answer": "so much"},
-    chat("", "nothing"),
-    {"conversations": chat("q", "a")["conversations"][::-1]},
-    {"foo": 1},
-    "{broken\n",
-    {"input_ids": [1, 2, 3], "loss_mask": [0, 0, 1]},
-    {"input_ids": [1, 2, 3], "labels": [-100, -100, -100]},
-    chat("different", "but the same id", id="c0"),
-]
-EXPECTED = {
-    reasons.DUPLICATE: 1, reasons.EMPTY_CONTENT: 1, reasons.STARTS_WITH_ASSISTANT: 1, reasons.UNKNOWN_SHAPE: 1,
-    reasons.BAD_JSON: 1, reasons.NOTHING_SUPERVISED: 1,
-}  # fmt: skip
-
-
-def job_for(tmp_path: Path, records: list = MIXED, share: float = 0.2, **more) -> PrepareJob:
-    data = DataConfig(path=write(tmp_path / "rows.jsonl", records), held_out_share=share)
-    return PrepareJob(data=data, output=str(tmp_path / "out"), **more)
+from tests.preparation.cases import EXPECTED, MIXED, chat, contents, job_for, naive_share, rows_of, write
 
 
 def test_every_row_is_written_or_left_out_with_its_reason(tmp_path):
@@ -255,7 +205,7 @@ def test_what_was_begun_for_other_input_is_not_gone_on_with(tmp_path):
 
 def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "ROWS_BETWEEN_STATES", 100)
-    replace = output._replace
+    replace = output.write_whole
     states = iter(range(100))
 
     def full(file, value):
@@ -263,13 +213,13 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(file, value)
 
-    monkeypatch.setattr(output, "_replace", full)
+    monkeypatch.setattr(output, "write_whole", full)
     with pytest.raises(UserError, match=r"^output: .*: the disk is full; make room and run again"):
         prepare(job_for(tmp_path, MANY))
     assert not (tmp_path / "out" / "manifest.json").exists()
     kept = (tmp_path / "out" / ".train.partial").read_text().splitlines()
     assert kept and all(json.loads(line) for line in kept)
-    monkeypatch.setattr(output, "_replace", replace)
+    monkeypatch.setattr(output, "write_whole", replace)
     (counts,) = prepare(job_for(tmp_path, MANY)).counts.values()
     assert (counts.read, counts.taken) == (1000, 700)
 
@@ -324,78 +274,6 @@ def test_options_of_what_is_kept(tmp_path):
     assert [row["conversations"][0]["content"] for row in rows_of(tmp_path / "out")] == [f"q{n}" for n in range(7)]
 
 
-def mix_job(tmp_path: Path, sources: list[SourceConfig], **more) -> PrepareJob:
-    data = MixDataConfig(sources=sources, prepared=str(tmp_path / "mix"), held_out_share=0.1)
-    return PrepareJob(data=data, **more)
-
-
-def test_a_mix_keeps_its_shares_at_every_moment_until_a_source_ends(tmp_path):
-    for name, count in (("a", 600), ("b", 200)):
-        write(tmp_path / f"{name}.jsonl", [chat(f"{name}{n}", "x") if n % 3 else {"foo": 1} for n in range(count)])
-    sources = [SourceConfig(str(tmp_path / "a.jsonl"), weight=2), SourceConfig(str(tmp_path / "b.jsonl"))]
-    counts = prepare(mix_job(tmp_path, sources)).counts
-    assert {name: (each.read, each.taken) for name, each in counts.items()} == {"a": (600, 400), "b": (200, 133)}
-    order = [row["source"] for row in rows_of(tmp_path / "mix", "train")]
-    for upto in range(1, 301):
-        assert order[:upto].count("b") / upto == pytest.approx(1 / 3, abs=2.5 / upto + 0.03)  # some are held out
-    assert set(order[-100:]) == {"a"}, "what is left when b has ended"
-    assert prepare(mix_job(tmp_path, sources)).up_to_date
-    sources[1].weight = 1.5
-    assert not prepare(mix_job(tmp_path, sources)).up_to_date
-
-
-def test_a_row_lies_on_the_same_side_alone_and_in_a_mix(tmp_path):
-    """Though its name is another there: what is held out of one is trained on with neither."""
-    alone = prepare(job_for(tmp_path, [chat(f"q{n}", "a", id=f"c{n}") for n in range(80)], share=0.1)).directory
-    rows = str(tmp_path / "rows.jsonl")
-    write(tmp_path / "more.jsonl", [chat(f"other {n}", "a", id=f"m{n}") for n in range(20)])
-    prepare(mix_job(tmp_path, [SourceConfig(rows), SourceConfig(str(tmp_path / "more.jsonl"))]))
-    mixed = {row["id"].partition("/")[2] for row in rows_of(tmp_path / "mix", "held_out")}
-    assert {row["id"] for row in rows_of(alone, "held_out")} == mixed & {f"c{n}" for n in range(80)} != set()
-
-
-def test_a_mix_has_no_duplicates_and_ids_of_its_own(tmp_path):
-    for name in "ab":
-        write(
-            tmp_path / f"{name}.jsonl", [chat(f"{name}{n % 9}" if n < 9 else "same", "x", id=str(n)) for n in range(12)]
-        )
-    counts = prepare(mix_job(tmp_path, [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in "ab"])).counts
-    assert sum(each.taken for each in counts.values()) == 19
-    ids = {row["id"] for row in rows_of(tmp_path / "mix")}
-    assert len(ids) == 19 and {"a/0", "b/0"} < ids
-
-
-def test_a_source_of_a_mix_may_be_an_option_of_conf(tmp_path):
-    path = write(tmp_path / "copy.json", [{"question": f"q{n}", "answer": "a"} for n in range(20)])
-    counts = prepare(mix_job(tmp_path, [SourceConfig("gsm8k", path=path), SourceConfig(path)])).counts
-    assert {name: (each.taken, each.left_out) for name, each in counts.items()} == {
-        "gsm8k": (10, {reasons.DUPLICATE: 10}), "copy": (10, {reasons.DUPLICATE: 10}),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [(["nowhere"], "data.path: nowhere does not exist"), (["tiny"], "data: nothing to prepare here")],
-)
-def test_a_mix_of_what_is_not_there(tmp_path, names, expected):
-    with pytest.raises(UserError) as caught:
-        prepare(mix_job(tmp_path, [SourceConfig(name) for name in names]))
-    assert str(caught.value).startswith(expected)
-
-
-def test_a_mix_of_one_source_twice(tmp_path):
-    path = write(tmp_path / "a.jsonl", [chat("q", "a")])
-    with pytest.raises(UserError, match=r"^data\.sources: .*: give each a name of its own"):
-        prepare(mix_job(tmp_path, [SourceConfig(path), SourceConfig(path)]))
-
-
-@pytest.mark.parametrize("key", ["path", "held_out_path"])
-def test_a_mix_reads_its_sources_only(tmp_path, key):
-    job = mix_job(tmp_path, [SourceConfig(write(tmp_path / "a.jsonl", [chat("q", "a")]))])
-    with pytest.raises(UserError, match=rf"^data\.{key} is other\.jsonl, and a mix reads data\.sources only"):
-        prepare(replace(job, data=replace(job.data, **{key: "other.jsonl"})))
-
-
 def test_formatted_text_is_masked_as_the_conversation_that_it_shows(tmp_path):
     """The oracle is what training makes of the same conversation in messages."""
     tokenizer = make_tokenizer()
@@ -422,116 +300,6 @@ def test_a_tokenizer_that_cannot_tell_answers(tmp_path):
     make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match=r"^tokenizer: the chat template of .* puts no mark around an answer"):
         prepare(job_for(tmp_path, tokenizer=str(tmp_path / "plain")))
-
-
-def dataset(tmp_path: Path, **more) -> DatasetConfig:
-    return DatasetConfig(repository="nobody/nothing", prepared=str(tmp_path / "prepared"), held_out_share=0.2, **more)
-
-
-def test_training_prepares_what_is_not_there_and_reads_it(tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.json", [{"question": f"q{n}", "answer": "a"} for n in range(50)])
-    split = load_prepared(dataset(tmp_path, path=path), seed=0)
-    assert len(split.training) + len(split.held_out) == 50 and split.held_out
-    assert {row.id for row in split.held_out} == {r["id"] for r in rows_of(tmp_path / "prepared", "held_out")}
-    monkeypatch.setattr(sources, "hub_parts", lambda *_: pytest.fail("it is prepared: nobody need ask the hub"))
-    again = load_prepared(dataset(tmp_path), seed=0)
-    assert [row.id for row in again.training] == [row.id for row in split.training]
-
-
-def test_training_keeps_what_was_prepared_with_options_of_its_own_and_refuses_other_content(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [chat(f"q{n}", "a" * n) for n in range(1, 50)])
-    config = dataset(tmp_path, path=path)
-    prepare(PrepareJob(config, filters=FilterConfig(max_characters=20)))
-    before = contents(tmp_path / "prepared")
-    load_prepared(config, seed=0)
-    assert contents(tmp_path / "prepared") == before
-    write(tmp_path / "rows.jsonl", [chat("other", "content")])
-    with pytest.raises(UserError, match=r"^data\.path: .*prepared was prepared with \"sha256:.*; run recipes"):
-        load_prepared(config, seed=0)
-    assert contents(tmp_path / "prepared") == before
-
-
-OTHERS = [
-    ("repository", "nobody/other", "nobody/nothing"), ("subset", "main", None), ("revision", "v2", None),
-    ("split", "train[50:]", "train"), ("held_out_split", "test", None), ("held_out_share", 0.5, 0.2),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("key", "value", "before"), OTHERS)
-def test_training_on_another_dataset_than_was_prepared_is_refused(tmp_path, key, value, before):
-    path = write(tmp_path / "rows.jsonl", [chat(f"q{n}", "a") for n in range(50)])
-    load_prepared(dataset(tmp_path, path=path), seed=0)
-    changed = replace(dataset(tmp_path), **{key: value})
-    with pytest.raises(UserError) as caught:
-        load_prepared(changed, seed=0)
-    assert str(caught.value) == (
-        f"data.{key}: {tmp_path}/prepared was prepared with {json.dumps(before)}, not {json.dumps(value)}; "
-        "run recipes/prepare_data.py again, or name another data.prepared"
-    )
-
-
-def test_training_on_other_held_out_rows_than_were_prepared_is_refused(tmp_path):
-    path, held = (write(tmp_path / f"{x}.jsonl", [chat(f"{x}{n}", "a") for n in range(50)]) for x in "rh")
-    load_prepared(dataset(tmp_path, path=path, held_out_path=held), seed=0)
-    with pytest.raises(UserError, match=r"^data\.held_out_path: .* was prepared with \"sha256:.*\", not null; run"):
-        load_prepared(dataset(tmp_path, path=path), seed=0)
-
-
-def test_training_on_another_mix_than_was_prepared_is_refused(tmp_path):
-    a, b = (write(tmp_path / f"{x}.jsonl", [chat(f"{x}{n}", "a") for n in range(50)]) for x in "ab")
-
-    def load(*sources: SourceConfig):
-        return load_prepared(mix_job(tmp_path, list(sources)).data, seed=0)
-
-    before = load(SourceConfig(a), SourceConfig("gsm8k", b))
-    assert len(load(SourceConfig(a), SourceConfig("gsm8k", b)).training) == len(before.training)
-    for changed, (key, said) in (
-        ([SourceConfig(a)], ("data.sources: ", ' with ["a", "gsm8k"], not ["a"]; ')),
-        ([SourceConfig(a, weight=2.0), SourceConfig("gsm8k", b)], ("data.sources[a].weight: ", " with 1.0, not 2.0; ")),
-        ([SourceConfig(a), SourceConfig("gsm8k", a)], ("data.sources[gsm8k].path: ", ' with "sha256:')),
-    ):
-        with pytest.raises(UserError) as caught:
-            load(*changed)
-        assert str(caught.value).startswith(key) and said in str(caught.value)
-    write(tmp_path / "a.jsonl", [chat("new", "row")])
-    with pytest.raises(UserError, match=r"^data\.sources\[a\]\.path: "):
-        load(SourceConfig(a), SourceConfig("gsm8k", b))
-
-
-def test_training_on_what_another_version_prepared_is_refused(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [chat(f"q{n}", "a") for n in range(50)])
-    load_prepared(dataset(tmp_path, path=path), seed=0)
-    manifest = tmp_path / "prepared" / "manifest.json"
-    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "asked"}))
-    with pytest.raises(UserError, match=r"^data\.held_out_share: .* was prepared with no such key, not 0\.2; run"):
-        load_prepared(dataset(tmp_path, path=path), seed=0)
-
-
-def test_another_slice_of_a_repository_is_prepared_anew(tmp_path, monkeypatch):
-    """A directory stands in for the hub; both slices are of the same files."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
-    (tmp_path / "here").mkdir()
-    write(tmp_path / "here" / "train.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(50)])
-
-    def asked(split: str) -> tuple[bool, set[str]]:
-        config = replace(dataset(tmp_path), repository=str(tmp_path / "here"), split=split)
-        done = prepare(PrepareJob(config))
-        return done.up_to_date, {row["conversations"][0]["content"] for row in rows_of(done.directory)}
-
-    first, second = ({f"q{n}" for n in numbers} for numbers in (range(20), range(20, 50)))
-    assert [asked(s) for s in ("train[:20]", "train[:20]", "train[20:]")] == [
-        (False, first), (True, first), (False, second)
-    ]  # fmt: skip
-    assert {row["source"] for row in rows_of(tmp_path / "prepared")} == {"here"}
-    write(tmp_path / "here" / "train.jsonl", [{"question": f"other {n}", "answer": "a"} for n in range(50)])
-    assert asked("train[20:]") == (False, {f"other {n}" for n in range(20, 50)}), "a branch may have gone on"
-
-
-def test_training_on_a_dataset_that_cannot_be_had(tmp_path):
-    with pytest.raises(UserError, match=r"^data\.repository: nobody/nothing cannot be had here"):
-        load_prepared(dataset(tmp_path), seed=0)
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_adds_up():
