@@ -34,6 +34,7 @@ START_SECONDS = 300
 SERVERS = min(4, os.cpu_count() or 1)
 """At a time: nearly all that one does is to start, on a core or two."""
 ROOT = Path(__file__).parents[2]
+TEMPLATE = "{% for m in messages %}{{ 't1 ' if m['role'] == 'user' else 't2 ' }}{{ m['content'] }} {% endfor %}t3"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,6 +80,19 @@ def one_thread() -> None:
 def options_for() -> Callable[[Path], ServeOptions]:
     """How a checkpoint is served here; a server gets a free port when it starts."""
     return lambda checkpoint: from_checkpoint(checkpoint, {"device": "cpu", "port": 31234})
+
+
+def chatting(
+    options_for: Callable[[Path], ServeOptions], root: Path, num_questions: int, max_new_tokens: int
+) -> ServeOptions:
+    """A small EAGLE-3 draft, made in ``root``, whose target has a chat template."""
+    from tests.sglang.random_run import make_runs
+
+    run = make_runs(root, num_questions, max_new_tokens)["eagle3"]
+    options = replace(options_for(run), port=free_port())
+    file = Path(options.target) / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
+    return options
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,10 @@ import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_speculative.addresses import free_port
 from nemo_speculative.benchmarking.endpoints import split
 from nemo_speculative.benchmarking.figures import Figures
 from nemo_speculative.benchmarking.measure import Conversation, converse, measure
@@ -20,21 +17,15 @@ from nemo_speculative.benchmarking.suites import Prompt, Suite
 from nemo_speculative.serving.client import Client
 from nemo_speculative.serving.command import serve_command, serve_environment
 from nemo_speculative.serving.server import Server
-from tests.sglang.conftest import START_SECONDS
-from tests.sglang.random_run import make_runs
+from tests.sglang.conftest import START_SECONDS, chatting
 
-TEMPLATE = "{% for m in messages %}{{ 't1 ' if m['role'] == 'user' else 't2 ' }}{{ m['content'] }} {% endfor %}t3"
 NUM_PROMPTS, MAX_NEW_TOKENS = 6, 24
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory, options_for):
     """A small EAGLE-3 draft whose target has a chat template."""
-    run = make_runs(tmp_path_factory.mktemp("runs"), NUM_PROMPTS, MAX_NEW_TOKENS)["eagle3"]
-    options = replace(options_for(run), port=free_port())
-    file = Path(options.target) / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
-    return options
+    return chatting(options_for, tmp_path_factory.mktemp("runs"), NUM_PROMPTS, MAX_NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")

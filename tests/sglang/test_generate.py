@@ -3,13 +3,11 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nemo_speculative.addresses import free_port
 from nemo_speculative.config.schema import EndpointConfig, EngineConfig, GenerateJob, HFEngineConfig, ModelConfig
 from nemo_speculative.config.schema import ReasoningConfig as Reasoning
 from nemo_speculative.generation import servers
@@ -17,9 +15,7 @@ from nemo_speculative.generation.part import Outcome
 from nemo_speculative.generation.run import generate_data
 from nemo_speculative.serving.command import serve_command, serve_environment
 from nemo_speculative.serving.server import Server
-from tests.sglang.conftest import START_SECONDS
-from tests.sglang.random_run import make_runs
-from tests.sglang.test_benchmark import TEMPLATE
+from tests.sglang.conftest import START_SECONDS, chatting
 
 NUM_QUESTIONS, MAX_NEW_TOKENS = 8, 24
 
@@ -27,11 +23,7 @@ NUM_QUESTIONS, MAX_NEW_TOKENS = 8, 24
 @pytest.fixture(scope="module")
 def options(tmp_path_factory, options_for):
     """A draft whose target has a chat template."""
-    run = make_runs(tmp_path_factory.mktemp("runs"), NUM_QUESTIONS, MAX_NEW_TOKENS)["eagle3"]
-    options = replace(options_for(run), port=free_port())
-    file = Path(options.target) / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
-    return options
+    return chatting(options_for, tmp_path_factory.mktemp("runs"), NUM_QUESTIONS, MAX_NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
