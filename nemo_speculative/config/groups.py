@@ -25,7 +25,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("loss", "lk_lambda"): schema.LKLambdaConfig,
     ("optimizer", "adamw"): schema.OptimizerConfig,
     ("optimizer", "muon"): schema.MuonConfig,
-    ("parallelism", "fsdp2"): schema.ParallelismConfig,
+    ("parallelism", "default"): schema.ParallelismConfig,
     ("trainer", "default"): schema.TrainerConfig,
     ("exporter", "sglang"): schema.ExporterConfig,
     ("logger", "none"): schema.LoggerConfig,

@@ -35,7 +35,7 @@ from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import titan
-from nemo_speculative.training.parallelism import first_rank_first, first_rank_only
+from nemo_speculative.training.parallelism import data_rank, first_rank_first, first_rank_only
 from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.state import Position
@@ -258,9 +258,10 @@ def build_stream(job: TrainJob, target: Target, data: RunData, dims: titan.Paral
     Raises:
         UserError: a global batch cannot be split over the ranks.
     """
-    ranks, size = dims.world_size, job.trainer.global_batch_size
+    (rank, ranks), size = data_rank(dims), job.trainer.global_batch_size
     if size % ranks:
-        raise UserError(f"trainer.global_batch_size is {size}: it cannot be split evenly over {ranks} ranks")
+        shared = f" ({dims.cp} processes share each)" if dims.cp > 1 else ""
+        raise UserError(f"trainer.global_batch_size is {size}: it cannot be split evenly over {ranks} ranks{shared}")
     return RowStream(
         data.training,
         row_tokens=data.row_tokens,
@@ -268,7 +269,7 @@ def build_stream(job: TrainJob, target: Target, data: RunData, dims: titan.Paral
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=_pad_id(target),
         seed=job.seed,
-        rank=torch.distributed.get_rank(),
+        rank=rank,
         world_size=ranks,
     )
 
@@ -276,11 +277,11 @@ def build_stream(job: TrainJob, target: Target, data: RunData, dims: titan.Paral
 def validation_batches(job: TrainJob, target: Target, data: RunData, dims: titan.ParallelDims) -> list[Batch]:
     """This rank's share of the held-out rows; every rank gets as many batches, the last ones possibly without rows."""
     packed = pack(data.held_out.lengths, data.row_tokens, VALIDATION_SEED)
-    share, ranks = job.trainer.micro_batch_size, dims.world_size
+    share, (rank, ranks) = job.trainer.micro_batch_size, data_rank(dims)
     rows = packed[: job.trainer.val_rows]
     if not rows:
         return []
-    mine = rows[torch.distributed.get_rank() :: ranks]
+    mine = rows[rank::ranks]
     count = -(-len(rows) // (share * ranks))
     chunks = [mine[i * share : (i + 1) * share] or [[]] for i in range(count)]
     documents = data.held_out.rows

@@ -274,11 +274,13 @@ class Placement:
     device_type: str
     target_share: float = 1.0
     """Of the target's layers, what lies here: with a target elsewhere, or on disk, nothing."""
+    offloaded: bool = False
+    """Whether the draft's shards, their gradients and moments are in a memory of their own, the host's."""
 
     @property
     def wrapped(self) -> bool:
         """FSDP holds shards in float32, and a whole copy to compute with."""
-        return self.ranks > 1 or self.element < FLOAT32
+        return self.ranks > 1 or self.element < FLOAT32 or self.offloaded
 
 
 @dataclass(frozen=True)
@@ -316,11 +318,12 @@ def step_memory(
     # On CUDA the target reads the next micro-batch meanwhile; else one comes after the other.
     beside = forward + states if place.device_type == "cuda" else max(forward - backward, 0.0)
     copies = 2 * count * place.element if place.wrapped else 0
+    own = 0 if place.offloaded else 1 / shards
     decoder = place.target_share * (target.parameters - target.end_parameters) * place.target_element
     parts = {
         "target": target.end_parameters * place.target_element + decoder,
-        "draft": count * FLOAT32 / shards + copies,
-        "gradients and moments": gradients + _moments_bytes(draft, optimizer) / shards,
+        "draft": count * FLOAT32 * own + copies,
+        "gradients and moments": (count * FLOAT32 + _moments_bytes(draft, optimizer)) * own,
         "target's states": states + beside,
         "activations": kept + summed,
         "logits": logits,

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from nemo_speculative.addresses import free_port
 from nemo_speculative.config.schema import ParallelismConfig
@@ -34,25 +34,27 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(free_port()))
     world_size = int(os.environ["WORLD_SIZE"])
-    shard = world_size // config.replicate if config.shard == -1 else config.shard
-    if config.replicate < 1 or shard < 1 or config.replicate * shard != world_size:
-        raise UserError(
-            f"parallelism: replicate={config.replicate} and shard={config.shard} do not multiply to the {world_size} "
-            "processes that were started; set parallelism.shard=-1, or start as many with torchrun --nproc-per-node"
-        )
+    config.sizes(world_size)  # before anybody waits for the others
     if device.type == "cuda":
         torch.cuda.set_device(device)
     comm = titan.CommConfig(init_timeout_seconds=SETUP_TIMEOUT_SECONDS, trace_buf_size=0)
     titan.init_distributed(comm, enable_cpu_backend=device.type == "cuda")
     try:
-        dims = titan.ParallelDims(
-            dp_replicate=config.replicate, dp_shard=shard, cp=1, tp=1, pp=1, ep=1, world_size=world_size,
-            spmd_backend="partial_dtensor",
-        )  # fmt: skip
-        dims.build_mesh()
-        yield dims
+        yield mesh(config)
     finally:
         dist.destroy_process_group()
+
+
+def mesh(config: ParallelismConfig) -> titan.ParallelDims:
+    """torchtitan's mesh over the ranks of the process group."""
+    ranks = dist.get_world_size()
+    replicate, shard = config.sizes(ranks)
+    dims = titan.ParallelDims(
+        dp_replicate=replicate, dp_shard=shard, cp=config.context, tp=1, pp=1, ep=1, world_size=ranks,
+        spmd_backend="partial_dtensor",
+    )  # fmt: skip
+    dims.build_mesh()
+    return dims
 
 
 def first_rank_only(make: Callable[[], T]) -> T | None:
@@ -97,20 +99,54 @@ def fast_float32_matmuls(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def shard_draft(module: nn.Module, dims: titan.ParallelDims, compute_dtype: torch.dtype) -> nn.Module:
+def data_rank(dims: titan.ParallelDims) -> tuple[int, int]:
+    """Which share of a global batch's rows this rank reads, and into how many it is split.
+
+    Ranks that share rows are neighbours: context is the innermost axis of the mesh.
+    """
+    return dist.get_rank() // dims.cp, dims.world_size // dims.cp
+
+
+def shard_draft(
+    module: nn.Module, dims: titan.ParallelDims, compute_dtype: torch.dtype, offload: bool = False
+) -> nn.Module:
     """FSDP2 over ``module`` as one unit: float32 shards and reductions, ``compute_dtype`` in between.
 
-    One unit, gathered once per micro-batch, because the unroll runs the same layer at every step: sharding it by
-    itself would gather and reduce it T times.  Left alone where a single process computes in float32.
+    One unit, gathered once per step, because the unroll runs the same layer at every step of its own: sharded by
+    itself, it would be gathered and reduced T times.  Replicas are its second mesh axis; with shards of one rank
+    that is DDP, in the same layout on disk.  Left alone where a single process computes in float32.
+
+    Args:
+        offload: keep the shards, and what the optimizer knows of them, in the host's memory.
     """
-    if dims.world_size == 1 and compute_dtype == torch.float32:
+    if dims.world_size == 1 and compute_dtype == torch.float32 and not offload:
         return module
     names = ["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else "fsdp"
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=dims.get_mesh(names), mp_policy=policy, reshard_after_forward=False)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(
+        module,
+        mesh=dims.get_mesh(names),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+        reshard_after_forward=False,
+    )
     titan.disable_fsdp_gradient_division(module)
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            # gloo has no PREMUL_SUM, which a divide factor of 1 would choose.
-            part.set_force_sum_reduction_for_comms(True)
+    assert isinstance(module, FSDPModule)
+    # gloo has no PREMUL_SUM, which a divide factor of 1 would choose.
+    module.set_force_sum_reduction_for_comms(True)
     return module
+
+
+def exchange(module: nn.Module, last: bool) -> None:
+    """Before a micro-batch of a step: ranks exchange weights before the first one, and gradients after the ``last``."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        module.set_reshard_after_backward(last)
+
+
+def gather_ahead(module: nn.Module) -> None:
+    """Begins to gather the weights; the target's work comes in between."""
+    if isinstance(module, FSDPModule):
+        module.unshard(async_op=True)

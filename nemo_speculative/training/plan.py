@@ -1,5 +1,6 @@
 """``plan=true``: what a run would do, from configurations and text alone, without loading any weights."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def _stream(job: TrainJob, documents: Documents, row_tokens: int) -> RowStream:
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=0,
         seed=job.seed,
-        world_size=_ranks(),
+        world_size=math.prod(job.parallelism.sizes(_ranks())),
     )
 
 

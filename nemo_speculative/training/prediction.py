@@ -100,14 +100,15 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
     """Of one device, at its peak on the largest of ``amounts``."""
     largest = max(amounts, key=lambda amount: models.draft.kept_bytes(amount, 1))
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    shard = job.parallelism.shard
+    _, shard = job.parallelism.sizes(ranks)
     place = Placement(
         ranks=ranks,
-        shards=max(ranks // job.parallelism.replicate, 1) if shard == -1 else shard,
+        shards=shard * job.parallelism.context,
         target_element=BYTES[job.model.dtype.value],
         element=BYTES[job.trainer.dtype.value],
         device_type=device.type,
         target_share=job.backend.share_of_layers(ranks),
+        offloaded=job.parallelism.offload and device.type == "cuda",
     )
     return step_memory(models.target, models.draft, largest, job.optimizer, place)
 

@@ -26,7 +26,7 @@ from nemo_speculative.training.clock import Clock
 from nemo_speculative.training.ema import WeightAverage
 from nemo_speculative.training.feed import Feed, GlobalBatch, TargetAhead
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
-from nemo_speculative.training.parallelism import shard_draft
+from nemo_speculative.training.parallelism import data_rank, exchange, gather_ahead, shard_draft
 from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.state import ResumeState
@@ -73,7 +73,7 @@ class DraftTrainer:
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         dtype = getattr(torch, job.trainer.dtype.value)
-        self.trainee = shard_draft(Trainee(draft.to(device), objective), parallel_dims, dtype)
+        self.trainee = shard_draft(Trainee(draft.to(device), objective), parallel_dims, dtype, job.parallelism.offload)
         self.optimizers = build_optimizers(job.optimizer, self.trainee)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
         self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
@@ -140,11 +140,12 @@ class DraftTrainer:
             taken = self.feed.take()
             self.position = taken
             counts, stop = self._over_all_ranks(taken.counts)
+        gather_ahead(self.trainee)
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for schedule, supervision in self.ahead.over(taken.schedules, lambda: self.feed.peek().schedules):
             with self.clock.part("draft"):
-                self._reduce_gradients_when(len(losses) + 1 == len(taken.schedules))
+                exchange(self.trainee, last=len(losses) + 1 == len(taken.schedules))
                 out = self.trainee(schedule, supervision, counts)
                 out.loss.backward()
             losses.append(out.loss.detach())
@@ -167,10 +168,6 @@ class DraftTrainer:
         packed = torch.cat([counts, torch.tensor([float(self._stop.is_set())], dtype=torch.float64)])
         dist.all_reduce(packed)
         return packed[:-1], bool(packed[-1])
-
-    def _reduce_gradients_when(self, is_last: bool) -> None:
-        if isinstance(self.trainee, FSDPModule):
-            self.trainee.set_requires_gradient_sync(is_last)
 
     def _check_losses(self) -> None:
         """Looks at all losses since the last time at once, so that a step needs no synchronisation."""
@@ -199,7 +196,7 @@ class DraftTrainer:
         rows = self.config.global_batch_size * self.stream.row_tokens
         return (
             metrics
-            | self.reporter.performance(wall, shares, dist.get_world_size())
+            | self.reporter.performance(wall, shares, data_rank(self.parallel_dims)[1])
             | {
                 "data/epoch": self.position.epoch,
                 "data/rows": self.position.state["rows_consumed"],

@@ -17,16 +17,45 @@ class WandbMode(Enum):
 
 @dataclass
 class ParallelismConfig:
-    """How the draft is spread over the processes that torchrun starts."""
+    """How a draft is trained by the processes that a launcher starts: replicate * shard * context of them."""
 
     replicate: int = 1
-    """Groups of ranks that each hold a whole draft (HSDP)."""
-    shard: int = -1
-    """Ranks that share one draft (FSDP2); -1: all that replicate leaves."""
+    """Groups of ranks that each hold a whole draft; -1: as many as the others leave (DDP, HSDP)."""
+    shard: int = 1
+    """Ranks that share one draft, and each train on rows of their own; -1: as many as the others leave (FSDP2)."""
+    context: int = 1
+    """Ranks that share a row, and one draft: each computes a part of the positions (context parallelism)."""
+    offload: bool = False
+    """Keep the draft's float32 weights and the optimizer's states in the host's memory, and step there."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "parallelism", "replicate")
-        require(self.shard == -1 or self.shard > 0, f"parallelism.shard is {self.shard}: expected -1, or above 0")
+        for name in ("replicate", "shard"):
+            size = getattr(self, name)
+            require(size == -1 or size > 0, f"parallelism.{name} is {size}: expected -1, or above 0")
+        require_positive(self, "parallelism", "context")
+        require(
+            self.replicate != -1 or self.shard != -1,
+            "parallelism.replicate and parallelism.shard are both -1: only one of them can be what the other leaves",
+        )
+
+    def sizes(self, ranks: int) -> tuple[int, int]:
+        """``replicate`` and ``shard`` on so many processes.
+
+        Raises:
+            ConfigError: they do not multiply to them.
+        """
+        replicate, shard = self.replicate, self.shard
+        if replicate == -1:
+            replicate = ranks // (shard * self.context)
+        if shard == -1:
+            shard = ranks // (replicate * self.context)
+        require(
+            replicate * shard * self.context == ranks,
+            f"parallelism: replicate={self.replicate}, shard={self.shard} and context={self.context} do not multiply "
+            f"to the {ranks} process(es) that were started; start as many (torchrun --nproc-per-node), or choose "
+            "another parallelism (single, ddp, fsdp2, hsdp, cp)",
+        )
+        return replicate, shard
 
 
 @dataclass

@@ -1,0 +1,169 @@
+"""How a draft lies on several ranks changes nothing that it learns, and no more is exchanged than has to be."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_speculative.config.schema import ParallelismConfig
+from nemo_speculative.errors import UserError
+from nemo_speculative.training import titan
+from nemo_speculative.training.parallelism import data_rank, exchange, gather_ahead, mesh, shard_draft
+from nemo_speculative.training.trainer import Trainee
+from tests.objectives.cases import eagle, eagle3, lay_out, make_documents
+from tests.training.ranks import on_ranks
+
+CASES = {"eagle3": eagle3(draft_vocab=15), "eagle1": eagle(num_steps=2)}
+FSDP2, DDP = {"shard": -1}, {"replicate": -1}
+LAYOUTS = {
+    1: {"single": {}, "offloaded": {"offload": True}},
+    2: {"fsdp2": FSDP2, "ddp": DDP, "offloaded": FSDP2 | {"offload": True}},
+    4: {"fsdp2": FSDP2, "ddp": DDP, "hsdp": {"replicate": -1, "shard": 2}},
+}
+ROWS = [[[14, 9], [21, 5]], [[30], [11, 11]], [[8, 8, 8], [25]], [[17, 12], [26]]]
+"""Lengths of documents: of eight rows of 32 tokens, in pairs."""
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts the collectives that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "c10d" in function.namespace:
+            name = function.name().split("::")[1].split(".")[0]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def rows():
+    """A global batch of eight rows, whose documents differ in their number of supervised tokens."""
+    return [[make_documents(lengths, seed=n)] for n, lengths in enumerate(row for pair in ROWS for row in pair)]
+
+
+def one_step(case, config, micro_batch=1):
+    """Loss and whole gradient of the global batch, and what was exchanged for it."""
+    dims = mesh(ParallelismConfig(**config))
+    goal = case.make_objective()
+    trainee = shard_draft(Trainee(case.make_draft(), goal), dims, torch.float32, config.get("offload", False))
+    rank, ranks = data_rank(dims)
+    torch.manual_seed(0)
+    made = [lay_out(layout, 32) for layout in rows()]
+    schedules = [(goal.schedule(batch), supervision) for batch, supervision in made]
+    counts = sum(schedule.counts for schedule, _ in schedules)
+    mine = schedules[rank::ranks]
+    loss = torch.zeros(())
+    with Exchanges() as exchanged:
+        gather_ahead(trainee)
+        for n, (schedule, supervision) in enumerate(mine):
+            exchange(trainee, last=n + 1 == len(mine))
+            out = trainee(schedule, supervision, counts)
+            out.loss.backward()
+            loss += out.loss.detach()
+    norm = titan.clip_grad_norm_(trainee.parameters(), 1e9)
+    dist.all_reduce(loss)
+    gradients = {n.removeprefix("draft."): whole(p.grad).clone() for n, p in trainee.named_parameters()}
+    shards = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in trainee.parameters())
+    return {"loss": loss, "norm": whole(norm), "gradients": gradients, "shards": shards, "exchanged": exchanged.counts}
+
+
+def whole(x):
+    return getattr(x, "full_tensor", lambda: x)().detach()
+
+
+def all_layouts():
+    layouts = LAYOUTS[dist.get_world_size()]
+    titan.bind_device("cpu")
+    return {f"{case}, {name}": one_step(CASES[case], config) for case in CASES for name, config in layouts.items()}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What the first rank found, by the number of ranks."""
+    return {ranks: on_ranks(ranks, all_layouts)[0] for ranks in LAYOUTS}
+
+
+WHICH = [(ranks, case, name) for ranks, layouts in LAYOUTS.items() for case in CASES for name in layouts]
+
+
+@pytest.mark.parametrize("ranks, case, layout", WHICH)
+def test_loss_and_gradients_are_those_of_one_rank(found, ranks, case, layout):
+    one, many = found[1][f"{case}, single"], found[ranks][f"{case}, {layout}"]
+    torch.testing.assert_close(many["loss"], one["loss"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(many["norm"], one["norm"], rtol=1e-6, atol=0)
+    for name, expected in one["gradients"].items():
+        error = (many["gradients"][name] - expected).abs().max()
+        assert error <= 1e-6 * max(expected.abs().max(), one["norm"] * 1e-2), name
+
+
+@pytest.mark.parametrize("ranks, layout, share", [(2, "fsdp2", 2), (2, "ddp", 1), (4, "fsdp2", 4), (4, "hsdp", 2)])
+def test_a_rank_holds_its_share_of_the_draft(found, ranks, layout, share):
+    whole_draft = found[1]["eagle3, single"]["shards"]
+    assert found[ranks][f"eagle3, {layout}"]["shards"] == pytest.approx(whole_draft / share, rel=0.05)
+
+
+@pytest.mark.parametrize("ranks, layout, replicas", [(2, "fsdp2", 0), (4, "fsdp2", 0), (4, "hsdp", 1), (4, "ddp", 1)])
+def test_a_step_of_several_micro_batches_gathers_and_reduces_once(found, ranks, layout, replicas):
+    exchanged, sharded = found[ranks][f"eagle3, {layout}"]["exchanged"], int(layout != "ddp")
+    gathered = sum(count for name, count in exchanged.items() if "allgather" in name or "all_gather" in name)
+    scattered = sum(count for name, count in exchanged.items() if "reduce_scatter" in name)
+    reduced = sum(count for name, count in exchanged.items() if "allreduce" in name or "all_reduce" in name)
+    assert (gathered, scattered, reduced) == (sharded, sharded, replicas), exchanged
+
+
+@pytest.mark.parametrize(
+    "config, ranks, sizes",
+    [
+        ({}, 1, (1, 1)),
+        (FSDP2, 8, (1, 8)),
+        (DDP, 8, (8, 1)),
+        ({"replicate": -1, "shard": 8}, 64, (8, 8)),
+        ({"shard": -1, "context": 4}, 16, (1, 4)),
+        ({"replicate": 2, "shard": -1, "context": 2}, 16, (2, 4)),
+    ],
+)
+def test_what_is_left_open_is_what_the_others_leave(config, ranks, sizes):
+    assert ParallelismConfig(**config).sizes(ranks) == sizes
+
+
+@pytest.mark.parametrize(
+    "config, ranks", [({}, 2), ({"shard": 3}, 4), ({"replicate": -1, "shard": 8}, 4), ({"context": 2, "shard": -1}, 3)]
+)
+def test_sizes_that_do_not_multiply_to_the_ranks_are_refused(config, ranks):
+    with pytest.raises(UserError, match=rf"parallelism: replicate=.*do not multiply to the {ranks} process"):
+        ParallelismConfig(**config).sizes(ranks)
+
+
+def test_only_one_size_can_be_left_open():
+    with pytest.raises(UserError, match=r"parallelism.replicate and parallelism.shard are both -1"):
+        ParallelismConfig(replicate=-1, shard=-1)
+
+
+@pytest.mark.parametrize("ranks, config", [(64, {"replicate": -1, "shard": 8}), (512, {"shard": -1, "context": 8})])
+def test_ranks_that_share_rows_are_neighbours(ranks, config, fake_ranks):
+    """torch's fake backend: a mesh of any size in one process."""
+    seen = []
+    for rank in (0, 1, 7, 8, ranks - 1):
+        fake_ranks(rank, ranks)
+        dims = mesh(ParallelismConfig(**config))
+        seen.append(data_rank(dims))
+        names = ["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else ["fsdp"]
+        assert [dims.get_mesh(name).size() for name in names] == ([8, 8] if ranks == 64 else [512])
+    context = config.get("context", 1)
+    assert seen == [(rank // context, ranks // context) for rank in (0, 1, 7, 8, ranks - 1)]
+
+
+@pytest.fixture
+def fake_ranks():
+    """Makes this process one of so many ranks that only seem to be there."""
+    titan.bind_device("cpu")
+
+    def become(rank, ranks):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=rank, world_size=ranks)
+
+    yield become
+    dist.destroy_process_group()
