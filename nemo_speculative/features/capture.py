@@ -30,9 +30,10 @@ from nemo_speculative.features.upkeep import HELD_OUT, TRAINING, prepare, remove
 from nemo_speculative.features.writer import MIB, Writer
 from nemo_speculative.locks import exclusive
 from nemo_speculative.progress import Progress
+from nemo_speculative.ranks import first_rank_only
 from nemo_speculative.targets.base import Target
 from nemo_speculative.training import assembly
-from nemo_speculative.training.parallelism import fast_float32_matmuls, first_rank_only, process_group
+from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
 
 INTERRUPTED = 130
 CODEC: dict[FeatureDtype, Codec | None] = {

@@ -19,10 +19,10 @@ from nemo_speculative.data.documents import to_documents
 from nemo_speculative.devices import send
 from nemo_speculative.errors import UserError, named
 from nemo_speculative.features.positions import key_of, key_of_lists
+from nemo_speculative.ranks import first_rank_first
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.ends import TargetEnds
-from nemo_speculative.training.parallelism import first_rank_first
 
 SAMPLE = 16
 """Files that are tried with the head."""

@@ -30,12 +30,13 @@ from nemo_speculative.evaluation.acceptance import measure_tau, question_prompts
 from nemo_speculative.generation.answers import answer, unanswered
 from nemo_speculative.objectives.base import Objective
 from nemo_speculative.objectives.unroll import UnrollObjective
+from nemo_speculative.ranks import first_rank_first, first_rank_only
 from nemo_speculative.serving.versions import check_servable
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import titan
-from nemo_speculative.training.parallelism import data_rank, first_rank_first, first_rank_only
+from nemo_speculative.training.parallelism import data_rank
 from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.state import Position

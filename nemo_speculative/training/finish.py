@@ -15,11 +15,11 @@ from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
 from nemo_speculative.evaluation.checkpoint import QUESTIONS
 from nemo_speculative.evaluation.report import describe
 from nemo_speculative.evaluation.widths import cheapest, describe_widths, measure_widths
+from nemo_speculative.ranks import first_rank_only
 from nemo_speculative.serving.command import sglang_command
 from nemo_speculative.speculative import Speculative
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training.parallelism import first_rank_only
 
 
 def measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, prompts: Sequence[list[int]]) -> None:

@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,10 +11,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from nemo_speculative.addresses import free_port
 from nemo_speculative.config.schema import ParallelismConfig
-from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
 
-T = TypeVar("T")
 LARGEST_MATMUL_ERROR = 2e-6
 """Relative to the largest entry; float32 itself has about 4e-7."""
 SETUP_TIMEOUT_SECONDS = 7200
@@ -55,29 +52,6 @@ def mesh(config: ParallelismConfig) -> titan.ParallelDims:
     )  # fmt: skip
     dims.build_mesh()
     return dims
-
-
-def first_rank_only(make: Callable[[], T]) -> T | None:
-    """``make()`` on rank 0 while the others wait; None on them.  An error of rank 0 ends all of them."""
-    result, failure = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = make()
-        except BaseException as error:
-            failure = error
-    failed = torch.tensor([failure is not None])
-    dist.broadcast(failed, src=0)
-    if failure is not None:
-        raise failure
-    if failed.item():
-        raise UserError("rank 0 failed; its message says why")
-    return result
-
-
-def first_rank_first(make: Callable[[], T]) -> T:
-    """``make()`` on rank 0, then on the others, which find on disk what rank 0 left there."""
-    result = first_rank_only(make)
-    return make() if dist.get_rank() else result  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
@@ -126,9 +100,7 @@ def shard_draft(
     fully_shard(
         module,
         mesh=dims.get_mesh(names),
-        mp_policy=MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
+        mp_policy=precision,
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
         reshard_after_forward=False,
     )

@@ -15,7 +15,7 @@ from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable, read_servable, write_servable
 from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.errors import UserError
-from nemo_speculative.training.parallelism import first_rank_only
+from nemo_speculative.ranks import first_rank_only
 from nemo_speculative.training.state import Position, ResumeState, root_cause
 
 
