@@ -43,11 +43,11 @@ def rows():
     return [[make_documents(lengths, seed=n)] for n, lengths in enumerate(row for pair in ROWS for row in pair)]
 
 
-def one_step(case, config, micro_batch=1):
+def one_step(case, config, dtype=torch.float32):
     """Loss and whole gradient of the global batch, and what was exchanged for it."""
     dims = mesh(ParallelismConfig(**config))
     goal = case.make_objective()
-    trainee = shard_draft(Trainee(case.make_draft(), goal), dims, torch.float32, config.get("offload", False))
+    trainee = shard_draft(Trainee(case.make_draft(), goal), dims, dtype, config.get("offload", False))
     rank, ranks = data_rank(dims)
     torch.manual_seed(0)
     made = [lay_out(layout, 32) for layout in rows()]
@@ -76,7 +76,8 @@ def whole(x):
 def all_layouts():
     layouts = LAYOUTS[dist.get_world_size()]
     titan.bind_device("cpu")
-    return {f"{case}, {name}": one_step(CASES[case], config) for case in CASES for name, config in layouts.items()}
+    found = {f"{case}, {name}": one_step(CASES[case], config) for case in CASES for name, config in layouts.items()}
+    return found | {f"bfloat16, {name}": one_step(CASES["eagle3"], layouts[name], torch.bfloat16) for name in layouts}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def found():
     return {ranks: on_ranks(ranks, all_layouts)[0] for ranks in LAYOUTS}
 
 
-WHICH = [(ranks, case, name) for ranks, layouts in LAYOUTS.items() for case in CASES for name in layouts]
+WHICH = [(ranks, case, name) for ranks, layouts in LAYOUTS.items() for case in (*CASES, "bfloat16") for name in layouts]
 
 
 @pytest.mark.parametrize("ranks, case, layout", WHICH)
@@ -96,6 +97,10 @@ def test_loss_and_gradients_are_those_of_one_rank(found, ranks, case, layout):
     for name, expected in one["gradients"].items():
         error = (many["gradients"][name] - expected).abs().max()
         assert error <= 1e-6 * max(expected.abs().max(), one["norm"] * 1e-2), name
+
+
+def test_bfloat16_is_what_is_computed_in(found):
+    assert found[1]["bfloat16, single"]["loss"] != found[1]["eagle3, single"]["loss"]
 
 
 @pytest.mark.parametrize("ranks, layout, share", [(2, "fsdp2", 2), (2, "ddp", 1), (4, "fsdp2", 4), (4, "hsdp", 2)])
