@@ -4,8 +4,9 @@ python -m benchmarks.plan [--cases tiny,S-50] [--rounds 3] [--threads N]
 
 Every case is a process of its own, in which the trainer runs a recipe: the embedded target's with a random target of
 its shape, or sizes S and M of ``benchmarks.training_step`` with a share of their tokens supervised.  Rounds alternate
-between a prediction and some steps, so that a busy machine hits both.  Memory is the weights, and the peak of the first
-steps over the process before them.
+between a prediction and some steps, so that a busy machine hits both.  Memory is the weights, and the most that tensors
+take at once in the first steps, by torch's own profiler: what torch.cuda.max_memory_allocated is on a GPU.  "besides"
+is what the process has grown by beyond that.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from benchmarks.training_step.worker import Memory
 from nemo_speculative.errors import UsageError
 
 MODULE = "benchmarks.plan"
-STEPS, WARMUP = 3, 3
+STEPS, WARMUP, PROFILED = 3, 2, 2
 COPIES = 8
 """Of a size's conversations, so that the steps of a run do not end."""
 
@@ -106,8 +107,10 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
         with closing(trainer):
             memory = Memory()
             _steps(trainer, WARMUP)
-            weights = sum(p.numel() * p.element_size() for m in (target.model, draft) for p in m.parameters())
-            added = memory.added_mb() * 1e6 + weights
+            added = memory.added_mb() * 1e6
+            stay = [p for m in (target.model, draft) for p in m.parameters()]
+            moments = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
+            peak = _peak_of(lambda: _steps(trainer, PROFILED), Path(job.output_dir) / "trace.json") + _bytes(moments)
             shape = assembly.draft_shape(job, target.config, vocabulary.size)
             models = prediction.Models.of(job, target.config, shape)
             batches = assembly.build_stream(job, target, data, dims).next_global_batch()
@@ -117,8 +120,26 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
                 rates = prediction.measure(job, models, target.config, shape, batches[0], device)
                 predicted.append(prediction.predict(models, amounts, rates, len(batches), device).online)
                 measured.append(_steps(trainer, STEPS))
-            bytes_ = prediction.memory(job, models, amounts, device).online
-    return {"predicted": predicted, "measured": measured, "bytes": bytes_, "added": added}
+            bytes_ = prediction.memory(job, models, amounts, device)
+    return {
+        "predicted": predicted, "measured": measured, "bytes": bytes_.online, "peak": peak + _bytes(stay),
+        "said besides": bytes_.besides, "besides": added - peak,
+    }  # fmt: skip
+
+
+def _bytes(tensors: Sequence[Any]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _peak_of(work: Callable[[], Any], trace: Path) -> float:
+    """The most bytes of tensors that were alive at once of what ``work`` made."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def _steps(trainer: Any, count: int) -> float:
@@ -137,7 +158,8 @@ def line(name: str, found: dict[str, Any]) -> str:
     ratios = [a / b for a, b in zip(found["predicted"], found["measured"], strict=True)]
     return (
         f"{name:8}{seconds:11.3f}{steps:11.3f}{seconds / steps:8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        f"{found['bytes'] / 1e6:13.0f}{found['added'] / 1e6:11.0f}{found['bytes'] / found['added']:8.2f}"
+        f"{found['bytes'] / 1e6:13.0f}{found['peak'] / 1e6:11.0f}{found['bytes'] / found['peak']:8.2f}"
+        f"{found['said besides'] / 1e6:11.0f}{found['besides'] / 1e6:11.0f}"
     )
 
 
@@ -175,9 +197,9 @@ def _table(names: Sequence[str], rounds: int, threads: int) -> None:
     if unknown := [name for name in names if name not in CASES]:
         raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(CASES)}")
     print(f"{machine(threads)}; {rounds} rounds")
-    print(f"{'':8}{'seconds of a step':>22}{'':30}{'MB added':>14}")
+    print(f"{'':8}{'seconds of a step':>22}{'':30}{'MB of tensors':>22}{'MB besides':>25}")
     pair = f"{'predicted':>11}{'measured':>11}"
-    print(f"{'':8}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio")
+    print(f"{'':8}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio{pair}")
     for name in names:
         print(line(name, in_process(name, rounds, threads)), flush=True)
 

@@ -30,7 +30,7 @@ FORWARD_ATTENTION, BACKWARD_ATTENTION = 2, 5
 CPU_HEAP_SHARE, CPU_HEAP_BYTES = 0.25, 60e6
 """What a CPU's allocator leaves between blocks, as a share of what comes and goes, and libraries take at first use.
 
-Not modelled but calibrated: ``python -m benchmarks.plan`` on the embedded case, S and M.
+Not modelled but calibrated, roughly: ``python -m benchmarks.plan`` on the embedded case, S and M.
 """
 
 
@@ -56,6 +56,8 @@ class Amount:
     """Of ``slots``, those of the largest part: what is alive at once."""
     rows_alive: float
     """Of ``rows``, the same."""
+    rows_at_once: float
+    """Of ``rows``, those of the largest chunk of labels: whose logits are made together, as far as their limit goes."""
     scores_alive: float
     """Of ``scores``, those of the largest piece."""
 
@@ -74,6 +76,7 @@ class Amount:
             pairs=float((lengths * (lengths + 1) / 2).sum()),
             alive=_by_step([largest.slots.alive]),
             rows_alive=len(largest.rows.output),
+            rows_at_once=max(rows.stop - rows.start for part in schedule.parts for rows, _ in part.rows.chunks),
             scores_alive=max(map(_area, (p for part in schedule.parts for b in part.slots.blocks for p in _pieces(b)))),
         )
 
@@ -239,9 +242,10 @@ class DraftCost:
         # The sum with the residual, its norm, the output; gate and up.
         return attention + 3 * self.hidden + 2 * self.intermediate
 
-    def logits_bytes(self, vocabulary: int, element: int, device_type: str) -> float:
+    def logits_bytes(self, amount: Amount, vocabulary: int, element: int, device_type: str) -> float:
         """A chunk of logits, what is judged of it at once, and a chunk of labels."""
-        chunk, judged = LOGITS_ALIVE[device_type], 3 * LOGITS_JUDGED[device_type]
+        whole = amount.rows_at_once * self.entries
+        chunk, judged = min(whole, LOGITS_ALIVE[device_type]), 3 * min(whole, LOGITS_JUDGED[device_type])
         labels = LABEL_CHUNK[device_type] * (vocabulary * element + self.entries * 2 * FLOAT32)
         return chunk * element + judged * FLOAT32 + labels
 
@@ -285,10 +289,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device at the peak of a step, by part, and what of them falls away with cached features."""
+    """Bytes of tensors on one device at the peak of a step, by part."""
 
     parts: dict[str, float]
     without_target: float
+    """What of them falls away with cached features."""
+    besides: float = 0.0
+    """What the process holds that is no tensor, roughly."""
 
     @property
     def online(self) -> float:
@@ -311,7 +318,7 @@ def step_memory(
     # Of one part the gradient of all weights; their sum is float32 and whole, also where FSDP shards it afterwards.
     several = sum(largest.slots) > sum(largest.alive)
     summed = count * (several * place.element + place.wrapped * FLOAT32)
-    logits = draft.logits_bytes(target.vocabulary, place.target_element, place.device_type)
+    logits = draft.logits_bytes(largest, target.vocabulary, place.target_element, place.device_type)
     gradients = count * FLOAT32 / shards
     backward = max(kept + logits, kept + draft.head_bytes(), gradients)
     forward = bool(place.target_share) * target.forward_bytes(largest, place.target_element, draft.aux_layers)
@@ -328,10 +335,9 @@ def step_memory(
         "activations": kept + summed,
         "logits": logits,
     }
-    if place.device_type == "cpu":
-        passing = sum(parts[name] for name in ("target's states", "activations", "logits"))
-        parts["allocator"] = CPU_HEAP_SHARE * passing + CPU_HEAP_BYTES
-    return Memory(parts, decoder + beside if place.target_share else 0.0)
+    passing = sum(parts[name] for name in ("target's states", "activations", "logits"))
+    besides = CPU_HEAP_SHARE * passing + CPU_HEAP_BYTES if place.device_type == "cpu" else 0.0
+    return Memory(parts, decoder + beside if place.target_share else 0.0, besides)
 
 
 def _moments_bytes(draft: DraftCost, config: OptimizerConfig) -> int:

@@ -179,7 +179,5 @@ def _bytes(size: float) -> str:
 def _memory_lines(found: Memory) -> list[str]:
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items())
     cached = f", {_bytes(found.cached)} cached; online" if found.without_target else ""
-    return [
-        f"memory    about {_bytes(found.online)} a device on {_ranks()} rank(s){cached}: {parts} (what training adds "
-        "to the program)"
-    ]
+    more = f"; allocator and libraries hold some {_bytes(found.besides)} more" if found.besides else ""
+    return [f"memory    about {_bytes(found.online)} of tensors a device on {_ranks()} rank(s){cached}: {parts}{more}"]

@@ -1,0 +1,47 @@
+"""The processes of a job: what one does for all, and what each tells the others."""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import pad
+
+from nemo_speculative.errors import UserError
+
+T = TypeVar("T")
+
+
+def first_rank_only(make: Callable[[], T]) -> T | None:
+    """``make()`` on rank 0 while the others wait; None on them.  An error of rank 0 ends all of them."""
+    result, failure = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = make()
+        except BaseException as error:
+            failure = error
+    failed = torch.tensor([failure is not None])
+    dist.broadcast(failed, src=0)
+    if failure is not None:
+        raise failure
+    if failed.item():
+        raise UserError("rank 0 failed; its message says why")
+    return result
+
+
+def first_rank_first(make: Callable[[], T]) -> T:
+    """``make()`` on rank 0, then on the others, which find on disk what rank 0 left there."""
+    result = first_rank_only(make)
+    return make() if dist.get_rank() else result  # type: ignore[return-value]
+
+
+def gathered(own: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[torch.Tensor]:
+    """What every rank of ``group`` has, int64 and on the host; a rank's may be of another size than this one's."""
+    sizes = [torch.empty(own.ndim, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor(own.shape), group=group)
+    shapes = [size.tolist() for size in sizes]
+    longest = max(math.prod(shape) for shape in shapes)
+    received = [torch.empty(longest, dtype=torch.int64) for _ in shapes]
+    dist.all_gather(received, pad(own.cpu().flatten(), (0, longest - own.numel())), group=group)
+    return [x[: math.prod(shape)].view(shape) for x, shape in zip(received, shapes, strict=True)]
