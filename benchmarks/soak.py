@@ -32,6 +32,11 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+def run_of(output: Path) -> Path:
+    """The training's own directory; what watches it writes beside it."""
+    return output / "run"
+
+
 def marked(mark: str) -> dict[int, dict[str, str]]:
     """The environment of every process that was started under ``mark``."""
     found = {}
@@ -60,14 +65,14 @@ def of_process(pid: int) -> dict[str, float]:
 
 def sample(mark: str, output: Path, start: float) -> dict | None:
     """None before the first line of metrics, and where a process ends meanwhile."""
-    metrics = output / "metrics.jsonl"
+    metrics = run_of(output) / "metrics.jsonl"
     if not metrics.exists() or not (lines := metrics.read_text().splitlines()):
         return None
     try:
         ranks = {e["RANK"]: of_process(pid) for pid, e in marked(mark).items() if "RANK" in e}
     except (OSError, KeyError):
         return None
-    kept = [path for path in (output / "checkpoints").rglob("*") if path.is_file() and not path.is_symlink()]
+    kept = [path for path in (run_of(output) / "checkpoints").rglob("*") if path.is_file() and not path.is_symlink()]
     return {
         "seconds": time.monotonic() - start,
         "step": json.loads(lines[-1])["step"],
@@ -80,7 +85,7 @@ def sample(mark: str, output: Path, start: float) -> dict | None:
 @contextmanager
 def training(mark: str, output: Path, ranks: int, overrides: list[str]) -> Iterator[subprocess.Popen]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    recipe = ["recipes/train_eagle3.py", *SETTINGS, f"output_dir={output}", *overrides]
+    recipe = ["recipes/train_eagle3.py", *SETTINGS, f"output_dir={run_of(output)}", *overrides]
     environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (output / "training.log").open("w") as log:
         process = subprocess.Popen(
@@ -95,7 +100,7 @@ def training(mark: str, output: Path, ranks: int, overrides: list[str]) -> Itera
 
 def evaluation(output: Path) -> subprocess.Popen:
     log = (output / "evaluations.log").open("a")
-    command = [sys.executable, "recipes/evaluate.py", f"checkpoint={output}", "evaluation.num_questions=4"]
+    command = [sys.executable, "recipes/evaluate.py", f"checkpoint={run_of(output)}", "evaluation.num_questions=4"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
 
