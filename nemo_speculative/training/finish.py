@@ -22,8 +22,15 @@ from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget
 
 
+def save_questions(run: RunDirectory, prompts: Sequence[list[int]]) -> None:
+    """Writes ``questions.jsonl``, before the first checkpoint: each of them can be measured while training goes on."""
+    rows = [json.dumps({"input_ids": p, "loss_mask": [0] * len(p)}) + "\n" for p in prompts]
+    if rows:
+        first_rank_only(lambda: (run.root / QUESTIONS).write_text("".join(rows)))
+
+
 def measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
-    """Writes ``questions.jsonl`` and ``summary.json`` on the first rank and prints what they say."""
+    """Writes ``summary.json`` on the first rank and prints what it says."""
     first_rank_only(lambda: _measure_and_summarize(job, target, run, prompts[: job.evaluation.num_questions]))
 
 
@@ -32,9 +39,6 @@ def _measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, pro
     step = servable.directory.resolve().parent
     # The names are there even where nothing could be measured.
     summary: dict[str, object] = dict.fromkeys(Evaluation.FIGURES)
-    if prompts:
-        rows = ({"input_ids": p, "loss_mask": [0] * len(p)} for p in prompts)
-        (run.root / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     if prompts and isinstance(target, HFTarget):
         evaluation = _measure(job, target, run, servable, prompts)
         summary = evaluation.summary()

@@ -5,7 +5,7 @@ from contextlib import closing
 from nemo_speculative.config.schema import Resume, TrainJob
 from nemo_speculative.devices import choose_device
 from nemo_speculative.training import assembly
-from nemo_speculative.training.finish import measure_and_summarize
+from nemo_speculative.training.finish import measure_and_summarize, save_questions
 from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
 from nemo_speculative.training.plan import describe
 
@@ -39,6 +39,7 @@ def train(job: TrainJob) -> None:
                 if job.resume is Resume.auto:
                     trainer.resume()
                 assembly.save_config(job, run)
+                save_questions(run, data.prompts[: job.evaluation.num_questions])
                 trainer.train()
         measure_and_summarize(job, target, run, data.prompts)
     return None

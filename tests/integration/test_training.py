@@ -71,6 +71,7 @@ def test_two_ranks_train_as_one_does(settings, finished, tmp_path):
 def test_ctrl_c_saves_and_the_run_can_go_on(settings, finished, tmp_path):
     stopped = drive("interrupt_in_step", 5, settings, tmp_path / "run")
     assert stopped.returncode == 130 and "saved step" in stopped.stdout, stopped.stderr
+    assert (tmp_path / "run" / "questions.jsonl").exists(), "nothing to measure the checkpoint by"
     assert (tmp_path / "run" / "checkpoints" / "latest" / "model" / "model.safetensors").exists()
     resumed = train(settings, tmp_path / "run", "resume=auto")
     assert resumed.returncode == 0, resumed.stderr
