@@ -78,7 +78,7 @@ class Listed(Items):
 
     @cached_property
     def fingerprint(self) -> str:
-        return _digest(*(json.dumps(_content(item)).encode() for item in self._items))
+        return _digest(*(json.dumps(content_of(item)).encode() for item in self._items))
 
     def __len__(self) -> int:
         return len(self._items)
@@ -87,7 +87,8 @@ class Listed(Items):
         return self._items[index]
 
 
-def _content(item: Item) -> list[Any]:
+def content_of(item: Item) -> list[Any]:
+    """All that it says, its id and source among it."""
     if isinstance(item, Conversation):
         return [item.id, item.source, item.messages, item.tools]
     return [item.id, item.source, item.input_ids, item.loss_mask]

@@ -5,7 +5,7 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from nemo_speculative.errors import UserError
 
-INDEX = re.compile(rb'\{"index": (\d+), ')
+PREFIX = re.compile(rb'\{"index": (\d+)(, "asked": "([0-9a-f]{16})", )')
 SYNC_SECONDS = 1.0
 
 
@@ -23,9 +23,17 @@ class Entry:
 
     index: int
     """Which line of the input it is about."""
+    asked: int
+    """64 bits that tell the question of that line from others."""
     offset: int
     """Where it begins, in bytes."""
     line: bytes
+
+    def at(self, index: int) -> bytes:
+        """The line, about another line of the input."""
+        found = PREFIX.match(self.line)
+        assert found is not None
+        return b'{"index": %d' % index + self.line[found.start(2) :]
 
 
 def entries(file: Path) -> Iterator[Entry]:
@@ -41,10 +49,10 @@ def entries(file: Path) -> Iterator[Entry]:
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 return
-            found = INDEX.match(line)
+            found = PREFIX.match(line)
             if found is None:
                 raise UserError(f"{file}:{number}: not a line that was written here ({line[:40]!r}); restore the file")
-            yield Entry(int(found[1]), offset, line)
+            yield Entry(int(found[1]), int(found[3], 16), offset, line)
             offset += len(line)
 
 
@@ -62,13 +70,16 @@ class Journal:
         self._out = file.open("ab", buffering=0)
         self._out.truncate(self.size)
 
-    def append(self, index: int, record: dict[str, Any]) -> None:
-        """Writes a line; what is older than a second or so is on the disk when it returns.
+    def append(self, index: int, asked: int, record: dict[str, Any]) -> None:
+        """Writes a line, see :class:`Entry`; what is older than a second or so is on the disk when it returns.
 
         Raises:
             OSError: there is no room; the file is as it was.
         """
-        line = _encoded({"index": index, **record}) + b"\n"
+        self.append_line(_encoded({"index": index, "asked": f"{asked:016x}", **record}) + b"\n")
+
+    def append_line(self, line: bytes) -> None:
+        """The same of a line that was written before."""
         try:
             written = 0
             while written < len(line):
@@ -116,12 +127,26 @@ def put_in_order(file: Path, dropped: Collection[int] = ()) -> None:
     kept = [n for n in kept if indices[n] not in dropped]
     if len(kept) == len(indices) and kept == sorted(kept):
         return
+    replace(file, _lines_at(file, [offsets[n] for n in kept]))
+
+
+def _lines_at(file: Path, offsets: Iterable[int]) -> Iterator[bytes]:
+    with file.open("rb") as lines:
+        for offset in offsets:
+            lines.seek(offset)
+            yield lines.readline()
+
+
+def replace(file: Path, lines: Iterable[bytes]) -> None:
+    """Writes ``lines`` in the place of a journal that nobody writes, at once.
+
+    Raises:
+        OSError: there is no room for the copy; the file is as it was.
+    """
     copy = file.with_suffix(".sorted")
     try:
-        with file.open("rb") as lines, copy.open("wb") as out:
-            for n in kept:
-                lines.seek(offsets[n])
-                out.write(lines.readline())
+        with copy.open("wb") as out:
+            out.writelines(lines)
             out.flush()
             os.fsync(out.fileno())
     except OSError:

@@ -10,7 +10,8 @@ from nemo_speculative.config.schema import MergeJob
 from nemo_speculative.errors import UserError
 from nemo_speculative.files import published
 from nemo_speculative.generation.journal import entries
-from nemo_speculative.generation.part import ANSWERS, LEFT_OUT, MANIFEST, difference, read_manifest
+from nemo_speculative.generation.moves import ANSWERS, LEFT_OUT
+from nemo_speculative.generation.part import IN_BETWEEN, MANIFEST, difference, read_manifest
 from nemo_speculative.generation.part import SKIPPED as SKIPPED_OUTCOME
 
 MISSING, SKIPPED, FAILED = -1, -2, -3
@@ -57,8 +58,8 @@ def merge(job: MergeJob) -> Merged:
     merged = places.summary()
     if (merged.missing or merged.failed) and not job.allow_missing:
         raise UserError(
-            f"parts: of {total} lines there are {merged.gaps()}; run recipes/generate_data.py for these ranges, or "
-            "leave them out with allow_missing=true"
+            f"parts: of {total} lines there are {merged.gaps()}; name the directories that hold these as well, run "
+            "recipes/generate_data.py for them, or leave them out with allow_missing=true"
         )
     _write(output, places.lines())
     return merged
@@ -87,7 +88,13 @@ def _agreeing(parts: Sequence[Path]) -> int:
 
 
 def _comparable(part: Path) -> dict[str, Any]:
-    return {key: value for key, value in read_manifest(part / MANIFEST).items() if key != "range"}
+    manifest = read_manifest(part / MANIFEST)
+    if manifest["input"] == IN_BETWEEN:
+        raise UserError(
+            f"parts: {part} was left while it took over a changed input; start its recipes/generate_data.py command "
+            "again, which ends that"
+        )
+    return {key: value for key, value in manifest.items() if key != "range"}
 
 
 class _Places:

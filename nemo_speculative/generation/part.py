@@ -14,9 +14,16 @@ import numpy as np
 from nemo_speculative.errors import UserError
 from nemo_speculative.files import write_whole
 from nemo_speculative.generation.journal import Journal, entries, put_in_order
+from nemo_speculative.generation.moves import ANSWERS, LEFT_OUT, Moves
+from nemo_speculative.generation.questions import Questions
 
-ANSWERS, LEFT_OUT, MANIFEST = "answers.jsonl", "left_out.jsonl", "manifest.json"
+MANIFEST = "manifest.json"
+INPUT_KEYS = ("input", "input_lines", "range")
+"""What a manifest says of the questions; all else is how they are answered, and stays."""
+IN_BETWEEN = "changing"
+"""The input of a part while its lines take the numbers that a changed input gives them."""
 SKIPPED, FAILED = "skipped", "failed"
+SHOWN = 3
 
 
 @dataclass
@@ -36,6 +43,8 @@ class Outcome:
     """Conversations whose ids are not known."""
     namesakes: int = 0
     """Lines with the id of an earlier one."""
+    shared_ids: list[str] = field(default_factory=list)
+    """Some of these ids."""
 
     def check(self) -> None:
         """
@@ -54,18 +63,18 @@ class Outcome:
 class Part:
     """What a range has so far; see :func:`opened`."""
 
-    def __init__(self, directory: Path, start: int, end: int):
-        self.directory, self.start = directory, start
-        self._done = bytearray(end - start)
+    def __init__(self, directory: Path, questions: Questions):
+        self.directory, self.start, self._asked = directory, questions.start, questions.asked
+        self._done = bytearray(len(questions))
         self._skipped: set[int] = set()
         self._attempts: dict[int, int] = {}
         for entry in entries(directory / ANSWERS):
-            self._done[entry.index - start] = True
+            self._done[entry.index - self.start] = True
         for entry in entries(directory / LEFT_OUT):
             left = json.loads(entry.line)
             self._attempts[entry.index] = left["attempts"]
             if left["outcome"] == SKIPPED:
-                self._done[entry.index - start] = True
+                self._done[entry.index - self.start] = True
         self._answers, self._left_out = Journal(directory / ANSWERS), Journal(directory / LEFT_OUT)
 
     def wants(self, index: int) -> bool:
@@ -81,7 +90,7 @@ class Part:
         Raises:
             OSError: there is no room.
         """
-        self._answers.append(index, record)
+        self._answers.append(index, self._asked[index - self.start], record)
         self._done[index - self.start] = True
 
     def leave_out(
@@ -94,7 +103,8 @@ class Part:
         """
         attempts += self._attempts.get(index, 0)
         said = {"id": identity, "outcome": outcome, "reason": reason}
-        self._left_out.append(index, said | ({"detail": detail} if detail else {}) | {"attempts": attempts})
+        said |= {"detail": detail} if detail else {}
+        self._left_out.append(index, self._asked[index - self.start], said | {"attempts": attempts})
 
     def close(self) -> None:
         self._answers.close()
@@ -102,28 +112,43 @@ class Part:
 
 
 @contextmanager
-def opened(directory: Path, start: int, end: int, manifest: dict[str, Any]) -> Iterator[Part]:
-    """The part of a range in ``directory``, new or gone on with.
+def opened(directory: Path, questions: Questions, manifest: dict[str, Any]) -> Iterator[Part]:
+    """The part of a range in ``directory``, new or gone on with; what it holds follows its questions.
 
     Raises:
-        UserError: it was begun with another ``manifest``, or is damaged.
+        UserError: it was begun with other settings than those of ``manifest``, or is damaged.
     """
-    _agree(directory / MANIFEST, manifest)
-    part = Part(directory, start, end)
+    _agree(directory / MANIFEST, manifest, questions)
+    part = Part(directory, questions)
     try:
         yield part
     finally:
         part.close()
 
 
-def _agree(file: Path, manifest: dict[str, Any]) -> None:
+def _agree(file: Path, manifest: dict[str, Any], questions: Questions) -> None:
     if not file.is_file():
         if (file.parent / ANSWERS).is_file():
             raise UserError(f"{file.parent}: there are answers and no {MANIFEST}; give another output")
-        write_whole(file, json.dumps(manifest, indent=1) + "\n")
+        _write(file, manifest)
         return
-    if differing := difference(read_manifest(file), manifest):
+    before = read_manifest(file)
+    if differing := difference(_settings(before), _settings(manifest)):
         raise UserError(f"output: {file.parent} was begun with {differing} now; give another output, or that")
+    if before["input"] != manifest["input"]:
+        moves = Moves.of(file.parent, questions)
+        _write(file, before | {"input": IN_BETWEEN})
+        moves.carry_out()
+        _write(file, manifest)
+        print(moves.describe(), flush=True)
+
+
+def _write(file: Path, manifest: dict[str, Any]) -> None:
+    write_whole(file, json.dumps(manifest, indent=1) + "\n")
+
+
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key not in INPUT_KEYS}
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
@@ -133,7 +158,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(file.read_text())
-        return {**manifest, "range": manifest["range"]}
+        return {**manifest, **{key: manifest[key] for key in INPUT_KEYS}}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a manifest that generate_data.py wrote; name a directory that it did") from None
 
@@ -173,5 +198,19 @@ def concluded(directory: Path, asked: int) -> Outcome:
         names.append(hash(left["id"]))
         (outcome.skipped if left["outcome"] == SKIPPED else outcome.failed)[left["reason"]] += 1
     outcome.namesakes = len(names) - len(np.unique(names))
+    outcome.shared_ids = _shared(directory, names) if outcome.namesakes else []
     outcome.check()
     return outcome
+
+
+def _shared(directory: Path, names: array) -> list[str]:
+    """Some of the ids that several lines have."""
+    hashes, times = np.unique(names, return_counts=True)
+    shared, found = set(hashes[times > 1].tolist()), dict[str, None]()
+    for entry in (entry for name in (ANSWERS, LEFT_OUT) for entry in entries(directory / name)):
+        identity = json.loads(entry.line)["id"]
+        if hash(identity) in shared:
+            found[identity] = None
+        if len(found) == SHOWN:
+            break
+    return list(found)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_speculative.config.schema import GenerateJob
 from nemo_speculative.data.conversations import Conversation, TokenRow, parse_json, parse_line
+from nemo_speculative.data.items import content_of
 from nemo_speculative.errors import UserError
 from nemo_speculative.progress import Progress
 
@@ -25,6 +27,10 @@ class Questions:
     """Lines of the whole file."""
     start: int
     end: int
+    asked: array
+    """64 bits for each of them: of the id, and of all that the line says."""
+    open_ended: bool = False
+    """They go on as far as the file does."""
 
     @classmethod
     def of(cls, job: GenerateJob) -> "Questions":
@@ -36,14 +42,14 @@ class Questions:
         file, (start, end) = Path(job.path), job.bounds()
         if not file.is_file():
             raise UserError(f"path: {file} does not exist or is not a file; expected a JSONL file")
-        digest, count = hashlib.sha256(), 0
+        digest, count, asked = hashlib.sha256(), 0, array("Q")
         progress = Progress(f"checking {file}", file.stat().st_size)
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 digest.update(line)
                 if line.strip():
                     if start <= count and (end is None or count < end):
-                        _item(line, file, number)
+                        asked.append(_digest(_item(line, file, number)))
                     count += 1
                 progress.advance(by=len(line))
         if start >= count or (end or 0) > count:
@@ -52,14 +58,16 @@ class Questions:
                 if count
                 else f"path: {file} is empty; expected one JSON object a line"
             )
-        return cls(file, digest.hexdigest()[:32], count, start, count if end is None else end)
+        stop = count if end is None else end
+        return cls(file, digest.hexdigest()[:32], count, start, stop, asked, open_ended=end is None)
 
     def __len__(self) -> int:
         return self.end - self.start
 
     @property
     def name(self) -> str:
-        return f"{self.start}-{self.end}"
+        """Of the range as it was asked for: one without an end keeps its name when the file grows."""
+        return f"{self.start}-{'end' if self.open_ended else self.end}"
 
     def items(self, wanted: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Item]]:
         """Those of the lines that are ``wanted``, by their numbers; one at a time in memory."""
@@ -71,6 +79,10 @@ class Questions:
                     return
                 if line.strip() and index >= self.start and wanted(index):
                     yield index, _item(line, self.file, number)
+
+
+def _digest(item: Item) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(content_of(item)).encode()).digest()[:8], "big")
 
 
 def _item(line: bytes, file: Path, number: int) -> Item:

@@ -22,7 +22,7 @@ from nemo_speculative.generation.reasoning import Reasoning
 from nemo_speculative.locks import exclusive
 from nemo_speculative.progress import Progress
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the records change their meaning."""
 
 
@@ -44,7 +44,7 @@ def _answer(job: GenerateJob, questions: Questions, directory: Path, run: interr
     engine = engine_of(job)
     try:
         manifest = run(_manifest(job, questions, engine))
-        with opened(directory, questions.start, questions.end, manifest) as part:
+        with opened(directory, questions, manifest) as part:
             if part.pending:
                 engine.prepare()
                 run(Run.of(job, engine, part).all_of(questions))

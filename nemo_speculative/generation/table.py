@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from nemo_speculative.generation.part import ANSWERS, Outcome
+from nemo_speculative.generation.moves import ANSWERS
+from nemo_speculative.generation.part import Outcome
 
 REASONS = 8
 """Shown of each kind; left_out.jsonl has them all."""
@@ -12,7 +13,8 @@ def table(outcome: Outcome) -> str:
     """A line each for what went in, came out and was left out, with the reasons."""
     lines = [f"{'input':9}{outcome.asked:>9}  {outcome.directory}"]
     if outcome.namesakes:
-        lines += [f"{'':9}{outcome.namesakes:>9}  of them have the id of an earlier line"]
+        named = ", ".join(outcome.shared_ids)
+        lines += [f"{'':9}{outcome.namesakes:>9}  of them have the id of an earlier line ({named})"]
     lines += [f"{'answered':9}{outcome.answered:>9}  {_how(outcome)}".rstrip()]
     for name, reasons in (("skipped", outcome.skipped), ("failed", outcome.failed)):
         lines += [f"{name:9}{reasons.total():>9}"]

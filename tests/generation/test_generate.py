@@ -87,7 +87,7 @@ def test_an_interrupted_part_ends_up_as_an_uninterrupted_one(job, tmp_path, monk
     with pytest.raises(RuntimeError, match="stopped"):
         generate_data(job(temperature=1.0))
     monkeypatch.undo()
-    part = tmp_path / "out" / "0-12" / "answers.jsonl"
+    part = tmp_path / "out" / "0-end" / "answers.jsonl"
     kept = part.read_bytes()
     assert kept.count(b"\n") == 5
     with part.open("ab") as torn:
@@ -143,14 +143,14 @@ def test_a_full_disk_is_one_line_and_loses_nothing(job, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device") as caught:
         generate_data(job())
     monkeypatch.undo()
-    part = tmp_path / "out" / "0-12" / "answers.jsonl"
+    part = tmp_path / "out" / "0-end" / "answers.jsonl"
     assert caught.value.filename == str(part)
     assert len(read_jsonl(part)) > 0 and part.read_bytes().endswith(b"}\n")
     assert answers_of(generate_data(job())).read_bytes() == whole
 
 
 def test_two_processes_are_not_let_into_one_range(job, tmp_path):
-    with exclusive(tmp_path / "out" / "0-12", "output"), pytest.raises(UserError, match="output: another process"):
+    with exclusive(tmp_path / "out" / "0-end", "output"), pytest.raises(UserError, match="output: another process"):
         generate_data(job())
     generate_data(job(range="0:3"))
 
@@ -165,10 +165,11 @@ def test_what_was_begun_otherwise_is_refused_by_name(job, questions, tmp_path):
         generate_data(job(reasoning="Drop"))
     moved = shutil.copy(questions, tmp_path / "moved.jsonl")
     generate_data(job(path=str(moved)))
-    moved_lines = moved.read_text().replace("fox", "cow")
-    moved.write_text(moved_lines)
-    with pytest.raises(UserError, match=r"begun with input \(the content of path\)="):
+    before = (tmp_path / "out" / "0-end" / "answers.jsonl").read_bytes()
+    write(moved, [record | {"id": f"other {record['id']}"} for record in read(moved)])
+    with pytest.raises(UserError, match=r"holds answers to none of the lines of .*moved.jsonl; give another output"):
         generate_data(job(path=str(moved)))
+    assert (tmp_path / "out" / "0-end" / "answers.jsonl").read_bytes() == before
 
 
 def test_another_target_or_template_is_refused_by_name(job, tmp_path):

@@ -27,7 +27,7 @@ def merged(parts, *names, **changed):
 
 
 def test_parts_are_byte_for_byte_what_one_run_gives(parts):
-    whole = (parts / "whole" / "0-12" / "answers.jsonl").read_bytes()
+    whole = (parts / "whole" / "0-end" / "answers.jsonl").read_bytes()
     for names in (("a", "b"), ("b", "a"), ("b/5-12", "a/0-5"), ("whole",)):
         result, file = merged(parts, *names)
         assert file.read_bytes() == whole
@@ -36,7 +36,7 @@ def test_parts_are_byte_for_byte_what_one_run_gives(parts):
 
 def test_overlaps_that_agree_are_one(parts):
     _, file = merged(parts, "a", "b", "whole")
-    assert file.read_bytes() == (parts / "whole" / "0-12" / "answers.jsonl").read_bytes()
+    assert file.read_bytes() == (parts / "whole" / "0-end" / "answers.jsonl").read_bytes()
 
 
 def test_overlaps_that_differ_are_refused_by_line(parts):
@@ -52,7 +52,7 @@ def test_overlaps_that_differ_are_refused_by_line(parts):
 
 
 def test_gaps_are_named(parts):
-    with pytest.raises(UserError, match=r"of 12 lines there are 5 missing \(0:5\)"):
+    with pytest.raises(UserError, match=r"of 12 lines there are 5 missing \(0:5\); name the directories that hold"):
         merged(parts, "b")
     result, file = merged(parts, "b", allow_missing=True)
     assert result.describe() == "7 conversations answered, 0 skipped; without 5 missing (0:5)"
@@ -63,8 +63,9 @@ def test_lines_that_failed_are_named_and_those_skipped_are_none_of_the_gaps(part
     answers, left = (parts / "a" / "0-5" / name for name in ("answers.jsonl", "left_out.jsonl"))
     kept = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(kept[:2] + kept[4:]))
-    reasons = [{"index": 2, "id": "c2", "outcome": "failed", "reason": "r", "attempts": 1}]
-    reasons += [{"index": 3, "id": "c3", "outcome": "skipped", "reason": "r", "attempts": 0}]
+    asked = "0123456789abcdef"
+    reasons = [{"index": 2, "asked": asked, "id": "c2", "outcome": "failed", "reason": "r", "attempts": 1}]
+    reasons += [{"index": 3, "asked": asked, "id": "c3", "outcome": "skipped", "reason": "r", "attempts": 0}]
     left.write_text("".join(json.dumps(reason) + "\n" for reason in reasons))
     with pytest.raises(UserError, match=r"1 failed \(2:3\)"):
         merged(parts, "a", "b")

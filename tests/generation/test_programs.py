@@ -41,7 +41,7 @@ def test_a_run_that_is_ended_anyhow_is_gone_on_with(arguments, serve, asking, tm
     }
     kept = {}
     for number, program in programs.items():
-        answers = outputs[number] / "0-12" / "answers.jsonl"
+        answers = outputs[number] / "0-end" / "answers.jsonl"
         wait_for_lines(answers, 3)
         program.send_signal(number)
         assert program.wait(60) == ENDS[number]
@@ -67,9 +67,9 @@ def test_what_a_script_runs_in_the_background_is_ended_by_sigterm(arguments, ser
     with subprocess.Popen(
         script, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
     ) as program:
-        wait_for_lines(output / "0-12" / "answers.jsonl", 1)
+        wait_for_lines(output / "0-end" / "answers.jsonl", 1)
         program.send_signal(signal.SIGINT)
-        wait_for_lines(output / "0-12" / "answers.jsonl", 3)
+        wait_for_lines(output / "0-end" / "answers.jsonl", 3)
         program.send_signal(signal.SIGTERM)
         said = program.communicate(timeout=60)[1].decode()
     assert program.returncode == 130 and said.splitlines()[-1].startswith("error: interrupted")

@@ -86,7 +86,7 @@ class GenerateJob:
     """JSONL of conversations, or of rows of token ids, as recipes/prepare_data.py writes it."""
     output: str = MISSING
     """A directory; each range gets one of its own in it, <start>-<end>, with answers.jsonl, left_out.jsonl and
-    manifest.json."""
+    manifest.json. What it holds is found again by the lines' ids and contents."""
     range: Optional[str] = None
     """start:end, the lines to answer, from 0 on, without end; null: all."""
     temperature: float = 0.0
