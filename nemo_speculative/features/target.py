@@ -6,7 +6,6 @@ Of the target itself only embedding and head are loaded.
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from nemo_speculative.features.shards import Tensors
 from nemo_speculative.features.store import Place, Store
 from nemo_speculative.features.upkeep import opened, prepare, remove_unfinished, seal
 from nemo_speculative.features.writer import MIB, Writer, stored_hidden
-from nemo_speculative.locks import exclusive
+from nemo_speculative.locks import JobLock
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.ends import TargetEnds
 from nemo_speculative.targets.hf import HFTarget
@@ -57,22 +56,24 @@ class FeaturesTarget(TargetEnds):
         super().__init__(path, **ends)
         self.directory = Path(directory)
         wanted = Manifest.of(self, mask_convention, draft)
-        with ExitStack() as held:
-            if fill:
-                held.enter_context(_writing(self.directory))
-                if _first_rank():
-                    remove_unfinished(self.directory)
-                self.store = Store(self.directory, prepare(self.directory, wanted))
-            else:
-                self.store = opened(self.directory, "backend.directory")
-                self.store.manifest.require_same(wanted, self.directory)
-            self._filler = _Filler(self.store, shard_mb, path, ends, held.pop_all()) if fill else None
+        self._filler: _Filler | None = None
+        if fill:
+            lock = JobLock(self.directory, "backend.directory", first=_first_rank())
+            if _first_rank():
+                remove_unfinished(self.directory)
+            self.store = Store(self.directory, prepare(self.directory, wanted))
+            self._filler = _Filler(self.store, shard_mb, path, ends, lock)
+        else:
+            self.store = opened(self.directory, "backend.directory")
+            self.store.manifest.require_same(wanted, self.directory)
 
     def expect(self, *documents: Sequence[TokenRow]) -> None:
         """
         Raises:
             UserError: some are not there, or, where they are to be added, there is no room for them.
         """
+        if self._filler:
+            self._filler.lock.join()  # by now the first rank has kept other trainings out
         budget = Budget.of(self.store, *documents)
         if not budget.missing:
             return
@@ -94,7 +95,7 @@ class FeaturesTarget(TargetEnds):
         """
         host = batch.on_host
         keys = [key_of(*_document(host, span)) for span in host.spans]
-        found = self.store.find(keys)
+        found = self._filler.find(keys, host) if self._filler else self.store.find(keys)
         if None not in found:
             return self._read(host, found)
         if self._filler:
@@ -143,14 +144,27 @@ class _Filler:
     """The target itself, as long as documents are missing; what it computes goes to disk in a thread.
 
     Args:
-        held: what is held while there is something to write.
+        lock: of the directory, which every rank holds that writes there.
     """
 
-    def __init__(self, store: Store, shard_mb: int, path: Path, ends: dict[str, Any], held: ExitStack):
-        self.store, self.path, self.ends, self.held = store, path, ends, held
+    def __init__(self, store: Store, shard_mb: int, path: Path, ends: dict[str, Any], lock: JobLock):
+        self.store, self.path, self.ends, self.lock = store, path, ends, lock
         self.writer = Writer(store.directory, store.manifest, shard_mb * MIB)
         self._one_at_a_time, self._epoch = threading.Lock(), 0
         self._target: HFTarget | None = None
+
+    def find(self, keys: list[bytes], batch: Batch) -> list[Place | None]:
+        """Where each document of a batch is by now, those that other ranks wrote among them; None: nowhere."""
+        with self._one_at_a_time:
+            if (epoch := max((span.epoch for span in batch.spans), default=0)) > self._epoch:
+                # A pass is over: what the last shard waits for has been seen, and other ranks will ask for it.
+                self._epoch = epoch
+                self.writer.flush()
+            found = self.store.find(keys)
+            if None in found:
+                self.store.refresh()
+                found = self.store.find(keys)
+            return found
 
     def supervise(self, batch: Batch, keys: list[bytes]) -> Supervision:
         """The whole batch as the target computes it; what of it is missing on disk is written."""
@@ -158,22 +172,18 @@ class _Filler:
             self._target = self._target or HFTarget(self.path, **self.ends)
             with torch.no_grad():
                 supervision = self._target.supervise(batch)
-            spans = batch.on_host.spans
-            if (epoch := max(span.epoch for span in spans)) > self._epoch:
-                # A pass is over: what the last shard waits for has been seen.
-                self._epoch = epoch
-                self.writer.flush()
-            self.store.refresh()
-            for key, span, place in zip(keys, spans, self.store.find(keys), strict=True):
+            for key, span, place in zip(keys, batch.on_host.spans, self.store.find(keys), strict=True):
                 if place is None:
                     self.writer.put(key, batch, span, supervision)
             return supervision
 
     def close(self) -> None:
-        with self.held, self._one_at_a_time:
-            self.writer.close()
-            if _first_rank():
-                print(seal(self.store.directory), flush=True)
+        """Writes what there is; the last rank that does so seals the directory."""
+        with self._one_at_a_time:
+            try:
+                self.writer.close()
+            finally:
+                self.lock.leave(lambda: print(seal(self.store.directory), flush=True))
 
 
 def _document(batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,11 +195,6 @@ def _document(batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """``x`` as torch can copy any dtype."""
     return x.view(torch.uint8)
-
-
-def _writing(directory: Path) -> Any:
-    """Held by the first rank for all of them."""
-    return exclusive(directory, "backend.directory") if _first_rank() else ExitStack()
 
 
 def _first_rank() -> bool:

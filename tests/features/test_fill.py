@@ -8,6 +8,7 @@ from nemo_speculative.features.budget import Budget
 from nemo_speculative.features.manifest import Manifest
 from nemo_speculative.features.store import Store
 from nemo_speculative.features.upkeep import verify
+from nemo_speculative.locks import exclusive
 from nemo_speculative.targets.hf import HFTarget
 from tests.features.cases import ROW, assert_same, capture_into, loss_of, reading
 
@@ -44,9 +45,8 @@ def test_two_epochs_are_those_of_online_training_and_the_target_runs_in_the_firs
     for ours, theirs in zip(found, expected, strict=True):
         assert_same(ours, theirs)
     asked.clear()
-    # The first batch of a pass finds what the last shard held back; then all of it is on disk.
     later = [loss_of(algorithm, mixed, [batch]) for batch in [*second, *third]]
-    assert len(asked) <= 1 < probes
+    assert not asked and probes
     for ours, batch in zip(later, [*second, *third], strict=True):
         assert_same(ours, loss_of(algorithm, online, [batch]), ROUNDING)
     mixed.close()
@@ -86,6 +86,46 @@ def test_two_trainings_do_not_fill_one_directory(algorithm, target_dir, tmp_path
     with pytest.raises(UserError, match=f"backend.directory: another process writes into {tmp_path / 'f'}"):
         reading(target_dir, tmp_path / "f", algorithm, fill=True)
     first.close()
+    reading(target_dir, tmp_path / "f", algorithm, fill=True).close()
+
+
+def test_two_ranks_share_what_each_captured_and_the_last_one_seals_it(
+    algorithm, online, documents, target_dir, tmp_path, asked, monkeypatch
+):
+    first, second = epochs(documents, 2)
+    ranks = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        ranks.append(reading(target_dir, tmp_path / "f", algorithm, fill=True))
+        ranks[-1].expect(documents)
+    for n, batch in enumerate(first):
+        ranks[n % 2].supervise(batch)
+    for rank in ranks:  # each begins the next pass, and so leaves to the other what it held back
+        rank.supervise(second[0])
+    asked.clear()
+    for batch in second:
+        for rank in ranks:
+            assert_same(loss_of(algorithm, rank, [batch]), loss_of(algorithm, online, [batch]), ROUNDING)
+    assert len(asked) == 2 * len(second), "each by the online one"
+    for rank, said in zip(ranks, (0, len(documents)), strict=True):
+        rank.close()
+        assert Manifest.read(tmp_path / "f").documents == said
+    assert f"{len(documents)} documents" in verify(str(tmp_path / "f"))
+
+
+def test_other_trainings_stay_out_until_the_last_rank_has_left(algorithm, documents, target_dir, tmp_path, monkeypatch):
+    ranks = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        ranks.append(reading(target_dir, tmp_path / "f", algorithm, fill=True))
+        ranks[-1].expect(documents)
+    monkeypatch.setenv("RANK", "0")
+    for rank in ranks:
+        with pytest.raises(UserError, match=r"backend\.directory: another process writes into"):
+            reading(target_dir, tmp_path / "f", algorithm, fill=True)
+        with pytest.raises(UserError, match="output: another process writes into"), exclusive(tmp_path / "f", "output"):
+            pass
+        rank.close()
     reading(target_dir, tmp_path / "f", algorithm, fill=True).close()
 
 
