@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 import signal
-import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -93,10 +92,15 @@ class StoredRows(Indexed[TokenRow]):
         return found
 
 
-def stored_documents(items: Items, how: Tokenizing, config: DataConfig, title: str) -> Documents:
+def stored_documents(
+    items: Items, how: Tokenizing, config: DataConfig, title: str, go_on: Callable[[], None] = lambda: None
+) -> Documents:
     """``items`` as documents, in the order of the file that they were chosen from.
 
     Taken from the cache of ``config`` where they were made before, of the same content.
+
+    Args:
+        go_on: called now and then while they are made; what it raises ends that.
 
     Raises:
         UserError: an item cannot be tokenised, a process that did was killed, or there is no room for what it made.
@@ -105,7 +109,7 @@ def stored_documents(items: Items, how: Tokenizing, config: DataConfig, title: s
     directory = Path(config.cache_dir) / "tokens" / how.key(items)
     with exclusive(directory, "data.cache_dir", wait=True):
         if not _is_whole(directory):
-            _make(items, how, directory, config.workers, title)
+            _make(items, how, directory, config.workers, title, go_on)
     return _open(directory, how.vocab_size)
 
 
@@ -132,12 +136,14 @@ def _open(directory: Path, vocab_size: int) -> Documents:
     return documents
 
 
-def _make(items: Items, how: Tokenizing, directory: Path, workers: int | None, title: str) -> None:
+def _make(
+    items: Items, how: Tokenizing, directory: Path, workers: int | None, title: str, go_on: Callable[[], None]
+) -> None:
     partial = directory / "partial"
     shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
     partial.mkdir()
     try:
-        _write(partial, _chunks(items, how, workers, title), how.vocab_size)
+        _write(partial, _chunks(items, how, workers, title, go_on), how.vocab_size)
         for name in (ROWS, COUNTS, META):  # the last one tells that the others are whole
             os.replace(partial / name, directory / name)
     except OSError as error:
@@ -189,7 +195,9 @@ class _Chunk:
         return cls(batch, b"".join(map(row_digest, rows)), counts, {name: getattr(documents, name) for name in names})
 
 
-def _chunks(items: Items, how: Tokenizing, workers: int | None, title: str) -> Iterator[_Chunk]:
+def _chunks(
+    items: Items, how: Tokenizing, workers: int | None, title: str, go_on: Callable[[], None]
+) -> Iterator[_Chunk]:
     """In the order of the items, whoever makes them."""
     progress = Progress(title, len(items), quiet=True)
     count = min(os.cpu_count() or 1, MOST_WORKERS) if workers is None else workers
@@ -198,6 +206,7 @@ def _chunks(items: Items, how: Tokenizing, workers: int | None, title: str) -> I
     made = _here(items, how, places) if alone else _elsewhere(items, how, places, count)
     for (start, end), chunk in zip(places, made, strict=True):
         progress.advance(by=end - start)
+        go_on()
         yield chunk
     progress.close()
 
@@ -228,15 +237,12 @@ def _elsewhere(items: Items, how: Tokenizing, places: list[tuple[int, int]], cou
 
 @contextlib.contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """Processes that are started here take no notice of Ctrl-C: the one that writes ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes that are started here, in any thread, take no notice of Ctrl-C: the one that writes ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _given: tuple[Items, Tokenizing]

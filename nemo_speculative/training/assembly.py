@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from omegaconf import OmegaConf
 
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable
-from nemo_speculative.config.schema import Answers, Resume, TrainJob
+from nemo_speculative.config.schema import Answers, Resume, TinyModelConfig, TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.documents import Documents
 from nemo_speculative.data.items import Items
@@ -32,10 +34,12 @@ from nemo_speculative.objectives.base import Objective
 from nemo_speculative.objectives.unroll import UnrollObjective
 from nemo_speculative.ranks import first_rank_first, first_rank_only
 from nemo_speculative.serving.versions import check_servable
+from nemo_speculative.targets import tiny
 from nemo_speculative.targets.base import Target
-from nemo_speculative.targets.describe import target_config
+from nemo_speculative.targets.describe import Description, describe_target, target_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import titan
+from nemo_speculative.training.background import Background, beside
 from nemo_speculative.training.parallelism import data_rank
 from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
@@ -155,14 +159,45 @@ def build_data(job: TrainJob, target: Target, split: Split) -> RunData:
     Raises:
         UserError: bad data, or none that is supervised.
     """
-    max_length, row_tokens = job.data.lengths(target.config.max_position_embeddings)
-    enough = max(job.evaluation.num_questions, job.evaluation.selection_questions)
-    training = _documents(job, target, split.training, max_length, "training")
-    held_out = _documents(job, target, split.held_out[: 2 * enough], max_length, "held out")
+    _, row_tokens = job.data.lengths(target.config.max_position_embeddings)
+    training, held_out = (_documents(job, target, items, title) for title, items in _sides(job, split).items())
     if not training.rows:
         raise UserError(f"data: no conversation holds a supervised token ({training.report()}); nothing to train on")
     longest_prompt = target.config.max_position_embeddings - 2
-    return RunData(training, held_out, row_tokens, question_prompts(held_out.rows, enough, longest_prompt))
+    return RunData(training, held_out, row_tokens, question_prompts(held_out.rows, _enough(job), longest_prompt))
+
+
+def tokenizing(job: TrainJob, split: Split) -> AbstractContextManager[Background]:
+    """Tokenises what :func:`build_data` will ask for while the weights are read, on the first rank.
+
+    Not where the target writes the answers, nor before the embedded target is made.
+    """
+    model = job.model
+    there = not isinstance(model, TinyModelConfig) or tiny.directory_of(model).exists()
+    if torch.distributed.get_rank() or job.data.answers is not Answers.given or not there:
+        return beside(lambda go_on: None)
+    target = describe_target(model)  # here: what transformers imports on the way is not made for two threads
+
+    def work(go_on: Callable[[], None]) -> None:
+        how = _how(job, target)
+        for title, items in _sides(job, split).items():
+            stored_documents(items, how, job.data, f"tokenising, {title}", go_on)
+
+    return beside(work)
+
+
+def _sides(job: TrainJob, split: Split) -> dict[str, Items]:
+    return {"training": split.training, "held out": split.held_out[: 2 * _enough(job)]}
+
+
+def _enough(job: TrainJob) -> int:
+    """Questions that are measured with."""
+    return max(job.evaluation.num_questions, job.evaluation.selection_questions)
+
+
+def _how(job: TrainJob, target: Target | Description) -> Tokenizing:
+    max_length, _ = job.data.lengths(target.config.max_position_embeddings)
+    return Tokenizing(target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
 
 
 def load_split(job: TrainJob) -> Split:
@@ -170,8 +205,8 @@ def load_split(job: TrainJob) -> Split:
     return get_method(job.data._target_)(job.data, job.seed)
 
 
-def _documents(job: TrainJob, target: Target, items: Items, max_length: int, title: str) -> Documents:
-    how = Tokenizing(target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+def _documents(job: TrainJob, target: Target, items: Items, title: str) -> Documents:
+    how = _how(job, target)
     if job.data.answers is Answers.given or not items:
         return first_rank_first(lambda: stored_documents(items, how, job.data, f"tokenising, {title}"))
     assert isinstance(target, HFTarget), "the configuration lets no other backend answer"
@@ -181,7 +216,7 @@ def _documents(job: TrainJob, target: Target, items: Items, max_length: int, tit
             items,
             max_answer_tokens=job.data.max_answer_tokens,
             batch_size=job.data.generation_batch_size,
-            max_length=max_length,
+            max_length=how.max_length,
             cache_dir=f"{job.data.cache_dir}/answers",
             title=f"answering, {title}",
         )

@@ -4,6 +4,7 @@ from contextlib import closing
 
 from nemo_speculative.config.schema import Resume, TrainJob
 from nemo_speculative.devices import choose_device
+from nemo_speculative.ranks import first_rank_only
 from nemo_speculative.training import assembly
 from nemo_speculative.training.finish import measure_and_summarize, save_questions
 from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
@@ -24,7 +25,12 @@ def train(job: TrainJob) -> None:
     split = assembly.load_split(job)
     device = choose_device(job.trainer.device, "trainer.device")
     with process_group(device, job.parallelism) as dims:
-        with fast_float32_matmuls(device), closing(assembly.build_target(job, device)) as target:
+        with (
+            fast_float32_matmuls(device),
+            assembly.tokenizing(job, split) as rows,
+            closing(assembly.build_target(job, device)) as target,
+        ):
+            first_rank_only(rows.wait)
             data = assembly.build_data(job, target, split)
             target.expect(data.training.rows, data.held_out.rows)
             vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
