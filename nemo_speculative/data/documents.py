@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,8 @@ class Documents:
     """Ids left out because no token of theirs is supervised (within the longest length)."""
     truncated: int = 0
     supervised_tokens_cut: int = 0
+    directory: Path | None = None
+    """Where they are stored, if they are."""
 
     @cached_property
     def lengths(self) -> Sequence[int]:

@@ -127,7 +127,8 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 def _open(directory: Path, vocab_size: int) -> Documents:
     meta, rows = json.loads((directory / META).read_text()), StoredRows(directory / ROWS)
-    documents = Documents(vocab_size, rows, meta["unsupervised"], meta["truncated"], meta["supervised_tokens_cut"])
+    left_out = meta["unsupervised"], meta["truncated"], meta["supervised_tokens_cut"]
+    documents = Documents(vocab_size, rows, *left_out, directory)
     stored = load_file(directory / COUNTS)["counts"]
     # What would otherwise be counted by reading every row.
     documents.lengths = rows.lengths

@@ -18,13 +18,14 @@ from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable
 from nemo_speculative.config.schema import Answers, Resume, TinyModelConfig, TrainJob
 from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.chosen import chosen_vocabulary
 from nemo_speculative.data.documents import Documents
 from nemo_speculative.data.items import Items
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.sources import Split
 from nemo_speculative.data.store import Tokenizing, stored_documents
 from nemo_speculative.data.stream import RowStream
-from nemo_speculative.data.vocabulary import DraftVocabulary, build_vocabulary, coverage, vocabulary_of
+from nemo_speculative.data.vocabulary import DraftVocabulary, coverage, vocabulary_of
 from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.drafts.init import init_from_target
 from nemo_speculative.errors import UserError
@@ -273,7 +274,7 @@ def build_draft_vocabulary(job: TrainJob, target: Target, training: Documents) -
     start = read_start(job.draft, target.config)
     if start and "d2t" in start.tensors:
         return vocabulary_of(start.tensors["d2t"], training.all_counts)
-    return build_vocabulary(training.all_counts, job.draft.vocabulary(target.config.vocab_size))
+    return chosen_vocabulary(training, job.draft.vocabulary(target.config.vocab_size))
 
 
 def build_objective(job: TrainJob, target: Target) -> Objective:

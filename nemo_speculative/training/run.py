@@ -1,10 +1,11 @@
 """What every training recipe does, from a job to a measured checkpoint."""
 
 from contextlib import closing
+from functools import partial
 
 from nemo_speculative.config.schema import Resume, TrainJob
 from nemo_speculative.devices import choose_device
-from nemo_speculative.ranks import first_rank_only
+from nemo_speculative.ranks import first_rank_first, first_rank_only
 from nemo_speculative.training import assembly
 from nemo_speculative.training.finish import measure_and_summarize, save_questions
 from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
@@ -33,7 +34,7 @@ def train(job: TrainJob) -> None:
             first_rank_only(rows.wait)
             data = assembly.build_data(job, target, split)
             target.expect(data.training.rows, data.held_out.rows)
-            vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
+            vocabulary = first_rank_first(partial(assembly.build_draft_vocabulary, job, target, data.training))
             assembly.announce(data, vocabulary)
             draft = assembly.build_draft(job, target, vocabulary)
             objective = assembly.build_objective(job, target)
