@@ -76,6 +76,8 @@ class Budget:
 
     def report(self, directory: Path) -> str:
         """One line: documents, bytes a token, the total, and what is free."""
+        if not self.missing:
+            return f"features: all {self.present} documents are in {directory}; nothing is missing"
         each, tokens = self.manifest.position_bytes, max(self.tokens, 1)
         kinds = ", ".join(f"{kind} at {self.positions[kind] / tokens:.0%} ({each[kind]} B)" for kind in each)
         there = f" ({self.present} more are there)" if self.present else ""

@@ -172,6 +172,18 @@ def prepared_from(directory: Path) -> dict[str, Any]:
     return _json(directory / "manifest.json").get("asked", {})
 
 
+def decided_by(directory: Path) -> dict[str, Any]:
+    """All that decided about the rows of the whole preparation in ``directory``, by its keys; empty: there is none."""
+    return by_key(_json(directory / "manifest.json")) if finished(directory) else {}
+
+
+def by_key(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What :meth:`Output.finish` is given, each value by its full key."""
+    values = {key: value for part in ("asked", "fetched", "options") for key, value in described.get(part, {}).items()}
+    filters = values.pop("filters", {})
+    return values | {f"filters.{key}": value for key, value in filters.items()}
+
+
 def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 

@@ -18,7 +18,7 @@ from nemo_speculative.preparation.digests import Digests, digest
 from nemo_speculative.preparation.filters import check
 from nemo_speculative.preparation.formatted import FormattedText
 from nemo_speculative.preparation.forms import Item
-from nemo_speculative.preparation.output import HELD_OUT, TRAIN, Counts, Output, finished, total
+from nemo_speculative.preparation.output import HELD_OUT, TRAIN, Counts, Output, by_key, decided_by, finished, total
 from nemo_speculative.preparation.reasons import LeftOut
 from nemo_speculative.preparation.sources import asked_for, sources_of
 from nemo_speculative.preparation.streams import Found, Stream, fetched, interleaved, streams_of
@@ -90,6 +90,7 @@ class _Preparation:
         fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         if counts := finished(self.directory, fingerprint):
             return Prepared(self.directory, counts, up_to_date=True)
+        self._say_what_changes(described)
         with Output(self.directory, fingerprint, [s.label for s in self.streams]) as output:
             if output.rows_before:
                 print(f"{self.directory}: going on behind row {output.rows_before}", flush=True)
@@ -98,6 +99,23 @@ class _Preparation:
             self._write(output)
             output.finish(**described)
         return Prepared(self.directory, output.counts)
+
+    def _say_what_changes(self, described: dict[str, Any]) -> None:
+        before, now = decided_by(self.directory), by_key(described)
+        if changed := [key for key in {**before, **now} if before and before.get(key) != now.get(key)]:
+            values = [json.dumps(side.get(changed[0])) for side in (before, now)]
+            more = f", nor with the same {', '.join(changed[1:])}" if changed[1:] else ""
+            print(
+                f"{self.directory}: the rows there were prepared with {changed[0]}={values[0]}, not {values[1]}{more}; "
+                "they are replaced",
+                flush=True,
+            )
+        if self.job.max_conversations is None and len({source.weight for source in self.sources}) > 1:
+            print(
+                "data.sources: the weights decide about the order alone, as every row of every source is used; "
+                "max_conversations=N makes shares of them",
+                flush=True,
+            )
 
     def _options(self) -> dict[str, Any]:
         """What else than the input decides about the rows."""

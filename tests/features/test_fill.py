@@ -146,4 +146,7 @@ def test_the_size_is_known_beforehand_to_the_byte(algorithm, online, documents, 
     keys = [bytes(entry["key"]) for entry in store.shards[0].entries]
     stored = [store.tensors(place) for place in store.find(keys)]
     assert budget.nbytes == sum(x.numel() * x.element_size() for tensors in stored for x in tensors.values())
+    assert Budget.of(store, documents).report(tmp_path / "f") == (
+        f"features: all {len(documents)} documents are in {tmp_path / 'f'}; nothing is missing"
+    )
     assert len(budget.missing) == len(documents) and budget.tokens == sum(len(d.input_ids) for d in documents)

@@ -28,6 +28,17 @@ def test_a_mix_keeps_its_shares_at_every_moment_until_a_source_ends(tmp_path):
     assert not prepare(mix_job(tmp_path, sources)).up_to_date
 
 
+@pytest.mark.parametrize(("weights", "most", "said"), [((2, 1), None, True), ((2, 1), 5, False), ((2, 2), None, False)])
+def test_weights_without_a_limit_are_said_to_order_the_rows_alone(tmp_path, capsys, weights, most, said):
+    sources = []
+    for name, weight in zip("ab", weights, strict=True):
+        write(tmp_path / f"{name}.jsonl", [chat(f"{name}{n}", "x") for n in range(9)])
+        sources.append(SourceConfig(str(tmp_path / f"{name}.jsonl"), weight=weight))
+    job = replace(mix_job(tmp_path, sources), max_conversations=most)
+    prepare(job)
+    assert ("the weights decide about the order alone" in capsys.readouterr().out) == said
+
+
 def test_a_row_lies_on_the_same_side_alone_and_in_a_mix(tmp_path):
     """Though its name is another there: what is held out of one is trained on with neither."""
     alone = prepare(job_for(tmp_path, [chat(f"q{n}", "a", id=f"c{n}") for n in range(80)], share=0.1)).directory

@@ -145,6 +145,20 @@ def test_again_is_up_to_date_whatever_the_path_until_the_content_changes(tmp_pat
     assert {row["source"] for row in rows_of(tmp_path / "out")} == {"renamed"}, "its rows say where they are from"
 
 
+def test_what_replaces_an_earlier_result_is_said(tmp_path, capsys):
+    job = job_for(tmp_path, [chat(f"q{n}", "a") for n in range(9)])
+    prepare(job)
+    prepare(job)
+    assert capsys.readouterr().out == ""
+    filters = replace(job.filters, min_characters=1)
+    prepare(replace(job, max_conversations=5, filters=filters))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == (
+        f"{job.directory}: the rows there were prepared with max_conversations=null, not 5, nor with the same "
+        "filters.min_characters; they are replaced"
+    )
+
+
 def test_a_result_that_was_cut_is_made_again(tmp_path):
     prepare(job_for(tmp_path))
     before = contents(tmp_path / "out")
