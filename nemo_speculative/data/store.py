@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 import signal
+import threading
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ CHUNK = 512
 ITEMS_FOR_WORKERS = 4096
 """From so many on, further processes are worth the seconds that they take to start."""
 MOST_WORKERS = 8
+LOOK_SECONDS = 0.2
+"""So often it is asked whether the rest is still wanted."""
 ROWS, COUNTS, META = "rows.arrow", "counts.safetensors", "meta.json"
 SCHEMA = pa.schema(
     {"id": pa.string(), "source": pa.string(), "input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_())}
@@ -204,7 +207,7 @@ def _chunks(
     count = min(os.cpu_count() or 1, MOST_WORKERS) if workers is None else workers
     alone = len(items) < ITEMS_FOR_WORKERS or count < 2
     places = [(start, min(start + CHUNK, len(items))) for start in range(0, len(items), CHUNK)]
-    made = _here(items, how, places) if alone else _elsewhere(items, how, places, count)
+    made = _here(items, how, places) if alone else _elsewhere(items, how, places, count, go_on)
     for (start, end), chunk in zip(places, made, strict=True):
         progress.advance(by=end - start)
         go_on()
@@ -217,7 +220,9 @@ def _here(items: Items, how: Tokenizing, places: list[tuple[int, int]]) -> Itera
         yield _Chunk.of(how(items[start:end]))
 
 
-def _elsewhere(items: Items, how: Tokenizing, places: list[tuple[int, int]], count: int) -> Iterator[_Chunk]:
+def _elsewhere(
+    items: Items, how: Tokenizing, places: list[tuple[int, int]], count: int, go_on: Callable[[], None]
+) -> Iterator[_Chunk]:
     """In processes of their own, a few chunks ahead of what is written."""
     with ProcessPoolExecutor(count, get_context("spawn"), _begin, (items, how)) as pool:
         left, asked = iter(places), list[Future[_Chunk]]()
@@ -227,6 +232,9 @@ def _elsewhere(items: Items, how: Tokenizing, places: list[tuple[int, int]], cou
                     asked += [pool.submit(_work, *place) for place in islice(left, 2 * count - len(asked))]
                 if not asked:
                     return
+                while not asked[0].done():
+                    wait(asked[:1], LOOK_SECONDS)
+                    go_on()
                 yield asked.pop(0).result()
         except BrokenProcessPool:
             raise UserError(
@@ -251,8 +259,17 @@ _given: tuple[Items, Tokenizing]
 
 def _begin(items: Items, how: Tokenizing) -> None:
     global _given
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _given = items, how
+
+
+def _end_with_parent() -> None:
+    """One that was killed, or left without a word, ends nobody else by itself."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(start: int, end: int) -> _Chunk:

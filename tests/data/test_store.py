@@ -3,10 +3,12 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from nemo_speculative.data.packing import pack
 from nemo_speculative.data.store import Tokenizing, stored_documents
 from nemo_speculative.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, make_tokenizer
+from tests.programs import ROOT, run_program
+from tests.target_servers import until
 
 END = 2
 
@@ -162,6 +166,66 @@ def test_a_process_that_is_killed_is_one_line(items, how, config, monkeypatch):
     monkeypatch.setattr(store, "CHUNK", 8)
     with pytest.raises(UserError, match=r"data\.workers: a process that tokenised was killed"):
         stored_documents(KilledAt(list(items)), how, dataclasses.replace(config, workers=2), "t")
+    assert left_in(items) == []
+
+
+class Endless(Listed):
+    """Keeps whoever reads its last item."""
+
+    def _item(self, index):
+        if index == len(self) - 1:
+            time.sleep(60)
+        return super()._item(index)
+
+
+LEAVES = """
+import os, sys
+from multiprocessing import active_children
+from nemo_speculative.config.schema import DataConfig
+from nemo_speculative.data import store
+from tests.conftest import make_tokenizer
+from tests.data.test_store import END, Endless, TokenRow
+rows = [TokenRow(str(n), [5, 6], [False, True], "") for n in range(9)]
+store.ITEMS_FOR_WORKERS, store.CHUNK = 1, 4
+def go_on():
+    if len(active_children()) == 2:
+        print(*(child.pid for child in active_children()), flush=True)
+        os._exit(3)
+if __name__ == "__main__":
+    how = store.Tokenizing(make_tokenizer(), frozenset({END}), 24, 300)
+    store.stored_documents(Endless(rows), how, DataConfig(path="x", cache_dir=sys.argv[1], workers=2), "t", go_on)
+"""
+
+
+def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
+    program = tmp_path / "leaves.py"
+    program.write_text(LEAVES)
+    done = run_program(str(program), str(tmp_path / "cache"), environment=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 3, done.stderr
+    for process in map(int, done.stdout.split()):
+        until(lambda process=process: not running(process), seconds=40)
+
+
+def running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_nobody_wants_any_more_ends_at_once(items, how, config, monkeypatch):
+    """Also while a chunk is waited for."""
+    monkeypatch.setattr(store, "ITEMS_FOR_WORKERS", 1)
+    monkeypatch.setattr(store, "CHUNK", 40)
+    calls = iter(range(3))
+
+    def go_on():
+        if next(calls, None) is None:
+            raise LookupError
+
+    endless = Endless(list(items))
+    with pytest.raises(LookupError):
+        stored_documents(endless, how, dataclasses.replace(config, workers=2), "t", go_on)
     assert left_in(items) == []
 
 
