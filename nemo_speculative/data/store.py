@@ -228,8 +228,10 @@ def _elsewhere(
         left, asked = iter(places), list[Future[_Chunk]]()
         try:
             while True:
-                with _no_interrupts():
-                    asked += [pool.submit(_work, *place) for place in islice(left, 2 * count - len(asked))]
+                for place in islice(left, 2 * count - len(asked)):
+                    go_on()  # a process that starts takes seconds
+                    with _no_interrupts():
+                        asked.append(pool.submit(_work, *place))
                 if not asked:
                     return
                 while not asked[0].done():

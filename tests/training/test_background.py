@@ -75,7 +75,7 @@ def loads(self, *given, **settings):
     store._make = None  # what is asked for later is what was made
     load(self, *given, **settings)
 HFTarget.__init__ = loads
-assembly.build_draft_vocabulary = lambda *_: sys.exit(0)
+assembly.announce = lambda *_: sys.exit(0)
 runpy.run_path("recipes/train_eagle3.py", run_name="__main__")
 """
 """A training whose target is not loaded before both sides of the data are tokenised, until it has its rows."""
