@@ -6,6 +6,7 @@ hold: every rank of the job takes part in the forward of every rank's batch, and
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
+from nemo_speculative.ranks import gathered
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.ends import TargetEnds
 
@@ -107,10 +109,17 @@ def _of_all_ranks(own: list[list[int]]) -> Iterator[list[list[int]]]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield own
         return
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    for rank, texts in enumerate(gathered):
-        yield own if rank == dist.get_rank() else texts
+    # As numbers: torch's collectives of objects unpickle what comes.
+    packed = torch.tensor([len(own), *map(len, own), *chain.from_iterable(own)])
+    for rank, numbers in enumerate(gathered(packed)):
+        yield own if rank == dist.get_rank() else _texts(numbers.tolist())
+
+
+def _texts(numbers: list[int]) -> list[list[int]]:
+    """From how many there are, how long each is, and their ids."""
+    count, rest = numbers[0], iter(numbers[1:])
+    lengths = list(islice(rest, count))
+    return [list(islice(rest, length)) for length in lengths]
 
 
 def _portions(texts: Sequence[list[int]], most: int) -> Iterator[list[list[int]]]:

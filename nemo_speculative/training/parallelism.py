@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from nemo_speculative.addresses import free_port
+from nemo_speculative.addresses import LOOPBACK, collect_on
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.training import titan
 
@@ -27,19 +27,34 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
         UserError: the sizes of ``config`` do not multiply to the number of processes.
     """
     titan.bind_device(device.type)
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
-    world_size = int(os.environ["WORLD_SIZE"])
-    config.sizes(world_size)  # before anybody waits for the others
+    config.sizes(_world_size())  # before anybody waits for the others
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    comm = titan.CommConfig(init_timeout_seconds=SETUP_TIMEOUT_SECONDS, trace_buf_size=0)
-    titan.init_distributed(comm, enable_cpu_backend=device.type == "cuda")
+    _join(device)
     try:
         yield mesh(config)
     finally:
         dist.destroy_process_group()
+
+
+def _world_size() -> int:
+    """Of the job that this process was started for; a process that nobody launched is a job by itself."""
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _join(device: torch.device) -> None:
+    """The process group of the job, which listens to this machine only if all its processes are here."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        collect_on(LOOPBACK)
+    on_cuda = device.type == "cuda"
+    if "MASTER_ADDR" in os.environ:
+        comm = titan.CommConfig(init_timeout_seconds=SETUP_TIMEOUT_SECONDS, trace_buf_size=0)
+        titan.init_distributed(comm, enable_cpu_backend=on_cuda)
+    else:  # with a store in memory: nobody has to find this process by a port
+        backend = "cuda:nccl,cpu:gloo" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def mesh(config: ParallelismConfig) -> titan.ParallelDims:

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
@@ -14,6 +15,7 @@ from nemo_speculative.serving import model_runner, sglang_target
 from nemo_speculative.serving.model_runner import Extended
 from nemo_speculative.serving.sglang_target import SGLangTarget
 from nemo_speculative.targets.hf import HFTarget
+from tests.training.ranks import on_ranks
 
 LENGTHS = [11, 7, 19, 4]
 
@@ -72,17 +74,20 @@ def test_packed_rows_are_laid_out_as_they_were(asked, whole, target_dir, batch, 
 
 def test_the_ranks_share_every_forward_and_keep_their_own(asked, whole, target_dir, batch, monkeypatch):
     ours, other = SGLangTarget(target_dir, aux_layers=None), [[5, 6, 7], [8]]
-    monkeypatch.setattr(sglang_target.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(sglang_target.dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(sglang_target.dist, "get_rank", lambda: 1)
-
-    def gather(into, own):
-        into[:] = [other, own, []]
-
-    monkeypatch.setattr(sglang_target.dist, "all_gather_object", gather)
+    monkeypatch.setattr(sglang_target, "_of_all_ranks", lambda own: iter([other, own, []]))
     asked.clear()
     equal(ours.supervise(batch), whole.supervise(batch), batch)
     assert asked == [[3, 1], LENGTHS]
+
+
+def texts_of_all():
+    own = [[[5, 6, 7], [8]], [], [[9]]][dist.get_rank()]
+    found = list(sglang_target._of_all_ranks(own))
+    return {"found": found, "own is kept": found[dist.get_rank()] is own}
+
+
+def test_every_rank_hears_of_every_document():
+    assert on_ranks(3, texts_of_all) == 3 * [{"found": [[[5, 6, 7], [8]], [], [[9]]], "own is kept": True}]
 
 
 def test_a_batch_without_documents_takes_part_and_gives_zeros(asked, target_dir):

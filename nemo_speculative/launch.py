@@ -1,0 +1,254 @@
+"""torchrun on one network interface: all that listens is bound to it, and nothing that comes over it is unpickled.
+
+python -m nemo_speculative.launch --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data.path=FILE
+python -m nemo_speculative.launch --nnodes 2 --node-rank 0 --master-addr node0 --interface eth0 --nproc-per-node 8 \
+    recipes/train_eagle3.py model=llama31_8b data.path=FILE
+
+Options are torchrun's, but for ``--interface``, which is the loopback where there is one node.  torchrun itself listens
+on every interface, and its c10d rendezvous unpickles what anybody who can connect writes there.  SIGTERM goes to the
+workers, and what they then do decides how the launcher ends.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn, cast
+
+import torch.distributed as dist
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+from nemo_speculative.addresses import LOOPBACK, address_of, bound, collect_on
+from nemo_speculative.errors import UsageError, UserError, report
+
+BACKEND = "one-interface"
+PORT = 29500
+"""torchrun's own."""
+FULL, CLOSED, NODES, STAYS, WORKERS = "full", "closed", "nodes", "stays", "workers"
+"""Keys: how many rounds are complete; that there will be no more; of a round, who has come to it, who stays, and where
+the workers' store is."""
+LOOK_SECONDS = 0.05
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Starts the processes of this node and waits for them; the exit status."""
+    try:
+        launch(_parser().parse_args(arguments))
+    except UserError as error:
+        report(error)
+        return error.exit_code
+    return 0
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Runs torchrun's agent until its workers have ended.
+
+    Raises:
+        UserError: the options contradict each other, the nodes did not find each other, or a worker failed.
+    """
+    settle(args)
+    collect_on(args.interface)
+    rendezvous_handler_registry.register(BACKEND, _meet)
+    try:
+        torchrun.run(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+        raise UserError(f"rank {rank} was the first to fail ({how}); what it said is above") from None
+    except (RendezvousError, dist.DistError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the {args.nnodes} node(s) did not meet, or one of them is gone ({first}); start the launcher on every "
+            "node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = torchrun.get_args_parser()
+    parser.prog = "python -m nemo_speculative.launch"
+    parser.description = "torchrun, with everything that listens bound to one network interface"
+    parser.add_argument("--interface", help="network interface; the loopback where there is one node")
+    return parser
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Sets what of torchrun's arguments this launcher decides.
+
+    Raises:
+        UserError: what was given cannot be had.
+    """
+    fewest, nodes = torchrun.parse_min_max_nnodes(args.nnodes)
+    if fewest != nodes:
+        raise UsageError(f"--nnodes is {args.nnodes}: expected one number; the nodes of a job are fixed")
+    if args.rdzv_backend != "static" or args.rdzv_endpoint:
+        raise UsageError(
+            f"--rdzv-backend {args.rdzv_backend} --rdzv-endpoint {args.rdzv_endpoint}: not of this launcher, where the "
+            "nodes meet at --master-addr and --master-port; leave them out"
+        )
+    alone = args.standalone or nodes == 1
+    if not alone and not args.interface:
+        raise UsageError("--interface is not given: with several nodes name the network they share, e.g. eth0")
+    args.interface = args.interface or LOOPBACK
+    args.local_addr = address_of(args.interface, "--interface")
+    host, port = (args.local_addr, args.master_port or 0) if alone else (args.master_addr, args.master_port or PORT)
+    args.rdzv_backend, args.rdzv_endpoint = BACKEND, f"{host}:{port}"
+    args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, f"rank={args.node_rank}")))
+    # A run that is asked to stop saves first: this launcher passes the signal on, and its agent does not hurry them.
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    args.standalone, args.node_rank = False, 0
+
+
+def _meet(parameters: RendezvousParameters) -> RendezvousHandler:
+    nodes = FixedNodes(parameters)
+    # Not before: to wait for node 0 takes torch's time, in which Python handles no signal.
+    signal.signal(signal.SIGTERM, lambda number, _: _pass_on(number))
+    return nodes
+
+
+def _pass_on(number: int) -> None:
+    """To the workers; where there are none yet there is nothing to save."""
+    children = _children()
+    if not children:
+        sys.exit(128 + number)
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+
+def _children() -> list[int]:
+    """Processes of this one, which are the workers."""
+    return [
+        int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+class FixedNodes(RendezvousHandler):
+    """Where the agents of a job's nodes meet, and meet again when the workers of one of them have failed.
+
+    Node 0 has a store for the agents, and for the workers of each round one of their own, in which nothing is left of
+    those before.  A round is complete when every node has come; one that waits in the next makes the others leave.
+
+    Args:
+        parameters: endpoint, where node 0 listens; local_addr, this node's address; rank, this node's number; timeout,
+            the seconds in which all have to come.
+    """
+
+    def __init__(self, parameters: RendezvousParameters):
+        self._parameters, self._round = parameters, 0
+        self._node, self._nodes = cast(int, parameters.get_as_int("rank")), parameters.max_nodes
+        self._timeout = timedelta(seconds=cast(int, parameters.get_as_int("timeout")))
+        host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=PORT)
+        store = self._serve(port) if self._node == 0 else dist.TCPStore(host, port, timeout=self._timeout)
+        self._agents = dist.PrefixStore(self.get_run_id(), store)
+        self._workers: dist.TCPStore | None = None
+
+    def _serve(self, port: int) -> dist.TCPStore:
+        """A store that listens on this node's own address; torch's alone would listen on all."""
+        address = cast(str, self._parameters.local_addr)
+        with bound(address, port, f"--master-port {port} of {address}") as listener:
+            listener.listen()
+            taken = listener.getsockname()[1]
+            return dist.TCPStore(
+                address, taken, is_master=True, timeout=self._timeout, wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )  # fmt: skip
+
+    def _of_round(self, number: int) -> dist.PrefixStore:
+        return dist.PrefixStore(f"round{number}", self._agents)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """
+        Raises:
+            RendezvousError: a node has given up, or not all have come in time.
+            torch.distributed.DistError: node 0 is gone.
+        """
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while not self._all_stay(here := self._come(), deadline):
+            pass  # somebody waits in the next round, so that this one can only be left
+        host, port = parse_rendezvous_endpoint(here.get(WORKERS).decode(), default_port=-1)
+        return RendezvousInfo(here, self._node, self._nodes, RendezvousStoreInfo(host, port))
+
+    def _come(self) -> dist.PrefixStore:
+        """Says in the store of the open round that this node is there."""
+        if self.is_closed():
+            raise RendezvousClosedError("another node has given up; what it said is in its own log")
+        self._round = self._agents.add(FULL, 0)
+        here = self._of_round(self._round)
+        # A node whose launcher died and was started again may come twice.
+        if here.add(f"{NODES}/{self._node}", 1) == 1 and here.add(NODES, 1) == self._nodes:
+            self._agents.add(FULL, 1)
+        if self._node == 0:
+            self._workers = self._serve(0)
+            here.set(WORKERS, f"{self._parameters.local_addr}:{self._workers.port}")
+        return here
+
+    def _all_stay(self, here: dist.PrefixStore, deadline: float) -> bool:
+        """Waits until every node has come and knows that all have: one that came may have died since."""
+        stay = [f"{STAYS}/{node}" for node in range(self._nodes)]
+        while not here.check(stay):
+            if self._agents.add(FULL, 0) > self._round:
+                here.set(stay[self._node], "")
+            if self.num_nodes_waiting():
+                return False
+            if time.monotonic() > deadline:
+                absent = self._without(here, NODES) or self._without(here, STAYS)
+                raise RendezvousTimeoutError(f"not there after {self._timeout.seconds} s: node {', '.join(absent)}")
+            time.sleep(LOOK_SECONDS)
+        return True
+
+    def _without(self, here: dist.PrefixStore, key: str) -> list[str]:
+        return [str(node) for node in range(self._nodes) if not here.check([f"{key}/{node}"])]
+
+    def num_nodes_waiting(self) -> int:
+        """Of the next round; a job that is over counts as one, so that nobody goes on alone."""
+        return self._of_round(self._round + 1).add(NODES, 0) or int(self.is_closed())
+
+    def get_backend(self) -> str:
+        return BACKEND
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Workers connect to the store that this node's agent named, and none listens itself."""
+        return True
+
+    def get_run_id(self) -> str:
+        return self._parameters.run_id
+
+    def is_closed(self) -> bool:
+        return self._agents.check([CLOSED])
+
+    def set_closed(self) -> None:
+        with contextlib.suppress(dist.DistError):  # node 0 has gone before
+            self._agents.set(CLOSED, "")
+
+    def shutdown(self) -> bool:
+        self.set_closed()
+        return True
+
+
+def _end(status: int) -> NoReturn:
+    """Without waiting for the threads of torch's stores, which now and then abort a process that is done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    _end(main())

@@ -1,0 +1,33 @@
+"""The launcher over a whole run."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.integration.conftest import ENVIRONMENT, metrics
+from tests.listening import listening, with_descendants
+from tests.programs import Program
+
+LOOK_SECONDS = 0.05
+
+
+def test_a_launched_run_listens_on_the_loopback_only_and_outlives_a_rank(settings, finished, tmp_path):
+    directory = tmp_path / "run"
+    options = ["--nproc-per-node", "2", "--max-restarts", "1"]
+    run = ["recipes/train_eagle3.py", *settings, f"output_dir={directory}", "resume=auto", "parallelism=fsdp2"]
+    heard, killed = set(), False
+    with Program("-m", "nemo_speculative.launch", *options, *run, environment=ENVIRONMENT) as program:
+        while program.returncode is None:
+            heard |= {address for _, address in listening(program.pid)}
+            if not killed and (directory / "checkpoints" / "latest").exists():
+                os.kill(list(with_descendants(program.pid))[-1], signal.SIGKILL)
+                killed = True
+            time.sleep(LOOK_SECONDS)
+        said = "".join(program.stdout), "".join(program.stderr)
+    assert program.returncode == 0, said
+    assert killed and "resumed from step" in said[0], said
+    assert heard == {"127.0.0.1"}
+    for one, two in zip(metrics(finished), metrics(directory), strict=True):
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)

@@ -1,0 +1,192 @@
+"""The launcher by itself: what it refuses, where it listens, and how nodes meet and part."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousParameters, RendezvousTimeoutError
+
+from nemo_speculative import addresses, launch
+from nemo_speculative.errors import UserError
+from tests.listening import listening
+from tests.programs import ROOT, Program, run_program
+
+SAY_AND_STAY = """
+import os, pathlib, signal, sys, time
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+def stop(*_):
+    pathlib.Path(sys.argv[1], "stopped" + rank).touch()
+    os._exit(0)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1], f"started{rank}.{attempt}").write_text(os.environ["GLOO_SOCKET_IFNAME"])
+if sys.argv[2:] == [rank]:
+    os._exit(7)
+time.sleep(60)
+"""
+
+
+ALONE = """
+import json, os, torch
+from nemo_speculative.config.schema import ParallelismConfig
+from nemo_speculative.training.parallelism import process_group
+from tests.listening import listening
+with process_group(torch.device("cpu"), ParallelismConfig()):
+    torch.distributed.barrier()
+    print(json.dumps([os.environ["GLOO_SOCKET_IFNAME"], sorted(address for _, address in listening(os.getpid()))]))
+"""
+
+
+def test_a_process_that_nobody_launched_listens_on_the_loopback_and_has_no_store_there(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    done = run_program(str(script), environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    interface, addresses = json.loads(done.stdout)
+    assert interface == "lo" and set(addresses) <= {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nnodes", "1:2"], "--nnodes is 1:2: expected one number"),
+        (["--nnodes", "2"], "--interface is not given: with several nodes name the network they share"),
+        (["--interface", "nosuch0"], r"--interface nosuch0: no interface of this machine.* expected one of .*\blo\b"),
+        (["--rdzv-backend", "c10d"], "--rdzv-backend c10d .*: not of this launcher.*leave them out"),
+        (["--rdzv-endpoint", "host:1"], "--rdzv-endpoint host:1: not of this launcher"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(options, said, capsys):
+    assert launch.main([*options, "--nproc-per-node", "2", "script.py"]) != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line), line
+
+
+def test_an_interface_that_the_environment_names_is_kept(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib0"})
+    addresses.collect_on("eth7")
+    assert os.environ == {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
+
+
+@contextlib.contextmanager
+def launched(tmp_path, *options, fails=None):
+    """The launcher over two workers that say that they have started, and stay, but for rank ``fails``."""
+    script = tmp_path / "worker.py"
+    script.write_text(SAY_AND_STAY)
+    command = ["-m", "nemo_speculative.launch", "--nproc-per-node", "2", *options, str(script), str(tmp_path)]
+    command += [fails] if fails else []
+    with Program(*command, environment=os.environ | {"OMP_NUM_THREADS": "1"}) as program:
+        yield program
+
+
+def wait_for(*files):
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline, files
+        time.sleep(0.05)
+
+
+def test_all_that_listens_is_on_the_loopback_and_sigterm_lets_the_workers_end_well(tmp_path):
+    with launched(tmp_path) as program:
+        wait_for(tmp_path / "started0.0", tmp_path / "started1.0")
+        assert (tmp_path / "started0.0").read_text() == "lo"
+        found = {address for _, address in listening(program.pid)}
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 0
+    assert found == {"127.0.0.1"}
+    assert (tmp_path / "stopped0").exists() and (tmp_path / "stopped1").exists()
+
+
+def test_workers_are_started_again_and_the_one_that_failed_is_named(tmp_path):
+    with launched(tmp_path, "--max-restarts", "1", fails="1") as program:
+        assert program.wait(60) == 1
+        errors = [line for line in program.stderr if line.startswith("error: ")]
+    assert errors == ["error: rank 1 was the first to fail (exit status 7); what it said is above\n"]
+    assert {file.name for file in tmp_path.glob("started1.*")} == {"started1.0", "started1.1"}
+
+
+def parameters(node, port, timeout=20):
+    return RendezvousParameters(
+        launch.BACKEND, f"127.0.0.1:{port}", "job", 2, 2, local_addr="127.0.0.1", rank=node, timeout=timeout
+    )
+
+
+@pytest.fixture
+def port():
+    return addresses.free_port()
+
+
+@pytest.fixture
+def nodes(port):
+    """The rendezvous of two nodes."""
+    return [launch.FixedNodes(parameters(node, port)) for node in range(2)]
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+def meet(nodes, threads):
+    """The next round of both: what each was told, and a client of the workers' store."""
+    infos = list(threads.map(lambda node: node.next_rendezvous(), nodes))
+    assert [(info.rank, info.world_size) for info in infos] == [(0, 2), (1, 2)]
+    (place,) = {(x.bootstrap_store_info.master_addr, x.bootstrap_store_info.master_port) for x in infos}
+    assert place[0] == "127.0.0.1"
+    return infos, dist.TCPStore(*place, timeout=timedelta(seconds=5))
+
+
+def test_nodes_meet_again_in_a_store_without_what_was_before(nodes, threads):
+    infos, workers = meet(nodes, threads)
+    infos[0].store.set("who", "first round")
+    workers.set("address", "of a rank that will be gone")
+    assert infos[1].store.get("who") == b"first round"
+    assert [node.num_nodes_waiting() for node in nodes] == [0, 0]
+    early = threads.submit(nodes[1].next_rendezvous)
+    deadline = time.monotonic() + 10
+    while not nodes[0].num_nodes_waiting():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    meeting = threads.submit(nodes[0].next_rendezvous)
+    info = early.result()
+    assert meeting.result().rank == 0
+    place = info.bootstrap_store_info
+    later = dist.TCPStore(place.master_addr, place.master_port, timeout=timedelta(seconds=5))
+    assert not later.check(["address"]) and not info.store.check(["who"])
+    assert [node.num_nodes_waiting() for node in nodes] == [0, 0]
+
+
+def test_a_launcher_that_was_started_again_takes_the_place_of_the_one_that_died(nodes, threads, port):
+    first, died = nodes
+    meet(nodes, threads)
+    died._come()  # its last deed
+    meeting = threads.submit(first.next_rendezvous)
+    time.sleep(0.2)
+    assert not meeting.done()
+    assert launch.FixedNodes(parameters(1, port)).next_rendezvous().rank == 1
+    assert meeting.result().rank == 0 and first.num_nodes_waiting() == 0
+
+
+def test_the_node_that_does_not_come_is_named(port):
+    with pytest.raises(RendezvousTimeoutError, match="not there after 1 s: node 1"):
+        launch.FixedNodes(parameters(0, port, timeout=1)).next_rendezvous()
+
+
+def test_a_node_that_gives_up_ends_the_others(nodes, threads):
+    meet(nodes, threads)
+    nodes[1].shutdown()
+    assert nodes[0].num_nodes_waiting() and nodes[0].is_closed()
+    with pytest.raises(RendezvousClosedError, match="another node has given up"):
+        nodes[0].next_rendezvous()
+
+
+def test_a_port_that_is_taken_is_named(nodes, port):
+    with pytest.raises(UserError, match=f"--master-port {port} of 127.0.0.1: cannot listen there"):
+        launch.FixedNodes(parameters(0, port))
