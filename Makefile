@@ -3,25 +3,29 @@ PYTHON3 ?= python3
 VENV := .venv
 VENV_SGLANG := .venv-sglang
 VENV_PEERS := .venv-peers
+VENV_AUDIT := .venv-audit
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# LOCKED=cuda or LOCKED=cpu, as torch is built: installs only files whose hashes the locks have.
+LOCKS := requirements.lock requirements-$(LOCKED).lock
+REQUIREMENTS := $(if $(LOCKED),--require-hashes $(addprefix --requirement ,$(LOCKS)),--requirement requirements.txt)
 # What test-sglang judges: the draft of `make train`, if there is one, else a small random one.
 RUN ?= $(wildcard outputs/tiny-eagle3)
 JUDGES ?= tests/sglang
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sglang train test test-sglang lint bench
+.PHONY: help setup setup-sglang train test test-sglang lint audit lock bench
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY)  ## the virtual environment with pinned dependencies
+setup: $(READY)  ## the virtual environment with pinned dependencies; LOCKED=cuda|cpu: with the locks' hashes
 
 $(READY): pyproject.toml requirements.txt
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON3) is older than 3.11; name a newer one: make PYTHON3=python3.12 …" >&2; exit 1; }
 	$(PYTHON3) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(REQUIREMENTS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -44,6 +48,17 @@ lint: $(READY)  ## style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+audit: $(VENV_AUDIT)/.ready  ## the lock against pyproject.toml, the package index, .venv and known vulnerabilities
+	$(VENV_AUDIT)/bin/python -m tools.audit
+
+lock: $(VENV_AUDIT)/.ready  ## the locks anew from requirements.txt; WHEELS=FILES adds CPU builds of torch
+	$(VENV_AUDIT)/bin/python -m tools.lock $(WHEELS)
+
+$(VENV_AUDIT)/.ready: requirements-audit.txt
+	$(PYTHON3) -m venv $(VENV_AUDIT)
+	$(VENV_AUDIT)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-audit.txt
+	touch $@
 
 bench: $(READY) $(VENV_PEERS)/.ready  ## speed and memory of a training step beside the peers' own
 	$(PYTHON) -m benchmarks.training_step $(or $(ARGS),--table short)

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -41,43 +42,68 @@ from nemo_speculative.errors import UsageError, UserError, report
 BACKEND = "one-interface"
 PORT = 29500
 """torchrun's own."""
-FULL, CLOSED, NODES, STAYS, WORKERS = "full", "closed", "nodes", "stays", "workers"
-"""Keys: how many rounds are complete; that there will be no more; of a round, who has come to it, who stays, and where
-the workers' store is."""
+FULL, CLOSED, STOPPED = "full", "closed", "stopped"
+"""Keys: how many rounds are complete, that there will be no more, and that a node was asked to stop."""
+NODES, STAYS, WORKERS = "nodes", "stays", "workers"
+"""Keys of a round: who has come to it, who stays, and where the workers' store is."""
 LOOK_SECONDS = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts the processes of this node and waits for them; the exit status."""
     try:
-        launch(_parser().parse_args(arguments))
+        args = _parser().parse_args(arguments)
+        settle(args)
+        return Launcher(args).run()
     except UserError as error:
         report(error)
         return error.exit_code
-    return 0
 
 
-def launch(args: argparse.Namespace) -> None:
-    """Runs torchrun's agent until its workers have ended.
+class Launcher:
+    """torchrun's agent on this node."""
 
-    Raises:
-        UserError: the options contradict each other, the nodes did not find each other, or a worker failed.
-    """
-    settle(args)
-    collect_on(args.interface)
-    rendezvous_handler_registry.register(BACKEND, _meet)
-    try:
-        torchrun.run(args)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-        raise UserError(f"rank {rank} was the first to fail ({how}); what it said is above") from None
-    except (RendezvousError, dist.DistError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the {args.nnodes} node(s) did not meet, or one of them is gone ({first}); start the launcher on every "
-            "node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
-        ) from None
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self._nodes: FixedNodes | None = None
+
+    def run(self) -> int:
+        """Until the workers have ended; the exit status.
+
+        Raises:
+            UserError: the nodes did not find each other, or a worker failed.
+        """
+        collect_on(self._args.interface)
+        rendezvous_handler_registry.register(BACKEND, self._meet)
+        try:
+            torchrun.run(self._args)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+            raise UserError(f"rank {rank} was the first to fail ({how}); what it said is above") from None
+        except (RendezvousError, dist.DistError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"the {self._args.nnodes} node(s) did not meet, or one of them is gone ({first}); start this on "
+                "every node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
+            ) from None
+        return self._args.stopped_status if self._nodes and self._nodes.stopped else 0
+
+    def _meet(self, parameters: RendezvousParameters) -> RendezvousHandler:
+        self._nodes = FixedNodes(parameters)
+        # Not before: to wait for node 0 takes torch's time, in which Python handles no signal.
+        signal.signal(signal.SIGTERM, self._stop)
+        return self._nodes
+
+    def _stop(self, number: int, _: object) -> None:
+        """Passes a signal on to the workers; where there are none yet there is nothing to save."""
+        children = _children()
+        if not children or self._nodes is None:
+            sys.exit(128 + number)
+        self._nodes.stop()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.prog = "python -m nemo_speculative.launch"
     parser.description = "torchrun, with everything that listens bound to one network interface"
     parser.add_argument("--interface", help="network interface; the loopback where there is one node")
+    parser.add_argument(
+        "--stopped-status", type=int, default=0, metavar="STATUS",
+        help="exit status on every node after SIGTERM to one of them, once the workers have saved; 0 unless given",
+    )  # fmt: skip
     return parser
 
 
@@ -108,6 +138,8 @@ def settle(args: argparse.Namespace) -> None:
     args.interface = args.interface or LOOPBACK
     args.local_addr = address_of(args.interface, "--interface")
     host, port = (args.local_addr, args.master_port or 0) if alone else (args.master_addr, args.master_port or PORT)
+    if args.node_rank == 0:
+        _check_master(host, args)
     args.rdzv_backend, args.rdzv_endpoint = BACKEND, f"{host}:{port}"
     args.rdzv_conf = ",".join(filter(None, (args.rdzv_conf, f"rank={args.node_rank}")))
     # A run that is asked to stop saves first: this launcher passes the signal on, and its agent does not hurry them.
@@ -115,21 +147,15 @@ def settle(args: argparse.Namespace) -> None:
     args.standalone, args.node_rank = False, 0
 
 
-def _meet(parameters: RendezvousParameters) -> RendezvousHandler:
-    nodes = FixedNodes(parameters)
-    # Not before: to wait for node 0 takes torch's time, in which Python handles no signal.
-    signal.signal(signal.SIGTERM, lambda number, _: _pass_on(number))
-    return nodes
-
-
-def _pass_on(number: int) -> None:
-    """To the workers; where there are none yet there is nothing to save."""
-    children = _children()
-    if not children:
-        sys.exit(128 + number)
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, number)
+def _check_master(host: str, args: argparse.Namespace) -> None:
+    """What the other nodes will connect to is where this one listens, as far as it can tell."""
+    with contextlib.suppress(OSError):  # a name that only the others know
+        found = socket.gethostbyname(host)
+        if found != args.local_addr and not found.startswith("127."):
+            raise UsageError(
+                f"--master-addr {host} is {found}, but --interface {args.interface} of this node 0 has "
+                f"{args.local_addr}; give that as --master-addr to all nodes"
+            )
 
 
 def _children() -> list[int]:
@@ -158,6 +184,8 @@ class FixedNodes(RendezvousHandler):
         store = self._serve(port) if self._node == 0 else dist.TCPStore(host, port, timeout=self._timeout)
         self._agents = dist.PrefixStore(self.get_run_id(), store)
         self._workers: dist.TCPStore | None = None
+        self.stopped = False
+        """Whether a node was asked to stop, as far as this one has heard."""
 
     def _serve(self, port: int) -> dist.TCPStore:
         """A store that listens on this node's own address; torch's alone would listen on all."""
@@ -218,7 +246,14 @@ class FixedNodes(RendezvousHandler):
 
     def num_nodes_waiting(self) -> int:
         """Of the next round; a job that is over counts as one, so that nobody goes on alone."""
+        self.stopped = self.stopped or self._agents.check([STOPPED])
         return self._of_round(self._round + 1).add(NODES, 0) or int(self.is_closed())
+
+    def stop(self) -> None:
+        """Tells all nodes that this one was asked to stop."""
+        self.stopped = True
+        with contextlib.suppress(dist.DistError):  # node 0 has gone before
+            self._agents.set(STOPPED, "")
 
     def get_backend(self) -> str:
         return BACKEND

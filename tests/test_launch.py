@@ -58,6 +58,10 @@ def test_a_process_that_nobody_launched_listens_on_the_loopback_and_has_no_store
         (["--nnodes", "1:2"], "--nnodes is 1:2: expected one number"),
         (["--nnodes", "2"], "--interface is not given: with several nodes name the network they share"),
         (["--interface", "nosuch0"], r"--interface nosuch0: no interface of this machine.* expected one of .*\blo\b"),
+        (
+            ["--nnodes", "2", "--interface", "lo", "--master-addr", "198.51.100.1"],
+            "--master-addr 198.51.100.1 is 198.51.100.1, but --interface lo of this node 0 has 127.0.0.1; give that",
+        ),
         (["--rdzv-backend", "c10d"], "--rdzv-backend c10d .*: not of this launcher.*leave them out"),
         (["--rdzv-endpoint", "host:1"], "--rdzv-endpoint host:1: not of this launcher"),
     ],
@@ -93,12 +97,12 @@ def wait_for(*files):
 
 
 def test_all_that_listens_is_on_the_loopback_and_sigterm_lets_the_workers_end_well(tmp_path):
-    with launched(tmp_path) as program:
+    with launched(tmp_path, "--stopped-status", "75") as program:
         wait_for(tmp_path / "started0.0", tmp_path / "started1.0")
         assert (tmp_path / "started0.0").read_text() == "lo"
         found = {address for _, address in listening(program.pid)}
         program.send_signal(signal.SIGTERM)
-        assert program.wait(30) == 0
+        assert program.wait(30) == 75
     assert found == {"127.0.0.1"}
     assert (tmp_path / "stopped0").exists() and (tmp_path / "stopped1").exists()
 
@@ -185,6 +189,13 @@ def test_a_node_that_gives_up_ends_the_others(nodes, threads):
     assert nodes[0].num_nodes_waiting() and nodes[0].is_closed()
     with pytest.raises(RendezvousClosedError, match="another node has given up"):
         nodes[0].next_rendezvous()
+
+
+def test_all_nodes_hear_that_one_was_asked_to_stop(nodes, threads):
+    meet(nodes, threads)
+    assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and not nodes[0].stopped
+    nodes[1].stop()
+    assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and nodes[0].stopped
 
 
 def test_a_port_that_is_taken_is_named(nodes, port):

@@ -1,0 +1,158 @@
+"""Checks that what is installed is what was meant: ``make audit``.
+
+The locks agree with pyproject.toml and requirements.txt; every hash in them is one that the package index has; what
+``.venv`` has installed is what they name; and where a service can be asked, no release in them is known as vulnerable.
+"""
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tools.lock import CACHE, CPU_LOCK, CUDA_LOCK, LOCK, REQUIREMENTS, ROOT, published
+from tools.requirements import AuditError, built_elsewhere, read_pins
+
+PINNED_TOO = ("requirements-sglang.txt", "requirements-peers.txt", "requirements-audit.txt")
+"""Of environments of their own; by version only."""
+OF_THEIR_OWN = ("sglang",)
+"""Extras of pyproject.toml that ``make setup`` does not install."""
+
+
+def main(root: Path = ROOT) -> int:
+    """Says of every check what it found; 0 where nothing is wrong."""
+    checks: list[Callable[[Path], str]] = [check_pins, check_hashes, check_installed, check_vulnerabilities]
+    status = 0
+    for check in checks:
+        try:
+            print(check(root), flush=True)
+        except AuditError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            status = 1
+    return status
+
+
+def check_pins(root: Path) -> str:
+    """
+    Raises:
+        AuditError: a dependency is not pinned, or is pinned to what pyproject.toml or the lock does not have.
+    """
+    pins, cuda, cpu = (read_pins(root / file) for file in (REQUIREMENTS, CUDA_LOCK, CPU_LOCK))
+    locked = read_pins(root / LOCK) | {name: pin for name, pin in cuda.items() if name in pins}
+    for requirement in _dependencies(root):
+        pin = pins.get(canonicalize_name(requirement.name))
+        if pin is None:
+            raise AuditError(f"{REQUIREMENTS}: {requirement.name} of pyproject.toml is not pinned; pin it, make lock")
+        if not requirement.specifier.contains(pin.version, prereleases=True):
+            raise AuditError(f"{REQUIREMENTS}: {pin} is not what pyproject.toml asks for ({requirement})")
+    for name, pin in pins.items():
+        if name not in locked:
+            raise AuditError(f"{LOCK}: {pin} of {REQUIREMENTS} is missing; make lock")
+        if locked[name].version != pin.version:
+            raise AuditError(f"{LOCK}: {locked[name]} is not the {pin} of {REQUIREMENTS}; make lock")
+    if strangers := sorted(locked.keys() - pins.keys()):
+        raise AuditError(f"{LOCK}: {strangers[0]} is not in {REQUIREMENTS}; make lock")
+    for name, pin in cpu.items():
+        if pin.version != locked[name].version:
+            raise AuditError(f"{CPU_LOCK}: {pin} is not the {locked[name]} of {REQUIREMENTS}; make lock WHEELS=…")
+    for file in (LOCK, CUDA_LOCK, CPU_LOCK):
+        for pin in read_pins(root / file).values():
+            if not pin.hashes:
+                raise AuditError(f"{file}: {pin} has no sha256 hash; make lock")
+    for file in PINNED_TOO:
+        read_pins(root / file)
+    return f"pins: {len(pins)} releases cover pyproject.toml, and the lock has them all with hashes"
+
+
+def _dependencies(root: Path) -> Iterator[Requirement]:
+    """Those of the package and of its extras that ``make setup`` installs."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project.get("optional-dependencies", {})
+    wanted = [*project["dependencies"], *(one for name, of in extras.items() if name not in OF_THEIR_OWN for one in of)]
+    own = canonicalize_name(project["name"])
+    return (r for r in map(Requirement, wanted) if canonicalize_name(r.name) != own)
+
+
+def check_hashes(root: Path) -> str:
+    """
+    Raises:
+        AuditError: a hash is none of a file that the index has for that release, or the index cannot be asked.
+    """
+    found = published(root / REQUIREMENTS, constraint=root / CUDA_LOCK)
+    locked = read_pins(root / LOCK) | read_pins(root / CUDA_LOCK)
+    for name, pin in locked.items():
+        if name not in found or found[name].version != pin.version:
+            raise AuditError(f"{CUDA_LOCK}: {pin} is not what torch needs; make lock")
+        if unknown := sorted(pin.hashes - found[name].hashes):
+            raise AuditError(f"{pin}: sha256 {unknown[0][:16]}… is of no file that the index has; do not install it")
+    if missing := sorted(found.keys() - locked.keys()):
+        raise AuditError(f"{CUDA_LOCK}: {found[missing[0]]}, which a CUDA build of torch needs, is missing; make lock")
+    count = sum(len(pin.hashes) for pin in locked.values())
+    others = ", ".join(sorted(built_elsewhere(root / CPU_LOCK).values()))
+    return f"hashes: all {count} are those of files on the package index, which was not asked for {others}"
+
+
+def check_installed(root: Path) -> str:
+    """
+    Raises:
+        AuditError: another version is installed than the lock names.
+    """
+    python = root / ".venv" / "bin" / "python"
+    if not python.exists():
+        return "installed: nothing to compare, there is no .venv (make setup)"
+    command = [python, "-m", "pip", "list", "--format", "json"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    locked = read_pins(root / LOCK) | read_pins(root / CUDA_LOCK)
+    compared = {canonicalize_name(one["name"]): one["version"].split("+")[0] for one in json.loads(listed.stdout)}
+    for name in sorted(compared.keys() & locked.keys()):
+        if compared[name] != locked[name].version:
+            raise AuditError(
+                f".venv: {name} {compared[name]} is installed, the lock has {locked[name]}; make setup anew"
+            )
+    return f"installed: {len(compared.keys() & locked.keys())} of {len(locked)} releases, in the versions of the lock"
+
+
+def check_vulnerabilities(root: Path) -> str:
+    """
+    Raises:
+        AuditError: one is known.
+    """
+    answer = ask_pip_audit(root / LOCK, root / CUDA_LOCK)
+    if isinstance(answer, str):
+        return f"vulnerabilities: NOT CHECKED, the service cannot be asked from here ({answer})"
+    known = [one for one in answer if "skip_reason" not in one]
+    if not known:
+        return f"vulnerabilities: NOT CHECKED, the service knows none of the {len(answer)} releases (is it a mirror?)"
+    if bad := [one for one in known if one["vulns"]]:
+        raise AuditError(f"{len(bad)} of {len(known)} releases are vulnerable: {', '.join(map(_named, bad))}")
+    unknown = [str(one["name"]) for one in answer if "skip_reason" in one]
+    beside = f"; not known to it: {', '.join(unknown)}" if unknown else ""
+    return f"vulnerabilities: none known for {len(known)} releases{beside}"
+
+
+def ask_pip_audit(*locks: Path) -> list[dict[str, Any]] | str:
+    """What pip-audit found of each release; or why it could not ask."""
+    files = [part for lock in locks for part in ("--requirement", str(lock))]
+    files += ["--cache-dir", str(CACHE)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "--format", "json", *files],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    try:
+        return json.loads(done.stdout)["dependencies"]
+    except (ValueError, KeyError):
+        return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]
+
+
+def _named(found: Mapping[str, Any]) -> str:
+    problems = ", ".join(f"{v['id']}, fixed in {' '.join(v['fix_versions']) or 'none'}" for v in found["vulns"])
+    return f"{found['name']}=={found['version']} ({problems})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Requirement files as these tools read them: pins, and the hashes of the files that may be installed for them."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})(?!\S)")
+BUILT_ELSEWHERE = re.compile(r"^# (\S+\.whl) sha256:([0-9a-f]{64})$", re.MULTILINE)
+"""A wheel of the same version that the package index does not have."""
+
+
+class AuditError(Exception):
+    """What is wrong with a dependency, as one line."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """One release, and the sha256 sums of its files; none where the file does not say."""
+
+    name: str
+    version: str
+    hashes: frozenset[str] = field(default_factory=frozenset)
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+def read_pins(file: Path) -> dict[str, Pin]:
+    """The pins of a requirement file or lock by their canonical names.
+
+    Raises:
+        AuditError: a line names no single release.
+    """
+    return parse_pins(file.read_text(), file.name)
+
+
+def parse_pins(text: str, source: str) -> dict[str, Pin]:
+    """The same of the text of such a file; ``source`` is what errors call it."""
+    lines = (line.split("#")[0].strip() for line in text.replace("\\\n", " ").splitlines())
+    return {pin.name: pin for pin in (_pin(line, source) for line in lines if line)}
+
+
+def built_elsewhere(file: Path) -> dict[str, str]:
+    """Hashes that no index is asked about, and the wheels they are of."""
+    return {sha256: wheel for wheel, sha256 in BUILT_ELSEWHERE.findall(file.read_text())}
+
+
+def _pin(line: str, source: str) -> Pin:
+    text = line.split(" --hash")[0].strip()
+    try:
+        requirement = Requirement(text)
+    except InvalidRequirement:
+        raise AuditError(f"{source}: {text!r} is no requirement; expected name==version") from None
+    versions = [s.version for s in requirement.specifier if s.operator == "==" and not s.version.endswith(".*")]
+    if len(versions) != 1 or len(requirement.specifier) != 1:
+        raise AuditError(f"{source}: {text} is not pinned; expected {requirement.name}==version")
+    return Pin(canonicalize_name(requirement.name), versions[0], frozenset(HASH.findall(line)))
