@@ -1,0 +1,311 @@
+"""What a training step should take on many GPUs, by arithmetic: nothing is measured, and no GPU is needed.
+
+python -m benchmarks.scaling [--target 8b,70b] [--gpus 1,8,64,512] [--flops 4e14] …
+
+What a step multiplies and keeps is counted from shapes (``nemo_speculative.training.cost``, as ``plan=true`` does) for
+EAGLE-3 on Llama-3.1 of 8 or 70 billion parameters.  How fast a GPU and its links are is assumed, and can be given.
+
+A collective over n ranks is a ring: every rank sends (n - 1) / n of the bytes, twice for an all-reduce, in n - 1 hops.
+Its bandwidth is that of a GPU's own link inside a node; over nodes, that of the network cards of all GPUs of a node
+that belong to the ring.  A step is the target's part, meanwhile the draft's weights are gathered; the draft's part;
+then its gradients are reduced and the optimizer steps.  The number of rows on a GPU stays, whatever the number of GPUs.
+"""
+
+import argparse
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import LlamaConfig
+
+from nemo_speculative.config.app import CONF, to_job
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import collate
+from nemo_speculative.training import prediction
+from nemo_speculative.training.assembly import draft_shape
+from nemo_speculative.training.cost import FLOAT32, Amount, Placement, step_memory
+
+BFLOAT16 = 2
+ADAMW_BYTES = 7 * FLOAT32
+"""Read of an entry in a step: weight, gradient and two moments; written: weight and moments."""
+SIZES: dict[str, dict[str, int]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+"""Of Llama-3.1, as its config.json has them."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Of one GPU, its links and the training; every one can be given."""
+
+    flops: float = field(default=4e14, metadata={"what": "FLOP/s in bf16 that the products reach (H200: 40 % of peak)"})
+    hbm: float = field(default=4e12, metadata={"what": "bytes/s of a GPU's memory"})
+    nvlink: float = field(default=3.5e11, metadata={"what": "bytes/s that a ring gets inside a node"})
+    nic: float = field(default=4.5e10, metadata={"what": "bytes/s of a GPU's own network card (400 Gb/s InfiniBand)"})
+    storage: float = field(default=2e9, metadata={"what": "bytes/s at which a GPU's share of features is read"})
+    hop: float = field(default=5e-6, metadata={"what": "seconds of a hop inside a node"})
+    far_hop: float = field(default=1e-5, metadata={"what": "seconds of a hop between nodes"})
+    memory: float = field(default=141e9, metadata={"what": "bytes of a GPU's memory (H200)"})
+    node: int = field(default=8, metadata={"what": "GPUs of a node"})
+    rows: int = field(default=4, metadata={"what": "rows of a GPU in a step, one after the other"})
+    row_tokens: int = field(default=4096, metadata={"what": "tokens of a row: four documents, half of each trained"})
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Ranks of a collective, of which so many are in each node."""
+
+    ranks: int
+    in_node: int
+
+    @classmethod
+    def neighbours(cls, ranks: int, a: Assumed) -> "Ring":
+        """Ranks next to each other."""
+        return cls(ranks, min(ranks, a.node))
+
+    def gather(self, size: float, a: Assumed) -> float:
+        """Seconds to gather, or to reduce and scatter, ``size`` bytes over all ranks."""
+        inside = self.ranks <= self.in_node
+        bandwidth = a.nvlink if inside else min(a.nvlink, self.in_node * a.nic)
+        hops = self.ranks - 1
+        return hops / self.ranks * size / bandwidth + hops * (a.hop if inside else a.far_hop)
+
+    def all_reduce(self, size: float, a: Assumed) -> float:
+        return 2 * self.gather(size, a)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one GPU in one step."""
+
+    models: prediction.Models
+    amount: Amount
+    """Of one row."""
+    rows: int
+
+    @property
+    def target(self) -> float:
+        """FLOPs of the target's layers."""
+        return 2 * self.rows * sum(self.models.target.multiply_adds(self.amount).values())
+
+    @property
+    def draft(self) -> float:
+        """FLOPs of the draft, forward and backward, and of the labels from the target's head."""
+        target, draft = self.models.target, self.models.draft
+        counted = draft.multiply_adds(self.amount) | target.labels(self.amount)
+        return 2 * self.rows * sum(counted.values())
+
+    @property
+    def layers_bytes(self) -> float:
+        """The target's weights but for embedding and head."""
+        return BFLOAT16 * (self.models.target.parameters - self.models.target.end_parameters)
+
+    @property
+    def states_bytes(self) -> float:
+        """Of aux and last hidden states of all rows."""
+        return (
+            BFLOAT16 * self.rows * self.amount.tokens * (self.models.draft.aux_layers + 1) * self.models.target.hidden
+        )
+
+
+class Target(ABC):
+    """Where the target's layers are."""
+
+    name: str
+
+    @abstractmethod
+    def share(self, gpus: int, a: Assumed) -> float:
+        """Of the layers, what each GPU holds."""
+
+    @abstractmethod
+    def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
+        """Of the target's part of a step."""
+
+    def beside(self, work: Work, a: Assumed) -> float:
+        """Seconds of what goes on all through a step beside it."""
+        return 0.0
+
+
+class Replicated(Target):
+    name = "replicated"
+
+    def share(self, gpus: int, a: Assumed) -> float:
+        return 1.0
+
+    def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
+        return work.target / a.flops
+
+
+class Sharded(Target):
+    """FSDP2 inside a node: the layers are gathered for every row, each while the one before computes."""
+
+    name = "sharded over a node"
+
+    def share(self, gpus: int, a: Assumed) -> float:
+        return 1 / min(gpus, a.node)
+
+    def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
+        layers = work.models.target.layers
+        layer = Ring.neighbours(min(gpus, a.node), a).gather(work.layers_bytes / layers, a)
+        return max(work.target / a.flops, work.rows * layers * layer)
+
+
+class TensorParallel(Target):
+    """Each layer over a node, for the rows of all its ranks together; two sums of activations a layer, waited for."""
+
+    name = "tensor-parallel over a node"
+
+    def share(self, gpus: int, a: Assumed) -> float:
+        return 1 / min(gpus, a.node)
+
+    def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
+        ranks = min(gpus, a.node)
+        target = work.models.target
+        activations = BFLOAT16 * ranks * work.amount.tokens * target.hidden
+        sums = 2 * target.layers * Ring.neighbours(ranks, a).all_reduce(activations, a)
+        return work.target / a.flops + work.rows * sums
+
+
+class Elsewhere(Target):
+    """The states come from somewhere: the layers are not here."""
+
+    def __init__(self, name: str, bandwidth: Callable[[Assumed], float]):
+        self.name, self._bandwidth = name, bandwidth
+
+    def share(self, gpus: int, a: Assumed) -> float:
+        return 0.0
+
+    def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
+        return 0.0
+
+    def beside(self, work: Work, a: Assumed) -> float:
+        return work.states_bytes / self._bandwidth(a)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How the draft is spread."""
+
+    name: str
+    shards: Callable[[int, Assumed], int]
+    """Of so many GPUs, how many share one."""
+
+    def gather(self, parameters: int, gpus: int, a: Assumed) -> float:
+        """Seconds to put the weights to compute with together, in bfloat16."""
+        return Ring.neighbours(self.shards(gpus, a), a).gather(BFLOAT16 * parameters, a)
+
+    def reduce(self, parameters: int, gpus: int, a: Assumed) -> float:
+        """Seconds to sum the float32 gradients over all ranks: scattered to the shards, and over their replicas."""
+        shards = self.shards(gpus, a)
+        replicas = Ring(gpus // shards, max(1, min(gpus, a.node) // shards))
+        scattered = Ring.neighbours(shards, a).gather(FLOAT32 * parameters, a)
+        return scattered + replicas.all_reduce(FLOAT32 * parameters / shards, a)
+
+
+DDP = Draft("ddp", lambda gpus, a: 1)
+FSDP2 = Draft("fsdp2", lambda gpus, a: gpus)
+HSDP = Draft("hsdp", lambda gpus, a: min(gpus, a.node))
+SERVED = Elsewhere("served elsewhere", lambda a: a.nic)
+CACHED = Elsewhere("cached features", lambda a: a.storage)
+WAYS: dict[str, list[tuple[Draft, Target]]] = {
+    "8b": [(DDP, Replicated()), (FSDP2, Replicated()), (HSDP, Replicated()), (HSDP, SERVED), (HSDP, CACHED)],
+    "70b": [
+        (HSDP, Replicated()), (HSDP, Sharded()), (HSDP, TensorParallel()), (FSDP2, TensorParallel()), (HSDP, SERVED),
+        (HSDP, CACHED),
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """Of one way on so many GPUs."""
+
+    seconds: float
+    computing: float
+    """Of the seconds, those of products: the share is the efficiency."""
+    bytes: float
+    """Of a GPU's memory."""
+
+
+def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a: Assumed) -> Step:
+    parameters, shards = work.models.draft.all_parameters, draft.shards(gpus, a)
+    before = max(target.seconds(work, gpus, a), draft.gather(parameters, gpus, a))
+    update = ADAMW_BYTES * parameters / shards / a.hbm
+    after = draft.reduce(parameters, gpus, a) + update
+    place = Placement(
+        ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
+        target_share=target.share(gpus, a),
+    )  # fmt: skip
+    computing = work.draft / a.flops + (work.target / a.flops if place.target_share else 0.0)
+    memory = step_memory(work.models.target, work.models.draft, work.amount, optimizer, place)
+    seconds = max(before + work.draft / a.flops + after, target.beside(work, a))
+    return Step(seconds, computing, memory.online)
+
+
+def work_of(size: str, a: Assumed) -> tuple[Work, Any]:
+    """Of EAGLE-3 on that target, as conf/ has them, and the optimizer's configuration."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = to_job(compose("train_eagle3", ["model=llama31_8b", "output_dir=unused"]))
+    of_all = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+    config = LlamaConfig(tie_word_embeddings=False, **of_all, **SIZES[size])
+    entries = job.draft.vocabulary(config.vocab_size).entries or config.vocab_size
+    models = prediction.Models.of(job, config, draft_shape(job, config, entries))
+    (amount,) = prediction.count(job, models, [one_row(a.row_tokens)], torch.device("cuda"))
+    return Work(models, amount, a.rows), job.optimizer
+
+
+def one_row(tokens: int) -> Batch:
+    """Four documents, each a prompt and an answer of equal lengths."""
+    half = tokens // 8
+    documents = [TokenRow(str(i), [1] * 2 * half, [False] * half + [True] * half, "") for i in range(4)]
+    return collate([documents], tokens, pad_id=0)
+
+
+def table(size: str, gpus: Sequence[int], a: Assumed) -> list[str]:
+    """Lines of markdown."""
+    work, optimizer = work_of(size, a)
+    tera = f"{work.target / 1e12:.0f} TFLOP of the target and {work.draft / 1e12:.0f} of the draft a GPU and step"
+    lines = [
+        f"Llama-3.1-{size.upper()}, EAGLE-3, {work.models.draft.all_parameters / 1e6:.0f} M parameters: {tera}.",
+        "",
+        "| draft | target | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in gpus) + " |",
+        "|---|---|" + "---|" * len(gpus),
+    ]
+    for draft, target in WAYS[size]:
+        cells = [_cell(step(work, draft, target, n, optimizer, a), a) for n in gpus]
+        lines.append(f"| {draft.name} | {target.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(found: Step, a: Assumed) -> str:
+    if found.bytes > a.memory:
+        return f"does not fit: {found.bytes / 1e9:.0f} GB"
+    share = found.computing / found.seconds
+    return f"{found.seconds * 1e3:.0f} ms, {share:.0%}, {found.bytes / 1e9:.0f} GB"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", default="8b,70b", help="of %(default)s")
+    parser.add_argument("--gpus", default="1,8,64,512", help="how many; %(default)s")
+    for one in fields(Assumed):
+        option = f"--{one.name.replace('_', '-')}"
+        parser.add_argument(option, type=type(one.default), default=one.default, help=one.metadata["what"])
+    given = parser.parse_args(arguments)
+    a = Assumed(**{one.name: getattr(given, one.name) for one in fields(Assumed)})
+    for one in fields(Assumed):
+        print(f"assumed: {one.name} = {getattr(a, one.name):g}, {one.metadata['what']}")
+    for size in given.target.split(","):
+        if size not in SIZES:
+            sys.exit(f"error: --target {size}: expected one of {', '.join(SIZES)}")
+        print("", *table(size, [int(n) for n in given.gpus.split(",")], a), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
