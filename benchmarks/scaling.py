@@ -109,9 +109,8 @@ class Work:
     @property
     def states_bytes(self) -> float:
         """Of aux and last hidden states of all rows."""
-        return (
-            BFLOAT16 * self.rows * self.amount.tokens * (self.models.draft.aux_layers + 1) * self.models.target.hidden
-        )
+        width = (self.models.draft.aux_layers + 1) * self.models.target.hidden
+        return BFLOAT16 * self.rows * self.amount.tokens * width
 
 
 class Target(ABC):
@@ -133,7 +132,7 @@ class Target(ABC):
 
 
 class Replicated(Target):
-    name = "replicated"
+    name = "hf"
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1.0
@@ -143,23 +142,23 @@ class Replicated(Target):
 
 
 class Sharded(Target):
-    """FSDP2 inside a node: the layers are gathered for every row, each while the one before computes."""
+    """By FSDP2 over all GPUs: the layers are gathered for every row, each while the one before computes."""
 
-    name = "sharded over a node"
+    name = "hf_fsdp2"
 
     def share(self, gpus: int, a: Assumed) -> float:
-        return 1 / min(gpus, a.node)
+        return 1 / gpus
 
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         layers = work.models.target.layers
-        layer = Ring.neighbours(min(gpus, a.node), a).gather(work.layers_bytes / layers, a)
+        layer = Ring.neighbours(gpus, a).gather(work.layers_bytes / layers, a)
         return max(work.target / a.flops, work.rows * layers * layer)
 
 
 class TensorParallel(Target):
-    """Each layer over a node, for the rows of all its ranks together; two sums of activations a layer, waited for."""
+    """Each layer over a node, for the rows of all its ranks in turn; two sums of activations a layer, waited for."""
 
-    name = "tensor-parallel over a node"
+    name = "hf_tp"
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / min(gpus, a.node)
@@ -211,8 +210,8 @@ class Draft:
 DDP = Draft("ddp", lambda gpus, a: 1)
 FSDP2 = Draft("fsdp2", lambda gpus, a: gpus)
 HSDP = Draft("hsdp", lambda gpus, a: min(gpus, a.node))
-SERVED = Elsewhere("served elsewhere", lambda a: a.nic)
-CACHED = Elsewhere("cached features", lambda a: a.storage)
+SERVED = Elsewhere("remote", lambda a: a.nic)
+CACHED = Elsewhere("features", lambda a: a.storage)
 WAYS: dict[str, list[tuple[Draft, Target]]] = {
     "8b": [(DDP, Replicated()), (FSDP2, Replicated()), (HSDP, Replicated()), (HSDP, SERVED), (HSDP, CACHED)],
     "70b": [
@@ -274,7 +273,7 @@ def table(size: str, gpus: Sequence[int], a: Assumed) -> list[str]:
     lines = [
         f"Llama-3.1-{size.upper()}, EAGLE-3, {work.models.draft.all_parameters / 1e6:.0f} M parameters: {tera}.",
         "",
-        "| draft | target | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in gpus) + " |",
+        "| `parallelism=` | `backend=` | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in gpus) + " |",
         "|---|---|" + "---|" * len(gpus),
     ]
     for draft, target in WAYS[size]:

@@ -107,7 +107,7 @@ def test_a_sharded_target_takes_the_longer_of_gathering_and_computing(found):
         a = Assumed(flops=1e15, nvlink=nvlink, **NO_HOPS)
         gathering = work.rows * 7 / 8 * work.layers_bytes / nvlink
         assert Sharded().seconds(work, 8, a) == pytest.approx(max(work.target / 1e15, gathering))
-    assert Sharded().share(8, a) == Sharded().share(512, a) == 1 / 8
+    assert (Sharded().share(512, a), TensorParallel().share(512, a)) == (1 / 512, 1 / 8)
 
 
 def test_a_tensor_parallel_target_waits_for_two_sums_a_layer(found):
@@ -131,7 +131,7 @@ def test_every_assumption_is_said_and_can_be_given(capsys):
     main(["--target", "8b", "--gpus", "1,8", "--memory", "2e10", "--row-tokens", "512"])
     said = capsys.readouterr().out
     assert said.count("assumed: ") == len(Assumed.__dataclass_fields__) and "assumed: memory = 2e+10" in said
-    assert "does not fit" in said and "| hsdp | cached features |" in said
+    assert "does not fit" in said and "| hsdp | features |" in said
 
 
 def test_a_target_that_is_not_known_is_one_line():
