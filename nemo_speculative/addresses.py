@@ -12,6 +12,8 @@ from nemo_speculative.errors import UserError
 LOOPBACK = "lo"
 COLLECTIVES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Environment variables of the interface on which torch's collectives listen and connect."""
+FRESH_STORE = "NEMO_FRESH_STORE"
+"""Environment variable of workers whose launcher gives them an empty store at every start; torchrun does not."""
 SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address, which it writes behind 20 bytes."""
 

@@ -23,6 +23,7 @@ from typing import NoReturn, cast
 
 import torch.distributed as dist
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -36,7 +37,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from nemo_speculative.addresses import LOOPBACK, address_of, bound, collect_on
+from nemo_speculative.addresses import FRESH_STORE, LOOPBACK, address_of, bound, collect_on
 from nemo_speculative.errors import UsageError, UserError, report
 
 BACKEND = "one-interface"
@@ -74,6 +75,7 @@ class Launcher:
             UserError: the nodes did not find each other, or a worker failed.
         """
         collect_on(self._args.interface)
+        os.environ[FRESH_STORE] = "1"
         rendezvous_handler_registry.register(BACKEND, self._meet)
         try:
             torchrun.run(self._args)
@@ -81,6 +83,8 @@ class Launcher:
             rank, failure = error.get_first_failure()
             how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
             raise UserError(f"rank {rank} was the first to fail ({how}); what it said is above") from None
+        except SignalException as error:
+            return 128 + error.sigval
         except (RendezvousError, dist.DistError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -124,17 +128,21 @@ def settle(args: argparse.Namespace) -> None:
     Raises:
         UserError: what was given cannot be had.
     """
-    fewest, nodes = torchrun.parse_min_max_nnodes(args.nnodes)
-    if fewest != nodes:
-        raise UsageError(f"--nnodes is {args.nnodes}: expected one number; the nodes of a job are fixed")
+    args.nnodes = _one_number(args.nnodes)
+    try:
+        torchrun.determine_local_world_size(args.nproc_per_node)
+    except ValueError as error:
+        raise UsageError(f"--nproc-per-node is {args.nproc_per_node}: {error}") from None
     if args.rdzv_backend != "static" or args.rdzv_endpoint:
         raise UsageError(
             f"--rdzv-backend {args.rdzv_backend} --rdzv-endpoint {args.rdzv_endpoint}: not of this launcher, where the "
             "nodes meet at --master-addr and --master-port; leave them out"
         )
-    alone = args.standalone or nodes == 1
+    alone = args.standalone or args.nnodes == "1"
     if not alone and not args.interface:
         raise UsageError("--interface is not given: with several nodes name the network they share, e.g. eth0")
+    if alone:
+        args.nnodes, args.node_rank = "1", 0
     args.interface = args.interface or LOOPBACK
     args.local_addr = address_of(args.interface, "--interface")
     host, port = (args.local_addr, args.master_port or 0) if alone else (args.master_addr, args.master_port or PORT)
@@ -145,6 +153,13 @@ def settle(args: argparse.Namespace) -> None:
     # A run that is asked to stop saves first: this launcher passes the signal on, and its agent does not hurry them.
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     args.standalone, args.node_rank = False, 0
+
+
+def _one_number(nodes: str) -> str:
+    fewest, _, most = nodes.partition(":")
+    if not fewest.isdecimal() or int(fewest) < 1 or (most or fewest) != fewest:
+        raise UsageError(f"--nnodes is {nodes}: expected one number, above 0; the nodes of a job are fixed")
+    return fewest
 
 
 def _check_master(host: str, args: argparse.Namespace) -> None:

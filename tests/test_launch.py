@@ -56,6 +56,8 @@ def test_a_process_that_nobody_launched_listens_on_the_loopback_and_has_no_store
     ("options", "said"),
     [
         (["--nnodes", "1:2"], "--nnodes is 1:2: expected one number"),
+        (["--nnodes", "many"], "--nnodes is many: expected one number"),
+        (["--nproc-per-node", "some"], "--nproc-per-node is some: "),
         (["--nnodes", "2"], "--interface is not given: with several nodes name the network they share"),
         (["--interface", "nosuch0"], r"--interface nosuch0: no interface of this machine.* expected one of .*\blo\b"),
         (
@@ -67,7 +69,7 @@ def test_a_process_that_nobody_launched_listens_on_the_loopback_and_has_no_store
     ],
 )
 def test_what_cannot_be_had_is_one_line(options, said, capsys):
-    assert launch.main([*options, "--nproc-per-node", "2", "script.py"]) != 0
+    assert launch.main(["--nproc-per-node", "2", *options, "script.py"]) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(said, line), line
 
