@@ -8,6 +8,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 
 from nemo_speculative import addresses, launch
 from nemo_speculative.errors import UserError
-from tests.listening import listening
+from tests.listening import listening, with_descendants
 from tests.programs import ROOT, Program, run_program
 
 SAY_AND_STAY = """
@@ -36,7 +37,7 @@ ALONE = """
 import json, os, torch
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.training.parallelism import process_group
-from tests.listening import listening
+from tests.listening import listening, with_descendants
 with process_group(torch.device("cpu"), ParallelismConfig()):
     torch.distributed.barrier()
     print(json.dumps([os.environ["GLOO_SOCKET_IFNAME"], sorted(address for _, address in listening(os.getpid()))]))
@@ -107,6 +108,16 @@ def test_all_that_listens_is_on_the_loopback_and_sigterm_lets_the_workers_end_we
         assert program.wait(30) == 75
     assert found == {"127.0.0.1"}
     assert (tmp_path / "stopped0").exists() and (tmp_path / "stopped1").exists()
+
+
+def test_ctrl_c_ends_the_workers_and_the_launcher(tmp_path):
+    with launched(tmp_path) as program:
+        wait_for(tmp_path / "started0.0", tmp_path / "started1.0")
+        workers = list(with_descendants(program.pid))[1:]
+        program.send_signal(signal.SIGINT)
+        assert program.wait(30) == 130
+        assert "torch/distributed/run.py" not in "".join(program.stderr)  # no traceback of the launcher's
+    assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 def test_workers_are_started_again_and_the_one_that_failed_is_named(tmp_path):
