@@ -37,6 +37,8 @@ def refused(target_dir, monkeypatch, capsys):
         (["model.path=/no/model", "port=0"], "/no/model does not exist"),
         (["backend=remote", "port=0"], "backend=remote: a target server runs the target itself"),
         (["backend=features", "backend.directory=x", "port=0"], "backend=features: a target server runs the target"),
+        (["backend=hf_fsdp2", "port=0"], "backend=hf_fsdp2: a target server is one process"),
+        (["backend=hf_tp", "port=0"], "backend=hf_tp: a target server is one process"),
         (["trainer.max_steps=3"], "trainer.max_steps=3"),
         (["quue=3"], "did you mean"),
     ],

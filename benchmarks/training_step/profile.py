@@ -32,14 +32,14 @@ from benchmarks.training_step.table import machine
 from nemo_speculative.drafts import attention
 from nemo_speculative.objectives import unroll
 from nemo_speculative.targets.ends import TargetEnds
-from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.hf import TransformersTarget
 
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
 """And which of its arguments is the first factor; the second follows."""
 WARMUP = 2
 REST = "draft: projections, MLP, norms"
 PHASES: dict[str, tuple[Any, str]] = {
-    "target: layers": (HFTarget, "supervise"),
+    "target: layers": (TransformersTarget, "supervise"),
     "target: head, for the labels": (TargetEnds, "logits"),
     "draft: attention, forward": (attention._PieceAttention, "forward"),
     "draft: attention, backward": (attention._PieceAttention, "backward"),

@@ -10,6 +10,8 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("draft", "eagle"): schema.EagleDraftConfig,
     ("draft", "eagle3"): schema.Eagle3DraftConfig,
     ("backend", "hf"): schema.HFBackendConfig,
+    ("backend", "hf_fsdp2"): schema.ShardedHFBackendConfig,
+    ("backend", "hf_tp"): schema.TensorParallelHFBackendConfig,
     ("backend", "sglang"): schema.SGLangBackendConfig,
     ("backend", "remote"): schema.RemoteBackendConfig,
     ("backend", "features"): schema.FeaturesBackendConfig,

@@ -63,7 +63,7 @@ class Batch:
             starts |= {span.row * length + at for span in self.spans for at in (span.start, span.end)}
             edges = sorted(starts | {self.num_tokens})
         else:
-            edges = [*(self.positions == 0).flatten().nonzero()[:, 0].tolist(), self.num_tokens]
+            edges = [*(self.on_host.positions == 0).flatten().nonzero()[:, 0].tolist(), self.num_tokens]
         return [end - start for start, end in pairwise(edges)]
 
     @property

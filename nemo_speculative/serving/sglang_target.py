@@ -44,6 +44,7 @@ class SGLangTarget(TargetEnds):
             self.path, aux_layers=self.aux_layers, dtype=self.head_weight.dtype, device=self.device,
             max_tokens=max_tokens, flags=[*trusted, *flags],
         )  # fmt: skip
+        self.collective = dist.is_initialized() and dist.get_world_size() > 1
         self._last: torch.cuda.Event | None = None
         self._check_head()
 

@@ -36,6 +36,10 @@ class Target(Protocol):
     requests_ahead: int
     """How many batches it may be asked for beforehand, in threads, as it only waits for what computes them; 0: none."""
 
+    collective: bool
+    """Whether all ranks compute what one asks for, so that each must ask equally often, in one order with whatever
+    else they exchange."""
+
     @property
     def fingerprint(self) -> str:
         """Tells one target's weights from another's."""

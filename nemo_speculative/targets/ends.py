@@ -44,6 +44,7 @@ class TargetEnds:
     """
 
     requests_ahead = 0
+    collective = False
 
     def __init__(
         self,

@@ -18,27 +18,20 @@ from nemo_speculative.targets.ends import TargetEnds, decoder_layers, load_model
 from nemo_speculative.targets.packed_attention import BY_DOCUMENT, packed_documents
 
 
-class HFTarget(TargetEnds):
+class TransformersTarget(TargetEnds):
     """A frozen Hugging Face model in eval mode; see :class:`nemo_speculative.targets.base.Target`.
-
-    The only target that continues texts: it answers questions, and measures drafts.
 
     Args:
         attn_implementation: transformers' name of its attention.
-        device_map, max_memory: see :class:`nemo_speculative.config.schema.PlacementConfig`.
-        ends: those of :class:`nemo_speculative.targets.ends.TargetEnds`.
+        ends: those of :class:`nemo_speculative.targets.ends.TargetEnds`, and further options of transformers.
 
     Raises:
         UserError: the directory holds no usable model or tokenizer, or the head does more to the last hidden state
             than this class reproduces.
     """
 
-    def __init__(
-        self, path: Path, *, attn_implementation: str = "sdpa", device_map: str | None = None,
-        max_memory: dict[str, str] | None = None, **ends: Any,
-    ):  # fmt: skip
-        placed = _spread(device_map, max_memory) if device_map else {}
-        super().__init__(path, attn_implementation=attn_implementation, **placed, **ends)
+    def __init__(self, path: Path, *, attn_implementation: str = "sdpa", **ends: Any):
+        super().__init__(path, attn_implementation=attn_implementation, **ends)
         # Greedy means the argmax: a repetition penalty that the model ships would otherwise be taken over.
         self.model.generation_config = GenerationConfig()
         self._decoder = self.model.get_decoder()
@@ -49,9 +42,6 @@ class HFTarget(TargetEnds):
         self._check_head()
         self._by_document = self._can_attend_by_document()
         self._check_packing()
-
-    def _load(self, **options: Any) -> Any:
-        return load_model(self.path, None if "device_map" in options else self.device, **options)
 
     def _capture(self, layer: int):
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -198,6 +188,24 @@ class HFTarget(TargetEnds):
         packed = supervise(batch).last_hidden[:, 4:].float()
         alone = self.forward(ids[:, 4:])[1].float()
         return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True)
+
+
+class HFTarget(TransformersTarget):
+    """One that this process holds whole: the only target that continues texts, answers questions and measures drafts.
+
+    Args:
+        device_map, max_memory: see :class:`nemo_speculative.config.schema.PlacementConfig`.
+        options: those of :class:`TransformersTarget`.
+    """
+
+    def __init__(
+        self, path: Path, *, device_map: str | None = None, max_memory: dict[str, str] | None = None, **options: Any
+    ):
+        placed = _spread(device_map, max_memory) if device_map else {}
+        super().__init__(path, **placed, **options)
+
+    def _load(self, **options: Any) -> Any:
+        return load_model(self.path, None if "device_map" in options else self.device, **options)
 
 
 def _spread(device_map: str, max_memory: dict[str, str] | None) -> dict[str, Any]:

@@ -278,6 +278,10 @@ class Placement:
     device_type: str
     target_share: float = 1.0
     """Of the target's layers, what lies here: with a target elsewhere, or on disk, nothing."""
+    gathered_layers: int = 0
+    """Of the target's, whole, while it computes."""
+    together: bool = False
+    """Whether ranks compute the target together, in turn with the draft's work."""
     offloaded: bool = False
     """Whether the draft's shards, their gradients and moments are in a memory of their own, the host's."""
 
@@ -322,11 +326,13 @@ def step_memory(
     gradients = count * FLOAT32 / shards
     backward = max(kept + logits, kept + draft.head_bytes(), gradients)
     forward = bool(place.target_share) * target.forward_bytes(largest, place.target_element, draft.aux_layers)
-    # On CUDA the target reads the next micro-batch meanwhile; else one comes after the other.
-    beside = forward + states if place.device_type == "cuda" else max(forward - backward, 0.0)
+    # On CUDA the target reads the next micro-batch meanwhile, unless ranks compute it together; else in turn.
+    ahead = place.device_type == "cuda" and not place.together
+    beside = forward + states if ahead else max(forward - backward, 0.0)
     copies = 2 * count * place.element if place.wrapped else 0
     own = 0 if place.offloaded else 1 / shards
-    decoder = place.target_share * (target.parameters - target.end_parameters) * place.target_element
+    layers = (target.parameters - target.end_parameters) * place.target_element
+    decoder = layers * (place.target_share + place.gathered_layers / target.layers)
     parts = {
         "target": target.end_parameters * place.target_element + decoder,
         "draft": count * FLOAT32 * own + copies,

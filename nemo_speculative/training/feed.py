@@ -1,7 +1,8 @@
 """What a step needs, ready before it starts: rows scheduled on the host, sent to the device, read by the target.
 
 A thread packs and schedules the next global batch while this one trains.  On CUDA the target reads the next micro-batch
-on a stream of its own, beside the draft's work on this one; a target elsewhere is asked ahead in threads.
+on a stream of its own, beside the draft's work on this one, unless ranks compute it together; a target elsewhere is
+asked ahead in threads.
 """
 
 import threading
@@ -217,4 +218,6 @@ def _asker(
 ) -> InTurn | OnSideStream | InThreads:
     if target.requests_ahead:
         return InThreads(target, clock, device, stop)
-    return OnSideStream(target, clock, device) if device.type == "cuda" else InTurn(target, clock)
+    # What ranks compute together keeps its place among what they exchange for the draft.
+    beside = device.type == "cuda" and not target.collective
+    return OnSideStream(target, clock, device) if beside else InTurn(target, clock)

@@ -108,6 +108,8 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
         element=BYTES[job.trainer.dtype.value],
         device_type=device.type,
         target_share=job.backend.share_of_layers(ranks),
+        gathered_layers=job.backend.GATHERED_LAYERS,
+        together=job.backend.TOGETHER,
         offloaded=job.parallelism.offload and device.type == "cuda",
     )
     return step_memory(models.target, models.draft, largest, job.optimizer, place)

@@ -35,6 +35,7 @@ ROOTS = {file.stem: groups_of_root(file) for file in sorted(CONF.glob("*.yaml"))
 GROUPS = files_of_groups()
 REFUSED = {
     ("serve_target", "backend", "remote"), ("serve_target", "backend", "features"),
+    ("serve_target", "backend", "hf_fsdp2"), ("serve_target", "backend", "hf_tp"),
     ("capture_features", "backend", "features"),
 }  # fmt: skip
 """Options of a group that a root with that group has no use for: tests/test_serve_target.py, tests/features."""

@@ -111,6 +111,17 @@ def test_a_value_that_makes_no_sense(override, expected):
     assert refused(override).startswith(expected)
 
 
+@pytest.mark.parametrize("size", [1, 0, -2])
+def test_tensor_parallelism_needs_several_ranks(size):
+    message = refused("backend=hf_tp", f"backend.tp_size={size}", "data.answers=given")
+    assert message.startswith(f"backend.tp_size is {size}: expected -1, or at least 2; backend=hf keeps")
+
+
+@pytest.mark.parametrize("backend", ["hf_fsdp2", "hf_tp"])
+def test_a_target_that_ranks_hold_together_answers_no_questions(backend):
+    assert "data.answers=target needs backend=hf" in refused(f"backend={backend}", "data.answers=target")
+
+
 @pytest.mark.parametrize("decay", ["1", "1.5"])
 def test_depths_are_not_sampled_without_a_decay(decay):
     message = refused("draft.depth_sampling=geometric", f"draft.step_decay={decay}")

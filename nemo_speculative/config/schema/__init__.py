@@ -52,6 +52,8 @@ from nemo_speculative.config.schema.model import (
     PlacementConfig,
     RemoteBackendConfig,
     SGLangBackendConfig,
+    ShardedHFBackendConfig,
+    TensorParallelHFBackendConfig,
     TinyModelConfig,
 )
 from nemo_speculative.config.schema.optimizer import DecayType, MuonConfig, OptimizerConfig
@@ -118,10 +120,12 @@ __all__ = [
     "SGLangBackendConfig",
     "ServeTargetJob",
     "ServerConfig",
+    "ShardedHFBackendConfig",
     "SourceConfig",
     "SpeculatorsFormConfig",
     "SuiteConfig",
     "TensorBoardConfig",
+    "TensorParallelHFBackendConfig",
     "TinyDataConfig",
     "TinyModelConfig",
     "TotalVariationConfig",

@@ -70,6 +70,10 @@ class BackendConfig:
 
     DECODES: ClassVar[bool] = False
     """Whether it continues texts: answers questions, and measures drafts."""
+    TOGETHER: ClassVar[bool] = False
+    """Whether ranks compute it together, in turn with the draft's work."""
+    GATHERED_LAYERS: ClassVar[int] = 0
+    """Whole layers that lie on a device while it computes, beside its share."""
     _target_: str = MISSING
 
     def share_of_layers(self, ranks: int) -> float:
@@ -85,6 +89,41 @@ class HFBackendConfig(BackendConfig):
     _target_: str = "nemo_speculative.targets.hf.HFTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
+
+
+@dataclass
+class ShardedHFBackendConfig(BackendConfig):
+    """transformers, the decoder layers sharded over all ranks (FSDP2); each rank computes its own batches."""
+
+    TOGETHER: ClassVar[bool] = True
+    GATHERED_LAYERS: ClassVar[int] = 2  # the one that computes, and the buffer that the next one arrives in
+    _target_: str = "nemo_speculative.targets.sharded.ShardedTarget"
+    attn_implementation: str = "sdpa"
+    """transformers' name of the target's attention."""
+
+    def share_of_layers(self, ranks: int) -> float:
+        return 1 / ranks
+
+
+@dataclass
+class TensorParallelHFBackendConfig(BackendConfig):
+    """transformers, tensor-parallel by its own plan; the ranks of a group compute their batches one after the other."""
+
+    TOGETHER: ClassVar[bool] = True
+    _target_: str = "nemo_speculative.targets.tensor_parallel.TensorParallelTarget"
+    attn_implementation: str = "sdpa"
+    """transformers' name of the target's attention."""
+    tp_size: int = -1
+    """Neighbouring ranks that share a copy of the target, best within a node; -1: all."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.tp_size == -1 or self.tp_size > 1,
+            f"backend.tp_size is {self.tp_size}: expected -1, or at least 2; backend=hf keeps the target whole",
+        )
+
+    def share_of_layers(self, ranks: int) -> float:
+        return 1 / (ranks if self.tp_size == -1 else self.tp_size)
 
 
 @dataclass

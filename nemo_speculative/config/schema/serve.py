@@ -9,6 +9,8 @@ from nemo_speculative.config.schema.model import (
     FeaturesBackendConfig,
     ModelConfig,
     RemoteBackendConfig,
+    ShardedHFBackendConfig,
+    TensorParallelHFBackendConfig,
 )
 
 
@@ -48,6 +50,12 @@ class ServeTargetJob:
             require(
                 not isinstance(self.backend, elsewhere),
                 f"backend={name}: a target server runs the target itself; take backend=hf or backend=sglang",
+            )
+        for name, placed in (("hf_fsdp2", ShardedHFBackendConfig), ("hf_tp", TensorParallelHFBackendConfig)):
+            require(
+                not isinstance(self.backend, placed),
+                f"backend={name}: a target server is one process, which holds the target whole; take "
+                "backend=hf or backend=sglang",
             )
         for name in ("queue", "max_tokens", "io_timeout", "drain"):
             value = getattr(self, name)

@@ -1,0 +1,119 @@
+"""A target that several ranks hold together: parts of the decoder layers on each, the ends whole on all of them.
+
+Embedding, final norm and head stay whole, because the draft's loss reads them in chunks of its own slots: what a rank
+asks them for, and how often, is no other rank's business.
+"""
+
+from abc import abstractmethod
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+
+from nemo_speculative.errors import UserError
+from nemo_speculative.progress import quiet_transformers
+from nemo_speculative.ranks import first_rank_only
+from nemo_speculative.targets.describe import stop_ids_of
+from nemo_speculative.targets.ends import WHOLE, TargetEnds, decoder_layers, load_config, load_model
+from nemo_speculative.targets.hf import TransformersTarget
+
+
+class PlacedTarget(TransformersTarget):
+    """A frozen Hugging Face model divided over the ranks of the process group, which run its forwards together.
+
+    One process of the job reads the files, into the host's memory, and sends every tensor to the others, which keep
+    their parts of it: no device ever holds more than its parts and one whole tensor.
+
+    Args:
+        options: those of :class:`nemo_speculative.targets.hf.TransformersTarget`.
+
+    Raises:
+        UserError: it cannot be divided.
+    """
+
+    collective = True
+
+    def __init__(self, path: Path, **options: Any):
+        super().__init__(path, **options)
+        self.stop_ids = stop_ids_of(self.path, self.config, self.tokenizer)
+
+    @torch.no_grad()
+    def _load(self, **options: Any) -> Any:
+        quiet_transformers()
+        config = load_config(self.path, self.trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise UserError(
+                f"{self.path}: its weights are quantised, which backend=hf_fsdp2 and hf_tp cannot divide; take "
+                "backend=sglang or backend=remote"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **options).eval().requires_grad_(False)
+        layers = decoder_layers(model.get_decoder(), self.config.num_hidden_layers)
+        self._check(model, layers)
+        read = first_rank_only(lambda: _read(self.path, model, options))
+        _take_dtypes(model, read)
+        self._divide(model, layers)
+        model.to_empty(device=self.device)
+        model.tie_weights()
+        _fill(model, read, self.device)
+        return model
+
+    def _check(self, model: Any, layers: nn.ModuleList) -> None:
+        """
+        Raises:
+            UserError: ``model`` cannot be divided.
+        """
+
+    @abstractmethod
+    def _divide(self, model: Any, layers: nn.ModuleList) -> None:
+        """Makes the parameters of ``layers``, which have no storage yet, this rank's parts of them."""
+
+    def last_layers(self, count: int) -> list[nn.Module]:
+        return list(TargetEnds.last_layers(self, count))
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, those that are not saved, too; tied ones once."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+def _read(path: Path, model: nn.Module, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the files hold for every tensor of ``model``.
+
+    Raises:
+        UserError: they are not the files of such a model.
+    """
+    read = _tensors(load_model(path, None, **options))
+    if odd := sorted(read.keys() ^ _tensors(model).keys()):
+        raise UserError(f"{path}: {type(model).__name__} has another {odd[0]} when it is loaded; take backend=hf")
+    return read
+
+
+def _take_dtypes(model: nn.Module, read: dict[str, torch.Tensor] | None) -> None:
+    """transformers keeps some weights in float32 whatever the model's dtype is."""
+    tensors = _tensors(model)
+    kinds = torch.empty(len(tensors), dtype=torch.int64)
+    if read is not None:
+        found = [read[name].dtype for name in tensors]
+        kinds.copy_(torch.tensor([WHOLE.index(dtype) if dtype in WHOLE else -1 for dtype in found]))
+    dist.broadcast(kinds, src=0)
+    for tensor, kind in zip(tensors.values(), kinds.tolist(), strict=True):
+        if kind >= 0:
+            tensor.data = tensor.data.to(WHOLE[kind])
+
+
+def _fill(model: nn.Module, read: dict[str, torch.Tensor] | None, device: torch.device) -> None:
+    """Sends what the first rank has ``read``, tensor by tensor; every rank keeps its part."""
+    for name, held in _tensors(model).items():
+        whole = torch.empty(held.shape, dtype=held.dtype, device=device) if read is None else read.pop(name).to(device)
+        dist.broadcast(whole, src=0)
+        if isinstance(held, DTensor):
+            part = distribute_tensor(whole, held.device_mesh, held.placements, src_data_rank=None)
+            held.to_local().copy_(part.to_local())
+        else:
+            held.copy_(whole)

@@ -1,0 +1,108 @@
+"""A tensor-parallel target, ``backend=hf_tp``: each rank computes a part of every layer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.errors import UserError
+from nemo_speculative.ranks import gathered
+from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.placed import PlacedTarget
+
+
+class TensorParallelTarget(PlacedTarget):
+    """The decoder layers divided over ``tp_size`` neighbouring ranks, by the plan that transformers has for the model.
+
+    Every rank trains on rows of its own: those of a group compute the batch of its first rank together, then that of
+    its second, and so on, and each keeps what belongs to its own.
+
+    Args:
+        tp_size: -1: all ranks.
+        options: those of :class:`nemo_speculative.targets.placed.PlacedTarget`.
+
+    Raises:
+        UserError: there is no such plan, or ``tp_size`` does not divide the ranks or the heads.
+    """
+
+    def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
+        self.tp_size = _group_size(tp_size, dist.get_world_size())
+        self.group, _ = dist.new_subgroups(self.tp_size)
+        super().__init__(path, **options)
+
+    def _check(self, model: Any, layers: nn.ModuleList) -> None:
+        if not _plan(model, layers):
+            raise UserError(
+                f"{self.path}: transformers has no tensor-parallel plan for {type(model).__name__}; take "
+                "backend=hf_fsdp2"
+            )
+        heads = self.config.num_attention_heads
+        for name, count in (("attention", heads), ("key-value", getattr(self.config, "num_key_value_heads", heads))):
+            if count % self.tp_size:
+                raise UserError(
+                    f"backend.tp_size is {self.tp_size}: it does not divide the {count} {name} heads of {self.path}; "
+                    "take a divisor of them, or backend=hf_fsdp2"
+                )
+
+    def _divide(self, model: Any, layers: nn.ModuleList) -> None:
+        from transformers.integrations.tensor_parallel import apply_tensor_parallelism
+
+        mesh = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))
+        apply_tensor_parallelism(model, mesh, _plan(model, layers))
+
+    def supervise(self, batch: Batch) -> Supervision:
+        host, own = batch.on_host, dist.get_rank(self.group)
+        asked = gathered(torch.stack([host.input_ids, host.positions]), self.group)
+        found = [
+            self._computed(batch if rank == own else _batch_of(*tokens).to(self.device), keep=rank == own)
+            for rank, tokens in enumerate(asked)
+        ]
+        supervision = found[own]
+        assert supervision is not None
+        return supervision
+
+    def _computed(self, batch: Batch, keep: bool) -> Supervision | None:
+        """None, and no memory, for what another rank asked for."""
+        supervision = super().supervise(batch)
+        return supervision if keep else None
+
+
+def _group_size(tp_size: int, ranks: int) -> int:
+    """
+    Raises:
+        UserError: there are no such groups.
+    """
+    size = ranks if tp_size == -1 else tp_size
+    if size < 2 or ranks % size:
+        raise UserError(
+            f"backend.tp_size is {tp_size}: it must be at least 2 and divide the {ranks} process(es) that were "
+            "started; start as many with torchrun --nproc-per-node, or take backend=hf"
+        )
+    return size
+
+
+def _plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:
+    """How each module and parameter of ``layers`` is divided, by name; a module behind the parameters that it owns."""
+    from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard as of_any_layer
+
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    plan = {name: style for name, style in (model.tp_plan or {}).items() if name.startswith(f"{prefix}.")}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        style = plan.get(of_any_layer(name))
+        for parameter, _ in module.named_parameters(name, recurse=False):
+            if chosen := plan.get(of_any_layer(parameter), style):
+                found[parameter] = chosen
+        if style:
+            found[name] = style
+    return found
+
+
+def _batch_of(input_ids: torch.Tensor, positions: torch.Tensor) -> Batch:
+    """Another rank's rows: what a target reads of them."""
+    documents = (positions == 0).cumsum(-1)
+    return Batch(input_ids, torch.zeros_like(input_ids, dtype=torch.bool), positions, documents)

@@ -1,0 +1,192 @@
+"""Targets that ranks hold together give what one that every rank holds whole gives."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OPTConfig, OPTForCausalLM
+
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import collate
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets import placed
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.sharded import ShardedTarget
+from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
+from tests.conftest import make_target, make_tokenizer
+from tests.training.ranks import on_ranks
+
+LLAMAS = {
+    "own head": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+PLACEMENTS = {
+    "FSDP2 on 2": (2, 2, ShardedTarget, {}),
+    "TP on 2": (2, 2, TensorParallelTarget, {}),
+    "TP of 2 on 4": (4, 2, TensorParallelTarget, {"tp_size": 2}),
+}
+"""Ranks, and how many of them share a copy."""
+LENGTHS = [[[11, 7], [19, 4]], [[30], [5, 6, 7]], [[3]], [[1, 1], [2], [40]]]
+"""Of the documents in the rows of each rank."""
+IDS = torch.arange(10)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """Where the Llamas are; their biases, which start as zeros, are not."""
+    made = {}
+    for name, config in LLAMAS.items():
+        made[name] = make_target(tmp_path_factory.mktemp("placed"), **config)
+        model = HFTarget(made[name], aux_layers=None).model
+        for parameter in (p for n, p in model.named_parameters() if n.endswith("bias")):
+            parameter.data.normal_()
+        model.save_pretrained(made[name])
+    return made
+
+
+def batch_of(rank):
+    random = torch.Generator().manual_seed(rank)
+    rows = [
+        [TokenRow("x", torch.randint(5, 300, (n,), generator=random).tolist(), [True] * n, "") for n in row]
+        for row in LENGTHS[rank]
+    ]
+    return collate(rows, 40, pad_id=1)
+
+
+def numbers_of(target):
+    """What a target gives for a rank's rows, and what a draft reads of it otherwise."""
+    made = target.supervise(batch_of(dist.get_rank() if dist.is_initialized() else 0))
+    norms = torch.cat([p.float().flatten() for layer in target.last_layers(2) for p in layer.parameters()])
+    return {
+        "aux": made.aux, "last hidden": made.last_hidden, "logits": target.logits(made.last_hidden),
+        "embedded": target.embed(IDS), "head": target.head_weight, "norm": target.final_norm.weight, "layers": norms,
+    }  # fmt: skip
+
+
+def bytes_of(module):
+    return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in set(module.parameters()))
+
+
+def supervised(placement, options, directories):
+    """Of every model: its numbers and stop ids, and the bytes on this rank of its layers and of all of it."""
+    load, reads = placed.load_model, []
+    placed.load_model = lambda *args, **more: reads.append(1) or load(*args, **more)
+    found = {}
+    for name, directory in directories.items():
+        target = placement(directory, aux_layers=None, **options)
+        numbers_of(target)  # a first forward may leave what a second one trips over
+        held = bytes_of(target.layers), bytes_of(target.model)
+        found[name] = (numbers_of(target), sorted(target.stop_ids), held)
+    assert len(reads) == (0 if dist.get_rank() else len(directories)), "one process of the job reads the files"
+    return found
+
+
+@pytest.fixture(scope="module", params=list(PLACEMENTS))
+def found(request, directories):
+    ranks, copies, placement, options = PLACEMENTS[request.param]
+    return ranks // copies, on_ranks(ranks, supervised, placement, options, directories)
+
+
+@pytest.mark.parametrize("model", LLAMAS)
+def test_every_rank_gets_for_its_own_rows_what_a_whole_target_gives(found, directories, model, monkeypatch):
+    whole = HFTarget(directories[model], aux_layers=None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for rank, of_rank in enumerate(found[1]):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        expected, (numbers, stop_ids, _) = numbers_of(whole), of_rank[model]
+        assert stop_ids == sorted(whole.stop_ids)
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                numbers[name], value.detach(), rtol=1e-4, atol=1e-4, msg=f"{name} of rank {rank}"
+            )
+
+
+@pytest.mark.parametrize("model", LLAMAS)
+def test_a_rank_holds_its_part_of_the_layers_and_all_of_the_ends(found, directories, model):
+    whole = HFTarget(directories[model], aux_layers=None)
+    layers, everything = bytes_of(whole.layers), bytes_of(whole.model)
+    for of_rank in found[1]:
+        held_layers, held = of_rank[model][2]
+        # Norms, and biases of what is summed, are everywhere.
+        assert layers / 2 <= held_layers <= 0.53 * layers
+        assert held - held_layers == everything - layers
+
+
+def outcome(placement, directory, options=None):
+    """The message of the error that making it ends with."""
+    try:
+        placement(directory, aux_layers=None, **(options or {}))
+    except UserError as error:
+        return str(error)
+    return "none"
+
+
+def of_kind(directory, kind):
+    """``directory`` with a model in it that cannot be divided."""
+    if kind == "no plan":
+        config = OPTConfig(
+            vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=8, num_attention_heads=4,
+            word_embed_proj_dim=32, max_position_embeddings=256,
+        )  # fmt: skip
+        OPTForCausalLM(config).save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
+        return directory
+    make_target(directory, num_key_value_heads=1 if kind == "one key-value head" else 2)
+    if kind == "quantised":
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    elif kind == "cut":
+        weights = directory / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+    return directory
+
+
+REFUSED = [
+    ("no plan", TensorParallelTarget, "no tensor-parallel plan for OPTForCausalLM; take backend=hf_fsdp2"),
+    ("one key-value head", TensorParallelTarget, "backend.tp_size is 2: it does not divide the 1 key-value heads of"),
+    ("quantised", TensorParallelTarget, "its weights are quantised"),
+    ("quantised", ShardedTarget, "its weights are quantised"),
+    ("cut", ShardedTarget, "the target cannot be loaded"),
+]
+
+
+def outcomes(refused):
+    return [outcome(placement, directory) for placement, directory in refused]
+
+
+def test_what_cannot_be_divided_ends_every_rank_with_one_line(tmp_path):
+    directories = [of_kind(tmp_path / str(n), kind) for n, (kind, *_) in enumerate(REFUSED)]
+    said = on_ranks(2, outcomes, [(placement, d) for (_, placement, _), d in zip(REFUSED, directories, strict=True)])
+    for n, (kind, _, expected) in enumerate(REFUSED):
+        assert expected in said[0][n] and "\n" not in said[0][n]
+        assert said[1][n] == ("rank 0 failed; its message says why" if kind == "cut" else said[0][n])
+
+
+@pytest.mark.parametrize("size, ranks", [(3, 4), (4, 2), (-1, 1)])
+def test_groups_that_do_not_divide_the_ranks(target_dir, monkeypatch, size, ranks):
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    said = outcome(TensorParallelTarget, target_dir, {"tp_size": size})
+    assert said.startswith(f"backend.tp_size is {size}: it must be at least 2 and divide the {ranks} process(es)")
+
+
+def dtypes(directory):
+    target = ShardedTarget(directory, aux_layers=None, dtype=torch.bfloat16)
+    return {name: str(tensor.dtype) for name, tensor in placed._tensors(target.model).items()}
+
+
+def test_what_transformers_keeps_in_float32_is_so_here(tmp_path):
+    """A router's bias, of which bfloat16 would choose other experts."""
+    config = DeepseekV3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=4,
+        qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model = HFTarget(tmp_path, aux_layers=None, dtype=torch.bfloat16).model
+    expected = {name: str(tensor.dtype) for name, tensor in placed._tensors(model).items()}
+    assert len(set(expected.values())) == 2
+    assert on_ranks(2, dtypes, tmp_path) == [expected, expected]
