@@ -106,3 +106,17 @@ def test_multirun_gives_each_job_a_directory(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     first, second = (metrics(tmp_path / "run" / str(n)) for n in range(2))
     assert first[0]["train/loss"] != second[0]["train/loss"]
+
+
+@pytest.mark.parametrize("backend", ["hf_fsdp2", "hf_tp"])
+def test_a_target_that_ranks_hold_together_trains_as_one_held_whole(backend, settings, finished, tmp_path):
+    done = train(settings, tmp_path / "run", f"backend={backend}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+        assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)
+        assert ("val/loss" in two) == ("val/loss" in one) and "val/tau_decoded" not in two
+        if "val/loss" in one:
+            assert two["val/loss"] == pytest.approx(one["val/loss"], rel=1e-5)
+    assert "the draft was not measured, as only backend=hf decodes" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step_10"
