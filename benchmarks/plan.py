@@ -3,10 +3,11 @@
 python -m benchmarks.plan [--cases tiny,S-50] [--rounds 3] [--threads N]
 
 Every case is a process of its own, in which the trainer runs a recipe: the embedded target's with a random target of
-its shape, or sizes S and M of ``benchmarks.training_step`` with a share of their tokens supervised.  Rounds alternate
-between a prediction and some steps, so that a busy machine hits both.  Memory is the weights, and the most that tensors
-take at once in the first steps, by torch's own profiler: what torch.cuda.max_memory_allocated is on a GPU.  "besides"
-is what the process has grown by beyond that.
+its shape; sizes S and M of ``benchmarks.training_step`` with a share of their tokens supervised; or a target that is
+large beside its draft, on two ranks, in each of its placements (``L-hf_tp``: ``backend=hf_tp``).  Rounds alternate
+between a prediction and some steps, so that a busy machine hits both.  Memory is that of the rank with the most: the
+weights, and the most that tensors take at once in the first steps, by torch's own profiler: what
+torch.cuda.max_memory_allocated is on a GPU.  "besides" is what its process has grown by beyond that.
 """
 
 import argparse
@@ -19,11 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import exit_status, last_line_of
-from benchmarks.training_step.case import SIZES, Case
+from benchmarks.training_step.case import SIZES, Case, Size
 from benchmarks.training_step.table import machine
 from benchmarks.training_step.worker import Memory
 from nemo_speculative.errors import UsageError
@@ -32,21 +34,32 @@ MODULE = "benchmarks.plan"
 STEPS, WARMUP, PROFILED = 3, 2, 2
 COPIES = 8
 """Of a size's conversations, so that the steps of a run do not end."""
+LARGE = Size(
+    hidden_size=1024, num_layers=12, num_heads=16, num_kv_heads=8, intermediate_size=2816, vocab_size=8192,
+    draft_vocab_size=1024, aux_layers=[1, 5, 8], rows=2, row_tokens=256,
+)  # fmt: skip
+PLACEMENTS, RANKS = ("hf", "hf_fsdp2", "hf_tp"), 2
+"""Of the large one, on so many ranks."""
 
 
 @dataclass(frozen=True)
-class Name:
-    """``tiny``, or a size and the share that is supervised, in per cent: ``S-50``."""
+class Recipe:
+    """What a case runs."""
 
-    text: str
-
-    def overrides(self, folder: Path) -> list[str]:
-        """Writes what the case needs into ``folder``; what the recipe is to be given."""
-        shared = [f"output_dir={folder}/run", "logger=none", "trainer.val_rows=1"]
-        return shared + (_tiny(folder) if self.text == "tiny" else _size(folder, *self.text.split("-")))
+    overrides: Callable[[Path], list[str]]
+    """Writes what it needs into a folder; what the recipe is to be given."""
+    ranks: int = 1
 
 
-CASES = ("tiny", *(f"{size}-{share}" for size in SIZES for share in (25, 50, 100)))
+def _cases() -> dict[str, Recipe]:
+    """``tiny``; a size and the share that is supervised, in per cent; or a placement of the large target."""
+    sizes = {
+        f"{name}-{share}": Recipe(partial(_size, size=size, share=share / 100, rows=size.rows))
+        for name, size in SIZES.items()
+        for share in (25, 50, 100)
+    }
+    placements = {f"L-{backend}": Recipe(partial(_placed, backend=backend), RANKS) for backend in PLACEMENTS}
+    return {"tiny": Recipe(_tiny)} | sizes | placements
 
 
 def _tiny(folder: Path) -> list[str]:
@@ -61,28 +74,29 @@ def _tiny(folder: Path) -> list[str]:
     return [f"model.cache_dir={folder}/targets", "data.answers=given"]
 
 
-def _size(folder: Path, size: str, share: str) -> list[str]:
+def _placed(folder: Path, backend: str) -> list[str]:
+    return [*_size(folder, LARGE, share=0.5, rows=LARGE.rows // RANKS), f"backend={backend}", "draft.num_steps=3"]
+
+
+def _size(folder: Path, size: Size, share: float, rows: int) -> list[str]:
+    """``rows`` of a micro-batch."""
     from benchmarks.training_step.setup import write_setup
 
-    case = Case(
-        size=SIZES[size], draft="eagle3", num_steps=7, dtype="float32", lengths="full", supervised=int(share) / 100,
-        threads=1,
-    )  # fmt: skip
+    case = Case(size=size, draft="eagle3", num_steps=7, dtype="float32", lengths="full", supervised=share, threads=1)
     conversations = write_setup(folder, case).conversations
     lines = [{"input_ids": c.input_ids.tolist(), "loss_mask": c.loss_mask.int().tolist()} for c in conversations]
     data = folder / "conversations.jsonl"
     data.write_text("".join(f"{json.dumps(line)}\n" for line in lines * COPIES))
-    known = SIZES[size]
     return [
         "model=local", f"model.path={folder}/target", "data=jsonl", f"data.path={data}", f"data.held_out_path={data}",
-        f"data.max_length={known.row_tokens}", f"draft.vocab_size={known.draft_vocab_size}",
-        f"draft.aux_layers={known.aux_layers}".replace(" ", ""), f"trainer.global_batch_size={known.rows}",
-        f"trainer.micro_batch_size={known.rows}", "trainer.max_steps=1000",
+        f"data.max_length={size.row_tokens}", f"draft.vocab_size={size.draft_vocab_size}",
+        f"draft.aux_layers={size.aux_layers}".replace(" ", ""), f"trainer.global_batch_size={size.rows}",
+        f"trainer.micro_batch_size={rows}", "trainer.max_steps=1000",
     ]  # fmt: skip
 
 
 def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
-    """Figures of one case, in this process: seconds of a step and bytes, predicted and measured."""
+    """Figures of one case, in this process or rank of one: seconds of a step and bytes, predicted and measured."""
     import torch
     from hydra import compose, initialize_config_dir
 
@@ -110,7 +124,10 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             added = memory.added_mb() * 1e6
             stay = [p for m in (target.model, draft) for p in m.parameters()]
             moments = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
-            peak = _peak_of(lambda: _steps(trainer, PROFILED), Path(job.output_dir) / "trace.json") + _bytes(moments)
+            trace = Path(job.output_dir) / f"trace_{torch.distributed.get_rank()}.json"
+            peak = _peak_of(lambda: _steps(trainer, PROFILED), trace) + _bytes(moments)
+            most = torch.tensor([peak + _bytes(stay), added - peak], dtype=torch.float64)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             shape = assembly.draft_shape(job, target.config, vocabulary.size)
             models = prediction.Models.of(job, target.config, shape)
             batches = assembly.build_stream(job, target, data, dims).next_global_batch()
@@ -122,13 +139,15 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
                 measured.append(_steps(trainer, STEPS))
             bytes_ = prediction.memory(job, models, amounts, device)
     return {
-        "predicted": predicted, "measured": measured, "bytes": bytes_.online, "peak": peak + _bytes(stay),
-        "said besides": bytes_.besides, "besides": added - peak,
+        "predicted": predicted, "measured": measured, "bytes": bytes_.online, "peak": float(most[0]),
+        "said besides": bytes_.besides, "besides": float(most[1]),
     }  # fmt: skip
 
 
 def _bytes(tensors: Sequence[Any]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    """Of this rank's parts of them."""
+    parts = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _peak_of(work: Callable[[], Any], trace: Path) -> float:
@@ -157,49 +176,54 @@ def line(name: str, found: dict[str, Any]) -> str:
     seconds, steps = (statistics.median(found[key]) for key in ("predicted", "measured"))
     ratios = [a / b for a, b in zip(found["predicted"], found["measured"], strict=True)]
     return (
-        f"{name:8}{seconds:11.3f}{steps:11.3f}{seconds / steps:8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{name:11}{seconds:11.3f}{steps:11.3f}{seconds / steps:8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         f"{found['bytes'] / 1e6:13.0f}{found['peak'] / 1e6:11.0f}{found['bytes'] / found['peak']:8.2f}"
         f"{found['said besides'] / 1e6:11.0f}{found['besides'] / 1e6:11.0f}"
     )
 
 
 def in_process(name: str, rounds: int, threads: int) -> dict[str, Any]:
-    """``run_case`` in a process of its own.
+    """``run_case`` in a process of its own, or ranks that share the threads.
 
     Raises:
         UserError: it failed; its last line is quoted.
     """
     with tempfile.TemporaryDirectory() as folder:
         prepared = last_line_of(MODULE, ["--prepare", folder, "--cases", name], threads)
-        return json.loads(last_line_of(MODULE, ["--within", prepared, "--rounds", str(rounds)], threads))
+        ranks, arguments = _cases()[name].ranks, ["--within", prepared, "--rounds", str(rounds)]
+        return json.loads(last_line_of(MODULE, arguments, max(threads // ranks, 1), ranks))
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", default=",".join(CASES), help="(default: all)")
+    parser.add_argument("--cases", default=",".join(_cases()), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
     for internal in ("--prepare", "--within"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.prepare:
-        print(json.dumps(Name(options.cases).overrides(Path(options.prepare))))
+        folder = Path(options.prepare)
+        shared = [f"output_dir={folder}/run", "logger=none", "trainer.val_rows=1"]
+        print(json.dumps(shared + _cases()[options.cases].overrides(folder)))
     elif options.within:
-        print(json.dumps(run_case(json.loads(options.within), options.rounds)))
+        found = run_case(json.loads(options.within), options.rounds)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
     else:
         return exit_status(lambda: _table(options.cases.split(","), options.rounds, options.threads))
     return 0
 
 
 def _table(names: Sequence[str], rounds: int, threads: int) -> None:
-    if unknown := [name for name in names if name not in CASES]:
-        raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(CASES)}")
+    if unknown := [name for name in names if name not in _cases()]:
+        raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(_cases())}")
     print(f"{machine(threads)}; {rounds} rounds")
-    print(f"{'':8}{'seconds of a step':>22}{'':30}{'MB of tensors':>22}{'MB besides':>25}")
+    print(f"{'':11}{'seconds of a step':>22}{'':30}{'MB of tensors':>22}{'MB besides':>25}")
     pair = f"{'predicted':>11}{'measured':>11}"
-    print(f"{'':8}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio{pair}")
+    print(f"{'':11}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio{pair}")
     for name in names:
         print(line(name, in_process(name, rounds, threads)), flush=True)
 

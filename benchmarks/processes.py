@@ -8,14 +8,15 @@ from benchmarks.training_step.controller import worker_environment
 from nemo_speculative.errors import UserError, report
 
 
-def last_line_of(module: str, arguments: Sequence[str], threads: int) -> str:
-    """What ``python -m module`` printed last.
+def last_line_of(module: str, arguments: Sequence[str], threads: int, ranks: int = 1) -> str:
+    """What ``python -m module`` printed last, run on so many ``ranks`` of ``threads`` each.
 
     Raises:
         UserError: it failed; the last line of its standard error is quoted.
     """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, *launcher, "-m", module, *arguments],
         capture_output=True, text=True, check=False, env=worker_environment(threads),
     )  # fmt: skip
     if done.returncode:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from nemo_speculative.config.schema import TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
 from nemo_speculative.ranks import gathered
@@ -30,7 +31,7 @@ class TensorParallelTarget(PlacedTarget):
     """
 
     def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
-        self.tp_size = _group_size(tp_size, dist.get_world_size())
+        self.tp_size = TensorParallelHFBackendConfig(tp_size=tp_size).group(dist.get_world_size())
         self.group, _ = dist.new_subgroups(self.tp_size)
         super().__init__(path, **options)
 
@@ -69,20 +70,6 @@ class TensorParallelTarget(PlacedTarget):
         """None, and no memory, for what another rank asked for."""
         supervision = super().supervise(batch)
         return supervision if keep else None
-
-
-def _group_size(tp_size: int, ranks: int) -> int:
-    """
-    Raises:
-        UserError: there are no such groups.
-    """
-    size = ranks if tp_size == -1 else tp_size
-    if size < 2 or ranks % size:
-        raise UserError(
-            f"backend.tp_size is {tp_size}: it must be at least 2 and divide the {ranks} process(es) that were "
-            "started; start as many with torchrun --nproc-per-node, or take backend=hf"
-        )
-    return size
 
 
 def _plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:

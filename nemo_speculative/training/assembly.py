@@ -111,11 +111,12 @@ def save_config(job: TrainJob, run: RunDirectory) -> None:
 
 
 def check_target(job: TrainJob) -> None:
-    """Before anything heavy starts: the target can be had, and the job's lengths, vocabulary and layers fit it.
+    """Before anything heavy starts: the target can be had, and the job's processes, lengths, vocabulary and layers fit.
 
     Raises:
         UserError: they do not.
     """
+    job.backend.share_of_layers(int(os.environ.get("WORLD_SIZE", 1)))
     config = target_config(job.model)
     settle_draft(job, config)
     job.data.lengths(config.max_position_embeddings)

@@ -77,7 +77,11 @@ class BackendConfig:
     _target_: str = MISSING
 
     def share_of_layers(self, ranks: int) -> float:
-        """How much of the target's decoder layers each of ``ranks`` processes holds."""
+        """How much of the target's decoder layers each of ``ranks`` processes holds.
+
+        Raises:
+            UserError: it does not run on so many.
+        """
         return 1.0
 
 
@@ -122,8 +126,22 @@ class TensorParallelHFBackendConfig(BackendConfig):
             f"backend.tp_size is {self.tp_size}: expected -1, or at least 2; backend=hf keeps the target whole",
         )
 
+    def group(self, ranks: int) -> int:
+        """How many of ``ranks`` processes share a copy.
+
+        Raises:
+            UserError: they cannot be divided so.
+        """
+        size = ranks if self.tp_size == -1 else self.tp_size
+        require(
+            size > 1 and ranks % size == 0,
+            f"backend.tp_size is {self.tp_size}: it must be at least 2 and divide the {ranks} process(es) that were "
+            "started; start as many (torchrun --nproc-per-node), or take backend=hf",
+        )
+        return size
+
     def share_of_layers(self, ranks: int) -> float:
-        return 1 / (ranks if self.tp_size == -1 else self.tp_size)
+        return 1 / self.group(ranks)
 
 
 @dataclass
