@@ -19,13 +19,18 @@ from nemo_speculative.config.schema import (
     Eagle3DraftConfig,
     EagleDraftConfig,
     FeatureNoise,
+    HFBackendConfig,
     MuonConfig,
     OptimizerConfig,
+    ParallelismConfig,
+    ShardedHFBackendConfig,
+    TensorParallelHFBackendConfig,
     TrainJob,
 )
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.base import Supervision
+from nemo_speculative.training import prediction
 from nemo_speculative.training.cost import Amount, DraftCost, Memory, Placement, TargetCost, step_memory
 from nemo_speculative.training.prediction import Models, Prediction, count, predict
 from nemo_speculative.training.trial import Rates, piece_of
@@ -231,6 +236,33 @@ def test_cached_training_needs_neither_the_targets_decoder_nor_its_time():
     held = memory(models.draft, amounts[0])
     ends = 2 * CONFIG.vocab_size * CONFIG.hidden_size
     assert held.online - held.cached >= 4 * (models.target.parameters - ends)
+
+
+@pytest.mark.parametrize(
+    ("backend", "layers"),
+    [
+        (HFBackendConfig(), 7),
+        (ShardedHFBackendConfig(), 7 / 4 + 2),
+        (TensorParallelHFBackendConfig(), 7 / 4),
+        (TensorParallelHFBackendConfig(tp_size=2), 7 / 2),
+    ],
+    ids=["replicated", "sharded", "tensor-parallel", "in groups"],
+)
+def test_a_device_holds_its_part_of_the_targets_layers_and_what_is_gathered(backend, layers, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    job = TrainJob(draft=EAGLE3, backend=backend, parallelism=ParallelismConfig(shard=-1))
+    models = Models.of(job, CONFIG, make(EAGLE3)[0].shape)
+    amounts = count(job, models, [batch_of(64)], torch.device("cpu"))
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64
+    held = prediction.memory(job, models, amounts, torch.device("cpu")).parts["target"]
+    assert held == pytest.approx(4 * (2 * 300 * 64 + layers * layer), rel=1e-3)
+
+
+def test_a_target_that_ranks_compute_together_is_not_read_ahead_on_a_gpu():
+    _, objective, cost = make(EAGLE3)
+    amount = amount_of(objective, batch_of(512), cost)
+    ahead, in_turn = (memory(cost, amount, device_type="cuda", together=together) for together in (False, True))
+    assert in_turn.parts["target's states"] < 0.6 * ahead.parts["target's states"]
 
 
 def test_a_piece_of_a_batch_is_a_batch():
