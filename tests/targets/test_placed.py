@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OPTConfig, OPTForCausalLM
 
+from nemo_speculative.config.schema import ModelConfig, TensorParallelHFBackendConfig, TrainJob
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
@@ -14,6 +15,7 @@ from nemo_speculative.targets import placed
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import ShardedTarget
 from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
+from nemo_speculative.training.assembly import check_target
 from tests.conftest import make_target, make_tokenizer
 from tests.training.ranks import on_ranks
 
@@ -169,6 +171,13 @@ def test_groups_that_do_not_divide_the_ranks(target_dir, monkeypatch, size, rank
     monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     said = outcome(TensorParallelTarget, target_dir, {"tp_size": size})
     assert said.startswith(f"backend.tp_size is {size}: it must be at least 2 and divide the {ranks} process(es)")
+
+
+def test_groups_that_do_not_divide_are_found_before_the_target_is_looked_for(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    job = TrainJob(model=ModelConfig(path="/no/model"), backend=TensorParallelHFBackendConfig(tp_size=3))
+    with pytest.raises(UserError, match=r"backend\.tp_size is 3: .* the 4 process"):
+        check_target(job)
 
 
 def dtypes(directory):

@@ -12,7 +12,7 @@ from nemo_speculative.data.documents import Documents
 from nemo_speculative.data.stream import RowStream
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.training.clock import Clock
-from nemo_speculative.training.feed import Feed, Interrupted, TargetAhead
+from nemo_speculative.training.feed import Feed, Interrupted, InTurn, TargetAhead
 from tests.objectives import cases
 from tests.objectives.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
 from tests.observing import LargestTensor
@@ -110,7 +110,7 @@ def test_close_ends_the_thread():
 class Reads:
     """A target that notes what it read; its outputs follow from the tokens, by way of some work on the device."""
 
-    requests_ahead = 0
+    requests_ahead, collective = 0, False
 
     def __init__(self, device=CPU):
         random = torch.Generator().manual_seed(0)
@@ -137,6 +137,17 @@ def test_on_a_cpu_the_target_reads_each_micro_batch_when_its_turn_comes(feeds):
         assert schedule is schedules[n] and len(target.read) == n + 1
         assert torch.equal(supervision.last_hidden, Reads().supervise(schedule.batch).last_hidden)
     assert target.read == [schedule.batch.ids for schedule in schedules]
+
+
+class Together(Reads):
+    """A target that ranks compute together."""
+
+    collective = True
+
+
+def test_on_a_gpu_too_a_target_that_ranks_compute_together_has_its_turn():
+    ahead = TargetAhead(Together(), torch.device("cuda"), Clock(CPU))
+    assert isinstance(ahead.asker, InTurn)
 
 
 class Waits(Reads):
