@@ -325,14 +325,15 @@ def step_memory(
     logits = draft.logits_bytes(largest, target.vocabulary, place.target_element, place.device_type)
     gradients = count * FLOAT32 / shards
     backward = max(kept + logits, kept + draft.head_bytes(), gradients)
+    layers = (target.parameters - target.end_parameters) * place.target_element
     forward = bool(place.target_share) * target.forward_bytes(largest, place.target_element, draft.aux_layers)
+    forward += layers * place.gathered_layers / target.layers
     # On CUDA the target reads the next micro-batch meanwhile, unless ranks compute it together; else in turn.
     ahead = place.device_type == "cuda" and not place.together
     beside = forward + states if ahead else max(forward - backward, 0.0)
     copies = 2 * count * place.element if place.wrapped else 0
     own = 0 if place.offloaded else 1 / shards
-    layers = (target.parameters - target.end_parameters) * place.target_element
-    decoder = layers * (place.target_share + place.gathered_layers / target.layers)
+    decoder = layers * place.target_share
     parts = {
         "target": target.end_parameters * place.target_element + decoder,
         "draft": count * FLOAT32 * own + copies,

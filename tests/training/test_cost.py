@@ -56,6 +56,8 @@ IN_PLACE = {
     torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: mm_flop(a, b),
     torch.ops.aten.baddbmm_: lambda _, a, b, out_shape=None, **__: bmm_flop(a, b),
 }
+LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64
+"""Parameters of a layer of it."""
 HOST = Placement(ranks=1, shards=1, target_element=4, element=4, device_type="cpu")
 
 
@@ -242,20 +244,27 @@ def test_cached_training_needs_neither_the_targets_decoder_nor_its_time():
     ("backend", "layers"),
     [
         (HFBackendConfig(), 7),
-        (ShardedHFBackendConfig(), 7 / 4 + 2),
+        (ShardedHFBackendConfig(), 7 / 4),
         (TensorParallelHFBackendConfig(), 7 / 4),
         (TensorParallelHFBackendConfig(tp_size=2), 7 / 2),
     ],
     ids=["replicated", "sharded", "tensor-parallel", "in groups"],
 )
-def test_a_device_holds_its_part_of_the_targets_layers_and_what_is_gathered(backend, layers, monkeypatch):
+def test_a_device_holds_its_part_of_the_targets_layers(backend, layers, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     job = TrainJob(draft=EAGLE3, backend=backend, parallelism=ParallelismConfig(shard=-1))
     models = Models.of(job, CONFIG, make(EAGLE3)[0].shape)
     amounts = count(job, models, [batch_of(64)], torch.device("cpu"))
-    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64
     held = prediction.memory(job, models, amounts, torch.device("cpu")).parts["target"]
-    assert held == pytest.approx(4 * (2 * 300 * 64 + layers * layer), rel=1e-3)
+    assert held == pytest.approx(4 * (2 * 300 * 64 + layers * LAYER), rel=1e-3)
+
+
+def test_layers_gathered_for_the_targets_forward_are_gone_when_the_draft_has_its_turn():
+    _, objective, cost = make(EAGLE3)
+    amount = amount_of(objective, batch_of(512), cost)
+    none, few, many, more = (memory(cost, amount, gathered_layers=n).online for n in (0, 2, 1000, 1001))
+    assert more - many == pytest.approx(4 * LAYER, rel=1e-3)
+    assert few == none, "the draft's backward pass takes more than they do"
 
 
 def test_a_target_that_ranks_compute_together_is_not_read_ahead_on_a_gpu():

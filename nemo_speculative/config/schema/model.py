@@ -73,7 +73,7 @@ class BackendConfig:
     TOGETHER: ClassVar[bool] = False
     """Whether ranks compute it together, in turn with the draft's work."""
     GATHERED_LAYERS: ClassVar[int] = 0
-    """Whole layers that lie on a device while it computes, beside its share."""
+    """Whole layers that lie on a device, beside its share, while it computes."""
     _target_: str = MISSING
 
     def share_of_layers(self, ranks: int) -> float:
