@@ -110,7 +110,8 @@ def _take_dtypes(model: nn.Module, read: dict[str, torch.Tensor] | None) -> None
 def _fill(model: nn.Module, read: dict[str, torch.Tensor] | None, device: torch.device) -> None:
     """Sends what the first rank has ``read``, tensor by tensor; every rank keeps its part."""
     for name, held in _tensors(model).items():
-        whole = torch.empty(held.shape, dtype=held.dtype, device=device) if read is None else read.pop(name).to(device)
+        given = torch.empty(held.shape, dtype=held.dtype, device=device) if read is None else read.pop(name)
+        whole = given.to(device).contiguous()
         dist.broadcast(whole, src=0)
         if isinstance(held, DTensor):
             part = distribute_tensor(whole, held.device_mesh, held.placements, src_data_rank=None)

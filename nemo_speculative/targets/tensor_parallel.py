@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers.integrations import tensor_parallel as transformers_tp
 
 from nemo_speculative.config.schema import TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
@@ -36,6 +37,8 @@ class TensorParallelTarget(PlacedTarget):
         super().__init__(path, **options)
 
     def _check(self, model: Any, layers: nn.ModuleList) -> None:
+        if not hasattr(transformers_tp, "apply_tensor_parallelism"):
+            raise UserError("backend=hf_tp needs transformers 5.23 or newer; update it, or take backend=hf_fsdp2")
         if not _plan(model, layers):
             raise UserError(
                 f"{self.path}: transformers has no tensor-parallel plan for {type(model).__name__}; take "
@@ -50,10 +53,8 @@ class TensorParallelTarget(PlacedTarget):
                 )
 
     def _divide(self, model: Any, layers: nn.ModuleList) -> None:
-        from transformers.integrations.tensor_parallel import apply_tensor_parallelism
-
         mesh = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))
-        apply_tensor_parallelism(model, mesh, _plan(model, layers))
+        transformers_tp.apply_tensor_parallelism(model, mesh, _plan(model, layers))
 
     def supervise(self, batch: Batch) -> Supervision:
         host, own = batch.on_host, dist.get_rank(self.group)
@@ -74,8 +75,7 @@ class TensorParallelTarget(PlacedTarget):
 
 def _plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:
     """How each module and parameter of ``layers`` is divided, by name; a module behind the parameters that it owns."""
-    from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard as of_any_layer
-
+    of_any_layer = transformers_tp.replace_layer_number_by_wildcard
     prefix = next(name for name, module in model.named_modules() if module is layers)
     plan = {name: style for name, style in (model.tp_plan or {}).items() if name.startswith(f"{prefix}.")}
     found: dict[str, str] = {}
