@@ -282,6 +282,8 @@ class Placement:
     """Of the target's, whole, while it computes."""
     together: bool = False
     """Whether ranks compute the target together, in turn with the draft's work."""
+    accumulates: bool = True
+    """Whether the gradients of earlier micro-batches wait while the target computes."""
     offloaded: bool = False
     """Whether the draft's shards, their gradients and moments are in a memory of their own, the host's."""
 
@@ -330,7 +332,8 @@ def step_memory(
     forward += layers * place.gathered_layers / target.layers
     # On CUDA the target reads the next micro-batch meanwhile, unless ranks compute it together; else in turn.
     ahead = place.device_type == "cuda" and not place.together
-    beside = forward + states if ahead else max(forward - backward, 0.0)
+    gone = backward + (0 if place.accumulates else summed)
+    beside = forward + states if ahead else max(forward - gone, 0.0)
     copies = 2 * count * place.element if place.wrapped else 0
     own = 0 if place.offloaded else 1 / shards
     decoder = layers * place.target_share

@@ -110,6 +110,7 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
         target_share=job.backend.share_of_layers(ranks),
         gathered_layers=job.backend.GATHERED_LAYERS,
         together=job.backend.TOGETHER,
+        accumulates=len(amounts) > 1,
         offloaded=job.parallelism.offload and device.type == "cuda",
     )
     return step_memory(models.target, models.draft, largest, job.optimizer, place)

@@ -265,6 +265,8 @@ def test_layers_gathered_for_the_targets_forward_are_gone_when_the_draft_has_its
     none, few, many, more = (memory(cost, amount, gathered_layers=n).online for n in (0, 2, 1000, 1001))
     assert more - many == pytest.approx(4 * LAYER, rel=1e-3)
     assert few == none, "the draft's backward pass takes more than they do"
+    waiting, fresh = (memory(cost, amount, ranks=2, gathered_layers=1000, accumulates=x).online for x in (True, False))
+    assert waiting - fresh == 4 * cost.all_parameters, "nothing waits behind the first micro-batch of a step"
 
 
 def test_a_target_that_ranks_compute_together_is_not_read_ahead_on_a_gpu():
