@@ -102,6 +102,8 @@ class RunDirectory:
         """Names a finished checkpoint, moves the links and removes the oldest beyond ``keep``, but never the best."""
         partial = self.partial(step)
         (partial / "acceptance.json").write_text(json.dumps({"tau": tau}) + "\n")
+        for entry in (*partial.iterdir(), partial):
+            _sync(entry)
         if self.path(step).exists():
             _remove(self.path(step))
         partial.rename(self.path(step))
@@ -160,7 +162,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -381,6 +381,7 @@ def build_saver(job: TrainJob, target: Target, draft: Draft, data: RunData, run:
         special_ids={"bos_token_id": target.config.bos_token_id, "eos_token_id": target.config.eos_token_id},
         start=Position(0, {}, as_plain(job), target.fingerprint, data.fingerprint),
         measure=measure if decoder else None,
+        minutes=job.trainer.save_minutes,
     )
 
 

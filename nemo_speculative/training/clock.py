@@ -34,6 +34,15 @@ class Clock:
             yield
             self._seconds[name] += time.perf_counter() - started
 
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What happens inside belongs to no lap."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - started
+
     def lap(self) -> tuple[float, dict[str, float]]:
         """Wall seconds since the last lap, and each part's share of them."""
         if self.cuda:

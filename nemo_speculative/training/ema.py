@@ -27,6 +27,11 @@ class WeightAverage:
         self._weights = dict(kept)
         self._averages = {name: p.detach().to(torch.float32, copy=True) for name, p in kept}
 
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that are averaged."""
+        return list(self._averages)
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after optimizer step ``step``, the first being 1."""

@@ -23,6 +23,7 @@ class Reporter:
         self._steps_since = 0
         self._started = time.perf_counter()
         self._first_step: int | None = None
+        self._held: list[tuple[int, dict[str, float]]] | None = None
 
     def say(self, text: str) -> None:
         if self.logger:
@@ -60,11 +61,24 @@ class Reporter:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One object of ``metrics.jsonl``, and the same to the logger."""
-        if self._file and self.logger:
+        """One object of ``metrics.jsonl``, and the same to the logger; after :meth:`hold`, not yet."""
+        if self._held is not None:
+            self._held.append((step, dict(metrics)))
+        elif self._file and self.logger:
             self._file.write(step, dict(metrics))
             self.logger.log(dict(metrics), step)
 
+    def hold(self) -> None:
+        """From now on lines are kept back: of the first something is still to be measured."""
+        self._held = []
+
+    def release(self, figures: Mapping[str, float]) -> None:
+        """Writes the lines that were kept back, the first one with ``figures``."""
+        held, self._held = self._held or [], None
+        for number, (step, metrics) in enumerate(held):
+            self.write(step, metrics if number else {**metrics, **figures})
+
     def close(self) -> None:
+        self.release({})
         if self.logger:
             self.logger.close()

@@ -1,22 +1,38 @@
-"""Checkpoints of a run: what is written, in which order, and what happens when the disk is full."""
+"""Checkpoints of a run: what is written, in which order, by whom, and what happens when the disk is full.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+Training stands still only while the tensors are copied to the host's memory.  Threads write them from there, on every
+rank its own; the first rank's then reads the weights back and writes ``model/``.  A later step finds that all of it is
+on the disk, and only then gives the checkpoint its name.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable, read_servable, write_servable
 from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.errors import UserError
 from nemo_speculative.ranks import first_rank_only
-from nemo_speculative.training.state import Position, ResumeState, root_cause
+from nemo_speculative.training.state import Damaged, Position, ResumeState, checksums, root_cause
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A checkpoint that is being written."""
+
+    step: int
+    written: "Future[Any]"
+    """Done when this rank's part is on the disk, or could not be written; the first rank's, when all of it is."""
+    paused: float
+    """Seconds for which training has stood still for it."""
 
 
 @dataclass
@@ -34,35 +50,86 @@ class Saver:
     """The position of a fresh start: what a resumed run must agree with."""
     measure: Callable[[Servable], float] | None
     """τ of a draft on the selection questions; None where there are none."""
+    minutes: float | None
+    """Between two checkpoints, by the first rank's clock."""
+    under_way: UnderWay | None = None
+    _begun: float = field(default_factory=time.monotonic)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="model"))
 
     @property
     def first(self) -> bool:
         return dist.get_rank() == 0
 
-    def save(
-        self, step: int, state: ResumeState, trainee: nn.Module, data: dict[str, int], *, measure: bool,
-        before_publishing: Callable[[float | None], None],
-    ) -> None:  # fmt: skip
-        """Writes the checkpoint of ``step``.
+    @property
+    def written(self) -> bool:
+        """Whether a checkpoint is under way of which this rank has nothing more to write."""
+        return self.under_way is not None and self.under_way.written.done()
+
+    @property
+    def due(self) -> bool:
+        """Whether the first rank's clock asks for a checkpoint."""
+        return self.first and self.minutes is not None and time.monotonic() - self._begun > 60 * self.minutes
+
+    def begin(self, step: int, state: ResumeState, data: dict[str, int]) -> None:
+        """Copies ``state`` and begins to write the checkpoint of ``step``; the one before it must be finished.
+
+        Raises:
+            UserError: it could not be begun; the checkpoints before it are as they were.
+        """
+        assert self.under_way is None
+        self._begun, started = time.monotonic(), time.perf_counter()
+        with self._named_failure(step):
+            first_rank_only(lambda: self.run.begin(step))
+            written = state.save(self.run.partial(step))
+        if self.first:
+            written = self._thread.submit(self._complete, step, written, state, data)
+        self.under_way = UnderWay(step, written, time.perf_counter() - started)
+
+    def _complete(self, step: int, tensors: "Future[Any]", state: ResumeState, data: dict[str, int]) -> None:
+        """What the first rank adds when the tensors of all ranks are on the disk."""
+        tensors.result()
+        partial = self.run.partial(step)
+        self._write_model(step, state)
+        replace(self.start, step=step, data=data, files=checksums(partial / "state")).write(partial)
+
+    def _write_model(self, step: int, state: ResumeState) -> None:
+        partial = self.run.partial(step)
+        tensors = {name.removeprefix("draft."): value for name, value in state.weights(partial).items()}
+        provenance = replace(self.provenance, step=step)
+        write_servable(
+            partial / "model", self.draft, tensors, self.shape, provenance, self.export_dtype, self.special_ids
+        )
+
+    def finish(self, *, measure: bool, before_publishing: Callable[[dict[str, float]], None]) -> None:
+        """Waits for the checkpoint under way, on all ranks at once, and gives it its name.
+
+        Args:
+            measure: whether the first rank measures what it accepts when it decodes.
+            before_publishing: is given ``perf/save_pause_seconds`` and, where measured, ``val/tau_decoded``.
 
         Raises:
             UserError: it could not be written; the checkpoints before it are as they were.
         """
-        with state.average.applied():
-            weights = get_model_state_dict(trainee, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        assert self.under_way is not None
+        ended, self.under_way = self.under_way, None
 
-        def finish() -> None:
-            partial = self.run.partial(step)
-            self._write_model(partial, step, weights)
-            replace(self.start, step=step, data=data).write(partial)
-            tau = self.measure(read_servable(partial)) if measure and self.measure else None
-            before_publishing(tau)
-            self.run.publish(step, tau, self.keep)
+        def publish() -> None:
+            waiting = time.perf_counter()
+            ended.written.result()
+            figures = {"perf/save_pause_seconds": ended.paused + time.perf_counter() - waiting}
+            tau = None
+            if measure and self.measure:
+                tau = figures["val/tau_decoded"] = self.measure(read_servable(self.run.partial(ended.step)))
+            before_publishing(figures)
+            self.run.publish(ended.step, tau, self.keep)
 
+        with self._named_failure(ended.step):
+            first_rank_only(publish)
+
+    @contextlib.contextmanager
+    def _named_failure(self, step: int) -> Iterator[None]:
         try:
-            first_rank_only(lambda: self.run.begin(step))
-            state.save(self.run.partial(step))
-            first_rank_only(finish)
+            yield
         except (OSError, CheckpointException) as error:
             if self.first:
                 self.run.abandon(step)
@@ -70,13 +137,6 @@ class Saver:
                 f"{self.run.path(step)}: could not be written ({root_cause(error)}); the last good checkpoint is "
                 f"{self.last_good()}; make room and go on with resume=auto"
             ) from error
-
-    def _write_model(self, partial: Path, step: int, weights: Mapping[str, Any]) -> None:
-        tensors = {name.removeprefix("draft."): value for name, value in weights.items()}
-        provenance = replace(self.provenance, step=step)
-        write_servable(
-            partial / "model", self.draft, tensors, self.shape, provenance, self.export_dtype, self.special_ids
-        )
 
     def load_latest(self, state: ResumeState) -> Position | None:
         """Loads the newest checkpoint into ``state``; None where there is none.
@@ -88,9 +148,17 @@ class Saver:
         if not steps:
             return None
         checkpoint = self.run.path(steps[-1])
-        position = Position.read(checkpoint)
-        position.check_same_run(self.start, checkpoint)
-        state.load(checkpoint)
+        try:
+            position = Position.read(checkpoint)
+            position.check_same_run(self.start, checkpoint)
+            first_rank_only(lambda: position.check_whole(checkpoint))
+            state.load(checkpoint)
+        except Damaged as error:
+            before = f"the one before it is step_{steps[-2]}" if steps[1:] else "there is none before it"
+            goes_on = "goes on from there" if steps[1:] else "starts at step 0"
+            raise UserError(
+                f"{checkpoint}: is damaged ({error}); {before}: remove this directory, and resume=auto {goes_on}"
+            ) from error
         if self.first:
             self.run.keep_metrics_until(position.step)
         return position
@@ -104,3 +172,7 @@ class Saver:
     def last_good(self) -> str:
         steps = self.run.steps()
         return str(self.run.path(steps[-1])) if steps else "none"
+
+    def close(self) -> None:
+        """Waits for nothing: what is under way has no name, and the next start removes it."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

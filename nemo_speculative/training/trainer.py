@@ -31,7 +31,8 @@ from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.state import ResumeState
 
-INTERRUPTED = 130
+EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}
+"""Of a run that was asked to stop and has saved: a scheduler that takes its machine back starts it anew."""
 
 
 class Trainee(nn.Module):
@@ -53,6 +54,20 @@ class Taken:
     loss: torch.Tensor
     """Its loss on this rank plus the norm of its gradient: finite when both are."""
     ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What all ranks have told each other before a step."""
+
+    counts: torch.Tensor
+    """float64 [T]: the supervised slots of the global batch."""
+    asked: signal.Signals | None
+    """With what any of them was asked to stop."""
+    due: bool
+    """The first one's clock asks for a checkpoint."""
+    written: bool
+    """All of the checkpoint under way is on the disk, or could not be written."""
 
 
 class DraftTrainer:
@@ -77,9 +92,9 @@ class DraftTrainer:
         self.optimizers = build_optimizers(job.optimizer, self.trainee)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
         self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
-        self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average)
+        self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average, device)
         self.clock, self.learning_rate = Clock(device), 0.0
-        self._stop = threading.Event()
+        self._stop, self._asked = threading.Event(), set[int]()
         self.feed, self.ahead = Feed(stream, objective, device), TargetAhead(target, device, self.clock, self._stop)
         self.position: GlobalBatch
         self._unchecked: list[Taken] = []
@@ -97,9 +112,9 @@ class DraftTrainer:
 
         Raises:
             UserError: a loss is not finite, or no target server answers, be it after an interrupt; nothing is saved.
-            SystemExit: interrupted, with status 130.
+            SystemExit: asked to stop, with status 130 by SIGINT, 0 by SIGTERM.
         """
-        handlers = {s: signal.signal(s, lambda *_: self._stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self._ask_to_stop) for number in EXIT_STATUS}
         try:
             with self._profiler() as profiler:
                 while self.step < self.total_steps:
@@ -109,44 +124,52 @@ class DraftTrainer:
             for signal_number, handler in handlers.items():
                 signal.signal(signal_number, handler)
 
+    def _ask_to_stop(self, number: int, _frame: Any) -> None:
+        self._asked.add(number)
+        self._stop.set()
+
     def _profiler(self) -> titan.Profiler:
         config = titan.Profiler.Config(enable_profiling=self.config.profile, save_traces_folder="profile")
         return config.build(global_step=self.step, base_folder=self.job.output_dir)
 
     def _advance(self) -> None:
-        sums, grad_norm, tokens, stop = self.train_step()
+        sums, grad_norm, tokens, told = self.train_step()
         self.reporter.count_tokens(tokens)
+        if told.written:
+            with self.clock.left_out():
+                self._finish_save()
         last = self.step == self.total_steps
-        save = last or stop or self.step % self.config.save_interval == 0
+        ending = last or told.asked is not None
+        save = ending or told.due or self.step % self.config.save_interval == 0
         validate = last or self.step % self.config.val_interval == 0
         if save or validate or self.step == 1 or self.step % self.config.log_interval == 0:
             self._check_losses()
             metrics = self._train_metrics(sums, grad_norm) | (self.validate() if validate else {})
-            self._report_and_save(metrics, save, measure=not stop or last)
+            self._report_and_save(metrics, save, wait=ending or not self.config.async_save)
             # What validation, measurement and saving took is no part of the steps that follow.
             self.clock.lap()
-        if stop:
+        if told.asked:
             self.reporter.say(f"interrupted: saved step {self.step}; go on with resume=auto")
-            raise SystemExit(INTERRUPTED)
+            raise SystemExit(EXIT_STATUS[told.asked])
 
-    def train_step(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, int, bool]:
+    def train_step(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, int, Told]:
         """One optimizer step over a global batch.
 
         Returns:
-            This rank's sums of metrics, the gradient's norm before clipping, this rank's tokens, and whether any rank
-            was asked to stop.
+            This rank's sums of metrics, the gradient's norm before clipping, this rank's tokens, and what all ranks
+            have told each other.
         """
         with self.clock.part("data"):
             taken = self.feed.take()
             self.position = taken
-            counts, stop = self._over_all_ranks(taken.counts)
+            told = self._over_all_ranks(taken.counts)
         gather_ahead(self.trainee)
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for schedule, supervision in self.ahead.over(taken.schedules, lambda: self.feed.peek().schedules):
             with self.clock.part("draft"):
                 exchange(self.trainee, last=len(losses) + 1 == len(taken.schedules))
-                out = self.trainee(schedule, supervision, counts)
+                out = self.trainee(schedule, supervision, told.counts)
                 out.loss.backward()
             losses.append(out.loss.detach())
             sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
@@ -161,13 +184,17 @@ class DraftTrainer:
         norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
         # Both at once: a gradient can overflow where the loss does not.
         self._unchecked.append(Taken(self.step, torch.stack(losses).sum() + norm, taken.ids))
-        return sums, grad_norm, taken.num_tokens, stop
+        return sums, grad_norm, taken.num_tokens, told
 
-    def _over_all_ranks(self, counts: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """The global batch's counts [T], and whether any rank wants to stop: one small reduction on the CPU."""
-        packed = torch.cat([counts, torch.tensor([float(self._stop.is_set())], dtype=torch.float64)])
+    def _over_all_ranks(self, counts: torch.Tensor) -> Told:
+        """One small reduction on the CPU: ``counts`` [T] are this rank's."""
+        asked = list(EXIT_STATUS)
+        signs = [*(number in self._asked for number in asked), self.saver.due, self.saver.written]
+        packed = torch.cat([counts, torch.tensor(signs, dtype=torch.float64)])
         dist.all_reduce(packed)
-        return packed[:-1], bool(packed[-1])
+        *stopping, due, written = packed[len(counts) :].tolist()
+        number = next((number for number, ranks in zip(asked, stopping, strict=True) if ranks), None)
+        return Told(packed[: len(counts)], number, due > 0, written == dist.get_world_size())
 
     def _check_losses(self) -> None:
         """Looks at all losses since the last time at once, so that a step needs no synchronisation."""
@@ -176,6 +203,8 @@ class DraftTrainer:
         self._unchecked.clear()
         anywhere = torch.tensor([float(bad is not None)])
         dist.all_reduce(anywhere)
+        if anywhere.item():
+            self._finish_save()  # of an earlier step, whose losses were finite
         if bad:
             named = ", ".join(bad.ids[:8]) + (", …" if len(bad.ids) > 8 else "")
             last_good = self.saver.last_good()
@@ -218,23 +247,32 @@ class DraftTrainer:
                 self.trainee.reshard()  # no backward pass will
         return {f"val/{name}": value for name, value in self.objective.metrics(reduce_sums(sums)).items()}
 
-    def _report_and_save(self, metrics: dict[str, float], save: bool, measure: bool) -> None:
+    def _report_and_save(self, metrics: dict[str, float], save: bool, wait: bool) -> None:
         self.reporter.line(self.step, metrics)
         if not save:
-            self.reporter.write(self.step, metrics)
-            return
-        # The line of metrics is written before the checkpoint appears: a run resumed from it lacks none.
-        self.saver.save(
-            self.step, self.state, self.trainee, self.position.state, measure=measure,
-            before_publishing=lambda tau: self.reporter.write(
-                self.step, metrics if tau is None else metrics | {"val/tau_decoded": tau}
-            ),
-        )  # fmt: skip
-        self.reporter.say(self.saver.report(self.step))
+            return self.reporter.write(self.step, metrics)
+        self._finish_save()
+        # What is measured of a checkpoint belongs to the line of its step, which is there before the checkpoint is.
+        self.reporter.hold()
+        self.reporter.write(self.step, metrics)
+        self.saver.begin(self.step, self.state, self.position.state)
+        if wait:
+            self._finish_save()
+        return None
+
+    def _finish_save(self) -> None:
+        """The checkpoint under way, if any, gets its name; waited for if it must be."""
+        under_way = self.saver.under_way
+        if under_way:
+            measure = self.step == self.total_steps or not self._stop.is_set()
+            self.saver.finish(measure=measure, before_publishing=self.reporter.release)
+            self.reporter.say(self.saver.report(under_way.step))
 
     def close(self) -> None:
         self.ahead.close()
         self.feed.close()
+        self.saver.close()
+        self.state.close()
         self.reporter.close()
 
 

@@ -35,7 +35,7 @@ def kill_in_step(step):
 def kill_in_save(step):
     """Within a save: the resume state is on disk, the model is not."""
     write = Saver._write_model
-    Saver._write_model = lambda self, partial, at, weights: (die if at == step else write)(self, partial, at, weights)
+    Saver._write_model = lambda self, at, state: (die if at == step else write)(self, at, state)
 
 
 def kill_after_rename(step):

@@ -80,6 +80,10 @@ class TrainerConfig:
     """Steps between two lines of metrics."""
     save_interval: int = 500
     """Steps between two checkpoints; each is measured with the decoder, and the best kept."""
+    save_minutes: Optional[float] = None
+    """Minutes after which another checkpoint is written, for machines that may be taken away; null: by steps alone."""
+    async_save: bool = True
+    """Go on training while a checkpoint is written; false: wait for it."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best."""
     val_interval: int = 100
@@ -92,7 +96,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         require_positive(
             self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
-            "save_interval", "keep_checkpoints", "val_interval", "val_rows", "slots_alive",
+            "save_interval", "save_minutes", "keep_checkpoints", "val_interval", "val_rows", "slots_alive",
         )  # fmt: skip
 
     def slots(self, hidden_size: int, device_type: str) -> int:
