@@ -1,7 +1,9 @@
 """The processes of a job: what one does for all, and what each tells the others."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,6 +13,22 @@ from torch.nn.functional import pad
 from nemo_speculative.errors import UserError
 
 T = TypeVar("T")
+FIRST_RANK_TIMEOUT = timedelta(hours=2)
+"""How long the others wait while the first rank makes a target or its answers, measures a draft, or writes."""
+
+_waiting: dist.ProcessGroup | None = None
+"""The group in which they wait; None: the default one, whose timeout is another while a draft is trained."""
+
+
+@contextlib.contextmanager
+def patient_group() -> Iterator[None]:
+    """Within, :func:`first_rank_only` waits in a group of its own."""
+    global _waiting
+    _waiting = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
+    try:
+        yield
+    finally:
+        _waiting = None
 
 
 def first_rank_only(make: Callable[[], T]) -> T | None:
@@ -22,7 +40,7 @@ def first_rank_only(make: Callable[[], T]) -> T | None:
         except BaseException as error:
             failure = error
     failed = torch.tensor([failure is not None])
-    dist.broadcast(failed, src=0)
+    dist.broadcast(failed, src=0, group=_waiting)
     if failure is not None:
         raise failure
     if failed.item():

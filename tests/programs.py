@@ -84,19 +84,26 @@ class Program:
 
 
 def run_program(
-    *command: str, environment: Mapping[str, str], timeout: float = 240, ranks: int = 1, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
+    *command: str, environment: Mapping[str, str], timeout: float = 240, ranks: int = 1, cwd: Path = ROOT,
+    grace: float = 0,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """``python *command``, to its end; as so many ranks of one job, of which one that fails ends the others.
+
+    Args:
+        grace: seconds that they are given to end by themselves before that.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than ``timeout`` seconds, and was killed.
     """
-    started = [Program(*command, environment={**environment, **rank}, cwd=cwd) for rank in _ranks(ranks)]
+    started = [Program(*command, environment={**environment, **rank}, cwd=cwd) for rank in ranks_of(ranks)]
     deadline = time.monotonic() + timeout
     try:
         while any(program.returncode is None for program in started) and not any(p.returncode for p in started):
             if time.monotonic() > deadline:
                 raise subprocess.TimeoutExpired(command, timeout)
+            time.sleep(LOOK_SECONDS)
+        alone = time.monotonic() + grace
+        while any(program.returncode is None for program in started) and time.monotonic() < alone:
             time.sleep(LOOK_SECONDS)
     finally:
         for program in started:
@@ -107,7 +114,7 @@ def run_program(
     return subprocess.CompletedProcess(command, code, *said)
 
 
-def _ranks(count: int) -> list[dict[str, str]]:
+def ranks_of(count: int) -> list[dict[str, str]]:
     """What torchrun tells each of its processes."""
     if count == 1:
         return [{}]

@@ -19,10 +19,20 @@ class Clock:
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._since = time.perf_counter()
+        self.turns, self.current = 0, ""
+        """Parts that were entered or left so far, and the one that is under way."""
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Counts what happens inside towards ``name``."""
+        self._turn(name)
+        yield from self._timed(name)
+        self._turn("")
+
+    def _turn(self, part: str) -> None:
+        self.turns, self.current = self.turns + 1, part
+
+    def _timed(self, name: str) -> Iterator[None]:
         if self.cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

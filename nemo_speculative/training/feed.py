@@ -6,18 +6,20 @@ asked ahead in threads.
 """
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.stream import RowStream
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import UserError, named
 from nemo_speculative.objectives.base import Objective
 from nemo_speculative.targets.base import Supervision, Target
 from nemo_speculative.training.clock import Clock
@@ -66,7 +68,16 @@ class Feed:
     def peek(self) -> GlobalBatch:
         """What :meth:`take` will return."""
         self._next = self._next or self._thread.submit(self._make)
-        return self._next.result()
+        try:
+            return self._next.result()
+        except UserError:
+            raise
+        except Exception as error:
+            *_, last = traceback.extract_tb(error.__traceback__)
+            raise UserError(
+                f"data: the next batch could not be made ({named(error)}, {Path(last.filename).name}:{last.lineno}); "
+                "if the data changed on the disk, put it back, and start again with resume=auto"
+            ) from error
 
     def _make(self) -> GlobalBatch:
         batches = self.stream.next_global_batch()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from nemo_speculative.addresses import LOOPBACK, collect_on
 from nemo_speculative.config.schema import ParallelismConfig
+from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, patient_group
 from nemo_speculative.training import titan
 
 LARGEST_MATMUL_ERROR = 2e-6
 """Relative to the largest entry; float32 itself has about 4e-7."""
-SETUP_TIMEOUT_SECONDS = 7200
-"""How long the other ranks wait while the first one makes a target or its answers."""
 
 
 @contextlib.contextmanager
@@ -32,7 +32,8 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
         torch.cuda.set_device(device)
     _join(device)
     try:
-        yield mesh(config)
+        with patient_group():
+            yield mesh(config)
     finally:
         dist.destroy_process_group()
 
@@ -50,7 +51,7 @@ def _join(device: torch.device) -> None:
         collect_on(LOOPBACK)
     on_cuda = device.type == "cuda"
     if "MASTER_ADDR" in os.environ:
-        comm = titan.CommConfig(init_timeout_seconds=SETUP_TIMEOUT_SECONDS, trace_buf_size=0)
+        comm = titan.CommConfig(init_timeout_seconds=int(FIRST_RANK_TIMEOUT.total_seconds()), trace_buf_size=0)
         titan.init_distributed(comm, enable_cpu_backend=on_cuda)
     else:  # with a store in memory: nobody has to find this process by a port
         backend = "cuda:nccl,cpu:gloo" if on_cuda else "gloo"
@@ -67,6 +68,17 @@ def mesh(config: ParallelismConfig) -> titan.ParallelDims:
     )  # fmt: skip
     dims.build_mesh()
     return dims
+
+
+def limit_waits(dims: titan.ParallelDims, seconds: float) -> None:
+    """From now on an exchange in which a rank is missing for ``seconds`` fails, on every rank that waits for it.
+
+    Until then the groups have the patience of a set-up, in which one rank may make what the others wait for.
+    """
+    dist.all_reduce(torch.zeros(1))  # nobody is left in the set-up
+    groups = [None, *(axis.get_group() for axis in dims.get_all_one_dimensional_meshes().values())]
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 @contextlib.contextmanager

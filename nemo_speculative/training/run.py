@@ -8,6 +8,7 @@ from nemo_speculative.devices import choose_device
 from nemo_speculative.ranks import first_rank_first, first_rank_only
 from nemo_speculative.training import assembly
 from nemo_speculative.training.finish import measure_and_summarize, save_questions
+from nemo_speculative.training.heartbeat import Heartbeat, lost_ranks_named
 from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
 from nemo_speculative.training.plan import describe
 
@@ -16,8 +17,8 @@ def train(job: TrainJob) -> None:
     """Trains the draft of ``job``, measures it and writes ``summary.json``; with ``plan=true`` says what it would do.
 
     Raises:
-        UserError: bad input, or a loss that is not finite.
-        SystemExit: interrupted; a checkpoint was saved.
+        UserError: bad input, a loss that is not finite, or another rank is gone.
+        SystemExit: asked to stop; a checkpoint was saved.
     """
     if job.plan:
         return print(describe(job))
@@ -25,7 +26,11 @@ def train(job: TrainJob) -> None:
     assembly.check_target(job)
     split = assembly.load_split(job)
     device = choose_device(job.trainer.device, "trainer.device")
-    with process_group(device, job.parallelism) as dims:
+    with (
+        process_group(device, job.parallelism) as dims,
+        closing(Heartbeat(partial(print, flush=True))) as heartbeat,
+        lost_ranks_named(heartbeat),
+    ):
         with (
             fast_float32_matmuls(device),
             assembly.tokenizing(job, split) as rows,
@@ -42,6 +47,7 @@ def train(job: TrainJob) -> None:
             trainer = assembly.build_trainer(
                 job, target=target, draft=draft, objective=objective, data=data, run=run, dims=dims, device=device
             )
+            heartbeat.where = trainer.place
             with closing(trainer):
                 if job.resume is Resume.auto:
                     trainer.resume()

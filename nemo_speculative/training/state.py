@@ -10,7 +10,6 @@ import warnings
 import zlib
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from nemo_speculative.errors import UserError
 from nemo_speculative.files import write_whole
+from nemo_speculative.ranks import FIRST_RANK_TIMEOUT
 from nemo_speculative.training import titan
 from nemo_speculative.training.ema import WeightAverage
 
 # The first rank reads its own weights back alone, which DCP takes for an oversight.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
-SLOWEST_SAVE = timedelta(hours=2)
 POSITION = "position.json"
 CHUNK = 1 << 24
 
@@ -131,7 +130,7 @@ class ResumeState:
         self.average = average
         self._exported = {name: (x.shape, x.dtype) for name, x in self.model.state_dict().items()}
         # Its own, because it is used by a thread beside the training's collectives; and a slow disk is no lost rank.
-        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
+        self._group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
         cuda = device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
 

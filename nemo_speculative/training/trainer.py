@@ -25,8 +25,9 @@ from nemo_speculative.training import titan
 from nemo_speculative.training.clock import Clock
 from nemo_speculative.training.ema import WeightAverage
 from nemo_speculative.training.feed import Feed, GlobalBatch, TargetAhead
+from nemo_speculative.training.heartbeat import Place
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
-from nemo_speculative.training.parallelism import data_rank, exchange, gather_ahead, shard_draft
+from nemo_speculative.training.parallelism import data_rank, exchange, gather_ahead, limit_waits, shard_draft
 from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.state import ResumeState
@@ -51,8 +52,8 @@ class Taken:
     """A step whose loss has not been looked at yet."""
 
     step: int
-    loss: torch.Tensor
-    """Its loss on this rank plus the norm of its gradient: finite when both are."""
+    figures: torch.Tensor
+    """[2]: its loss on this rank, and the norm of its gradient, which is that of all ranks."""
     ids: tuple[str, ...]
 
 
@@ -114,6 +115,7 @@ class DraftTrainer:
             UserError: a loss is not finite, or no target server answers, be it after an interrupt; nothing is saved.
             SystemExit: asked to stop, with status 130 by SIGINT, 0 by SIGTERM.
         """
+        limit_waits(self.parallel_dims, self.config.timeout_seconds)
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in EXIT_STATUS}
         try:
             with self._profiler() as profiler:
@@ -127,6 +129,10 @@ class DraftTrainer:
     def _ask_to_stop(self, number: int, _frame: Any) -> None:
         self._asked.add(number)
         self._stop.set()
+
+    def place(self) -> Place:
+        """Where this rank stands, for the others."""
+        return Place(self.clock.turns, self.step, self.clock.current)
 
     def _profiler(self) -> titan.Profiler:
         config = titan.Profiler.Config(enable_profiling=self.config.profile, save_traces_folder="profile")
@@ -182,8 +188,9 @@ class DraftTrainer:
         self.step += 1
         self.average.update(self.step)
         norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
-        # Both at once: a gradient can overflow where the loss does not.
-        self._unchecked.append(Taken(self.step, torch.stack(losses).sum() + norm, taken.ids))
+        # Both: a gradient can overflow where the loss does not.
+        figures = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].device)])
+        self._unchecked.append(Taken(self.step, figures, taken.ids))
         return sums, grad_norm, taken.num_tokens, told
 
     def _over_all_ranks(self, counts: torch.Tensor) -> Told:
@@ -198,22 +205,26 @@ class DraftTrainer:
 
     def _check_losses(self) -> None:
         """Looks at all losses since the last time at once, so that a step needs no synchronisation."""
-        finite = torch.stack([taken.loss for taken in self._unchecked]).isfinite().tolist()
-        bad = next((t for t, ok in zip(self._unchecked, finite, strict=True) if not ok), None)
+        finite = torch.stack([taken.figures for taken in self._unchecked]).isfinite().tolist()
+        bad, loss_is_finite = None, True
+        for taken, (loss_is_finite, norm_is_finite) in zip(self._unchecked, finite, strict=True):
+            if not (loss_is_finite and norm_is_finite):
+                bad = taken
+                break
         self._unchecked.clear()
-        anywhere = torch.tensor([float(bad is not None)])
-        dist.all_reduce(anywhere)
-        if anywhere.item():
-            self._finish_save()  # of an earlier step, whose losses were finite
-        if bad:
-            named = ", ".join(bad.ids[:8]) + (", …" if len(bad.ids) > 8 else "")
-            last_good = self.saver.last_good()
-            raise UserError(
-                f"step {bad.step}: the loss or its gradient is not finite on the batch of {named}; training stopped, "
-                f"the last good checkpoint is {last_good}; lower optimizer.lr or look at these conversations"
-            )
-        if anywhere.item():
+        ranks = torch.tensor([float(bad is not None), float(not loss_is_finite)])
+        dist.all_reduce(ranks)
+        anywhere, of_a_loss = ranks.tolist()
+        if not anywhere:
+            return
+        self._finish_save()  # of an earlier step, whose losses were finite
+        if bad is None or (of_a_loss and loss_is_finite):
             raise UserError("the loss or its gradient is not finite on another rank; its message names the batch")
+        named = ", ".join(bad.ids[:8]) + (", …" if len(bad.ids) > 8 else "")
+        raise UserError(
+            f"step {bad.step}: the loss or its gradient is not finite on the batch of {named}; training stopped, "
+            f"the last good checkpoint is {self.saver.last_good()}; lower optimizer.lr or look at these conversations"
+        )
 
     def _train_metrics(self, sums: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> dict[str, float]:
         learned = self.objective.metrics(reduce_sums(sums))

@@ -40,10 +40,12 @@ def settings(target_dir, data_file) -> list[str]:
     ]  # fmt: skip
 
 
-def run(*command: str, ranks: int = 1, timeout: int = 240, path: str = "") -> subprocess.CompletedProcess:
+def run(
+    *command: str, ranks: int = 1, timeout: int = 240, path: str = "", grace: float = 0
+) -> subprocess.CompletedProcess:
     """A program of the repository in a process of its own, which also imports from ``path``."""
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), path)))}
-    return run_program(*command, environment=environment, timeout=timeout, ranks=ranks)
+    return run_program(*command, environment=environment, timeout=timeout, ranks=ranks, grace=grace)
 
 
 def torchrun(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
@@ -61,9 +63,10 @@ def train(
     return run("recipes/train_eagle3.py", *settings, f"output_dir={output_dir}", *overrides, **more)
 
 
-def drive(moment: str, step: int, settings: list[str], output_dir: Path, run=run) -> subprocess.CompletedProcess:
+def drive(moment: str, step: int, settings: list[str], output_dir: Path, run=run, **how) -> subprocess.CompletedProcess:
+    """The same run, in which something happens: see ``driver.py``."""
     overrides = (*settings, f"output_dir={output_dir}", "resume=auto")
-    return run("tests/integration/driver.py", moment, str(step), *overrides)
+    return run("tests/integration/driver.py", moment, str(step), *overrides, **how)
 
 
 def metrics(output_dir: Path) -> list[dict]:

@@ -1,6 +1,6 @@
 """Runs recipes/train_eagle3.py as its user would, and kills it (-9) at a named moment: ``driver.py MOMENT STEP …``.
 
-The moments are places in the package; nothing in the package knows of them.
+The moments are places in the package; nothing in the package knows of them.  ``MOMENT:RANK`` is one rank's alone.
 """
 
 import os
@@ -9,7 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.checkpoint import FileSystemWriter
+
 from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.training.feed import Feed
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.trainer import DraftTrainer
 
@@ -32,6 +35,48 @@ def kill_in_step(step):
     DraftTrainer.train_step = train_step
 
 
+def kill_in_write(step):
+    """Within a save: the tensors are copied, and the thread that writes them has just begun."""
+    write = FileSystemWriter.write_data
+    FileSystemWriter.write_data = lambda self, plan, planner: (
+        die if f"step_{step}.partial" in str(self.path) else write
+    )(self, plan, planner)
+
+
+def kill_in_validation(step):
+    validate = DraftTrainer.validate
+    DraftTrainer.validate = lambda self: (die if self.step == step else validate)(self)
+
+
+def kill_in_measurement(step):
+    """While the first rank decodes: the first itself, or another that waits for it."""
+    finish = Saver.finish
+
+    def finished(self, **how):
+        if self.under_way.step == step:
+            self.measure = die
+        return die() if self.under_way.step == step and not self.first else finish(self, **how)
+
+    Saver.finish = finished
+
+
+def terminate_in_step(step):
+    """As a scheduler does that takes its machine back."""
+    interrupt_in_step(step, signal.SIGTERM)
+
+
+def break_feed_at(step):
+    """The thread that packs the batches meets rows that are gone."""
+    make = Feed._make
+
+    def broken(self):
+        if self.stream.rows_consumed == (step - 1) * self.stream.global_batch_size:
+            raise KeyError("rows.arrow")
+        return make(self)
+
+    Feed._make = broken
+
+
 def kill_in_save(step):
     """Within a save: the resume state is on disk, the model is not."""
     write = Saver._write_model
@@ -48,13 +93,13 @@ def kill_after_rename(step):
     RunDirectory._link_all = link_all
 
 
-def interrupt_in_step(step):
+def interrupt_in_step(step, number=signal.SIGINT):
     """Ctrl-C in the middle of a step."""
     advance = DraftTrainer.train_step
 
     def train_step(self):
         if self.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return advance(self)
 
     DraftTrainer.train_step = train_step
@@ -95,6 +140,8 @@ def poison_from(step):
 
 if __name__ == "__main__":
     moment, step, *overrides = sys.argv[1:]
-    globals()[moment](int(step))
+    moment, _, rank = moment.partition(":")
+    if rank in ("", os.environ.get("RANK")):
+        globals()[moment](int(step))
     sys.argv = ["train_eagle3.py", *overrides]
     runpy.run_path(str(ROOT / "recipes" / "train_eagle3.py"), run_name="__main__")

@@ -76,6 +76,8 @@ class TrainerConfig:
     """Slots whose unroll is alive at once, rounded up to 64; fewer take less memory; null: by the draft's width."""
     compile: bool = False
     """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
+    timeout_seconds: float = 600.0
+    """How long a rank waits for the others within a step before it ends; while a checkpoint is measured, for longer."""
     log_interval: int = 10
     """Steps between two lines of metrics."""
     save_interval: int = 500
@@ -96,7 +98,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         require_positive(
             self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
-            "save_interval", "save_minutes", "keep_checkpoints", "val_interval", "val_rows", "slots_alive",
+            "save_interval", "save_minutes", "timeout_seconds", "keep_checkpoints", "val_interval", "val_rows",
+            "slots_alive",
         )  # fmt: skip
 
     def slots(self, hidden_size: int, device_type: str) -> int:

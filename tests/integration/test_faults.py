@@ -1,0 +1,152 @@
+"""Ranks that are killed, stopped or fed nonsense: the job ends with a line, and goes on as if nothing had been."""
+
+import json
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.checkpoints.servable import read_servable
+from tests.integration.conftest import ENVIRONMENT, drive, metrics, train
+from tests.programs import Program, ranks_of
+
+ENDS_WITHIN = 60.0
+"""Seconds, on a busy machine, from a rank's death to the end of the others."""
+STEPS = 60
+KILLS = 20
+
+
+def state(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the newest checkpoint: weights, moments, step counts."""
+    folder = directory / "checkpoints" / "latest" / "state"
+    found = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items() if hasattr(m, "size")}
+    dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
+    return tensors
+
+
+def model(directory: Path) -> bytes:
+    return (directory / "checkpoints" / "latest" / "model" / "model.safetensors").read_bytes()
+
+
+def assert_the_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    assert model(one) == model(other)
+    ours, theirs = state(one), state(other)
+    assert ours.keys() == theirs.keys() and any("exp_avg" in name for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def errors(process) -> list[str]:
+    """What a failed program says, without anybody's traceback."""
+    assert process.returncode not in (0, None) and "Traceback" not in process.stderr, process.stderr
+    return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    """Two ranks that nothing happens to."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    done = train(settings, directory, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_one_of_two_ranks_killed_at_any_moment_ends_the_other_and_the_job_goes_on_exactly(settings, whole, tmp_path):
+    """One run, killed again and again: in a step, in a save, in a validation, in the decoder's measurement."""
+    run = tmp_path / "run"
+    faults = [
+        ("kill_in_step:1", 2, {None}), ("kill_in_write:1", 3, {None}), ("kill_in_write:0", 3, {None}),
+        ("kill_in_measurement:0", 3, {None}), ("kill_in_measurement:1", 6, {6}), ("kill_in_validation:1", 8, {6}),
+        ("kill_in_step:0", 10, {6, 9}),
+    ]  # fmt: skip
+    for moment, step, newest in faults:
+        ended = drive(moment, step, settings, run, ranks=2, grace=ENDS_WITHIN)
+        (line,) = errors(ended)
+        assert f"rank {moment[-1]}" in line and "is gone" in line and "resume=auto" in line, (moment, line)
+        assert max(RunDirectory(run).steps(), default=None) in newest, moment
+        assert all(read_servable(path).provenance for path in (run / "checkpoints").glob("step_*"))
+    done = train(settings, run, "resume=auto", ranks=2)
+    assert done.returncode == 0 and re.search(r"resumed from step [69]", done.stdout), done.stderr
+    assert_the_same_run(run, whole)
+
+
+def kill_at(lines: int, rank: int, run: Path, command: list[str]) -> int:
+    """Starts the job, kills ``rank`` when so many steps have their line, and the other one after it; which step it was.
+
+    The other rank is killed, too, so that its few seconds of looking for the first one are not waited for.
+    """
+    started = [Program(*command, environment={**ENVIRONMENT, **names}) for names in ranks_of(2)]
+    try:
+        while len(steps := written(run)) < lines:
+            assert all(program.returncode is None for program in started), "".join(started[0].stderr)
+            time.sleep(0.001)
+        started[rank].kill()
+        started[rank].wait(None)
+        assert started[rank].returncode == -signal.SIGKILL
+        return steps[-1]
+    finally:
+        for program in started:
+            program.kill()
+            program.wait(None)
+
+
+def written(run: Path) -> list[int]:
+    """The steps of metrics.jsonl, whose last line may be half written."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+
+
+def test_twenty_random_kills_of_one_run_change_nothing(settings, tmp_path):
+    """Each at a step further on than the one before, so that all of them hit; saves are every five steps."""
+    long = [*settings, f"trainer.max_steps={STEPS}", "trainer.save_interval=5", "trainer.val_interval=7", "logger=none"]
+    assert train(long, tmp_path / "whole", ranks=2).returncode == 0
+    run, chance = tmp_path / "run", random.Random(0)
+    command = ["recipes/train_eagle3.py", *long, f"output_dir={run}", "resume=auto"]
+    for lines in sorted(chance.sample(range(1, STEPS - 2), KILLS)):
+        assert kill_at(lines, chance.randrange(2), run, command) >= lines
+    done = train(long, run, "resume=auto", ranks=2)
+    assert done.returncode == 0 and re.search(r"resumed from step \d", done.stdout), done.stderr
+    assert_the_same_run(run, tmp_path / "whole")
+
+
+def test_sigterm_to_one_rank_saves_and_ends_both_with_0_and_sigint_with_130(settings, whole, tmp_path):
+    """What a scheduler that takes the machine back sends; the next start goes on from that step."""
+    stopped = drive("terminate_in_step:1", 5, settings, tmp_path / "run", ranks=2)
+    assert stopped.returncode == 0 and "interrupted: saved step" in stopped.stdout, stopped.stderr
+    stopped = drive("interrupt_in_step:1", 8, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
+    assert stopped.returncode == 130 and "resumed from step" in stopped.stdout, stopped.stderr
+    done = train(settings, tmp_path / "run", "resume=auto", ranks=2)
+    assert done.returncode == 0, done.stderr
+    resumed, uninterrupted = ([line["train/loss"] for line in metrics(d)] for d in (tmp_path / "run", whole))
+    assert resumed == uninterrupted
+    assert model(tmp_path / "run") == model(whole)
+
+
+def test_a_nan_on_one_rank_ends_both_and_the_line_names_its_conversations(settings, tmp_path):
+    said = errors(drive("poison_from:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
+    (own,) = [line for line in said if "step 5: the loss or its gradient is not finite on the batch of" in line]
+    assert sum("not finite on another rank" in line for line in said) == 1
+    assert re.search(r"batch of \d+", own) and "step_3" in own and len(said) == 2
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_3"
+
+
+def test_a_feed_that_breaks_on_one_rank_ends_both(settings, tmp_path):
+    said = errors(drive("break_feed_at:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
+    assert any("data: the next batch could not be made (KeyError: 'rows.arrow'" in line for line in said), said
+    assert any("rank 1 (host " in line and "has ended" in line for line in said), said
+
+
+def test_a_checkpoint_is_written_after_so_many_minutes(settings, tmp_path):
+    done = train(settings, tmp_path / "run", "trainer.save_minutes=1e-9", "trainer.save_interval=100", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^saved step_", done.stdout, re.MULTILINE)) > 5
