@@ -48,9 +48,10 @@ def run(
     return run_program(*command, environment=environment, timeout=timeout, ranks=ranks, grace=grace)
 
 
-def torchrun(*command: str, timeout: int = 240) -> subprocess.CompletedProcess:
+def torchrun(*command: str, timeout: int = 240, restarts: int = 0) -> subprocess.CompletedProcess:
     """The same on two ranks, by the launcher itself."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    how = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *how]
     return subprocess.run(
         [*launcher, *command], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=ROOT, check=False
     )

@@ -7,12 +7,17 @@ import os
 import runpy
 import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
 
 from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.training import run as training
 from nemo_speculative.training.feed import Feed
+from nemo_speculative.training.heartbeat import Heartbeat
 from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.trainer import DraftTrainer
 
@@ -63,6 +68,14 @@ def kill_in_measurement(step):
 def terminate_in_step(step):
     """As a scheduler does that takes its machine back."""
     interrupt_in_step(step, signal.SIGTERM)
+
+
+def sleep_in_step(step):
+    """The target of this rank answers late; the first rank waits a second before it says so."""
+    advance, supervise = DraftTrainer.train_step, HFTarget.supervise
+    HFTarget.at = 0
+    DraftTrainer.train_step = lambda self: (setattr(HFTarget, "at", self.step + 1), advance(self))[1]
+    HFTarget.supervise = lambda self, batch: (time.sleep(10 * (self.at == step)), supervise(self, batch))[1]
 
 
 def break_feed_at(step):
@@ -125,7 +138,6 @@ def poison_from(step):
     import torch
 
     from nemo_speculative.targets.base import Supervision
-    from nemo_speculative.targets.hf import HFTarget
 
     advance, supervise = DraftTrainer.train_step, HFTarget.supervise
     HFTarget.at = 0  # it is asked before the first step too: whether it keeps documents apart
@@ -139,9 +151,11 @@ def poison_from(step):
 
 
 if __name__ == "__main__":
+    training.Heartbeat = partial(Heartbeat, beat=0.3, stall=1.0)
     moment, step, *overrides = sys.argv[1:]
     moment, _, rank = moment.partition(":")
-    if rank in ("", os.environ.get("RANK")):
+    # What has happened once does not happen again to those that a launcher starts in their place.
+    if rank in ("", os.environ.get("RANK")) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         globals()[moment](int(step))
     sys.argv = ["train_eagle3.py", *overrides]
     runpy.run_path(str(ROOT / "recipes" / "train_eagle3.py"), run_name="__main__")

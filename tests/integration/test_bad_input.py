@@ -105,7 +105,7 @@ def test_a_cut_off_resume_state_is_named_and_the_one_before_offered(settings, fi
     file = tmp_path / "run" / "checkpoints" / "step_10" / "state" / damage
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     line = only_error(train(settings, tmp_path / "run", "resume=auto"))
-    assert "step_10" in line and "remove this directory" in line
+    assert "step_10: is damaged" in line and "the one before it is step_9: remove this directory" in line
     if damage != "position.json":
         return
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_10")

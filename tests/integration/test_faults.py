@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import read_servable
-from tests.integration.conftest import ENVIRONMENT, drive, metrics, train
+from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
 from tests.programs import Program, ranks_of
 
 ENDS_WITHIN = 60.0
@@ -138,6 +138,20 @@ def test_a_nan_on_one_rank_ends_both_and_the_line_names_its_conversations(settin
     assert sum("not finite on another rank" in line for line in said) == 1
     assert re.search(r"batch of \d+", own) and "step_3" in own and len(said) == 2
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_3"
+
+
+def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settings, tmp_path):
+    slow = [*settings, "trainer.timeout_seconds=4"]
+    ended = drive("sleep_in_step:1", 5, slow, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
+    line = errors(ended)[0]
+    assert re.search(r"rank 1 \(host \S+, at step 4 \(target\)\) does not answer", line), line
+    assert len(re.findall(r"rank 1 \(host \S+\) is at step 4 \(target\) for \d s, the others", ended.stdout)) == 1
+
+
+def test_torchrun_starts_a_killed_group_again_and_the_run_ends_as_if_nothing_had_been(settings, whole, tmp_path):
+    done = drive("kill_in_step:1", 8, settings, tmp_path / "run", run=torchrun, restarts=1)
+    assert done.returncode == 0 and re.search(r"resumed from step [36]", done.stdout), done.stderr
+    assert_the_same_run(tmp_path / "run", whole)
 
 
 def test_a_feed_that_breaks_on_one_rank_ends_both(settings, tmp_path):
