@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from nemo_speculative.addresses import LOOPBACK, collect_on
+from nemo_speculative.addresses import FRESH_STORE, LOOPBACK, collect_on
 from nemo_speculative.config.schema import ParallelismConfig
+from nemo_speculative.errors import UserError
 from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, patient_group
 from nemo_speculative.training import titan
 
@@ -24,8 +25,9 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
     """torchtitan's mesh over the processes that torchrun started; a single process makes a group of its own.
 
     Raises:
-        UserError: the sizes of ``config`` do not multiply to the number of processes.
+        UserError: the sizes of ``config`` do not multiply to the number of processes, or a restart would hang.
     """
+    check_restarts()
     titan.bind_device(device.type)
     config.sizes(_world_size())  # before anybody waits for the others
     if device.type == "cuda":
@@ -36,6 +38,23 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
             yield mesh(config)
     finally:
         dist.destroy_process_group()
+
+
+def check_restarts() -> None:
+    """A launcher that starts a group again gives it a store of its own.
+
+    torch's agent keeps one store over its restarts (pytorch issue 135712): gloo then finds the addresses of the ranks
+    that are gone, and waits for them.
+
+    Raises:
+        UserError: it would not.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and FRESH_STORE not in os.environ:
+        raise UserError(
+            f"torchrun --max-restarts={restarts}: ranks that are started again would wait for those that are gone; "
+            "start with python -m nemo_speculative.launch, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+        )
 
 
 def _world_size() -> int:

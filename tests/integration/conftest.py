@@ -49,12 +49,13 @@ def run(
 
 
 def torchrun(*command: str, timeout: int = 240, restarts: int = 0) -> subprocess.CompletedProcess:
-    """The same on two ranks, by the launcher itself."""
+    """The same on two ranks, by the launcher itself; ``restarts`` as docs/checkpoints.md says."""
     how = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *how]
     return subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, cwd=ROOT, check=False
-    )
+        [*launcher, *command], capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False,
+        env=ENVIRONMENT | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else {}),
+    )  # fmt: skip
 
 
 def train(

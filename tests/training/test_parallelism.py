@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
-from nemo_speculative.training.parallelism import data_rank, exchange, gather_ahead, mesh, shard_draft
+from nemo_speculative.training.parallelism import check_restarts, data_rank, exchange, gather_ahead, mesh, shard_draft
 from nemo_speculative.training.trainer import Trainee
 from tests.objectives.cases import eagle, eagle3, lay_out, make_documents
 from tests.training.ranks import on_ranks
@@ -172,3 +172,13 @@ def fake_ranks():
 
     yield become
     dist.destroy_process_group()
+
+
+def test_a_launcher_that_would_start_a_group_again_in_the_store_of_the_one_before_is_refused(monkeypatch):
+    check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match=r"--max-restarts=3: .* set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check_restarts()
