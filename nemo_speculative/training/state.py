@@ -198,4 +198,6 @@ def root_cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         failure = next(iter(error.failures.values()))
         error = failure[0] if isinstance(failure, tuple) else failure
+    if "inline_container" in str(error):  # torch's writer says no more than where in its own code it stood
+        return "a file could not be written to its end; most likely the disk is full"
     return (str(error).strip().splitlines() or [repr(error)])[-1][:200]

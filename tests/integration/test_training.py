@@ -56,6 +56,14 @@ def test_killed_at_any_moment_a_resumed_run_is_the_uninterrupted_one_bit_for_bit
     assert weights(tmp_path / "run") == weights(finished)
 
 
+def test_the_same_seed_gives_the_same_weights_twice(settings, finished, tmp_path):
+    """And waiting for each checkpoint to be written changes nothing that it holds."""
+    done = train(settings, tmp_path / "run", "trainer.async_save=false")
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run") == metrics(finished)
+    assert weights(tmp_path / "run") == weights(finished)
+
+
 def test_two_ranks_train_as_one_does(settings, finished, tmp_path):
     done = train(settings, tmp_path / "run", run=torchrun)
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from nemo_speculative.errors import UserError
-from nemo_speculative.training.state import Position
+from nemo_speculative.training.state import Position, root_cause
 
 CONFIG = {
     "seed": 0,
@@ -49,3 +49,10 @@ def test_what_makes_it_another_run_is_refused_by_name(changed, said):
 )
 def test_what_changes_no_result_may_change(changed):
     position().check_same_run(position(**changed), Path("step_5"))
+
+
+def test_what_torch_says_of_a_full_disk_is_put_in_words():
+    """Its words where a tensor does not fit any more on the disk, of torch 2.13."""
+    said = root_cause(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"))
+    assert "the disk is full" in said and "inline_container" not in said
+    assert root_cause(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"

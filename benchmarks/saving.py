@@ -1,0 +1,119 @@
+"""For how long a save stops the training: while it is copied to the host's memory, or until it is on the disk.
+
+python -m benchmarks.saving [--size M] [--rounds 5] [--threads N] [--out DIR]
+
+A small random target and its EAGLE-3 draft with AdamW's moments in this process, saved in turn in both ways by what
+saves a run's checkpoints, in DIR (default: a temporary directory).  "pause" is what the metrics call
+perf/save_pause_seconds; "written" the time until the checkpoint has its name; "step" how much longer a training step
+takes while a thread writes.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.processes import exit_status
+from benchmarks.training_step.case import SIZES, Case, Setup
+from benchmarks.training_step.implementations.own import CPU, Ours
+from benchmarks.training_step.setup import write_setup
+from benchmarks.training_step.table import machine
+from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.checkpoints.servable import Provenance
+from nemo_speculative.config.schema import OptimizerConfig
+from nemo_speculative.speculative import Speculative
+from nemo_speculative.training.ema import WeightAverage
+from nemo_speculative.training.optimization import build_optimizers, build_schedules
+from nemo_speculative.training.saving import Saver
+from nemo_speculative.training.state import Position, ResumeState
+
+PLAIN_STEPS = 5
+
+
+class Saved(Ours):
+    """The trainer's parts, with what its checkpoints take."""
+
+    def __init__(self, setup: Setup, out: Path):
+        super().__init__(setup, frozenset())
+        config = OptimizerConfig()
+        self.optimizer = build_optimizers(config, self.trainee)
+        average = WeightAverage(self.trainee, None)
+        schedules = build_schedules(config, self.optimizer, 1000)
+        self.state = ResumeState(self.trainee, self.optimizer, schedules, average, CPU)
+        draft = self.trainee.draft
+        served = Provenance(str(setup.target), "", "float32", Speculative(3, 1, 4), 0)
+        self.saver = Saver(
+            run=RunDirectory(out), keep=1, draft=type(draft), shape=draft.shape, provenance=served,
+            export_dtype=torch.float32, special_ids={}, start=Position(0, {}, {}, "", ""), measure=None, minutes=None,
+        )  # fmt: skip
+        self.saved = 0
+
+    def timed_step(self) -> float:
+        started = time.perf_counter()
+        self.step(self.batches[0])
+        return time.perf_counter() - started
+
+    def save(self, wait: bool) -> tuple[float, float, list[float]]:
+        """Seconds of the pause and until the checkpoint has its name, and of the steps in between."""
+        figures: dict[str, float] = {}
+        steps: list[float] = []
+        self.saved += 1
+        started = time.perf_counter()
+        self.saver.begin(self.saved, self.state, {})
+        while not (wait or self.saver.written):
+            steps.append(self.timed_step())
+        self.saver.finish(measure=False, before_publishing=figures.update)
+        return figures["perf/save_pause_seconds"], time.perf_counter() - started, steps
+
+
+def table(trainer: Saved, rounds: int) -> str:
+    """Both ways in turn, medians of ``rounds``; the first pair of saves is not counted."""
+    plain = statistics.median(trainer.timed_step() for _ in range(PLAIN_STEPS))
+    both = [(trainer.save(wait=True), trainer.save(wait=False)) for _ in range(rounds + 1)][1:]
+    state = trainer.saver.run.path(trainer.saved) / "state"
+    size = sum(file.stat().st_size for file in state.iterdir()) / 1e6
+    lines = [f"{size:.0f} MB of state; a step takes {plain:.3f} s"]
+    lines.append(f"{'':14}{'pause s':>10}{'written s':>12}{'step':>8}")
+    pauses = []
+    for name, saves in zip(("synchronous", "asynchronous"), zip(*both, strict=True), strict=True):
+        pauses.append(statistics.median(pause for pause, _, _ in saves))
+        written = statistics.median(seconds for _, seconds, _ in saves)
+        during = [step for _, _, steps in saves for step in steps]
+        slower = f"{statistics.median(during) / plain:.2f}x" if during else "-"
+        lines.append(f"{name:14}{pauses[-1]:10.3f}{written:12.3f}{slower:>8}")
+    return "\n".join([*lines, f"the asynchronous pause is {pauses[1] / pauses[0]:.2f} of the synchronous one"])
+
+
+def _measure(size: str, rounds: int, threads: int, out: Path) -> None:
+    torch.set_num_threads(threads)
+    case = Case(
+        size=SIZES[size], draft="eagle3", num_steps=3, dtype="float32", lengths="full", supervised=0.5, threads=threads
+    )
+    print(machine(threads))
+    (out / "setup").mkdir()
+    trainer = Saved(write_setup(out / "setup", case), out / "run")
+    print(table(trainer, rounds), flush=True)
+    trainer.close()
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.saving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="M", help="(default: M)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
+    parser.add_argument("--out", type=Path, default=None, help="a directory on the disk that is meant")
+    given = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=given.out) as folder:
+        return exit_status(lambda: _measure(given.size, given.rounds, given.threads, Path(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
