@@ -10,6 +10,7 @@ from nemo_speculative.config.schema import DepthSampling, FeatureNoise
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.documents import Documents
 from nemo_speculative.data.stream import RowStream
+from nemo_speculative.errors import UserError
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.training.clock import Clock
 from nemo_speculative.training.feed import Feed, Interrupted, InTurn, TargetAhead
@@ -94,7 +95,9 @@ def test_an_error_in_the_thread_is_raised_where_its_batch_is_taken(feeds):
     feed.take()
     feed.take()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no such row"):
+        with pytest.raises(
+            UserError, match=r"data: the next batch could not be made \(RuntimeError: no such row, test_"
+        ):
             feed.take()
 
 
