@@ -93,7 +93,7 @@ class Heartbeat:
 
     def __init__(self, say: Callable[[str], None], beat: float = BEAT_SECONDS, stall: float = STALL_SECONDS):
         self.rank, self.ranks, self._say, self._seconds = dist.get_rank(), dist.get_world_size(), say, beat
-        self.where: Callable[[], Place] = lambda: Place(0, 0, "setting up")
+        self.where: Callable[[], Place] = lambda: Place(-1, 0, "setting up")
         """Asked by the thread at each beat."""
         self._beats, self._watch, self._end = 0, Watch(stall), threading.Event()
         if self.ranks > 1:
