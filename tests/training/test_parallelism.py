@@ -178,7 +178,7 @@ def test_a_launcher_that_would_start_a_group_again_in_the_store_of_the_one_befor
     check_restarts()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(UserError, match=r"--max-restarts=3: .* set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+    with pytest.raises(UserError, match=r"--max-restarts=3: .*nemo_speculative.launch, or set TORCH_DISABLE"):
         check_restarts()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     check_restarts()
