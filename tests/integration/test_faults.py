@@ -16,6 +16,7 @@ from nemo_speculative.checkpoints.servable import read_servable
 from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
 from tests.programs import Program, ranks_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ENDS_WITHIN = 60.0
 """Seconds, on a busy machine, from a rank's death to the end of the others."""
 STEPS = 60
@@ -86,7 +87,7 @@ def kill_at(lines: int, rank: int, run: Path, command: list[str]) -> int:
     try:
         while len(steps := written(run)) < lines:
             assert all(program.returncode is None for program in started), "".join(started[0].stderr)
-            time.sleep(0.001)
+            time.sleep(0.004)
         started[rank].kill()
         started[rank].wait(None)
         assert started[rank].returncode == -signal.SIGKILL
