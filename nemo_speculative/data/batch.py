@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nemo_speculative.context import WHOLE, Share
 from nemo_speculative.devices import send
 
 
@@ -37,6 +38,8 @@ class Batch:
     """The conversations in it."""
     host: "Batch | None" = None
     """The same on the host, where it was before it travelled; None: it did not."""
+    share: Share = WHOLE
+    """Which of the tokens this rank computes."""
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {k: send(getattr(self, k), device) for k in _TENSORS}

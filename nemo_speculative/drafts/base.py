@@ -186,8 +186,8 @@ class Draft(nn.Module, ABC):
         """What :meth:`unroll` reads of a batch.
 
         Args:
-            embeddings: [B, L, h] of the tokens x_t, from :meth:`embed`.
-            features: [B, L, h], from :meth:`read`.
+            embeddings: [B, L, h] of the tokens x_t, from :meth:`embed`; where the batch is shared [1, m, h].
+            features: the same, from :meth:`read`.
             layout: of this batch.
         """
         return first_pass(self, embeddings.flatten(0, 1), features.flatten(0, 1), layout)

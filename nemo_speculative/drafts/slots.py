@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from nemo_speculative.context import WHOLE, Share
 from nemo_speculative.devices import send
 from nemo_speculative.drafts.attention import Block
 from nemo_speculative.drafts.blocks import block_for, rounded_width
@@ -24,22 +25,24 @@ def round_up(count: int, multiple: int = SHAPE_MULTIPLE) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a batch stand in their documents."""
+    """Where the tokens of a batch stand in their documents, and which of them are computed here."""
 
     host_positions: torch.Tensor
     """int64 [B * L], on the host: from 0 in every document."""
     positions: torch.Tensor
-    """The same, on the device."""
+    """int64 [m], on the device: of those of the share."""
+    share: Share
 
     @classmethod
-    def of(cls, host: torch.Tensor, there: torch.Tensor) -> "Layout":
+    def of(cls, host: torch.Tensor, there: torch.Tensor, share: Share = WHOLE) -> "Layout":
         """Of positions int64 [B, L], on the host and on the device."""
-        return cls(host.flatten(), there.flatten())
+        return cls(host.flatten(), share.take(there).flatten(), share)
 
     @cached_property
     def block(self) -> Block:
         """The keys that each position sees: made when a draft of several layers first asks for them."""
-        return block_for(self.host_positions, torch.arange(len(self.host_positions)), self.positions.device)
+        index = self.share.places(torch.arange(len(self.positions)))
+        return block_for(self.host_positions, index, self.positions.device)
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ class Slots:
     """See the module's text.  N slots, those with the most steps first, filled up with copies of the last one."""
 
     host_index: torch.Tensor
-    """int64 [N], on the host: flat position of each."""
+    """int64 [N], on the host: position of each, in the share."""
     real: torch.Tensor
     """bool [N], on the host: not a copy."""
     alive: tuple[int, ...]
     """How many are computed at each step, rounded up."""
     reads: slice
-    """The flat positions whose tokens and features they read."""
+    """The positions in the share whose tokens and features they read."""
     keys: slice
     """The flat positions whose step-0 keys they see, and some more."""
     index: torch.Tensor
@@ -64,12 +67,13 @@ class Slots:
     """What of ``keys`` the slots of each step see."""
 
     @classmethod
-    def of(cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device) -> "Slots":
+    def of(cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device, share: Share = WHOLE) -> "Slots":
         """The slots of a batch, or some of them.
 
         Args:
             positions: int64 [B, L], on the host, from 0 in every document.
-            steps: int64 [B, L], on the host: how many steps the slot at each position runs; 0: none.
+            steps: int64 [B, L], or [m] of the share, on the host: how many steps the slot at each position runs; 0:
+                none.
         """
         steps, flat = steps.flatten(), positions.flatten()
         used = steps.nonzero()[:, 0]
@@ -79,10 +83,12 @@ class Slots:
         longest = int(own.max()) if len(used) else 1
         alive = tuple(round_up(max(int((own > i).sum()), 1)) for i in range(longest))
         first, end = int(index.min()), int(index.max()) + 1
-        reads = slice(first, min(end + len(alive), len(flat)))
-        start = first - int(flat[first])
-        keys = slice(start, min(start + rounded_width(end - start), len(flat)))
-        blocks: dict[int, Block] = {n: block_for(flat[keys], index[:n] - start, device) for n in set(alive)}
+        reads = slice(first, min(end + len(alive), len(steps)))
+        at = share.places(index)
+        lowest, behind = int(at.min()), int(at.max()) + 1
+        start = lowest - int(flat[lowest])
+        keys = slice(start, min(start + rounded_width(behind - start), len(flat)))
+        blocks: dict[int, Block] = {n: block_for(flat[keys], at[:n] - start, device) for n in set(alive)}
         return cls(
             host_index=index,
             real=torch.arange(len(index)) < len(used),
@@ -90,6 +96,6 @@ class Slots:
             reads=reads,
             keys=keys,
             index=send(index - first, device),
-            places=send(flat[index], device),
+            places=send(flat[at], device),
             blocks=tuple(blocks[n] for n in alive),
         )

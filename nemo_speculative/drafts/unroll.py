@@ -41,16 +41,16 @@ class DeeperLayer:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What slots read of a batch: step 0, as far as it is computed at every position."""
+    """What slots read of a batch: step 0, as far as it is computed at every position of the share."""
 
     tokens: torch.Tensor
-    """[n, w]: what :meth:`Entry.token` gives."""
+    """[m, w]: what :meth:`Entry.token` gives."""
     features: torch.Tensor
-    """[n, h]"""
+    """[m, h]"""
     memory: tuple[Pair, ...]
-    """Keys and values [H_kv, m, d] of each layer."""
+    """Keys and values [H_kv, B * L, d] of each layer, of the whole batch."""
     below: torch.Tensor | None
-    """[n, h]: what the last layer reads, where it is not the first."""
+    """[m, h]: what the last layer reads, where it is not the first."""
 
     def seen_by(self, slots: Slots) -> "Prefix":
         """Views of what ``slots`` read."""
@@ -77,7 +77,7 @@ class Prefix:
 
 
 def first_pass(draft: "Draft", embeddings: torch.Tensor, features: torch.Tensor, layout: Layout) -> Prefix:
-    """Step 0 at every position, as far as slots need it; embeddings and features are [B * L, h]."""
+    """Step 0 at every position of the share, as far as slots need it; embeddings and features are [m, h]."""
     stack = _Stack(draft)
     tokens = stack.entry.token(embeddings)
     rotation = stack.rotation(layout.positions, features.dtype)
@@ -85,7 +85,8 @@ def first_pass(draft: "Draft", embeddings: torch.Tensor, features: torch.Tensor,
     rows = EVERYTHING if stack.deeper else stack.keys_values
     projected, residual = stack.entry.project(tokens.roll(-1, dims=0), features, rows)
     for layer, above in zip(stack.layers, [*stack.deeper, None], strict=True):
-        q, keys, values = stack.split(projected, rotation)
+        q, *own = stack.split(projected, rotation)
+        keys, values = layout.share.everywhere(*own)
         memory.append((keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()))
         if above:
             attended = unroll_attention(q, memory[-1], layout.block, [])

@@ -6,12 +6,14 @@ Of the target itself only embedding and head are loaded.
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.context import WHOLE
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.devices import send
@@ -99,7 +101,7 @@ class FeaturesTarget(TargetEnds):
         if None not in found:
             return self._read(host, found)
         if self._filler:
-            return self._filler.supervise(batch, keys)
+            return self._filler.supervise(replace(batch, share=WHOLE), keys).of(batch.share)
         span = host.spans[found.index(None)]
         raise UserError(f"backend.directory: document {span.id} is not in {self.directory}; capture it first")
 
@@ -113,7 +115,8 @@ class FeaturesTarget(TargetEnds):
         for span, place in zip(batch.spans, found, strict=True):
             assert place is not None
             self._lay(batch, span, self.store.tensors(place), rows)
-        return Supervision(self._decoded(AUX, rows, batch), self._decoded(LAST_HIDDEN, rows, batch))
+        shared = {name: batch.share.take(x) for name, x in rows.items()}
+        return Supervision(self._decoded(AUX, shared, batch), self._decoded(LAST_HIDDEN, shared, batch))
 
     def _lay(self, batch: Batch, span: Span, stored: Tensors, rows: Tensors) -> None:
         positions = Positions.of(_document(batch, span)[1], self.store.manifest.convention)
@@ -131,7 +134,7 @@ class FeaturesTarget(TargetEnds):
         manifest, dtype = self.store.manifest, self.head_weight.dtype
         layout = manifest.layouts.get(kind)
         if layout is None:
-            return torch.zeros(*batch.input_ids.shape, 0, dtype=dtype, device=self.device)
+            return torch.zeros(*batch.share.take(batch.input_ids).shape, 0, dtype=dtype, device=self.device)
         parts = {suffix: send(rows[kind + suffix], self.device) for suffix in layout}
         return manifest.codec.decode(parts, manifest.hidden_size, dtype)
 

@@ -17,14 +17,14 @@ OFFICIAL_LENGTH = 512
 
 
 def document_noise(batch: Batch, features: torch.Tensor, kind: FeatureNoise, seed: int) -> torch.Tensor:
-    """Uniform noise in ±0.1 (EAGLE-1, 4.1), or times 512 / L as in the official code: [B, L, h], 0 on padding."""
-    noise = torch.zeros(features.shape)
+    """Uniform noise in ±0.1 (EAGLE-1, 4.1), or times 512 / L as in the official code: like features, 0 on padding."""
+    noise = torch.zeros(*batch.input_ids.shape, features.shape[-1])
     for span in batch.spans:
         length = span.end - span.start
         drawn = (document_uniform(f"{seed}:{span.epoch}:{span.id}", (length, features.shape[-1])) - 0.5) * 2
         scale = OFFICIAL_LENGTH / length if kind is FeatureNoise.official else 1.0
         noise[span.row, span.start : span.end] = drawn * (AMPLITUDE * scale)
-    return send(noise.to(features.dtype), features.device)
+    return send(batch.share.take(noise).to(features.dtype), features.device)
 
 
 def document_uniform(key: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -38,7 +38,7 @@ class Rows:
     label: torch.Tensor
     """int64 [M]: which of ``labels``."""
     labels: torch.Tensor
-    """int64 [P], ascending: flat positions whose target output is a label; the last chunk is rounded up."""
+    """int64 [P], ascending: positions in the share whose target output is a label; the last chunk is rounded up."""
     chunks: tuple[tuple[slice, slice], ...]
     """Which rows have their labels in which part of ``labels``."""
 
@@ -61,7 +61,7 @@ class Schedule:
     layout: Layout
     parts: tuple[Part, ...]
     counts: torch.Tensor
-    """float64 [T], on the host: what the slots of each step weigh, sampled away or not."""
+    """float64 [T], on the host: what the share's own slots of each step weigh, sampled away or not."""
     step_weights: torch.Tensor
     """float64 [T], on the host: what a step weighs."""
 
@@ -82,18 +82,19 @@ def make_schedule(
         depths: int64 [B, L], how many steps a slot may run; None: all.
         slots_alive: in one part, at most, rounded up to 64; None: all.
     """
-    weights = _weights(mask, batch.documents, normalization).flatten(1)
+    # Of the whole batch: a document may belong to several ranks.
+    weights = batch.share.owned(_weights(mask, batch.documents, normalization).flatten(1))
     counts, sampled = weights.sum(1), mask.flatten(1)
     steps = torch.arange(1, len(mask) + 1)[:, None]
     if depths is not None:
         sampled = sampled & (steps <= depths.flatten())
+    sampled = batch.share.owned(sampled)
     longest = (sampled * steps).amax(0)
     parts = tuple(
-        _part(batch.positions, longest * of_part, sampled, weights, device)
-        for of_part in _neighbours(longest > 0, slots_alive)
+        _part(batch, longest * of_part, sampled, weights, device) for of_part in _neighbours(longest > 0, slots_alive)
     )
     there = batch.to(device)
-    return Schedule(there, Layout.of(batch.positions, there.positions), parts, counts, step_weights)
+    return Schedule(there, Layout.of(batch.positions, there.positions, batch.share), parts, counts, step_weights)
 
 
 def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
@@ -106,10 +107,10 @@ def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
 
 
 def _part(
-    positions: torch.Tensor, longest: torch.Tensor, sampled: torch.Tensor, weights: torch.Tensor, device: torch.device
+    batch: Batch, longest: torch.Tensor, sampled: torch.Tensor, weights: torch.Tensor, device: torch.device
 ) -> Part:
-    """Of the slots that run ``longest`` steps, int64 [B * L]; ``sampled`` and ``weights`` are [T, B * L]."""
-    slots = Slots.of(positions, longest.view_as(positions), device)
+    """Of the slots that run ``longest`` steps, int64 [m]; ``sampled`` and ``weights`` are [T, m]."""
+    slots = Slots.of(batch.positions, longest, device, batch.share)
     supervised = sampled[:, slots.host_index] & slots.real
     rows = _rows(slots, supervised, weights[:, slots.host_index].float(), device)
     return Part(slots, rows, send(supervised, device))

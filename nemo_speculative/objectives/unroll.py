@@ -6,11 +6,13 @@ packing, nor the split into micro-batches, nor the number of ranks.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from nemo_speculative.config.schema import DepthSampling, MaskConvention, Normalization
+from nemo_speculative.context import ALONE, Context
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.devices import send
 from nemo_speculative.drafts.base import Draft
@@ -37,6 +39,7 @@ class UnrollObjective(ABC):
         seed: of those draws.
         tau_steps: draft tokens of the chain that ``tau`` simulates.
         slots_alive: slots whose unroll is alive at once; None: all.
+        context: the ranks that share a batch's tokens.
     """
 
     def __init__(
@@ -51,17 +54,19 @@ class UnrollObjective(ABC):
         seed: int = 0,
         tau_steps: int,
         slots_alive: int | None = None,
+        context: Context = ALONE,
     ):
         self.target, self.num_steps, self.convention = target, num_steps, convention
         self.step_decay, self.depth_sampling, self.seed = step_decay, depth_sampling, seed
         self.weights = torch.tensor([step_decay**i for i in range(num_steps)], dtype=torch.float64)
         self.normalization = normalization
-        self.tau_steps, self.slots_alive = min(tau_steps, num_steps), slots_alive
+        self.tau_steps, self.slots_alive, self.context = min(tau_steps, num_steps), slots_alive, context
 
     @classmethod
     def build(
-        cls, target: Target, config: Any, *, seed: int, tau_steps: int, slots_alive: int | None = None
-    ) -> "UnrollObjective":
+        cls, target: Target, config: Any, *, seed: int, tau_steps: int, slots_alive: int | None = None,
+        context: Context = ALONE,
+    ) -> "UnrollObjective":  # fmt: skip
         """The objective that the draft's configuration describes."""
         return cls(
             target,
@@ -74,6 +79,7 @@ class UnrollObjective(ABC):
             seed=seed,
             tau_steps=tau_steps,
             slots_alive=slots_alive,
+            context=context,
         )
 
     @classmethod
@@ -83,6 +89,8 @@ class UnrollObjective(ABC):
 
     def schedule(self, batch: Batch, device: torch.device = CPU, training: bool = True) -> Schedule:
         """What a step computes of ``batch``, which is on the host; in validation no depth is sampled."""
+        # A slot's last step reads the token, and is judged by the target's output, num_steps behind it.
+        batch = replace(batch, share=self.context.share(batch.num_tokens, halo=self.num_steps))
         mask = supervision_mask(batch.loss_mask, batch.documents, self.num_steps, self.convention)
         sampled = training and self.depth_sampling is DepthSampling.geometric
         depths = geometric_depths(batch, self.step_decay, self.seed) if sampled else None
@@ -93,7 +101,8 @@ class UnrollObjective(ABC):
     def loss(self, draft: Draft, schedule: Schedule, supervision: Supervision, counts: torch.Tensor) -> LossSum:
         batch = schedule.batch
         features = self.features(draft, batch, supervision)
-        prefix = draft.first_pass(draft.embed(batch.input_ids), features, schedule.layout)
+        embeddings = draft.embed(batch.share.take(batch.input_ids))
+        prefix = draft.first_pass(embeddings, features, schedule.layout)
         scale = send((schedule.step_weights / counts.clamp(min=1e-9)).float(), features.device)
 
         def part_loss(seen: Prefix, part: Part) -> tuple[torch.Tensor, Sums]:
@@ -114,7 +123,7 @@ class UnrollObjective(ABC):
         return loss, sums | chain_sums(_hits(hit, part), part.supervised)
 
     def features(self, draft: Draft, batch: Batch, supervision: Supervision) -> torch.Tensor:
-        """What the draft reads of the target: [B, L, h]."""
+        """What the draft reads of the target: [B, L, h], or of the batch's share [1, m, h]."""
         return draft.read(supervision.aux, supervision.last_hidden)
 
     def judged(
@@ -131,7 +140,7 @@ class UnrollObjective(ABC):
         """What judges logits by the target's outputs at the rows' labels.
 
         Args:
-            last_hidden: [B * L, h]
+            last_hidden: [B * L, h], or of the batch's share [m, h].
             weight: float32 [M], what the loss of a row is multiplied with.
         """
 

@@ -51,7 +51,7 @@ class SGLangTarget(TargetEnds):
     def supervise(self, batch: Batch) -> Supervision:
         """Positions that belong to no document are zeros."""
         with self._after_the_last():
-            return self._supervise(batch)
+            return self._supervise(batch).of(batch.share)
 
     @contextlib.contextmanager
     def _after_the_last(self) -> Iterator[None]:

@@ -8,18 +8,23 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nemo_speculative.context import Share
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What the target computed for a batch of B rows of L tokens."""
+    """What the target computed for a batch of B rows of L tokens; of a share of m of them, B is 1 and L is m."""
 
     aux: torch.Tensor
     """[B, L, A * h]: outputs of the A aux layers, lowest first."""
     last_hidden: torch.Tensor
     """[B, L, h]: after the final norm, so that ``logits(last_hidden)`` predicts the next token."""
+
+    def of(self, share: Share) -> "Supervision":
+        """The share of what was computed for a whole batch."""
+        return Supervision(share.take(self.aux), share.take(self.last_hidden))
 
 
 class Target(Protocol):
@@ -53,7 +58,9 @@ class Target(Protocol):
         """
         ...
 
-    def supervise(self, batch: Batch) -> Supervision: ...
+    def supervise(self, batch: Batch) -> Supervision:
+        """Of the batch's share."""
+        ...
 
     def close(self) -> None:
         """The run is at its end, whatever ended it."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from nemo_speculative.context import WHOLE
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets.base import Supervision
@@ -140,13 +141,23 @@ class TransformersTarget(TargetEnds):
                 mlp.compile()
 
     def supervise(self, batch: Batch) -> Supervision:
+        """
+        Raises:
+            UserError: ranks share the batch, and the model does not attend document by document.
+        """
         if self._by_document:
             return self._supervise_by_document(batch)
+        if batch.share is not WHOLE:
+            raise UserError(
+                f"parallelism.context: {type(self.model).__name__} with {self._decoder.config._attn_implementation} "
+                "attention reads whole rows; use backend.attn_implementation=sdpa, or parallelism.context=1"
+            )
         return Supervision(*self.forward(batch.input_ids, batch.positions))
 
     def _supervise_by_document(self, batch: Batch) -> Supervision:
-        with self._attention(BY_DOCUMENT), packed_documents(batch.document_lengths()):
-            return Supervision(*self.forward(batch.input_ids, batch.positions))
+        share = batch.share.beside()
+        with self._attention(BY_DOCUMENT), packed_documents(batch.document_lengths(), share):
+            return Supervision(*self.forward(share.take(batch.input_ids), share.take(batch.positions)))
 
     def last_layers(self, count: int) -> Sequence[nn.Module]:
         return list(self.layers)[-count:]

@@ -6,6 +6,9 @@ causal call of torch's ``scaled_dot_product_attention``: causality hides the pad
 layer has a sliding window of w, a longer document is cut into pieces of w queries, each with the w - 1 keys before it;
 one mask [w, 2w - 1] serves them all. Memory grows with the tokens.
 
+Where ranks share the tokens of the rows, queries are those of this rank's share, and keys and values are gathered. A
+part of a document is then a piece behind all the keys before it, which a causal mask aligned to the last key hides.
+
 What transformers hands from its mask function to every layer is a :class:`DocumentMask`, as flex attention's is a
 BlockMask. It carries the window that transformers gives this kind of layer: some layers do not say it again.
 """
@@ -18,27 +21,34 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from nemo_speculative.context import WHOLE, Share
 from nemo_speculative.devices import send
 
 BY_DOCUMENT = "by_document"
 """The name under which transformers knows this attention."""
 SHORTEST_SHARE = 0.75
 """Documents share a call down to this share of the longest: more calls cost their start, fewer cost padding."""
+MASKED_SCORES = {"cpu": 1 << 22}
+"""Scores of a head, at most, of a piece behind keys before it: a CPU has no kernel for its mask, and makes it whole."""
 
-_lengths: ContextVar[tuple[int, ...]] = ContextVar("document lengths")
+_packed: ContextVar[tuple[tuple[int, ...], Share]] = ContextVar("document lengths, and who computes what of them")
 
 
 @contextmanager
-def packed_documents(lengths: Sequence[int]) -> Iterator[None]:
-    """While it is open, the rows of a model with this attention hold documents of these lengths, row after row."""
-    token = _lengths.set(tuple(lengths))
+def packed_documents(lengths: Sequence[int], share: Share = WHOLE) -> Iterator[None]:
+    """While it is open, the rows of a model with this attention hold documents of these lengths, row after row.
+
+    The model is given ``share`` of them.
+    """
+    token = _packed.set((tuple(lengths), share))
     try:
         yield
     finally:
-        _lengths.reset(token)
+        _packed.reset(token)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class _Piece:
     first: int
     start: int
     end: int
+    at: int
+    """Where in the share its queries are."""
 
     @property
     def before(self) -> int:
@@ -67,43 +79,62 @@ class _Call:
     """Of each piece, padding included."""
     keys: int
     mask: torch.Tensor | None
-    """bool [queries, keys]; None: causal."""
+    """bool [queries, keys], or torch's name for one; None: causal."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which of the B * L tokens each call reads, one call after the other: Q queries and K keys."""
+    """Which of the m tokens of the share, and of all B * L, the calls read one after the other: Q queries, K keys."""
 
     queries: torch.Tensor
     """int64 [Q]"""
     keys: torch.Tensor
     """int64 [K]"""
     results: torch.Tensor
-    """int64 [B * L]: which of the Q results is a token's."""
+    """int64 [m]: which of the Q results is a token's."""
     calls: tuple[_Call, ...]
 
 
 class DocumentMask:
     """What the tokens of packed rows see: their own document up to themselves, or the last ``window`` of that."""
 
-    def __init__(self, lengths: Sequence[int], window: int | None):
+    def __init__(self, lengths: Sequence[int], window: int | None, share: Share = WHOLE):
         """``lengths``: tokens of every document, padding's included, row after row."""
-        self._groups = _grouped(list(_pieces(lengths, window)))
-        self._window = window
+        self.share = share
+        self._lengths, self._window = lengths, window
         self._plans: dict[torch.device, _Plan] = {}
 
     def plan(self, device: torch.device) -> _Plan:
         """Made once for each device that holds layers."""
         if device not in self._plans:
-            self._plans[device] = _planned(self._groups, self._window, device)
+            parts = _parts(self._lengths, self.share)
+            pieces = _pieces(parts, self._window, MASKED_SCORES.get(device.type))
+            self._plans[device] = _planned(_grouped(list(pieces)), self._window, device)
         return self._plans[device]
 
 
-def _pieces(lengths: Sequence[int], window: int | None) -> Iterator[_Piece]:
-    for length, end in zip(lengths, accumulate(lengths), strict=True):
-        step = min(length, window or length)
-        for start in range(end - length, end, step):
-            yield _Piece(max(end - length, start - step + 1), start, min(start + step, end))
+def _parts(lengths: Sequence[int], share: Share) -> Iterator[_Piece]:
+    """What the share has of each document, behind all of the document's keys before it."""
+    at = 0
+    for run in share.runs(sum(lengths)):
+        for length, end in zip(lengths, accumulate(lengths), strict=True):
+            part = range(max(end - length, run.start), min(end, run.stop))
+            if part:
+                yield _Piece(end - length, part.start, part.stop, at)
+                at += len(part)
+
+
+def _pieces(parts: Iterator[_Piece], window: int | None, most: int | None) -> Iterator[_Piece]:
+    """``parts`` cut where a window or ``most`` scores of a mask ask for it."""
+    for part in parts:
+        step = part.queries
+        if window:
+            step = min(step, window)
+        elif most and part.before:
+            step = min(step, max(most // (part.end - part.first), 1))
+        for start in range(part.start, part.end, step):
+            first = max(part.first, start - window + 1) if window else part.first
+            yield _Piece(first, start, min(start + step, part.end), part.at + start - part.start)
 
 
 def _grouped(pieces: list[_Piece]) -> list[list[_Piece]]:
@@ -135,16 +166,18 @@ def _places(group: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
     Padding repeats the last token of its own piece, so that not even a NaN passes from one document to another.
     """
-    first, start, last = torch.tensor([(p.first, p.start, p.end - 1) for p in group]).T[..., None]
-    queries = start + torch.arange(group[0].queries)
+    first, last, at, end = torch.tensor([(p.first, p.end - 1, p.at, p.at + p.queries - 1) for p in group]).T[..., None]
+    queries = at + torch.arange(group[0].queries)
     keys = first + torch.arange(group[0].before + group[0].queries)
-    return queries.minimum(last).flatten(), keys.minimum(last).flatten(), (queries <= last).flatten()
+    return queries.minimum(end).flatten(), keys.minimum(last).flatten(), (queries <= end).flatten()
 
 
 def _call(group: list[_Piece], window: int | None, device: torch.device) -> _Call:
     queries, before = group[0].queries, group[0].before
-    mask = None
-    if window and before:
+    mask: torch.Tensor | None = None
+    if before and not window:
+        mask = causal_lower_right(queries, before + queries)
+    elif before and window:
         own = before + torch.arange(queries, device=device)[:, None]
         key = torch.arange(before + queries, device=device)
         mask = (key <= own) & (key > own - window)
@@ -159,7 +192,8 @@ def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool 
     """
     if use_vmap or (local_size is not None and local_size != getattr(config, "sliding_window", None)):
         raise NotImplementedError("attention by document knows causality and sliding windows alone")
-    return DocumentMask(_lengths.get(), local_size)
+    lengths, share = _packed.get()
+    return DocumentMask(lengths, local_size, share)
 
 
 def attention_by_document(
@@ -175,8 +209,8 @@ def attention_by_document(
     """What transformers calls for the attention of a layer.
 
     Args:
-        query: [B, H, L, d].
-        key, value: [B, H_kv, L, d] and [B, H_kv, L, d_v].
+        query: [B, H, L, d], of a share [1, H, m, d].
+        key, value: [B, H_kv, L, d] and [B, H_kv, L, d_v], of a share likewise.
         scaling: of the scores; None: d ** -0.5.
 
     Returns:
@@ -191,20 +225,22 @@ def attention_by_document(
     plan = attention_mask.plan(query.device)
     per_query = [call.pieces * call.queries for call in plan.calls]
     per_key = [call.pieces * call.keys for call in plan.calls]
+    keys, values = attention_mask.share.everywhere(_by_token(key), _by_token(value))
     parts = zip(
         plan.calls,
-        _gathered(query, plan.queries).split(per_query),
-        _gathered(key, plan.keys).split(per_key),
-        _gathered(value, plan.keys).split(per_key),
+        _by_token(query).index_select(0, plan.queries).split(per_query),
+        plan.keys.split(per_key),
         strict=True,
     )
-    out = torch.cat([_attend(call, q, k, v, scaling) for call, q, k, v in parts])
+    out = torch.cat(
+        [_attend(call, q, keys.index_select(0, at), values.index_select(0, at), scaling) for call, q, at in parts]
+    )
     return out.index_select(0, plan.results).unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def _gathered(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """[B, H, L, d] → [M, H, d]"""
-    return x.transpose(1, 2).flatten(0, 1).index_select(0, at)
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, L, d] → [B * L, H, d]"""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def _attend(

@@ -65,6 +65,7 @@ class RemoteTarget(TargetEnds):
         """
         layout = Layout.of(batch, self.config.hidden_size, self.identity)
         made = self.servers.ask(pack_batch(batch), self.identity, layout, pinned=self.device.type == "cuda")
+        made = made.of(batch.share)
         return Supervision(send(made.aux, self.device), send(made.last_hidden, self.device))
 
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import Provenance, Servable
 from nemo_speculative.config.schema import Answers, Resume, TinyModelConfig, TrainJob
+from nemo_speculative.context import ALONE, Context
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.chosen import chosen_vocabulary
 from nemo_speculative.data.documents import Documents
@@ -278,7 +279,7 @@ def build_draft_vocabulary(job: TrainJob, target: Target, training: Documents) -
     return chosen_vocabulary(training, job.draft.vocabulary(target.config.vocab_size))
 
 
-def build_objective(job: TrainJob, target: Target) -> Objective:
+def build_objective(job: TrainJob, target: Target, context: Context = ALONE) -> Objective:
     objective: type[UnrollObjective] = get_class(job.draft.objective)
     hidden_size = getattr(job.draft, "hidden_size", None) or target.config.hidden_size
     return objective.build(
@@ -287,6 +288,7 @@ def build_objective(job: TrainJob, target: Target) -> Objective:
         seed=job.seed,
         tau_steps=job.exporter.num_steps,
         slots_alive=job.trainer.slots(hidden_size, target.device.type),
+        context=context,
     )
 
 

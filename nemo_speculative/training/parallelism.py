@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from nemo_speculative.addresses import FRESH_STORE, LOOPBACK, collect_on
 from nemo_speculative.config.schema import ParallelismConfig
+from nemo_speculative.context import ALONE, Context
 from nemo_speculative.errors import UserError
 from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, patient_group
 from nemo_speculative.training import titan
@@ -125,6 +126,15 @@ def data_rank(dims: titan.ParallelDims) -> tuple[int, int]:
     Ranks that share rows are neighbours: context is the innermost axis of the mesh.
     """
     return dist.get_rank() // dims.cp, dims.world_size // dims.cp
+
+
+def context(dims: titan.ParallelDims) -> Context:
+    """The ranks that share the tokens of this one's rows."""
+    if dims.cp == 1:
+        return ALONE
+    group = dims.get_mesh("cp").get_group()
+    beside = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    return Context(group, beside)
 
 
 def shard_draft(

@@ -9,7 +9,7 @@ from nemo_speculative.ranks import first_rank_first, first_rank_only
 from nemo_speculative.training import assembly
 from nemo_speculative.training.finish import measure_and_summarize, save_questions
 from nemo_speculative.training.heartbeat import Heartbeat, lost_ranks_named
-from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
+from nemo_speculative.training.parallelism import context, fast_float32_matmuls, process_group
 from nemo_speculative.training.plan import describe
 
 
@@ -42,7 +42,7 @@ def train(job: TrainJob) -> None:
             vocabulary = first_rank_first(partial(assembly.build_draft_vocabulary, job, target, data.training))
             assembly.announce(data, vocabulary)
             draft = assembly.build_draft(job, target, vocabulary)
-            objective = assembly.build_objective(job, target)
+            objective = assembly.build_objective(job, target, context(dims))
             run = assembly.prepare_run(job)
             trainer = assembly.build_trainer(
                 job, target=target, draft=draft, objective=objective, data=data, run=run, dims=dims, device=device

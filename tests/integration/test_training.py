@@ -64,10 +64,12 @@ def test_the_same_seed_gives_the_same_weights_twice(settings, finished, tmp_path
     assert weights(tmp_path / "run") == weights(finished)
 
 
-def test_two_ranks_train_as_one_does(settings, finished, tmp_path):
-    done = train(settings, tmp_path / "run", run=torchrun)
+@pytest.mark.parametrize("parallelism", ["fsdp2", "cp"])
+def test_two_ranks_train_as_one_does(settings, finished, tmp_path, parallelism):
+    done = train(settings, tmp_path / "run", f"parallelism={parallelism}", run=torchrun)
     assert done.returncode == 0, done.stderr
     for one, two in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
+        assert two["data/rows"] == one["data/rows"]
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
         assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)
         if "val/loss" in one:

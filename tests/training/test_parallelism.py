@@ -8,7 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
-from nemo_speculative.training.parallelism import check_restarts, data_rank, exchange, gather_ahead, mesh, shard_draft
+from nemo_speculative.training.parallelism import (
+    check_restarts,
+    context,
+    data_rank,
+    exchange,
+    gather_ahead,
+    mesh,
+    shard_draft,
+)
 from nemo_speculative.training.trainer import Trainee
 from tests.objectives.cases import eagle, eagle3, lay_out, make_documents
 from tests.training.ranks import on_ranks
@@ -17,8 +25,14 @@ CASES = {"eagle3": eagle3(draft_vocab=15), "eagle1": eagle(num_steps=2)}
 FSDP2, DDP = {"shard": -1}, {"replicate": -1}
 LAYOUTS = {
     1: {"single": {}, "offloaded": {"offload": True}},
-    2: {"fsdp2": FSDP2, "ddp": DDP, "offloaded": FSDP2 | {"offload": True}},
-    4: {"fsdp2": FSDP2, "ddp": DDP, "hsdp": {"replicate": -1, "shard": 2}},
+    2: {"fsdp2": FSDP2, "ddp": DDP, "offloaded": FSDP2 | {"offload": True}, "cp": {"context": 2}},
+    4: {
+        "fsdp2": FSDP2,
+        "ddp": DDP,
+        "hsdp": {"replicate": -1, "shard": 2},
+        "fsdp2 over cp": FSDP2 | {"context": 2},
+        "ddp over cp": DDP | {"context": 2},
+    },
 }
 ROWS = [[[14, 9], [21, 5]], [[30], [11, 11]], [[8, 8, 8], [25]], [[17, 12], [26]]]
 """Lengths of documents: of eight rows of 32 tokens, in pairs."""
@@ -46,20 +60,19 @@ def rows():
 def one_step(case, config, dtype=torch.float32):
     """Loss and whole gradient of the global batch, and what was exchanged for it."""
     dims = mesh(ParallelismConfig(**config))
-    goal = case.make_objective()
+    alone, goal = case.make_objective(), case.make_objective(context=context(dims))
     trainee = shard_draft(Trainee(case.make_draft(), goal), dims, dtype, config.get("offload", False))
     rank, ranks = data_rank(dims)
     torch.manual_seed(0)
     made = [lay_out(layout, 32) for layout in rows()]
-    schedules = [(goal.schedule(batch), supervision) for batch, supervision in made]
-    counts = sum(schedule.counts for schedule, _ in schedules)
-    mine = schedules[rank::ranks]
+    counts = sum(alone.schedule(batch).counts for batch, _ in made)
+    mine = [(goal.schedule(batch), supervision) for batch, supervision in made[rank::ranks]]
     loss = torch.zeros(())
     with Exchanges() as exchanged:
         gather_ahead(trainee)
         for n, (schedule, supervision) in enumerate(mine):
             exchange(trainee, last=n + 1 == len(mine))
-            out = trainee(schedule, supervision, counts)
+            out = trainee(schedule, supervision.of(schedule.batch.share), counts)
             out.loss.backward()
             loss += out.loss.detach()
     norm = titan.clip_grad_norm_(trainee.parameters(), 1e9)
@@ -77,7 +90,10 @@ def all_layouts():
     layouts = LAYOUTS[dist.get_world_size()]
     titan.bind_device("cpu")
     found = {f"{case}, {name}": one_step(CASES[case], config) for case in CASES for name, config in layouts.items()}
-    return found | {f"bfloat16, {name}": one_step(CASES["eagle3"], layouts[name], torch.bfloat16) for name in layouts}
+    whole_rows = [name for name in layouts if "context" not in layouts[name]]
+    return found | {
+        f"bfloat16, {name}": one_step(CASES["eagle3"], layouts[name], torch.bfloat16) for name in whole_rows
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +102,14 @@ def found():
     return {ranks: on_ranks(ranks, all_layouts)[0] for ranks in LAYOUTS}
 
 
-WHICH = [(ranks, case, name) for ranks, layouts in LAYOUTS.items() for case in (*CASES, "bfloat16") for name in layouts]
+WHICH = [
+    (ranks, case, name)
+    for ranks, layouts in LAYOUTS.items()
+    for case in (*CASES, "bfloat16")
+    for name, config in layouts.items()
+    # Of a part of a row bfloat16 gives another gradient, by a rounding.
+    if case != "bfloat16" or "context" not in config
+]
 
 
 @pytest.mark.parametrize("ranks, case, layout", WHICH)

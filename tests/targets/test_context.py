@@ -1,0 +1,98 @@
+"""Ranks that share the tokens of packed rows get the hidden states that one rank alone computes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_speculative.context import Context
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.packing import collate
+from nemo_speculative.errors import UserError
+from nemo_speculative.targets import packed_attention
+from nemo_speculative.targets.hf import HFTarget
+from tests.conftest import make_tokenizer
+from tests.targets.test_packed_attention import FAMILIES, draw
+from tests.training.ranks import on_ranks
+
+WHICH = ["llama", "qwen2", "mistral", "gemma3", "learned positions"]
+ROWS = {
+    "documents across the borders of chunks": ([[11, 7, 19], [40], [5, 3]], 40),
+    "one document": ([[301]], 301),
+    "many short ones": ([[3, 1, 4, 1, 5, 9, 2, 6, 5]], 50),
+}
+HALO = 3
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A random model of each family."""
+    made = {}
+    for name in WHICH:
+        made[name] = str(tmp_path_factory.mktemp("family"))
+        torch.manual_seed(0)
+        model_type, config = FAMILIES[name]
+        model_type(config).save_pretrained(made[name])
+        make_tokenizer().save_pretrained(made[name])
+    return made
+
+
+def batch_of(rows: str) -> Batch:
+    lengths, width = ROWS[rows]
+    return collate(draw(lengths), width, pad_id=1)
+
+
+def world() -> Context:
+    return Context(dist.group.WORLD, dist.new_group())
+
+
+def shares(directories, scores):
+    """What this rank computes of each batch, and which tokens these are."""
+    packed_attention.MASKED_SCORES["cpu"] = scores
+    context, found = world(), {}
+    for name, directory in directories.items():
+        target = HFTarget(directory, aux_layers=[0, 1, 2])
+        for rows in ROWS:
+            batch = batch_of(rows)
+            share = context.share(batch.num_tokens, HALO)
+            made = target.supervise(replace(batch, share=share))
+            places = share.places(torch.arange(made.aux.shape[1]))
+            found[f"{name}, {rows}"] = made.aux[0], made.last_hidden[0], places
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(directories):
+    """Of each rank, by their number: of two with masks that are as large as they get, of four with small ones."""
+    return {2: on_ranks(2, shares, directories, 1 << 22), 4: on_ranks(4, shares, directories, 256)}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", WHICH)
+def test_hidden_states_are_those_of_one_rank(found, directories, name, ranks):
+    target = HFTarget(directories[name], aux_layers=[0, 1, 2])
+    for rows in ROWS:
+        whole = target.supervise(batch_of(rows))
+        seen = torch.zeros(whole.aux.shape[:2].numel(), dtype=torch.bool)
+        for aux, last_hidden, places in (rank[f"{name}, {rows}"] for rank in found[ranks]):
+            for mine, its in ((aux, whole.aux), (last_hidden, whole.last_hidden)):
+                expected = its.flatten(0, 1)[places]
+                torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+            seen[places] = True
+        assert seen.all()
+
+
+def refusal(directory):
+    target = HFTarget(directory, aux_layers=[0], attn_implementation="eager")
+    batch = batch_of("one document")
+    try:
+        target.supervise(replace(batch, share=world().share(batch.num_tokens, HALO)))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_an_attention_that_reads_whole_rows_is_refused(directories):
+    for said in on_ranks(2, refusal, directories["llama"]):
+        assert said.startswith("parallelism.context: LlamaForCausalLM with eager attention reads whole rows")
