@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,6 +63,11 @@ class Context:
     """None: this rank has them all."""
     group_beside: dist.ProcessGroup | None = None
     """The same ranks by other connections."""
+
+    @classmethod
+    def planned(cls, ranks: int) -> "Context":
+        """That of the first of so many ranks, which need not be there: it says what is whose, and gathers nothing."""
+        return cls(SimpleNamespace(size=lambda: ranks, rank=lambda: 0)) if ranks > 1 else ALONE  # type: ignore[arg-type]
 
     def share(self, num_tokens: int, halo: int) -> Share:
         """This rank's share of a batch.

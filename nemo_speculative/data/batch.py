@@ -51,6 +51,11 @@ class Batch:
         return self.host or self
 
     @property
+    def whole(self) -> "Batch":
+        """The same with all of its tokens on this rank."""
+        return self if self.share is WHOLE else replace(self, share=WHOLE)
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """The names of the conversations."""
         return tuple(span.id for span in self.spans)

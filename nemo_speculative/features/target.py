@@ -6,14 +6,12 @@ Of the target itself only embedding and head are loaded.
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_speculative.config.schema import MaskConvention
-from nemo_speculative.context import WHOLE
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.devices import send
@@ -101,7 +99,7 @@ class FeaturesTarget(TargetEnds):
         if None not in found:
             return self._read(host, found)
         if self._filler:
-            return self._filler.supervise(replace(batch, share=WHOLE), keys).of(batch.share)
+            return self._filler.supervise(batch.whole, keys).of(batch.share)
         span = host.spans[found.index(None)]
         raise UserError(f"backend.directory: document {span.id} is not in {self.directory}; capture it first")
 

@@ -121,6 +121,23 @@ def check_target(job: TrainJob) -> None:
     config = target_config(job.model)
     settle_draft(job, config)
     job.data.lengths(config.max_position_embeddings)
+    if job.parallelism.context > 1:
+        check_sharing(config)
+
+
+def check_sharing(config: Any) -> None:
+    """Ranks that share the tokens of a row compute the same rotary frequencies.
+
+    Raises:
+        UserError: they do not.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
+    if changing := sorted(kinds & {"dynamic", "longrope"}):
+        raise UserError(
+            f"parallelism.context: the target's rope_type is {changing[0]}, whose frequencies follow the longest "
+            "position that a rank sees, and every rank sees another one; set parallelism.context=1"
+        )
 
 
 def settle_draft(job: TrainJob, config: Any) -> None:

@@ -1,7 +1,11 @@
 """Mixed mode: what is missing is computed once, by the target itself, and read from then on."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from nemo_speculative.context import Context
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.errors import UserError
 from nemo_speculative.features.budget import Budget
@@ -68,6 +72,17 @@ def test_a_run_that_goes_on_uses_what_was_captured(algorithm, documents, target_
     again.supervise(batches[2])
     assert asked[-1] is batches[2]
     again.close()
+
+
+def test_ranks_that_share_a_row_write_the_whole_of_it(algorithm, online, documents, target_dir, tmp_path):
+    batch = epochs(documents, 1)[0][0]
+    share = Context.planned(2).share(batch.num_tokens, halo=3)
+    mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
+    found, expected = mixed.supervise(replace(batch, share=share)), online.supervise(batch)
+    assert torch.equal(found.aux, expected.of(share).aux) and found.aux.shape[1] < batch.num_tokens
+    mixed.close()
+    again = reading(target_dir, tmp_path / "f", algorithm)
+    assert_same(loss_of(algorithm, again, [batch]), loss_of(algorithm, online, [batch]))
 
 
 def test_captured_features_are_filled_up_where_they_are_not_complete(

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.context import Context
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
 from nemo_speculative.features.codecs import CODECS
@@ -59,6 +61,10 @@ def test_everything_that_is_stored_is_what_the_target_computed(algorithm, online
                 found.last_hidden[span.row, labels], expected.last_hidden[span.row, labels], rtol=1e-4, atol=1e-4
             )
         assert found.aux.shape == expected.aux.shape and found.aux.dtype == expected.aux.dtype
+        share = Context.planned(2).share(batch.num_tokens, halo=3)
+        mine, its = features.supervise(replace(batch, share=share)), found.of(share)
+        assert torch.equal(mine.aux, its.aux) and torch.equal(mine.last_hidden, its.last_hidden)
+        assert mine.aux.shape[1] < batch.num_tokens
 
 
 @pytest.mark.parametrize(("stored", "tolerance"), [("bfloat16", 0.05), ("fp8", 0.3)])
@@ -69,7 +75,11 @@ def test_fewer_bytes_cost_precision_and_nothing_else(
     small = capture_into(tmp_path / "small", online, documents, algorithm, codec=CODECS[stored])
     assert bytes_of(small) < bytes_of(plain) * {"bfloat16": 0.55, "fp8": 0.4}[stored]
     batches = batches_of(documents, seed=2)
-    loss, _ = loss_of(algorithm, reading(target_dir, small, algorithm), batches)
+    features = reading(target_dir, small, algorithm)
+    share = Context.planned(2).share(batches[0].num_tokens, halo=3)
+    mine = features.supervise(replace(batches[0], share=share))
+    assert torch.equal(mine.aux, features.supervise(batches[0]).of(share).aux)
+    loss, _ = loss_of(algorithm, features, batches)
     assert abs(loss - loss_of(algorithm, online, batches)[0]) < tolerance * abs(loss)
 
 

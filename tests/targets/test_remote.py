@@ -5,6 +5,7 @@ import http.server
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import urllib3
 
 from nemo_speculative.addresses import free_port
 from nemo_speculative.config.schema import RemoteBackendConfig
+from nemo_speculative.context import Context
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
@@ -56,6 +58,8 @@ def test_packed_rows_are_supervised_as_in_process_bit_by_bit(target_dir, dtype, 
     with serving(HFTarget(target_dir, aux_layers=aux_layers, dtype=dtype)) as server:
         remote = RemoteTarget(target_dir, aux_layers=aux_layers, dtype=dtype, urls=[server.url])
         found, expected = remote.supervise(batch), local.supervise(batch)
+        share = Context.planned(2).share(batch.num_tokens, halo=3)
+        assert same(remote.supervise(replace(batch, share=share)), expected.of(share))
     assert same(found, expected) and found.aux.dtype == dtype and found.aux.shape[-1] == 32 * len(local.aux_layers)
     ids = batch.input_ids
     assert torch.equal(remote.embed(ids), local.embed(ids)) and remote.fingerprint == local.fingerprint
