@@ -41,14 +41,17 @@ def prepare(folder: Path, length: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """MB of the row in ``folder``, in this process."""
+    """MB of the row in ``folder``, in this process; which has a share of it where it is one of several ranks."""
+    import torch
+
     from benchmarks.training_step.case import Setup
     from benchmarks.training_step.implementations.own import Ours
     from benchmarks.training_step.worker import Memory
 
     ours = Ours(Setup(folder), frozenset())
+    batch = ours.objective.schedule(ours.batches[0], torch.device("cpu")).batch
     memory = Memory()
-    ours.target.supervise(ours.batches[0])
+    ours.target.supervise(batch)
     target = memory.added_mb()
     ours.step(ours.batches[0])
     ours.close()

@@ -1,6 +1,7 @@
 """This project's training step, the dense textbook one in its place, and the target's forward alone."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from nemo_speculative.objectives.base import LossSum, Objective
 from nemo_speculative.objectives.unroll import UnrollObjective
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group, shard_draft
+from nemo_speculative.training.parallelism import context, fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.training.trainer import Trainee
 
 CPU = torch.device("cpu")
@@ -51,7 +52,10 @@ class Ours(Trainer):
     def __init__(self, setup: Setup, variants: frozenset[str]):
         super().__init__()
         # What the trainer itself wraps the draft with: float32 weights, and bfloat16 copies to compute with.
-        dims = self.resources.enter_context(process_group(CPU, ParallelismConfig()))
+        # Several ranks, where a launcher started some, share the rows.
+        parallelism = ParallelismConfig(context=int(os.environ.get("WORLD_SIZE", "1")))
+        dims = self.resources.enter_context(process_group(CPU, parallelism))
+        self.context = context(dims)
         self.resources.enter_context(fast_float32_matmuls(CPU))
         self.target = load_target(setup)
         self.batches = packed_batches(setup)
@@ -64,11 +68,13 @@ class Ours(Trainer):
         config = dataclasses.replace(draft_config(setup.case), **changes)
         objective: type[UnrollObjective] = get_class(config.objective)
         alive = TrainerConfig().slots(setup.case.size.hidden_size, CPU.type)
-        return objective.build(self.target, config, seed=SEED, tau_steps=TAU_STEPS, slots_alive=alive)
+        return objective.build(
+            self.target, config, seed=SEED, tau_steps=TAU_STEPS, slots_alive=alive, context=self.context
+        )
 
     def loss(self, batch: Batch) -> torch.Tensor:
         schedule = self.objective.schedule(batch, CPU)
-        return self.trainee(schedule, self.target.supervise(batch), schedule.counts).loss
+        return self.trainee(schedule, self.target.supervise(schedule.batch), schedule.counts).loss
 
 
 class Textbook(Ours):
