@@ -1,9 +1,11 @@
-"""Memory that one training step of a long row adds to each rank, where ranks share its tokens.
+"""Memory that one training step of a long row takes on each rank, where ranks share its tokens.
 
 python -m benchmarks.context [--length 16384] [--ranks 1,2,4] [--threads N]
 
-Target, draft and row are those of :mod:`benchmarks.long_rows`; "target" and "step" are what they are there, of the rank
-that takes most.  "of one" is the share of what a rank alone takes.
+Target, draft and row are those of :mod:`benchmarks.long_rows`: a small model, and one conversation of which half is
+supervised.  MB are the most that tensors take at once on the rank that takes most, without the weights, by torch's own
+profiler: "target" in the target's forward, "step" in a whole step after the first.  "of one" is the share of what a
+rank alone takes.
 """
 
 import argparse
@@ -11,12 +13,29 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from benchmarks import long_rows
-from benchmarks.processes import exit_status, last_line_of, last_lines_of
+from benchmarks.long_rows import prepare
+from benchmarks.processes import exit_status, last_lines_of
 from benchmarks.training_step.table import machine
 
 MODULE = "benchmarks.context"
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """MB of the row in ``folder`` on this rank."""
+    from benchmarks.training_step.case import Setup
+    from benchmarks.training_step.implementations.own import CPU, Ours
+    from benchmarks.training_step.worker import peak_of_tensors
+
+    ours = Ours(Setup(folder), frozenset())
+    (whole,) = ours.batches
+    batch = ours.objective.schedule(whole, CPU).batch
+    target = peak_of_tensors(lambda: ours.target.supervise(batch))
+    ours.step(whole)
+    step = peak_of_tensors(lambda: ours.step(whole))
+    ours.close()
+    return {"target": target / 1e6, "step": step / 1e6}
 
 
 def _table(length: int, counts: Sequence[int], threads: int) -> None:
@@ -24,10 +43,9 @@ def _table(length: int, counts: Sequence[int], threads: int) -> None:
     print(f"{'ranks':>6}{'target MB':>12}{'of one':>9}{'step MB':>12}{'of one':>9}")
     alone: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
-        of_length = ["--lengths", str(length)]
-        last_line_of(long_rows.MODULE, [*of_length, "--prepare", name], threads)
+        prepare(Path(name), length)
         for ranks in counts:
-            lines = last_lines_of(long_rows.MODULE, [*of_length, "--within", name], threads, ranks)
+            lines = last_lines_of(MODULE, ["--within", name], threads, ranks)
             found = [json.loads(line) for line in lines]
             most = {part: max(rank[part] for rank in found) for part in ("target", "step")}
             alone = alone or most
@@ -42,7 +60,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--length", type=int, default=16384, help="tokens of the row (default: 16384)")
     parser.add_argument("--ranks", default="1,2,4", help="how many share it, one after the other (default: 1,2,4)")
     parser.add_argument("--threads", type=int, default=1, help="of each rank (default: 1)")
+    parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.within:
+        print(json.dumps(measure(options.within)))
+        return 0
     counts = [int(n) for n in options.ranks.split(",")]
     return exit_status(lambda: _table(options.length, counts, options.threads))
 

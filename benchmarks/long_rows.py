@@ -41,17 +41,14 @@ def prepare(folder: Path, length: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """MB of the row in ``folder``, in this process; which has a share of it where it is one of several ranks."""
-    import torch
-
+    """MB of the row in ``folder``, in this process."""
     from benchmarks.training_step.case import Setup
     from benchmarks.training_step.implementations.own import Ours
     from benchmarks.training_step.worker import Memory
 
     ours = Ours(Setup(folder), frozenset())
-    batch = ours.objective.schedule(ours.batches[0], torch.device("cpu")).batch
     memory = Memory()
-    ours.target.supervise(batch)
+    ours.target.supervise(ours.batches[0])
     target = memory.added_mb()
     ours.step(ours.batches[0])
     ours.close()

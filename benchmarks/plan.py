@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.processes import exit_status, last_line_of
 from benchmarks.training_step.case import SIZES, Case, Size
 from benchmarks.training_step.table import machine
-from benchmarks.training_step.worker import Memory
+from benchmarks.training_step.worker import Memory, peak_of_tensors
 from nemo_speculative.errors import UsageError
 
 MODULE = "benchmarks.plan"
@@ -124,8 +124,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             added = memory.added_mb() * 1e6
             stay = [p for m in (target.model, draft) for p in m.parameters()]
             moments = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
-            trace = Path(job.output_dir) / f"trace_{torch.distributed.get_rank()}.json"
-            peak = _peak_of(lambda: _steps(trainer, PROFILED), trace) + _bytes(moments)
+            peak = peak_of_tensors(lambda: _steps(trainer, PROFILED)) + _bytes(moments)
             most = torch.tensor([peak + _bytes(stay), added - peak], dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             shape = assembly.draft_shape(job, target.config, vocabulary.size)
@@ -148,17 +147,6 @@ def _bytes(tensors: Sequence[Any]) -> int:
     """Of this rank's parts of them."""
     parts = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
     return sum(part.numel() * part.element_size() for part in parts)
-
-
-def _peak_of(work: Callable[[], Any], trace: Path) -> float:
-    """The most bytes of tensors that were alive at once of what ``work`` made."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    profiler.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def _steps(trainer: Any, count: int) -> float:

@@ -10,12 +10,15 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training_step.case import Setup
 from benchmarks.training_step.implementations.base import Implementation
@@ -72,6 +75,17 @@ class Memory:
 
     def added_mb(self) -> float:
         return _status_mb("VmHWM") - self.before
+
+
+def peak_of_tensors(work: Callable[[], Any]) -> float:
+    """The most bytes of tensors that were alive at once of what ``work`` made."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def _status_mb(key: str) -> float:

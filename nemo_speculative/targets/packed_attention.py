@@ -7,7 +7,7 @@ layer has a sliding window of w, a longer document is cut into pieces of w queri
 one mask [w, 2w - 1] serves them all. Memory grows with the tokens.
 
 Where ranks share the tokens of the rows, queries are those of this rank's share, and keys and values are gathered. A
-part of a document is then a piece behind all the keys before it, which a causal mask aligned to the last key hides.
+part of a document is then cut into pieces with all the keys before them, small enough for a mask of each.
 
 What transformers hands from its mask function to every layer is a :class:`DocumentMask`, as flex attention's is a
 BlockMask. It carries the window that transformers gives this kind of layer: some layers do not say it again.
@@ -21,7 +21,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -32,8 +31,8 @@ BY_DOCUMENT = "by_document"
 """The name under which transformers knows this attention."""
 SHORTEST_SHARE = 0.75
 """Documents share a call down to this share of the longest: more calls cost their start, fewer cost padding."""
-MASKED_SCORES = {"cpu": 1 << 22}
-"""Scores of a head, at most, of a piece behind keys before it: a CPU has no kernel for its mask, and makes it whole."""
+MASKED_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Scores of a head, at most, of a piece with all the keys before it: its mask is made whole."""
 
 _packed: ContextVar[tuple[tuple[int, ...], Share]] = ContextVar("document lengths, and who computes what of them")
 
@@ -78,18 +77,31 @@ class _Call:
     queries: int
     """Of each piece, padding included."""
     keys: int
-    mask: torch.Tensor | None
-    """bool [queries, keys], or torch's name for one; None: causal."""
+    """Of each piece, likewise."""
+    at: slice | torch.Tensor
+    """Where these are among those of all B * L tokens, int64 [pieces * keys]; of one piece a slice: no copy."""
+    window: torch.Tensor | None
+    """bool [queries, keys]: what is seen within a window; None: all before."""
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Its own of the keys or values [B * L, H_kv, d] of all tokens."""
+        return x[self.at] if isinstance(self.at, slice) else x.index_select(0, self.at)
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """bool [queries, keys]; None: causal."""
+        before = self.keys - self.queries
+        if self.window is not None or not before:
+            return self.window
+        # Of one call only: of all of them it would be as large as the scores of all tokens.
+        return torch.ones(self.queries, self.keys, dtype=torch.bool, device=device).tril_(before)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which of the m tokens of the share, and of all B * L, the calls read one after the other: Q queries, K keys."""
+    """Which of the m tokens of the share are the Q queries of the calls, one call after the other."""
 
     queries: torch.Tensor
     """int64 [Q]"""
-    keys: torch.Tensor
-    """int64 [K]"""
     results: torch.Tensor
     """int64 [m]: which of the Q results is a token's."""
     calls: tuple[_Call, ...]
@@ -108,7 +120,7 @@ class DocumentMask:
         """Made once for each device that holds layers."""
         if device not in self._plans:
             parts = _parts(self._lengths, self.share)
-            pieces = _pieces(parts, self._window, MASKED_SCORES.get(device.type))
+            pieces = _pieces(parts, self._window, MASKED_SCORES[device.type])
             self._plans[device] = _planned(_grouped(list(pieces)), self._window, device)
         return self._plans[device]
 
@@ -124,13 +136,13 @@ def _parts(lengths: Sequence[int], share: Share) -> Iterator[_Piece]:
                 at += len(part)
 
 
-def _pieces(parts: Iterator[_Piece], window: int | None, most: int | None) -> Iterator[_Piece]:
+def _pieces(parts: Iterator[_Piece], window: int | None, most: int) -> Iterator[_Piece]:
     """``parts`` cut where a window or ``most`` scores of a mask ask for it."""
     for part in parts:
         step = part.queries
         if window:
             step = min(step, window)
-        elif most and part.before:
+        elif part.before:
             step = min(step, max(most // (part.end - part.first), 1))
         for start in range(part.start, part.end, step):
             first = max(part.first, start - window + 1) if window else part.first
@@ -152,36 +164,38 @@ def _fits(piece: _Piece, longest: _Piece) -> bool:
 
 
 def _planned(groups: list[list[_Piece]], window: int | None, device: torch.device) -> _Plan:
-    placed = [_places(group) for group in groups]
-    queries, keys, real = (torch.cat(part) for part in zip(*placed, strict=True))
+    queries, real = (torch.cat(part) for part in zip(*map(_queries, groups), strict=True))
     kept = real.nonzero()[:, 0]
     results = torch.empty_like(kept)
     results[queries[kept]] = kept
-    queries, keys, results = (send(x, device) for x in (queries, keys, results))
-    return _Plan(queries, keys, results, tuple(_call(group, window, device) for group in groups))
+    return _Plan(send(queries, device), send(results, device), tuple(_call(group, window, device) for group in groups))
 
 
-def _places(group: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of one call, int64 [Q'] and [K'], and bool [Q'], which queries are not padding.
+def _queries(group: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one call, int64 [Q'], and bool [Q'], which are not padding.
 
     Padding repeats the last token of its own piece, so that not even a NaN passes from one document to another.
     """
-    first, last, at, end = torch.tensor([(p.first, p.end - 1, p.at, p.at + p.queries - 1) for p in group]).T[..., None]
+    at, last = torch.tensor([(p.at, p.at + p.queries - 1) for p in group]).T[..., None]
     queries = at + torch.arange(group[0].queries)
-    keys = first + torch.arange(group[0].before + group[0].queries)
-    return queries.minimum(end).flatten(), keys.minimum(last).flatten(), (queries <= end).flatten()
+    return queries.minimum(last).flatten(), (queries <= last).flatten()
+
+
+def _keys(group: list[_Piece]) -> torch.Tensor:
+    """Of one call, int64 [K']; padded likewise."""
+    first, last = torch.tensor([(p.first, p.end - 1) for p in group]).T[..., None]
+    return (first + torch.arange(group[0].before + group[0].queries)).minimum(last).flatten()
 
 
 def _call(group: list[_Piece], window: int | None, device: torch.device) -> _Call:
     queries, before = group[0].queries, group[0].before
-    mask: torch.Tensor | None = None
-    if before and not window:
-        mask = causal_lower_right(queries, before + queries)
-    elif before and window:
+    mask = None
+    if window and before:
         own = before + torch.arange(queries, device=device)[:, None]
         key = torch.arange(before + queries, device=device)
         mask = (key <= own) & (key > own - window)
-    return _Call(len(group), queries, before + queries, mask)
+    at = slice(group[0].first, group[0].end) if len(group) == 1 else send(_keys(group), device)
+    return _Call(len(group), queries, before + queries, at, mask)
 
 
 def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> DocumentMask:
@@ -223,18 +237,10 @@ def attention_by_document(
     if asked or dropout or not isinstance(attention_mask, DocumentMask):
         raise NotImplementedError(f"attention by document with {asked or dropout or type(attention_mask).__name__}")
     plan = attention_mask.plan(query.device)
-    per_query = [call.pieces * call.queries for call in plan.calls]
-    per_key = [call.pieces * call.keys for call in plan.calls]
     keys, values = attention_mask.share.everywhere(_by_token(key), _by_token(value))
-    parts = zip(
-        plan.calls,
-        _by_token(query).index_select(0, plan.queries).split(per_query),
-        plan.keys.split(per_key),
-        strict=True,
-    )
-    out = torch.cat(
-        [_attend(call, q, keys.index_select(0, at), values.index_select(0, at), scaling) for call, q, at in parts]
-    )
+    queries = _by_token(query).index_select(0, plan.queries).split([call.pieces * call.queries for call in plan.calls])
+    parts = zip(plan.calls, queries, strict=True)
+    out = torch.cat([_attend(call, q, call.of(keys), call.of(values), scaling) for call, q in parts])
     return out.index_select(0, plan.results).unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -251,7 +257,8 @@ def _attend(
     if (groups := q.shape[1] // k.shape[1]) > 1:
         # Not every kernel takes fewer heads of keys, and torch then falls to the one that makes the scores whole.
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=call.mask, is_causal=call.mask is None, scale=scaling)
+    mask = call.mask(query.device)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
     return out.transpose(1, 2).flatten(0, 1)
 
 

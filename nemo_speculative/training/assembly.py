@@ -133,9 +133,9 @@ def check_sharing(config: Any) -> None:
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
-    if changing := sorted(kinds & {"dynamic", "longrope"}):
+    if changing := kinds & {"dynamic", "longrope"}:
         raise UserError(
-            f"parallelism.context: the target's rope_type is {changing[0]}, whose frequencies follow the longest "
+            f"parallelism.context: the target's rope_type is {changing.pop()}, whose frequencies follow the longest "
             "position that a rank sees, and every rank sees another one; set parallelism.context=1"
         )
 

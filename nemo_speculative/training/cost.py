@@ -39,7 +39,9 @@ class Amount:
     """How much there is to compute in one micro-batch, or on average in several."""
 
     tokens: float
-    """Of the rows, padding included."""
+    """Of the rows, padding included; where ranks share them, of this one's share."""
+    everywhere: float
+    """Of the rows as a whole: whose keys and values are there."""
     slots: tuple[float, ...]
     """Of each step of the unroll."""
     scores: tuple[float, ...]
@@ -51,7 +53,7 @@ class Amount:
     labels: float
     """Positions at which the target's logits are taken."""
     pairs: float
-    """Pairs of a token and a token of its document that it sees: the target's attention."""
+    """Pairs of one of ``tokens`` and a token of its document that it sees: the target's attention."""
     alive: tuple[float, ...]
     """Of ``slots``, those of the largest part: what is alive at once."""
     rows_alive: float
@@ -64,16 +66,16 @@ class Amount:
     @classmethod
     def of(cls, schedule: Schedule, deeper: bool = False) -> "Amount":
         """Of a schedule on the host; ``deeper``: the draft has several layers."""
-        lengths = torch.tensor(schedule.batch.document_lengths(), dtype=torch.float64)
         largest = max(schedule.parts, key=lambda part: sum(part.slots.alive))
         return cls(
-            tokens=schedule.batch.num_tokens,
+            tokens=len(schedule.layout.positions),
+            everywhere=schedule.batch.num_tokens,
             slots=_by_step([part.slots.alive for part in schedule.parts]),
             scores=_by_step([list(map(_scores, part.slots.blocks)) for part in schedule.parts]),
             lower_scores=_scores(schedule.layout.block) if deeper else 0,
             rows=sum(len(part.rows.output) for part in schedule.parts),
             labels=sum(len(part.rows.labels) for part in schedule.parts),
-            pairs=float((lengths * (lengths + 1) / 2).sum()),
+            pairs=float((schedule.layout.positions.double() + 1).sum()),
             alive=_by_step([largest.slots.alive]),
             rows_alive=len(largest.rows.output),
             rows_at_once=max(rows.stop - rows.start for part in schedule.parts for rows, _ in part.rows.chunks),
@@ -126,7 +128,9 @@ class TargetCost:
         self.end_parameters = sum(ends.values())
         """Of embedding and head, which cached training needs too."""
         self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
-        self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.attention_width = heads * head_dim
+        self.key_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
         self.intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         self.layers = config.num_hidden_layers
         self.per_token = sum(m.weight.numel() for m in decoder.modules() if isinstance(m, nn.Linear))
@@ -143,9 +147,12 @@ class TargetCost:
 
     def forward_bytes(self, amount: Amount, element: int, aux_layers: int) -> float:
         """What is alive at most inside a forward pass: a layer's MLP or attention, beside the states kept so far."""
-        kept = (2 + aux_layers) * self.hidden
-        inside = max(3 * self.intermediate, 8 * self.attention_width, (aux_layers + 1) * self.hidden)
-        return amount.tokens * element * (kept + inside)
+        kept = amount.tokens * (2 + aux_layers) * self.hidden
+        # What is gathered, in its own order and then in the batch's; and a copy for every head of the queries.
+        gathered = (amount.everywhere - amount.tokens) * (4 * self.key_width + 2 * self.attention_width)
+        attention = amount.tokens * 8 * self.attention_width + gathered
+        mlp = amount.tokens * max(3 * self.intermediate, (aux_layers + 1) * self.hidden)
+        return element * (kept + max(mlp, attention))
 
 
 class DraftCost:
@@ -222,10 +229,14 @@ class DraftCost:
         h, keys_values = self.hidden, 2 * self.narrow
         # Embeddings and features, plain and normed; keys and values; and of lower layers all that a step keeps.
         at_all = 4 * h + keys_values + (self.num_layers - 1) * (self._of_layer(element, 0) + keys_values)
-        prefix = self.token_width + h + self.num_layers * keys_values + (h if self.num_layers > 1 else 0)
-        kept = element * (amount.tokens * at_all + self._of_steps(amount.alive, element) + amount.rows_alive * 2 * h)
+        gathered = (amount.everywhere - amount.tokens) * self.num_layers * keys_values
+        prefix = amount.tokens * (
+            self.token_width + h + self.num_layers * keys_values + (h if self.num_layers > 1 else 0)
+        )
+        kept = amount.tokens * at_all + gathered + self._of_steps(amount.alive, element) + amount.rows_alive * 2 * h
         # The prefix's gradient so far, and this part's; probabilities of a piece, and their gradient.
-        return kept + 2 * FLOAT32 * (amount.tokens * prefix + self.wide / self.head_dim * amount.scores_alive)
+        gradients = prefix + gathered + self.wide / self.head_dim * amount.scores_alive
+        return element * kept + 2 * FLOAT32 * gradients
 
     def _of_steps(self, slots: Sequence[float], element: int) -> float:
         first = slots[0] * (2 * self.hidden + self._behind_projection(element) - self.wide)

@@ -10,6 +10,7 @@ from hydra.utils import get_class
 from transformers import AutoModelForCausalLM
 
 from nemo_speculative.config.schema import TrainJob
+from nemo_speculative.context import Context
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.objectives.unroll import UnrollObjective
@@ -68,7 +69,8 @@ def count(job: TrainJob, models: Models, batches: list[Batch], device: torch.dev
     """What there is to compute on ``device`` in each of ``batches``."""
     objective: type[UnrollObjective] = get_class(job.draft.objective)
     alive = job.trainer.slots(models.draft.hidden, device.type)
-    built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, slots_alive=alive)  # type: ignore[arg-type]
+    context = Context.planned(job.parallelism.context)
+    built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, slots_alive=alive, context=context)  # type: ignore[arg-type]
     return [Amount.of(built.schedule(batch), models.draft.num_layers > 1) for batch in batches[:SAMPLE]]
 
 

@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_speculative.context import Context
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
@@ -68,8 +70,11 @@ def equal(found, expected, batch):
 def test_packed_rows_are_laid_out_as_they_were(asked, whole, target_dir, batch, most):
     ours = SGLangTarget(target_dir, aux_layers=None, max_tokens=most)
     asked.clear()
-    equal(ours.supervise(batch), whole.supervise(batch), batch)
+    found = ours.supervise(batch)
+    equal(found, whole.supervise(batch), batch)
     assert asked == {41: [[11, 7, 19, 4]], 26: [[11, 7], [19, 4]], 19: [[11, 7], [19], [4]]}[most]
+    share = Context.planned(2).share(batch.num_tokens, halo=3)
+    assert torch.equal(ours.supervise(replace(batch, share=share)).aux, found.of(share).aux)
 
 
 def test_the_ranks_share_every_forward_and_keep_their_own(asked, whole, target_dir, batch, monkeypatch):

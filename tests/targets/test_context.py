@@ -65,7 +65,7 @@ def shares(directories, scores):
 @pytest.fixture(scope="module")
 def found(directories):
     """Of each rank, by their number: of two with masks that are as large as they get, of four with small ones."""
-    return {2: on_ranks(2, shares, directories, 1 << 22), 4: on_ranks(4, shares, directories, 256)}
+    return {2: on_ranks(2, shares, directories, 1 << 20), 4: on_ranks(4, shares, directories, 256)}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

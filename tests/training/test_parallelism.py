@@ -1,5 +1,8 @@
 """How a draft lies on several ranks changes nothing that it learns, and no more is exchanged than has to be."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.errors import UserError
 from nemo_speculative.training import titan
+from nemo_speculative.training.assembly import check_sharing
 from nemo_speculative.training.parallelism import (
     check_restarts,
     context,
@@ -181,6 +185,19 @@ def test_ranks_that_share_rows_are_neighbours(ranks, config, fake_ranks):
         assert [dims.get_mesh(name).size() for name in names] == ([8, 8] if ranks == 64 else [512])
     context = config.get("context", 1)
     assert seen == [(rank // context, ranks // context) for rank in (0, 1, 7, 8, ranks - 1)]
+
+
+@pytest.mark.parametrize("rope_type, refused", [("yarn", False), ("dynamic", True), ("longrope", True)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_frequencies_that_follow_the_longest_position_are_refused_where_ranks_share_rows(rope_type, refused, nested):
+    rope = {"rope_type": rope_type, "factor": 4.0}
+    parameters = {"sliding_attention": {"rope_type": "default"}, "full_attention": rope} if nested else rope
+    with (
+        pytest.raises(UserError, match=rf"parallelism.context: .* rope_type is {rope_type}")
+        if refused
+        else nullcontext()
+    ):
+        check_sharing(SimpleNamespace(rope_parameters=parameters))
 
 
 @pytest.fixture
