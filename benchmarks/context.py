@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.long_rows import prepare
-from benchmarks.processes import exit_status, last_lines_of
+from benchmarks.processes import exit_status, last_line_of
 from benchmarks.training_step.table import machine
 
 MODULE = "benchmarks.context"
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """MB of the row in ``folder`` on this rank."""
+    """MB of the row in ``folder`` on the rank that takes most."""
+    import torch
+
     from benchmarks.training_step.case import Setup
     from benchmarks.training_step.implementations.own import CPU, Ours
     from benchmarks.training_step.worker import peak_of_tensors
@@ -34,8 +36,10 @@ def measure(folder: Path) -> dict[str, float]:
     target = peak_of_tensors(lambda: ours.target.supervise(batch))
     ours.step(whole)
     step = peak_of_tensors(lambda: ours.step(whole))
+    most = torch.tensor([target, step]) / 1e6
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     ours.close()
-    return {"target": target / 1e6, "step": step / 1e6}
+    return {"target": float(most[0]), "step": float(most[1])}
 
 
 def _table(length: int, counts: Sequence[int], threads: int) -> None:
@@ -45,9 +49,7 @@ def _table(length: int, counts: Sequence[int], threads: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), length)
         for ranks in counts:
-            lines = last_lines_of(MODULE, ["--within", name], threads, ranks)
-            found = [json.loads(line) for line in lines]
-            most = {part: max(rank[part] for rank in found) for part in ("target", "step")}
+            most = json.loads(last_line_of(MODULE, ["--within", name], threads, ranks))
             alone = alone or most
             columns = "".join(f"{most[part]:12.0f}{most[part] / alone[part]:9.2f}" for part in most)
             print(f"{ranks:6}{columns}", flush=True)
