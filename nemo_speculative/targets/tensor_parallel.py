@@ -60,12 +60,12 @@ class TensorParallelTarget(PlacedTarget):
         host, own = batch.on_host, dist.get_rank(self.group)
         asked = gathered(torch.stack([host.input_ids, host.positions]), self.group)
         found = [
-            self._computed(batch if rank == own else _batch_of(*tokens).to(self.device), keep=rank == own)
+            self._computed(batch.whole if rank == own else _batch_of(*tokens).to(self.device), keep=rank == own)
             for rank, tokens in enumerate(asked)
         ]
         supervision = found[own]
         assert supervision is not None
-        return supervision
+        return supervision.of(batch.share)
 
     def _computed(self, batch: Batch, keep: bool) -> Supervision | None:
         """None, and no memory, for what another rank asked for."""
