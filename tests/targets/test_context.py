@@ -1,6 +1,7 @@
 """Ranks that share the tokens of packed rows get the hidden states that one rank alone computes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
 from nemo_speculative.targets import packed_attention
 from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.sharded import ShardedTarget
+from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
 from tests.conftest import make_tokenizer
 from tests.targets.test_packed_attention import FAMILIES, draw
 from tests.training.ranks import on_ranks
@@ -81,6 +84,26 @@ def test_hidden_states_are_those_of_one_rank(found, directories, name, ranks):
                 torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
             seen[places] = True
         assert seen.all()
+
+
+def of_divided_targets(directory):
+    """What this rank computes of a batch by targets that ranks hold together."""
+    context, batch, found = world(), batch_of("documents across the borders of chunks"), []
+    for placement in (ShardedTarget, TensorParallelTarget):
+        share = context.share(batch.num_tokens, HALO)
+        made = placement(Path(directory), aux_layers=[0, 1, 2]).supervise(replace(batch, share=share))
+        found.append((made.aux[0], made.last_hidden[0], share.places(torch.arange(made.aux.shape[1]))))
+    return found
+
+
+def test_a_divided_target_gives_each_rank_its_share(directories):
+    whole = HFTarget(directories["llama"], aux_layers=[0, 1, 2]).supervise(
+        batch_of("documents across the borders of chunks")
+    )
+    for of_rank in on_ranks(2, of_divided_targets, directories["llama"]):
+        for aux, last_hidden, places in of_rank:
+            torch.testing.assert_close(aux, whole.aux.flatten(0, 1)[places], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(last_hidden, whole.last_hidden.flatten(0, 1)[places], rtol=1e-4, atol=1e-4)
 
 
 def refusal(directory):
