@@ -17,6 +17,7 @@ from nemo_speculative.data.vocabulary import DraftVocabulary
 from nemo_speculative.drafts.attention import Pair, cached_attention
 from nemo_speculative.drafts.cache import KVCache
 from nemo_speculative.drafts.layers import DraftLayer, Rotary, rotate
+from nemo_speculative.drafts.rope import plain_rope, positions_like, rope_like
 from nemo_speculative.drafts.slots import Layout, Slots
 from nemo_speculative.drafts.unroll import Entry, Prefix, first_pass, unroll
 
@@ -42,7 +43,11 @@ class DraftShape:
 
 
 def numbers_for(config: "DraftConfig | None", target_config: Any) -> dict[str, Any]:
-    """The fields of :class:`DraftShape`: those of one of the target's layers, unless ``config`` says otherwise."""
+    """The fields of :class:`DraftShape`: those of one of the target's layers, unless ``config`` says otherwise.
+
+    Raises:
+        UserError: the target's rotary embedding cannot be a draft's.
+    """
     heads = target_config.num_attention_heads
     like_target = {
         "hidden_size": target_config.hidden_size,
@@ -53,19 +58,16 @@ def numbers_for(config: "DraftConfig | None", target_config: Any) -> dict[str, A
         "num_layers": 1,
     }
     chosen = {name: getattr(config, name, None) for name in like_target}
+    numbers = like_target | {name: value for name, value in chosen.items() if value is not None}
+    theta = getattr(config, "rope_theta", None)
+    rope = rope_like(target_config, numbers["head_dim"]) if theta is None else plain_rope(theta)
     return {
-        **like_target,
-        **{name: value for name, value in chosen.items() if value is not None},
+        **numbers,
         "rms_norm_eps": getattr(target_config, "rms_norm_eps", 1e-6),
-        "max_positions": target_config.max_position_embeddings,
-        "rope_parameters": _full_attention_rope(target_config),
+        "max_positions": positions_like(target_config, rope),
+        "rope_parameters": rope,
         "vocab_size": target_config.vocab_size,
     }
-
-
-def _full_attention_rope(config: Any) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10000.0}
-    return dict(rope.get("full_attention", rope))
 
 
 class FrozenEnds(Protocol):

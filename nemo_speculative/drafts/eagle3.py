@@ -47,11 +47,12 @@ class Eagle3Shape(DraftShape):
 
     @classmethod
     def like_target(
-        cls, target_config: Any, aux_layers: Sequence[int], draft_vocab_size: int | None, **switches: Any
-    ) -> "Eagle3Shape":
-        """A draft whose layer has the shape of one of the target's."""
+        cls, target_config: Any, aux_layers: Sequence[int], draft_vocab_size: int | None,
+        config: "DraftConfig | None" = None, **switches: Any,
+    ) -> "Eagle3Shape":  # fmt: skip
+        """A draft whose layer has the shape of one of the target's, unless ``config`` or ``switches`` say otherwise."""
         return cls(
-            **{**numbers_for(None, target_config), **switches},
+            **{**numbers_for(config, target_config), **switches},
             draft_vocab_size=draft_vocab_size,
             aux_layers=tuple(aux_layers),
             target_hidden_size=target_config.hidden_size,
@@ -124,8 +125,7 @@ class Eagle3Draft(Draft):
     ) -> Eagle3Shape:
         names = ("fc_norm", "norm_before_fc", "norm_output")
         switches = {name: getattr(config, name) for name in names}
-        numbers = numbers_for(config, target_config) | switches
-        return Eagle3Shape.like_target(target_config, aux_layers, vocabulary_size, **numbers)
+        return Eagle3Shape.like_target(target_config, aux_layers, vocabulary_size, config, **switches)
 
     def _add_layers(self, shape: Eagle3Shape) -> None:
         """One layer is ``midlayer``, which every version of SGLang loads; several are ``layers.N``."""

@@ -30,7 +30,7 @@ class Layout:
     host_positions: torch.Tensor
     """int64 [B * L], on the host: from 0 in every document."""
     positions: torch.Tensor
-    """int64 [m], on the device: of those of the share."""
+    """int64 [m], on the device: of those of the share, as the draft's rotary embedding is told, which may differ."""
     share: Share
 
     @classmethod
@@ -62,18 +62,22 @@ class Slots:
     index: torch.Tensor
     """int64 [N]: position of each, within ``reads``."""
     places: torch.Tensor
-    """int64 [N]: its position in its document."""
+    """int64 [N]: what the draft's rotary embedding is told of its position."""
     blocks: tuple[Block, ...]
     """What of ``keys`` the slots of each step see."""
 
     @classmethod
-    def of(cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device, share: Share = WHOLE) -> "Slots":
+    def of(
+        cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device, share: Share = WHOLE,
+        told: torch.Tensor | None = None,
+    ) -> "Slots":  # fmt: skip
         """The slots of a batch, or some of them.
 
         Args:
             positions: int64 [B, L], on the host, from 0 in every document.
             steps: int64 [B, L], or [m] of the share, on the host: how many steps the slot at each position runs; 0:
                 none.
+            told: int64 [B, L], on the host: the positions that the rotary embedding is told; None: ``positions``.
         """
         steps, flat = steps.flatten(), positions.flatten()
         used = steps.nonzero()[:, 0]
@@ -96,6 +100,6 @@ class Slots:
             reads=reads,
             keys=keys,
             index=send(index - first, device),
-            places=send(flat[at], device),
+            places=send((flat if told is None else told.flatten())[at], device),
             blocks=tuple(blocks[n] for n in alive),
         )

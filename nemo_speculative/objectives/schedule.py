@@ -74,6 +74,7 @@ def make_schedule(
     step_weights: torch.Tensor,
     device: torch.device,
     slots_alive: int | None = None,
+    told: torch.Tensor | None = None,
 ) -> Schedule:
     """The schedule of ``batch``, which is on the host, for ``device``.
 
@@ -81,7 +82,9 @@ def make_schedule(
         mask: bool [T, B, L], who is supervised.
         depths: int64 [B, L], how many steps a slot may run; None: all.
         slots_alive: in one part, at most, rounded up to 64; None: all.
+        told: int64 [B, L], the positions that the draft's rotary embedding is told; None: the batch's.
     """
+    told = batch.positions if told is None else told
     # Of the whole batch: a document may belong to several ranks.
     weights = batch.share.owned(_weights(mask, batch.documents, normalization).flatten(1))
     counts, sampled = weights.sum(1), mask.flatten(1)
@@ -91,10 +94,11 @@ def make_schedule(
     sampled = batch.share.owned(sampled)
     longest = (sampled * steps).amax(0)
     parts = tuple(
-        _part(batch, longest * of_part, sampled, weights, device) for of_part in _neighbours(longest > 0, slots_alive)
+        _part(batch, told, longest * of_part, sampled, weights, device)
+        for of_part in _neighbours(longest > 0, slots_alive)
     )
-    there = batch.to(device)
-    return Schedule(there, Layout.of(batch.positions, there.positions, batch.share), parts, counts, step_weights)
+    layout = Layout.of(batch.positions, send(told, device), batch.share)
+    return Schedule(batch.to(device), layout, parts, counts, step_weights)
 
 
 def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
@@ -107,10 +111,11 @@ def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
 
 
 def _part(
-    batch: Batch, longest: torch.Tensor, sampled: torch.Tensor, weights: torch.Tensor, device: torch.device
-) -> Part:
+    batch: Batch, told: torch.Tensor, longest: torch.Tensor, sampled: torch.Tensor, weights: torch.Tensor,
+    device: torch.device,
+) -> Part:  # fmt: skip
     """Of the slots that run ``longest`` steps, int64 [m]; ``sampled`` and ``weights`` are [T, m]."""
-    slots = Slots.of(batch.positions, longest, device, batch.share)
+    slots = Slots.of(batch.positions, longest, device, batch.share, told)
     supervised = sampled[:, slots.host_index] & slots.real
     rows = _rows(slots, supervised, weights[:, slots.host_index].float(), device)
     return Part(slots, rows, send(supervised, device))

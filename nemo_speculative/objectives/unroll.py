@@ -21,6 +21,7 @@ from nemo_speculative.objectives.base import LossSum
 from nemo_speculative.objectives.depths import geometric_depths
 from nemo_speculative.objectives.head import FrozenHead, Head, Judge, LinearHead, head_loss
 from nemo_speculative.objectives.parts import Sums, sum_of_parts
+from nemo_speculative.objectives.positions import skipped_positions
 from nemo_speculative.objectives.schedule import Part, Rows, Schedule, make_schedule
 from nemo_speculative.objectives.supervision import supervision_mask
 from nemo_speculative.targets.base import Supervision, Target
@@ -36,6 +37,8 @@ class UnrollObjective(ABC):
         step_decay: step i weighs ``step_decay ** i``.
         normalization: what a slot weighs.
         depth_sampling: whether a slot that weighs less at a later step runs it less often instead.
+        position_offset: positions of the draft in training go up to this, by a random skip in each document; None: no
+            skips.
         seed: of those draws.
         tau_steps: draft tokens of the chain that ``tau`` simulates.
         slots_alive: slots whose unroll is alive at once; None: all.
@@ -51,6 +54,7 @@ class UnrollObjective(ABC):
         convention: MaskConvention,
         normalization: Normalization = Normalization.token,
         depth_sampling: DepthSampling = DepthSampling.none,
+        position_offset: int | None = None,
         seed: int = 0,
         tau_steps: int,
         slots_alive: int | None = None,
@@ -58,6 +62,7 @@ class UnrollObjective(ABC):
     ):
         self.target, self.num_steps, self.convention = target, num_steps, convention
         self.step_decay, self.depth_sampling, self.seed = step_decay, depth_sampling, seed
+        self.position_offset = position_offset
         self.weights = torch.tensor([step_decay**i for i in range(num_steps)], dtype=torch.float64)
         self.normalization = normalization
         self.tau_steps, self.slots_alive, self.context = min(tau_steps, num_steps), slots_alive, context
@@ -76,6 +81,7 @@ class UnrollObjective(ABC):
             convention=config.mask_convention,
             normalization=config.normalization,
             depth_sampling=config.depth_sampling,
+            position_offset=config.position_offset,
             seed=seed,
             tau_steps=tau_steps,
             slots_alive=slots_alive,
@@ -88,15 +94,17 @@ class UnrollObjective(ABC):
         return {}
 
     def schedule(self, batch: Batch, device: torch.device = CPU, training: bool = True) -> Schedule:
-        """What a step computes of ``batch``, which is on the host; in validation no depth is sampled."""
+        """What a step computes of ``batch``, which is on the host; in validation nothing is sampled."""
         # A slot's last step reads the token, and is judged by the target's output, num_steps behind it.
         batch = replace(batch, share=self.context.share(batch.num_tokens, halo=self.num_steps))
         mask = supervision_mask(batch.loss_mask, batch.documents, self.num_steps, self.convention)
         sampled = training and self.depth_sampling is DepthSampling.geometric
         depths = geometric_depths(batch, self.step_decay, self.seed) if sampled else None
+        moved = training and self.position_offset is not None
+        told = skipped_positions(batch, self.position_offset or 0, self.seed) if moved else None
         # Who survives to a later step weighs 1 there.
         per_step = torch.ones_like(self.weights) if sampled else self.weights
-        return make_schedule(batch, mask, depths, self.normalization, per_step, device, self.slots_alive)
+        return make_schedule(batch, mask, depths, self.normalization, per_step, device, self.slots_alive, told)
 
     def loss(self, draft: Draft, schedule: Schedule, supervision: Supervision, counts: torch.Tensor) -> LossSum:
         batch = schedule.batch

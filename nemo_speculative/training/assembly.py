@@ -120,7 +120,8 @@ def check_target(job: TrainJob) -> None:
     job.backend.share_of_layers(int(os.environ.get("WORLD_SIZE", 1)))
     config = target_config(job.model)
     settle_draft(job, config)
-    job.data.lengths(config.max_position_embeddings)
+    max_length, _ = job.data.lengths(config.max_position_embeddings)
+    job.draft.check_positions(max_length)
     if job.parallelism.context > 1:
         check_sharing(config)
 

@@ -48,6 +48,7 @@ def describe(job: TrainJob) -> str:
     config, tokenizer = target.config, target.tokenizer
     settle_draft(job, config)
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
+    job.draft.check_positions(max_length)
     items = load_split(job).training
     how = Tokenizing(tokenizer, target.stop_ids, max_length, config.vocab_size)
     documents = _tokenized(job, items, how)

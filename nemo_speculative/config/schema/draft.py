@@ -62,6 +62,8 @@ class DraftConfig:
     num_heads: Optional[int] = None
     num_kv_heads: Optional[int] = None
     head_dim: Optional[int] = None
+    rope_theta: Optional[float] = None
+    """Base of a plain rotary embedding of the draft's own; null: the target's, with its scaling."""
     num_steps: int = 7
     """Steps of the unroll in training (T)."""
     step_decay: float = 0.8
@@ -72,17 +74,37 @@ class DraftConfig:
     """What weighs the same in the loss: every supervised token, or every conversation."""
     depth_sampling: DepthSampling = DepthSampling.none
     """geometric: a slot runs step i with probability step_decay ** i and weighs 1 there; same expected gradient."""
+    position_offset: Optional[int] = None
+    """In training every document skips positions at a random place, up to this one, so that the draft meets longer
+    distances than its documents have; null: no skips. The target reads the true positions."""
     init_from_target: InitFromTarget = field(default_factory=InitFromTarget)
 
     def __post_init__(self) -> None:
         require_positive(
             self, "draft", "num_steps", "step_decay", "num_layers", "intermediate_size", "num_heads", "num_kv_heads",
-            "head_dim",
+            "head_dim", "rope_theta", "position_offset",
         )  # fmt: skip
+        require(
+            self.init_from is None or self.rope_theta is None,
+            f"draft.rope_theta is {self.rope_theta} and draft.init_from={self.init_from}: a draft keeps the rotation "
+            "that it was trained with; leave out draft.rope_theta",
+        )
         require(
             self.depth_sampling is DepthSampling.none or self.step_decay < 1,
             f"draft.depth_sampling is geometric and draft.step_decay is {self.step_decay}: no slot would be sampled "
             "away; set draft.step_decay below 1, e.g. 0.8, or draft.depth_sampling=none",
+        )
+
+    def check_positions(self, max_length: int) -> None:
+        """Documents of ``max_length`` tokens leave room for a skip.
+
+        Raises:
+            UserError: they do not.
+        """
+        require(
+            self.position_offset is None or self.position_offset > max_length,
+            f"draft.position_offset is {self.position_offset}: expected more than data.max_length={max_length}, e.g. "
+            "twice the longest text to be served, or null",
         )
 
     def chosen_aux_layers(self, num_layers: int) -> list[int]:
