@@ -1,5 +1,7 @@
 """A task that an EAGLE-3 draft can only do by looking back: what follows a token hangs on the document's first token.
 
+    python -m tests.objectives.recall        (τ without skips and with them, three seeds)
+
 Words are random, and after word x the target is sure of table[first token, x].  Its features say the first token at
 the first position, and nothing anywhere else; so the draft's attention has to find it, however far behind it is.
 """
@@ -17,7 +19,8 @@ from nemo_speculative.targets.base import Supervision
 
 KEYS, WORDS, HIDDEN = 4, 12, 32
 VOCAB = KEYS + WORDS
-LENGTH, ROWS, STEPS, RATE, WARMUP = 32, 16, 300, 3e-3, 20
+LENGTH, ROWS, STEPS, RATE, WARMUP = 32, 16, 300, 6e-3, 20
+OFFSET = 8 * LENGTH
 UNROLLED, MEASURED, HELD_OUT = 4, 32, 8
 
 
@@ -89,3 +92,11 @@ def _tau(draft, objective, target, length):
     last = batch.loss_mask & (batch.positions >= length - MEASURED)
     schedule = objective.schedule(replace(batch, loss_mask=last), training=False)
     return objective.metrics(objective.loss(draft, schedule, target.supervise(batch), schedule.counts).sums)["tau"]
+
+
+if __name__ == "__main__":  # the table of docs/long_context.md
+    torch.set_num_threads(1)
+    for offset in (None, OFFSET):
+        for seed in range(3):
+            found = train_and_measure(offset, seed)
+            print(f"{offset!s:6}{seed:3}" + "".join(f"{tau:8.2f}" for tau in found.values()), flush=True)

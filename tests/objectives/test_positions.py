@@ -11,7 +11,7 @@ from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
 from nemo_speculative.objectives.positions import skipped_positions
 from tests.objectives.cases import EXACT, assert_same_gradients, eagle, eagle3, lay_out, make_documents, oracle_of, run
-from tests.objectives.recall import LENGTH, train_and_measure
+from tests.objectives.recall import LENGTH, OFFSET, train_and_measure
 
 CASES = {
     "eagle1": eagle(),
@@ -99,7 +99,7 @@ def test_an_offset_that_leaves_no_room_is_refused(config):
 
 def test_tau_at_four_times_the_training_length_holds_with_skips_and_collapses_without():
     """The tokens hang on the document's first one, which only the draft's attention can find."""
-    found = {offset: train_and_measure(offset, seed=0) for offset in (None, 16 * LENGTH)}
+    found = {offset: train_and_measure(offset, seed=0) for offset in (None, OFFSET)}
     assert all(tau[LENGTH] > 4.5 for tau in found.values())
-    assert found[16 * LENGTH][4 * LENGTH] >= 0.8 * found[16 * LENGTH][LENGTH]
-    assert found[None][4 * LENGTH] < 0.5 * found[None][LENGTH]
+    assert found[OFFSET][4 * LENGTH] >= 0.8 * found[OFFSET][LENGTH]
+    assert found[None][4 * LENGTH] < 0.6 * found[None][LENGTH]
