@@ -22,10 +22,12 @@ SETTINGS = {
         "convention": MaskConvention.automodel, "normalization": Normalization.conversation, "slots_alive": 1
     },
     "depths": {"depth_sampling": DepthSampling.geometric},
+    "skips": {"position_offset": 400},
 }  # fmt: skip
 WHICH = [
     *(("eagle3", setting) for setting in SETTINGS),
     ("eagle3.1 of two layers", "official, in parts"),
+    ("eagle3.1 of two layers", "skips"),
     ("eagle1", "automodel, by conversation"),
     ("hass of two layers, with noise", "depths"),
 ]
