@@ -1,9 +1,13 @@
 """Small models that the tests make: nothing is downloaded."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it runs in the background so, and every program of a test would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
