@@ -112,18 +112,35 @@ def save_config(job: TrainJob, run: RunDirectory) -> None:
 
 
 def check_target(job: TrainJob) -> None:
-    """Before anything heavy starts: the target can be had, and the job's processes, lengths, vocabulary and layers fit.
+    """Before anything heavy starts: the target can be had, and the job fits it and the processes.
 
     Raises:
         UserError: they do not.
     """
-    job.backend.share_of_layers(int(os.environ.get("WORLD_SIZE", 1)))
-    config = target_config(job.model)
+    check_job(job, target_config(job.model))
+
+
+def check_job(job: TrainJob, config: Any) -> tuple[int, int]:
+    """What a run and its plan refuse alike: processes, lengths, vocabulary and layers that do not fit.
+
+    Args:
+        config: of the target.
+
+    Returns:
+        The longest conversation and the length of a row, in tokens.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    job.backend.share_of_layers(ranks)
+    job.data_ranks(ranks)
     settle_draft(job, config)
-    max_length, _ = job.data.lengths(config.max_position_embeddings)
+    max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
     job.draft.check_positions(max_length)
     if job.parallelism.context > 1:
         check_sharing(config)
+    return max_length, row_tokens
 
 
 def check_sharing(config: Any) -> None:
@@ -311,19 +328,12 @@ def build_objective(job: TrainJob, target: Target, context: Context = ALONE) -> 
 
 
 def build_stream(job: TrainJob, target: Target, data: RunData, dims: titan.ParallelDims) -> RowStream:
-    """The training rows of this rank.
-
-    Raises:
-        UserError: a global batch cannot be split over the ranks.
-    """
-    (rank, ranks), size = data_rank(dims), job.trainer.global_batch_size
-    if size % ranks:
-        shared = f" ({dims.cp} processes share each)" if dims.cp > 1 else ""
-        raise UserError(f"trainer.global_batch_size is {size}: it cannot be split evenly over {ranks} ranks{shared}")
+    """The training rows of this rank."""
+    rank, ranks = data_rank(dims)
     return RowStream(
         data.training,
         row_tokens=data.row_tokens,
-        global_batch_size=size,
+        global_batch_size=job.trainer.global_batch_size,
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=_pad_id(target),
         seed=job.seed,

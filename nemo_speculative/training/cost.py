@@ -67,6 +67,9 @@ class Amount:
     def of(cls, schedule: Schedule, deeper: bool = False) -> "Amount":
         """Of a schedule on the host; ``deeper``: the draft has several layers."""
         largest = max(schedule.parts, key=lambda part: sum(part.slots.alive))
+        layout = schedule.layout
+        # The target's own, which the draft need not be told.
+        places = layout.host_positions[layout.share.places(torch.arange(len(layout.positions)))].double()
         return cls(
             tokens=len(schedule.layout.positions),
             everywhere=schedule.batch.num_tokens,
@@ -75,7 +78,7 @@ class Amount:
             lower_scores=_scores(schedule.layout.block) if deeper else 0,
             rows=sum(len(part.rows.output) for part in schedule.parts),
             labels=sum(len(part.rows.labels) for part in schedule.parts),
-            pairs=float((schedule.layout.positions.double() + 1).sum()),
+            pairs=float((places + 1).sum()),
             alive=_by_step([largest.slots.alive]),
             rows_alive=len(largest.rows.output),
             rows_at_once=max(rows.stop - rows.start for part in schedule.parts for rows, _ in part.rows.chunks),

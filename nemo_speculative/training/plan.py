@@ -1,6 +1,5 @@
 """``plan=true``: what a run would do, from configurations and text alone, without loading any weights."""
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from nemo_speculative.drafts.base import DraftShape
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.training.assembly import draft_shape, load_split, settle_draft
+from nemo_speculative.training.assembly import check_job, draft_shape, load_split
 from nemo_speculative.training.cost import Memory
 from nemo_speculative.training.prediction import (
     Models,
@@ -46,9 +45,7 @@ def describe(job: TrainJob) -> str:
     device = choose_device(job.trainer.device, "trainer.device")
     target = describe_target(job.model)
     config, tokenizer = target.config, target.tokenizer
-    settle_draft(job, config)
-    max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
-    job.draft.check_positions(max_length)
+    max_length, row_tokens = check_job(job, config)
     items = load_split(job).training
     how = Tokenizing(tokenizer, target.stop_ids, max_length, config.vocab_size)
     documents = _tokenized(job, items, how)
@@ -138,7 +135,7 @@ def _stream(job: TrainJob, documents: Documents, row_tokens: int) -> RowStream:
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=0,
         seed=job.seed,
-        world_size=math.prod(job.parallelism.sizes(_ranks())),
+        world_size=job.data_ranks(_ranks()),
     )
 
 

@@ -115,7 +115,7 @@ class DraftTrainer:
             UserError: a loss is not finite, or no target server answers, be it after an interrupt; nothing is saved.
             SystemExit: asked to stop, with status 130 by SIGINT, 0 by SIGTERM.
         """
-        limit_waits(self.parallel_dims, self.config.timeout_seconds)
+        limit_waits(self.parallel_dims, max(self.config.timeout_seconds, self.job.backend.longest_wait))
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in EXIT_STATUS}
         try:
             with self._profiler() as profiler:

@@ -8,8 +8,13 @@ from nemo_speculative.config.schema import (
     EagleDraftConfig,
     EvaluationConfig,
     ExporterConfig,
+    FeaturesBackendConfig,
+    HFBackendConfig,
+    ParallelismConfig,
+    RemoteBackendConfig,
     TinyModelConfig,
     TrainerConfig,
+    TrainJob,
 )
 from nemo_speculative.errors import UserError
 from nemo_speculative.shapes import VocabularySize
@@ -156,3 +161,41 @@ def test_an_evaluation_is_as_the_run_was_where_it_says_nothing():
 )
 def test_slots_at_once(given, width, device, expected):
     assert TrainerConfig(**given).slots(width, device) == expected
+
+
+def job(global_batch_size: int, **parallelism) -> TrainJob:
+    return TrainJob(
+        backend=HFBackendConfig(),
+        data=data(),
+        trainer=TrainerConfig(global_batch_size=global_batch_size),
+        parallelism=ParallelismConfig(**parallelism),
+    )
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "ranks", "expected"), [({}, 1, 1), ({"shard": -1}, 8, 8), ({"shard": -1, "context": 4}, 32, 8)]
+)
+def test_how_many_ranks_read_rows_of_their_own(parallelism, ranks, expected):
+    assert job(8, **parallelism).data_ranks(ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "ranks", "expected"),
+    [
+        ({"shard": -1}, 16, "trainer.global_batch_size is 8: it cannot be split evenly over 16 ranks"),
+        ({"shard": -1, "context": 2}, 6, "trainer.global_batch_size is 8: it cannot be split evenly over 3 ranks (2 "),
+        ({"context": 2}, 1, "parallelism: replicate=1, shard=1 and context=2 do not multiply to the 1 process"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_split_over_the_ranks(parallelism, ranks, expected):
+    with pytest.raises(UserError) as caught:
+        job(8, **parallelism).data_ranks(ranks)
+    assert str(caught.value).startswith(expected)
+
+
+def test_ranks_wait_as_long_as_the_backend_may_take():
+    servers = RemoteBackendConfig(urls=["http://a:1", "http://b:1"], timeout=300, attempts=4)
+    assert servers.longest_wait == 2400
+    features = {"directory": "somewhere", "draft": "some.Draft"}
+    assert FeaturesBackendConfig(**features).longest_wait == HFBackendConfig().longest_wait == 0
+    assert FeaturesBackendConfig(**features, fill=True).longest_wait > 600

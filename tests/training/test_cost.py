@@ -156,12 +156,13 @@ def test_the_draft_multiplies_as_often_as_counted(name, slots_alive):
     assert counted == pytest.approx(counter.get_total_flops() / 2, rel=0.04)
 
 
-def test_the_target_multiplies_as_often_as_counted():
+@pytest.mark.parametrize("position_offset", [None, 4096])
+def test_the_target_multiplies_as_often_as_counted(position_offset):
     model, lengths = LlamaForCausalLM(CONFIG), (300, 212)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for n in lengths:
             model.model(torch.zeros(1, n, dtype=torch.long), use_cache=False)
-    _, objective, cost = make(EAGLE3)
+    _, objective, cost = make(dataclasses.replace(EAGLE3, position_offset=position_offset))
     amount = amount_of(objective, batch_of(*lengths), cost)
     found = target_cost().multiply_adds(amount)
     # torch's counter does not see the CPU's attention: of that only what causality leaves is counted.

@@ -57,6 +57,21 @@ class TrainJob:
             "it off",
         )
 
+    def data_ranks(self, ranks: int) -> int:
+        """How many of ``ranks`` processes read rows of their own.
+
+        Raises:
+            UserError: the parallelism is for another number of processes, or a global batch cannot be split over them.
+        """
+        replicate, shard = self.parallelism.sizes(ranks)
+        size, context = self.trainer.global_batch_size, self.parallelism.context
+        shared = f" ({context} processes share each)" if context > 1 else ""
+        require(
+            size % (replicate * shard) == 0,
+            f"trainer.global_batch_size is {size}: it cannot be split evenly over {replicate * shard} ranks{shared}",
+        )
+        return replicate * shard
+
 
 @dataclass
 class EvaluateJob:

@@ -64,6 +64,10 @@ class TinyModelConfig(ModelConfig):
         require_positive(self, "model", "steps", "rows_per_step", "row_tokens", "warmup_steps", "context")
 
 
+LOADING_SECONDS = 3600.0
+"""For a target that is loaded when the first of its features is missing."""
+
+
 @dataclass
 class BackendConfig:
     """What runs the frozen target in training."""
@@ -75,6 +79,11 @@ class BackendConfig:
     GATHERED_LAYERS: ClassVar[int] = 0
     """Whole layers that lie on a device, beside its share, while it computes."""
     _target_: str = MISSING
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that a rank may spend on one batch by this configuration: for so long the others have to wait."""
+        return 0.0
 
     def share_of_layers(self, ranks: int) -> float:
         """How much of the target's decoder layers each of ``ranks`` processes holds.
@@ -181,6 +190,10 @@ class RemoteBackendConfig(BackendConfig):
         require_servers("backend.urls", self.urls)
         require_positive(self, "backend", "timeout", "connect_timeout", "attempts", "rest")
 
+    @property
+    def longest_wait(self) -> float:
+        return self.timeout * self.attempts * len(self.urls)
+
     def share_of_layers(self, ranks: int) -> float:
         return 0.0
 
@@ -203,6 +216,10 @@ class FeaturesBackendConfig(BackendConfig):
 
     def __post_init__(self) -> None:
         require_positive(self, "backend", "shard_mb")
+
+    @property
+    def longest_wait(self) -> float:
+        return LOADING_SECONDS if self.fill else 0.0
 
     def share_of_layers(self, ranks: int) -> float:
         return float(self.fill)

@@ -52,8 +52,8 @@ class ParallelismConfig:
         require(
             replicate * shard * self.context == ranks,
             f"parallelism: replicate={self.replicate}, shard={self.shard} and context={self.context} do not multiply "
-            f"to the {ranks} process(es) that were started; start as many (torchrun --nproc-per-node), or choose "
-            "another parallelism (single, ddp, fsdp2, hsdp, cp)",
+            f"to the {ranks} process(es) that were started; start as many (torchrun --nproc-per-node; for "
+            "plan=true write WORLD_SIZE=N before the command), or another parallelism (single, ddp, fsdp2, hsdp, cp)",
         )
         return replicate, shard
 
@@ -77,7 +77,8 @@ class TrainerConfig:
     compile: bool = False
     """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
     timeout_seconds: float = 600.0
-    """How long a rank waits for the others within a step before it ends; while a checkpoint is measured, for longer."""
+    """How long a rank waits for the others within a step before it ends; longer while a checkpoint is measured, and
+    where the backend's own waits are longer."""
     log_interval: int = 10
     """Steps between two lines of metrics."""
     save_interval: int = 500
