@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig
 
 from nemo_speculative.config.app import CONF, to_job
+from nemo_speculative.config.schema import BackendConfig, ShardedHFBackendConfig, TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
@@ -117,6 +118,7 @@ class Target(ABC):
     """Where the target's layers are."""
 
     name: str
+    config: type[BackendConfig] = BackendConfig
 
     @abstractmethod
     def share(self, gpus: int, a: Assumed) -> float:
@@ -145,6 +147,7 @@ class Sharded(Target):
     """By FSDP2 over all GPUs: the layers are gathered for every row, each while the one before computes."""
 
     name = "hf_fsdp2"
+    config = ShardedHFBackendConfig
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / gpus
@@ -159,6 +162,7 @@ class TensorParallel(Target):
     """Each layer over a node, for the rows of all its ranks in turn; two sums of activations a layer, waited for."""
 
     name = "hf_tp"
+    config = TensorParallelHFBackendConfig
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / min(gpus, a.node)
@@ -239,7 +243,8 @@ def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a:
     after = draft.reduce(parameters, gpus, a) + update
     place = Placement(
         ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
-        target_share=target.share(gpus, a),
+        target_share=target.share(gpus, a), gathered_layers=target.config.GATHERED_LAYERS,
+        together=target.config.TOGETHER, accumulates=work.rows > 1,
     )  # fmt: skip
     computing = work.draft / a.flops + (work.target / a.flops if place.target_share else 0.0)
     memory = step_memory(work.models.target, work.models.draft, work.amount, optimizer, place)

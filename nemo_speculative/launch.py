@@ -6,7 +6,7 @@ python -m nemo_speculative.launch --nnodes 2 --node-rank 0 --master-addr node0 -
 
 Options are torchrun's, but for ``--interface``, which is the loopback where there is one node.  torchrun itself listens
 on every interface, and its c10d rendezvous unpickles what anybody who can connect writes there.  SIGTERM goes to the
-workers, and what they then do decides how the launcher ends.
+workers, and none is started again after it.
 """
 
 import argparse
@@ -77,21 +77,32 @@ class Launcher:
         collect_on(self._args.interface)
         os.environ[FRESH_STORE] = "1"
         rendezvous_handler_registry.register(BACKEND, self._meet)
+        status = 0
         try:
             torchrun.run(self._args)
-        except ChildFailedError as error:
+        except SignalException as error:
+            status = 128 + error.sigval
+            if error.sigval != signal.SIGTERM:
+                return status
+        except (ChildFailedError, RendezvousError, dist.DistError) as error:
+            if not (self._nodes and self._nodes.hears_stop()):
+                raise UserError(self._why(error)) from None
+            # Outside its steps a run has nothing to save: what asks it to stop kills it.
+            status = 128 + signal.SIGTERM
+        given = self._args.stopped_status
+        return given if given is not None and self._nodes and self._nodes.stopped else status
+
+    def _why(self, error: Exception) -> str:
+        """What a user is told of how torch's agent ended."""
+        if isinstance(error, ChildFailedError):
             rank, failure = error.get_first_failure()
             how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-            raise UserError(f"rank {rank} was the first to fail ({how}); what it said is above") from None
-        except SignalException as error:
-            return 128 + error.sigval
-        except (RendezvousError, dist.DistError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"the {self._args.nnodes} node(s) did not meet, or one of them is gone ({first}); start this on "
-                "every node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
-            ) from None
-        return self._args.stopped_status if self._nodes and self._nodes.stopped else 0
+            return f"rank {rank} was the first to fail ({how}); what it said is above"
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return (
+            f"the {self._args.nnodes} node(s) did not meet, or one of them is gone ({first}); start this on "
+            "every node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
+        )
 
     def _meet(self, parameters: RendezvousParameters) -> RendezvousHandler:
         self._nodes = FixedNodes(parameters)
@@ -100,11 +111,12 @@ class Launcher:
         return self._nodes
 
     def _stop(self, number: int, _: object) -> None:
-        """Passes a signal on to the workers; where there are none yet there is nothing to save."""
+        """Passes a signal on to the workers; where there are none there is nothing to save."""
+        if self._nodes:
+            self._nodes.stop()
         children = _children()
-        if not children or self._nodes is None:
-            sys.exit(128 + number)
-        self._nodes.stop()
+        if not children:
+            raise SignalException("no workers to pass it on to", sigval=signal.Signals(number))
         for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, number)
@@ -116,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.description = "torchrun, with everything that listens bound to one network interface"
     parser.add_argument("--interface", help="network interface; the loopback where there is one node")
     parser.add_argument(
-        "--stopped-status", type=int, default=0, metavar="STATUS",
-        help="exit status on every node after SIGTERM to one of them, once the workers have saved; 0 unless given",
+        "--stopped-status", type=int, metavar="STATUS",
+        help="exit status on every node after SIGTERM to one of them; unless given 0 if the workers end well, else 143",
     )  # fmt: skip
     return parser
 
@@ -219,7 +231,7 @@ class FixedNodes(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """
         Raises:
-            RendezvousError: a node has given up, or not all have come in time.
+            RendezvousError: a node has given up or was asked to stop, or not all have come in time.
             torch.distributed.DistError: node 0 is gone.
         """
         deadline = time.monotonic() + self._timeout.total_seconds()
@@ -232,6 +244,7 @@ class FixedNodes(RendezvousHandler):
         """Says in the store of the open round that this node is there."""
         if self.is_closed():
             raise RendezvousClosedError("another node has given up; what it said is in its own log")
+        self._check_not_stopped()
         self._round = self._agents.add(FULL, 0)
         here = self._of_round(self._round)
         # A node whose launcher died and was started again may come twice.
@@ -246,6 +259,7 @@ class FixedNodes(RendezvousHandler):
         """Waits until every node has come and knows that all have: one that came may have died since."""
         stay = [f"{STAYS}/{node}" for node in range(self._nodes)]
         while not here.check(stay):
+            self._check_not_stopped()
             if self._agents.add(FULL, 0) > self._round:
                 here.set(stay[self._node], "")
             if self.num_nodes_waiting():
@@ -256,13 +270,23 @@ class FixedNodes(RendezvousHandler):
             time.sleep(LOOK_SECONDS)
         return True
 
+    def _check_not_stopped(self) -> None:
+        if self.hears_stop():
+            raise RendezvousClosedError("a node was asked to stop")
+
     def _without(self, here: dist.PrefixStore, key: str) -> list[str]:
         return [str(node) for node in range(self._nodes) if not here.check([f"{key}/{node}"])]
 
     def num_nodes_waiting(self) -> int:
         """Of the next round; a job that is over counts as one, so that nobody goes on alone."""
-        self.stopped = self.stopped or self._agents.check([STOPPED])
+        self.hears_stop()  # while node 0 is there to say so
         return self._of_round(self._round + 1).add(NODES, 0) or int(self.is_closed())
+
+    def hears_stop(self) -> bool:
+        """Asks for ``stopped``."""
+        with contextlib.suppress(dist.DistError):  # node 0 has gone before
+            self.stopped = self.stopped or self._agents.check([STOPPED])
+        return self.stopped
 
     def stop(self) -> None:
         """Tells all nodes that this one was asked to stop."""

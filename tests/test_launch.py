@@ -33,6 +33,15 @@ time.sleep(60)
 """
 
 
+UNPREPARED = """
+import os, pathlib, signal, sys, time
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+signal.signal(signal.SIGTERM, signal.SIG_DFL if rank == "0" else lambda *_: os._exit(130))
+pathlib.Path(sys.argv[1], f"started{rank}.{attempt}").write_text(rank)
+time.sleep(60)
+"""
+
+
 ALONE = """
 import json, os, torch
 from nemo_speculative.config.schema import ParallelismConfig
@@ -82,11 +91,11 @@ def test_an_interface_that_the_environment_names_is_kept(monkeypatch):
 
 
 @contextlib.contextmanager
-def launched(tmp_path, *options, fails=None):
-    """The launcher over two workers that say that they have started, and stay, but for rank ``fails``."""
+def launched(tmp_path, *options, fails=None, worker=SAY_AND_STAY, of_node=2):
+    """The launcher over workers that say that they have started, and stay, but for rank ``fails``."""
     script = tmp_path / "worker.py"
-    script.write_text(SAY_AND_STAY)
-    command = ["-m", "nemo_speculative.launch", "--nproc-per-node", "2", *options, str(script), str(tmp_path)]
+    script.write_text(worker)
+    command = ["-m", "nemo_speculative.launch", "--nproc-per-node", str(of_node), *options, str(script), str(tmp_path)]
     command += [fails] if fails else []
     with Program(*command, environment=os.environ | {"OMP_NUM_THREADS": "1"}) as program:
         yield program
@@ -108,6 +117,43 @@ def test_all_that_listens_is_on_the_loopback_and_sigterm_lets_the_workers_end_we
         assert program.wait(30) == 75
     assert found == {"127.0.0.1"}
     assert (tmp_path / "stopped0").exists() and (tmp_path / "stopped1").exists()
+
+
+@pytest.mark.parametrize(("options", "status"), [(["--stopped-status", "75"], 75), ([], 143)])
+def test_workers_that_die_of_sigterm_are_not_started_again(options, status, tmp_path):
+    """So they do while they set up: one by the signal, one by a status of its own."""
+    with launched(tmp_path, "--max-restarts", "1", *options, worker=UNPREPARED) as program:
+        wait_for(tmp_path / "started0.0", tmp_path / "started1.0")
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == status
+        assert not [line for line in program.stderr if line.startswith("error: ")]
+    assert {file.name for file in tmp_path.glob("started*")} == {"started0.0", "started1.0"}
+
+
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_when_the_workers_of_one_node_die_of_sigterm_all_launchers_end_as_stopped(restarts, tmp_path, port):
+    options = of_two_nodes(port, "--max-restarts", restarts)
+    with (
+        launched(tmp_path, *options, "--node-rank", "0", worker=UNPREPARED, of_node=1) as first,
+        launched(tmp_path, *options, "--node-rank", "1", worker=UNPREPARED, of_node=1) as second,
+    ):
+        wait_for(tmp_path / "started0.0", tmp_path / "started1.0")
+        second.send_signal(signal.SIGTERM)
+        assert (first.wait(30), second.wait(30)) == (75, 75), [*first.stderr, *second.stderr]
+    assert {file.name for file in tmp_path.glob("started*")} == {"started0.0", "started1.0"}
+
+
+def test_sigterm_while_a_node_is_awaited_ends_the_launcher_as_stopped(tmp_path, port):
+    with launched(tmp_path, *of_two_nodes(port, "--rdzv-id", "job"), "--node-rank", "0") as program:
+        # Waits until the other is there, and hears signals.
+        launch.FixedNodes(parameters(1, port))._of_round(0).get(launch.WORKERS)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 75
+
+
+def of_two_nodes(port, *more):
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(port), "--interface", "lo"]
+    return ["--nnodes", "2", *address, "--stopped-status", "75", *more]
 
 
 def test_ctrl_c_ends_the_workers_and_the_launcher(tmp_path):
@@ -206,9 +252,20 @@ def test_a_node_that_gives_up_ends_the_others(nodes, threads):
 
 def test_all_nodes_hear_that_one_was_asked_to_stop(nodes, threads):
     meet(nodes, threads)
-    assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and not nodes[0].stopped
+    assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and not nodes[0].hears_stop()
     nodes[1].stop()
-    assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and nodes[0].stopped
+    assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and nodes[0].hears_stop()
+    with pytest.raises(RendezvousClosedError, match="asked to stop"):
+        nodes[0].next_rendezvous()
+
+
+def test_a_node_that_waits_for_another_leaves_when_that_was_asked_to_stop(nodes, threads):
+    waiting = threads.submit(nodes[0].next_rendezvous)
+    time.sleep(0.2)
+    assert not waiting.done()
+    nodes[1].stop()
+    with pytest.raises(RendezvousClosedError, match="asked to stop"):
+        waiting.result(10)
 
 
 def test_a_port_that_is_taken_is_named(nodes, port):

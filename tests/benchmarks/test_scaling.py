@@ -1,5 +1,7 @@
 """The arithmetic of ``benchmarks.scaling``, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.scaling import (
@@ -17,6 +19,7 @@ from benchmarks.scaling import (
     step,
     work_of,
 )
+from nemo_speculative.config.schema import ShardedHFBackendConfig
 
 NO_HOPS = {"hop": 0.0, "far_hop": 0.0}
 A = Assumed(nvlink=100.0, nic=10.0, **NO_HOPS)
@@ -116,6 +119,23 @@ def test_a_tensor_parallel_target_waits_for_two_sums_a_layer(found):
     activations = 8 * 512 * 4096 * 2  # the rows of all eight ranks
     sums = 3 * 32 * 2 * (2 * 7 / 8 * activations / 1e11)
     assert TensorParallel().seconds(work, 8, a) == pytest.approx(work.target / 1e15 + sums)
+
+
+def test_targets_that_ranks_hold_together_are_counted_as_the_plan_counts_them(found, monkeypatch):
+    work, optimizer = found
+
+    def bytes_of(target, work=work):
+        return step(work, HSDP, target, 8, optimizer, Assumed()).bytes
+
+    # In turn with the draft nothing lies there for the next micro-batch.
+    ahead = work.states_bytes / work.rows + work.models.target.forward_bytes(work.amount, 2, 3)
+    assert bytes_of(Replicated()) - bytes_of(TensorParallel()) == pytest.approx(7 / 8 * work.layers_bytes + ahead)
+    monkeypatch.setattr(ShardedHFBackendConfig, "GATHERED_LAYERS", 31)  # more than a backward leaves free
+    some = bytes_of(Sharded())
+    # They may take the place of gradients, but for those of earlier micro-batches.
+    assert bytes_of(Sharded(), replace(work, rows=1)) < some
+    monkeypatch.setattr(ShardedHFBackendConfig, "GATHERED_LAYERS", 32)
+    assert bytes_of(Sharded()) - some == pytest.approx(work.layers_bytes / 32)
 
 
 @pytest.mark.parametrize(("target", "link"), [(SERVED, "nic"), (CACHED, "storage")])
