@@ -19,6 +19,9 @@ FIRST_RANK_TIMEOUT = timedelta(hours=2)
 _waiting: dist.ProcessGroup | None = None
 """The group in which they wait; None: the default one, whose timeout is another while a draft is trained."""
 
+_limited: list[dist.ProcessGroup] = []
+"""Those beside the default one and the mesh's in which nobody waits for what the first rank does alone."""
+
 
 @contextlib.contextmanager
 def patient_group() -> Iterator[None]:
@@ -29,6 +32,18 @@ def patient_group() -> Iterator[None]:
         yield
     finally:
         _waiting = None
+        _limited.clear()
+
+
+def limited(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """``group``, remembered until the end of :func:`patient_group`: a training limits the waits in it, too."""
+    _limited.append(group)
+    return group
+
+
+def limited_groups() -> list[dist.ProcessGroup]:
+    """All that are :func:`limited`."""
+    return list(_limited)
 
 
 def first_rank_only(make: Callable[[], T]) -> T | None:

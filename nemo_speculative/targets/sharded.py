@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from nemo_speculative.ranks import limited
 from nemo_speculative.targets.placed import PlacedTarget
 
 
@@ -19,7 +20,7 @@ class ShardedTarget(PlacedTarget):
 
     def _divide(self, model: Any, layers: nn.ModuleList) -> None:
         # Of its own: what the draft's ranks tell each other comes in an order of its own.
-        mesh = DeviceMesh.from_group(dist.new_group(), self.device.type)
+        mesh = DeviceMesh.from_group(limited(dist.new_group()), self.device.type)
         ends = set(model.parameters()) - set(layers.parameters())
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)

@@ -12,7 +12,7 @@ from transformers.integrations import tensor_parallel as transformers_tp
 from nemo_speculative.config.schema import TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
-from nemo_speculative.ranks import gathered
+from nemo_speculative.ranks import gathered, limited
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.placed import PlacedTarget
 
@@ -33,7 +33,8 @@ class TensorParallelTarget(PlacedTarget):
 
     def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
         self.tp_size = TensorParallelHFBackendConfig(tp_size=tp_size).group(dist.get_world_size())
-        self.group, _ = dist.new_subgroups(self.tp_size)
+        group, _ = dist.new_subgroups(self.tp_size)
+        self.group = limited(group)
         super().__init__(path, **options)
 
     def _check(self, model: Any, layers: nn.ModuleList) -> None:

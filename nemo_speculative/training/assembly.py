@@ -117,11 +117,23 @@ def check_target(job: TrainJob) -> None:
     Raises:
         UserError: they do not.
     """
+    check_ranks(job)
     check_job(job, target_config(job.model))
 
 
+def check_ranks(job: TrainJob) -> None:
+    """Before the target is looked for: the job can be run by as many processes as there are.
+
+    Raises:
+        UserError: it cannot.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    job.backend.share_of_layers(ranks)
+    job.data_ranks(ranks)
+
+
 def check_job(job: TrainJob, config: Any) -> tuple[int, int]:
-    """What a run and its plan refuse alike: processes, lengths, vocabulary and layers that do not fit.
+    """What a run and its plan refuse alike: lengths, vocabulary, layers and positions that do not fit the target.
 
     Args:
         config: of the target.
@@ -132,9 +144,6 @@ def check_job(job: TrainJob, config: Any) -> tuple[int, int]:
     Raises:
         UserError: they do not fit.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    job.backend.share_of_layers(ranks)
-    job.data_ranks(ranks)
     settle_draft(job, config)
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
     job.draft.check_positions(max_length)

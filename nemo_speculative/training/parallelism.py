@@ -14,7 +14,7 @@ from nemo_speculative.addresses import FRESH_STORE, LOOPBACK, collect_on
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.context import ALONE, Context
 from nemo_speculative.errors import UserError
-from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, patient_group
+from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, limited, limited_groups, patient_group
 from nemo_speculative.training import titan
 
 LARGEST_MATMUL_ERROR = 2e-6
@@ -26,7 +26,8 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
     """torchtitan's mesh over the processes that torchrun started; a single process makes a group of its own.
 
     Raises:
-        UserError: the sizes of ``config`` do not multiply to the number of processes, or a restart would hang.
+        UserError: the sizes of ``config`` do not multiply to the number of processes, a restart would hang, or there
+            is no word of where the other processes are.
     """
     check_restarts()
     titan.bind_device(device.type)
@@ -59,10 +60,20 @@ def check_restarts() -> None:
 
 
 def _world_size() -> int:
-    """Of the job that this process was started for; a process that nobody launched is a job by itself."""
-    if "MASTER_ADDR" not in os.environ:
+    """Of the job that this process was started for; a process that nobody launched is a job by itself.
+
+    Raises:
+        UserError: it is said to be one of several, which it could not find.
+    """
+    if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    return int(os.environ["WORLD_SIZE"])
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE={ranks}, but MASTER_ADDR is not set: start with torchrun or python -m nemo_speculative.launch"
+            ", or unset WORLD_SIZE"
+        )
+    return ranks
 
 
 def _join(device: torch.device) -> None:
@@ -70,7 +81,7 @@ def _join(device: torch.device) -> None:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         collect_on(LOOPBACK)
     on_cuda = device.type == "cuda"
-    if "MASTER_ADDR" in os.environ:
+    if os.environ["WORLD_SIZE"] != "1":
         comm = titan.CommConfig(init_timeout_seconds=int(FIRST_RANK_TIMEOUT.total_seconds()), trace_buf_size=0)
         titan.init_distributed(comm, enable_cpu_backend=on_cuda)
     else:  # with a store in memory: nobody has to find this process by a port
@@ -96,8 +107,8 @@ def limit_waits(dims: titan.ParallelDims, seconds: float) -> None:
     Until then the groups have the patience of a set-up, in which one rank may make what the others wait for.
     """
     dist.all_reduce(torch.zeros(1))  # nobody is left in the set-up
-    groups = [None, *(axis.get_group() for axis in dims.get_all_one_dimensional_meshes().values())]
-    for group in groups:
+    axes = dims.get_all_one_dimensional_meshes().values()
+    for group in (None, *(axis.get_group() for axis in axes), *limited_groups()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
@@ -134,7 +145,7 @@ def context(dims: titan.ParallelDims) -> Context:
         return ALONE
     group = dims.get_mesh("cp").get_group()
     beside = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-    return Context(group, beside)
+    return Context(group, limited(beside))
 
 
 def shard_draft(

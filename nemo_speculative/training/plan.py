@@ -20,7 +20,7 @@ from nemo_speculative.drafts.base import DraftShape
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.training.assembly import check_job, draft_shape, load_split
+from nemo_speculative.training.assembly import check_job, check_ranks, draft_shape, load_split
 from nemo_speculative.training.cost import Memory
 from nemo_speculative.training.prediction import (
     Models,
@@ -43,6 +43,7 @@ def describe(job: TrainJob) -> str:
         UserError: whatever the run itself would refuse before it loads weights.
     """
     device = choose_device(job.trainer.device, "trainer.device")
+    check_ranks(job)
     target = describe_target(job.model)
     config, tokenizer = target.config, target.tokenizer
     max_length, row_tokens = check_job(job, config)

@@ -125,6 +125,9 @@ class Saver:
 
         with self._named_failure(ended.step):
             first_rank_only(publish)
+        # A thread of this rank that is late would meet those of the next save; what failed, the first rank has told.
+        if not self.first:
+            ended.written.exception()
 
     @contextlib.contextmanager
     def _named_failure(self, step: int) -> Iterator[None]:

@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.sharded import ShardedTarget
 from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
 from tests.programs import Program, ranks_of
 
@@ -147,6 +149,30 @@ def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settin
     line = errors(ended)[0]
     assert re.search(r"rank 1 \(host \S+, at step 4 \(target\)\) does not answer", line), line
     assert len(re.findall(r"rank 1 \(host \S+\) is at step 4 \(target\) for \d s, the others", ended.stdout)) == 1
+
+
+class AsDriven(ShardedTarget):
+    """Ranks hold it together, and it does what the driver makes of one that each rank holds whole."""
+
+    at = property(lambda self: HFTarget.at)
+
+    def supervise(self, batch):
+        return HFTarget.supervise(self, batch)
+
+
+def test_a_rank_that_does_not_answer_for_the_target_of_both_is_waited_for_no_longer(settings, tmp_path):
+    """Where the ranks wait in the target's own group."""
+    late = [*settings, "backend=hf_fsdp2", f"backend._target_={__name__}.AsDriven", "trainer.timeout_seconds=4"]
+    ended = drive("sleep_in_step:1", 5, late, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
+    first, other = errors(ended)
+    assert re.search(r"rank 1 \(host \S+, at step 4 \(target\)\) does not answer", first), first
+    assert "rank 0" in other, other
+
+
+def test_a_rank_that_is_killed_while_the_target_of_both_computes_ends_the_other(settings, tmp_path):
+    sharded = [*settings, "backend=hf_fsdp2"]
+    (line,) = errors(drive("kill_in_validation:1", 4, sharded, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
+    assert "rank 1" in line and "is gone" in line and "resume=auto" in line, line
 
 
 def test_torchrun_starts_a_killed_group_again_and_the_run_ends_as_if_nothing_had_been(settings, whole, tmp_path):

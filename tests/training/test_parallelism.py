@@ -1,5 +1,6 @@
 """How a draft lies on several ranks changes nothing that it learns, and no more is exchanged than has to be."""
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.errors import UserError
+from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, patient_group
+from nemo_speculative.targets.sharded import ShardedTarget
+from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
 from nemo_speculative.training import titan
 from nemo_speculative.training.assembly import check_sharing
 from nemo_speculative.training.parallelism import (
@@ -18,7 +22,9 @@ from nemo_speculative.training.parallelism import (
     data_rank,
     exchange,
     gather_ahead,
+    limit_waits,
     mesh,
+    process_group,
     shard_draft,
 )
 from nemo_speculative.training.trainer import Trainee
@@ -222,3 +228,47 @@ def test_a_launcher_that_would_start_a_group_again_in_the_store_of_the_one_befor
         check_restarts()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     check_restarts()
+
+
+def jobs_of_one_process():
+    """How many ranks each job of a process has that nobody launched, on a machine that knows of a master."""
+    os.environ.pop("WORLD_SIZE", None)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.destroy_process_group()
+    found = []
+    for _ in range(2):
+        with process_group(torch.device("cpu"), ParallelismConfig()):
+            found.append(dist.get_world_size())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return found
+
+
+def test_a_process_that_was_not_launched_is_a_job_of_its_own_whatever_the_environment_says_of_a_master():
+    assert on_ranks(1, jobs_of_one_process) == [[1, 1]]
+
+
+def test_one_of_several_processes_that_nobody_launched_is_told_so(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"WORLD_SIZE=4, but MASTER_ADDR is not set: start with torchrun or .*launch"):
+        process_group(torch.device("cpu"), ParallelismConfig(shard=-1)).__enter__()
+
+
+def seconds_of_groups(path):
+    """How long a rank is waited for in each group there is, when a training begins; gloo's own word."""
+    titan.bind_device("cpu")
+    with patient_group():
+        dims = mesh(ParallelismConfig(context=2))
+        kept = context(dims), ShardedTarget(path, aux_layers=[]), TensorParallelTarget(path, aux_layers=[])
+        limit_waits(dims, 40)
+        groups = [group for group in dist.distributed_c10d._world.pg_map if dist.get_backend(group) == "gloo"]
+        found = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    del kept
+    return found
+
+
+def test_in_every_group_but_the_patient_one_a_rank_is_waited_for_only_so_long(target_dir):
+    for found in on_ranks(2, seconds_of_groups, target_dir):
+        found.remove(FIRST_RANK_TIMEOUT.total_seconds())
+        # The default group, that of the target beside the draft's context, and those of both targets held together.
+        assert len(found) >= 4 and set(found) == {40.0}, found

@@ -1,7 +1,8 @@
 """What is written while training goes on, on N ranks, is what M ranks read; and a damage is found, whatever it is."""
 
 import threading
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,3 +200,18 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_others_and_the_line_s
     with pytest.raises(UserError, match=r"step_60: could not be written .*No space left.*last good .*step_40; make"):
         saver.finish(measure=False, before_publishing=lambda figures: None)
     assert saver.run.steps() == [40] and not saver.run.partial(60).exists() and saver.under_way is None
+
+
+def finish_with_a_late_thread(root: str) -> bool:
+    """Whether what this rank had to write was on the disk when the checkpoint got its name."""
+    saver = saver_of(Path(root))
+    late = ThreadPoolExecutor(1).submit(time.sleep, 0.0 if saver.first else 1.0)
+    if saver.first:
+        saver.run.begin(60)
+    saver.under_way = UnderWay(60, late, 0.0)
+    saver.finish(measure=False, before_publishing=lambda figures: None)
+    return late.done()
+
+
+def test_no_rank_leaves_a_save_before_its_own_thread_has(tmp_path):
+    assert on_ranks(2, finish_with_a_late_thread, str(tmp_path)) == [True, True]
