@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -21,6 +22,16 @@ _waiting: dist.ProcessGroup | None = None
 
 _limited: list[dist.ProcessGroup] = []
 """Those beside the default one and the mesh's in which nobody waits for what the first rank does alone."""
+
+
+def started() -> int:
+    """How many processes a launcher has started; known before they have met."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this is the first of them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 Of the target itself only embedding and head are loaded.
 """
 
-import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from nemo_speculative.features.store import Place, Store
 from nemo_speculative.features.upkeep import opened, prepare, remove_unfinished, seal
 from nemo_speculative.features.writer import MIB, Writer, stored_hidden
 from nemo_speculative.locks import JobLock
+from nemo_speculative.ranks import is_first
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.ends import TargetEnds
 from nemo_speculative.targets.hf import HFTarget
@@ -58,8 +58,8 @@ class FeaturesTarget(TargetEnds):
         wanted = Manifest.of(self, mask_convention, draft)
         self._filler: _Filler | None = None
         if fill:
-            lock = JobLock(self.directory, "backend.directory", first=_first_rank())
-            if _first_rank():
+            lock = JobLock(self.directory, "backend.directory", first=is_first())
+            if is_first():
                 remove_unfinished(self.directory)
             self.store = Store(self.directory, prepare(self.directory, wanted))
             self._filler = _Filler(self.store, shard_mb, path, ends, lock)
@@ -84,7 +84,7 @@ class FeaturesTarget(TargetEnds):
                 f"is {budget.first}: this command line for recipes/capture_features.py output={self.directory} adds "
                 "what is missing, or backend.fill=true does on the way"
             )
-        if _first_rank():
+        if is_first():
             print(f"{budget.report(self.directory)}; captured on the way", flush=True)
             budget.require_room(self.directory, "backend.directory")
 
@@ -196,7 +196,3 @@ def _document(batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """``x`` as torch can copy any dtype."""
     return x.view(torch.uint8)
-
-
-def _first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

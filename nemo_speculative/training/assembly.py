@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from enum import Enum
@@ -34,7 +33,7 @@ from nemo_speculative.evaluation.acceptance import measure_tau, question_prompts
 from nemo_speculative.generation.answers import answer, unanswered
 from nemo_speculative.objectives.base import Objective
 from nemo_speculative.objectives.unroll import UnrollObjective
-from nemo_speculative.ranks import first_rank_first, first_rank_only
+from nemo_speculative.ranks import first_rank_first, first_rank_only, is_first, started
 from nemo_speculative.serving.versions import check_servable
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.base import Target
@@ -84,8 +83,7 @@ def check_output_dir(job: TrainJob) -> None:
     """
     if not job.output_dir:
         raise UserError("output_dir is empty: name a directory for the run")
-    first_rank = os.environ.get("RANK", "0") == "0"
-    if first_rank:
+    if is_first():
         RunDirectory(job.output_dir).check_usable()
 
 
@@ -127,9 +125,8 @@ def check_ranks(job: TrainJob) -> None:
     Raises:
         UserError: it cannot.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    job.backend.share_of_layers(ranks)
-    job.data_ranks(ranks)
+    job.backend.share_of_layers(started())
+    job.data_ranks(started())
 
 
 def check_job(job: TrainJob, config: Any) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """``plan=true``: what a run would do, from configurations and text alone, without loading any weights."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from nemo_speculative.data.stream import RowStream
 from nemo_speculative.data.vocabulary import build_vocabulary
 from nemo_speculative.devices import choose_device
 from nemo_speculative.drafts.base import DraftShape
+from nemo_speculative.ranks import started
 from nemo_speculative.targets import tiny
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
@@ -136,19 +136,15 @@ def _stream(job: TrainJob, documents: Documents, row_tokens: int) -> RowStream:
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=0,
         seed=job.seed,
-        world_size=job.data_ranks(_ranks()),
+        world_size=job.data_ranks(started()),
     )
-
-
-def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _time_lines(job: TrainJob, found: Prediction, steps: int, device: torch.device) -> list[str]:
     where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
     shares = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in found.multiply_adds.items() if value)
     ways = {"online": found.online, "cached": found.cached}
-    if not job.backend.share_of_layers(_ranks()):
+    if not job.backend.share_of_layers(started()):
         del ways["online"]
     said = "; ".join(
         f"{name} {_seconds(seconds)} a step, {found.tokens / seconds:.0f} tokens/s, {_seconds(steps * seconds)} in all"
@@ -157,7 +153,7 @@ def _time_lines(job: TrainJob, found: Prediction, steps: int, device: torch.devi
     return [
         f"time      on this device ({where}), measured on a piece of a step: {said}",
         "          (cached: without the target's forward, and before features are read; neither has validation,"
-        f" checkpoints{', communication' if _ranks() > 1 else ''}{', torch.compile' if job.trainer.compile else ''})",
+        f" checkpoints{', communication' if started() > 1 else ''}{', torch.compile' if job.trainer.compile else ''})",
         f"work      a step's multiply-adds on a rank, in 10^9: {shares}",
     ]
 
@@ -179,4 +175,4 @@ def _memory_lines(found: Memory) -> list[str]:
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items())
     cached = f", {_bytes(found.cached)} cached; online" if found.without_target else ""
     more = f"; allocator and libraries hold some {_bytes(found.besides)} more" if found.besides else ""
-    return [f"memory    about {_bytes(found.online)} of tensors a device on {_ranks()} rank(s){cached}: {parts}{more}"]
+    return [f"memory    about {_bytes(found.online)} of tensors a device on {started()} rank(s){cached}: {parts}{more}"]

@@ -1,6 +1,5 @@
 """Seconds and bytes of a step of a job: what is counted, at the speed that this machine shows in a trial."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nemo_speculative.context import Context
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.objectives.unroll import UnrollObjective
+from nemo_speculative.ranks import started
 from nemo_speculative.training.cost import FLOAT32, Amount, DraftCost, Memory, Placement, TargetCost, step_memory
 from nemo_speculative.training.parallelism import fast_float32_matmuls
 from nemo_speculative.training.trial import Rates, Trial
@@ -101,7 +101,7 @@ def measure(job: TrainJob, models: Models, config: Any, shape: DraftShape, batch
 def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.device) -> Memory:
     """Of one device, at its peak on the largest of ``amounts``."""
     largest = max(amounts, key=lambda amount: models.draft.kept_bytes(amount, 1))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = started()
     _, shard = job.parallelism.sizes(ranks)
     place = Placement(
         ranks=ranks,
