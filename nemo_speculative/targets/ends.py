@@ -26,7 +26,7 @@ from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.shapes import aux_layers_for
 
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 512, 1 << 13
-WHOLE = (torch.float32, torch.bfloat16, torch.float16)
+UNSCALED = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights that say all of themselves: none is scaled by another tensor."""
 
 
@@ -185,7 +185,7 @@ def _filled(layer: nn.Module, path: Path, number: int) -> nn.Module:
                 if here and own in dict(layer.named_parameters()):
                     found[own] = tensors.get_tensor(name)
     for name, parameter in layer.named_parameters():
-        if name not in found or found[name].shape != parameter.shape or found[name].dtype not in WHOLE:
+        if name not in found or found[name].shape != parameter.shape or found[name].dtype not in UNSCALED:
             raise UserError(
                 f"{path}: its files have no layers.{number}.{name} of shape {tuple(parameter.shape)} as it is, which "
                 "draft.init_from_target.layer copies; set it to false, or take backend=hf"

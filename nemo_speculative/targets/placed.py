@@ -19,7 +19,7 @@ from nemo_speculative.errors import UserError
 from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.ranks import first_rank_only
 from nemo_speculative.targets.describe import stop_ids_of
-from nemo_speculative.targets.ends import WHOLE, TargetEnds, decoder_layers, load_config, load_model
+from nemo_speculative.targets.ends import UNSCALED, TargetEnds, decoder_layers, load_config, load_model
 from nemo_speculative.targets.hf import TransformersTarget
 
 
@@ -100,11 +100,11 @@ def _take_dtypes(model: nn.Module, read: dict[str, torch.Tensor] | None) -> None
     kinds = torch.empty(len(tensors), dtype=torch.int64)
     if read is not None:
         found = [read[name].dtype for name in tensors]
-        kinds.copy_(torch.tensor([WHOLE.index(dtype) if dtype in WHOLE else -1 for dtype in found]))
+        kinds.copy_(torch.tensor([UNSCALED.index(dtype) if dtype in UNSCALED else -1 for dtype in found]))
     dist.broadcast(kinds, src=0)
     for tensor, kind in zip(tensors.values(), kinds.tolist(), strict=True):
         if kind >= 0:
-            tensor.data = tensor.data.to(WHOLE[kind])
+            tensor.data = tensor.data.to(UNSCALED[kind])
 
 
 def _fill(model: nn.Module, read: dict[str, torch.Tensor] | None, device: torch.device) -> None:
