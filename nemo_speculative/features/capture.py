@@ -1,7 +1,6 @@
 """The target run once over the documents of a training, its hidden states kept on disk."""
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from nemo_speculative.features.positions import key_of
 from nemo_speculative.features.store import Store
 from nemo_speculative.features.upkeep import HELD_OUT, TRAINING, prepare, remove_unfinished, require_same_kind, seal
 from nemo_speculative.features.writer import MIB, Writer
+from nemo_speculative.files import published
 from nemo_speculative.locks import exclusive
 from nemo_speculative.progress import Progress
 from nemo_speculative.ranks import first_rank_only
@@ -97,12 +97,10 @@ def _begin(output: Path, manifest: Manifest, budget: Budget, parts: dict[str, Se
 
 def write_documents(file_of_rows: Path, documents: Iterable[TokenRow]) -> None:
     """The documents as token ids, for ``data=jsonl``: what answers=target wrote, and EAGLE's files, have no other."""
-    unfinished = file_of_rows.with_name(f"{file_of_rows.name}.{os.getpid()}.partial")
-    with unfinished.open("w") as file:
+    with published(file_of_rows) as file:
         for row in documents:
             said = {"id": row.id, "input_ids": row.input_ids, "loss_mask": [int(m) for m in row.loss_mask]}
-            file.write(json.dumps(said | ({"source": row.source} if row.source else {})) + "\n")
-    unfinished.rename(file_of_rows)
+            file.write((json.dumps(said | ({"source": row.source} if row.source else {})) + "\n").encode())
 
 
 def run(
