@@ -39,7 +39,7 @@ class Share:
         """The share of x [..., N] without what other ranks own: [..., m], zeros there."""
         return x
 
-    def places(self, index: torch.Tensor) -> torch.Tensor:
+    def flat(self, index: torch.Tensor) -> torch.Tensor:
         """The flat positions of ``index``, int64 [n] on the host, counted within the share."""
         return index
 
@@ -147,7 +147,7 @@ class ChunkPair(Share):
             out[..., own] = x[..., chunk.start : chunk.stop]
         return out
 
-    def places(self, index: torch.Tensor) -> torch.Tensor:
+    def flat(self, index: torch.Tensor) -> torch.Tensor:
         return self._flat[index]
 
     def everywhere(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

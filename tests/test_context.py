@@ -32,7 +32,7 @@ def shared():
         ((keys * weight[:, :1]).sum() + (values[..., 0] * weight[:, 1:]).sum()).backward()
         out.append(
             {
-                "places": share.places(torch.arange(len(taken))),
+                "places": share.flat(torch.arange(len(taken))),
                 "runs": [(run.start, run.stop) for run in share.runs(rows * length)],
                 "taken": taken.detach(),
                 "owned": share.owned(1 + torch.arange(rows * length).expand(2, -1)),

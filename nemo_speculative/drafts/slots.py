@@ -41,7 +41,7 @@ class Layout:
     @cached_property
     def block(self) -> Block:
         """The keys that each position sees: made when a draft of several layers first asks for them."""
-        index = self.share.places(torch.arange(len(self.positions)))
+        index = self.share.flat(torch.arange(len(self.positions)))
         return block_for(self.host_positions, index, self.positions.device)
 
 
@@ -88,7 +88,7 @@ class Slots:
         alive = tuple(round_up(max(int((own > i).sum()), 1)) for i in range(longest))
         first, end = int(index.min()), int(index.max()) + 1
         reads = slice(first, min(end + len(alive), len(steps)))
-        at = share.places(index)
+        at = share.flat(index)
         lowest, behind = int(at.min()), int(at.max()) + 1
         start = lowest - int(flat[lowest])
         keys = slice(start, min(start + rounded_width(behind - start), len(flat)))

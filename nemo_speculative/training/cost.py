@@ -69,7 +69,7 @@ class Amount:
         largest = max(schedule.parts, key=lambda part: sum(part.slots.alive))
         layout = schedule.layout
         # The target's own, which the draft need not be told.
-        places = layout.host_positions[layout.share.places(torch.arange(len(layout.positions)))].double()
+        places = layout.host_positions[layout.share.flat(torch.arange(len(layout.positions)))].double()
         return cls(
             tokens=len(schedule.layout.positions),
             everywhere=schedule.batch.num_tokens,

@@ -98,7 +98,7 @@ def own_slots():
     case = CASES["eagle3"]
     schedule = case.make_objective(context=Context(dist.group.WORLD)).schedule(batch)
     (part,) = schedule.parts
-    at = schedule.batch.share.places(part.slots.host_index[part.slots.real])
+    at = schedule.batch.share.flat(part.slots.host_index[part.slots.real])
     return {"slots": at, "tokens": torch.tensor(len(schedule.layout.positions)), "counts": schedule.counts}
 
 

@@ -60,7 +60,7 @@ def shares(directories, scores):
             batch = batch_of(rows)
             share = context.share(batch.num_tokens, HALO)
             made = target.supervise(replace(batch, share=share))
-            places = share.places(torch.arange(made.aux.shape[1]))
+            places = share.flat(torch.arange(made.aux.shape[1]))
             found[f"{name}, {rows}"] = made.aux[0], made.last_hidden[0], places
     return found
 
@@ -92,7 +92,7 @@ def of_divided_targets(directory):
     for placement in (ShardedTarget, TensorParallelTarget):
         share = context.share(batch.num_tokens, HALO)
         made = placement(Path(directory), aux_layers=[0, 1, 2]).supervise(replace(batch, share=share))
-        found.append((made.aux[0], made.last_hidden[0], share.places(torch.arange(made.aux.shape[1]))))
+        found.append((made.aux[0], made.last_hidden[0], share.flat(torch.arange(made.aux.shape[1]))))
     return found
 
 
