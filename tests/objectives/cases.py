@@ -137,6 +137,22 @@ def run(draft, goal, layouts):
     return loss, {n: p.grad.clone() for n, p in draft.named_parameters()}, goal.metrics(sums)
 
 
+def document(name, length):
+    """A conversation that is supervised throughout."""
+    return TokenRow(name, [1] * length, [True] * length, "")
+
+
+def assert_drawn_for_conversations(draw):
+    """What ``draw(rows, width, seed=, epochs=)`` gives hangs on conversation, epoch and seed alone; its padding."""
+    a, b = document("a", 40), document("b", 50)
+    packed, other = draw([[a, b]], 100), draw([[b], [a]], 64)
+    assert torch.equal(packed[0, :40], other[1, :40]) and torch.equal(packed[0, 40:90], other[0, :50])
+    assert not torch.equal(packed[0, :40], packed[0, 40:80])
+    assert not torch.equal(packed, draw([[a, b]], 100, seed=1))
+    assert not torch.equal(packed, draw([[a, b]], 100, epochs=[1]))
+    return packed[0, 90:]
+
+
 def assert_same_gradients(found, expected, tolerance=EXACT):
     for name, gradient in expected.items():
         error = (found[name].double() - gradient).norm() / gradient.norm()

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import DepthSampling, Normalization
-from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.objectives.depths import geometric_depths
 from tests.objectives.cases import (
     DECAY,
     EXACT,
     STEPS,
+    assert_drawn_for_conversations,
     assert_same_gradients,
+    document,
     eagle,
     eagle3,
     lay_out,
@@ -28,10 +29,6 @@ CASES = {
     "eagle3.1, 2 layers": eagle3(norm_output=True, num_layers=2),
     "hass": eagle(3, topk_w=1.0),
 }
-
-
-def document(name, length):
-    return TokenRow(name, [1] * length, [True] * length, "")
 
 
 def depths(rows, width, decay=DECAY, seed=0, epochs=None):
@@ -50,13 +47,8 @@ def test_a_slot_runs_more_than_i_steps_with_probability_decay_to_the_i(decay):
 
 
 def test_draws_depend_on_conversation_epoch_and_seed_and_not_on_the_layout():
-    a, b = document("a", 40), document("b", 50)
-    packed, other = depths([[a, b]], 100), depths([[b], [a]], 64)
-    assert torch.equal(packed[0, :40], other[1, :40]) and torch.equal(packed[0, 40:90], other[0, :50])
-    assert not torch.equal(packed[0, :40], packed[0, 40:80])
-    assert not torch.equal(packed, depths([[a, b]], 100, seed=1))
-    assert not torch.equal(packed, depths([[a, b]], 100, epochs=[1]))
-    assert (packed[0, 90:] == 1).all()
+    padding = assert_drawn_for_conversations(depths)
+    assert (padding == 1).all() and len(padding) == 10
 
 
 def test_a_batch_that_does_not_name_its_conversations_is_an_error():

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import FeatureNoise
-from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.objectives.noise import document_noise
-from tests.objectives.cases import HIDDEN, eagle, lay_out, make_documents
-
-
-def document(name, length):
-    return TokenRow(name, [1] * length, [True] * length, "")
+from tests.objectives.cases import HIDDEN, document, eagle, lay_out, make_documents
 
 
 def noise(rows, width, kind=FeatureNoise.paper, seed=0, epochs=None):

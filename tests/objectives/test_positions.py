@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
-from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.errors import UserError
 from nemo_speculative.objectives.positions import skipped_positions
-from tests.objectives.cases import EXACT, assert_same_gradients, eagle, eagle3, lay_out, make_documents, oracle_of, run
+from tests.objectives.cases import (
+    EXACT,
+    assert_drawn_for_conversations,
+    assert_same_gradients,
+    document,
+    eagle,
+    eagle3,
+    lay_out,
+    make_documents,
+    oracle_of,
+    run,
+)
 from tests.objectives.recall import LENGTH, OFFSET, train_and_measure
 
 CASES = {
@@ -19,10 +29,6 @@ CASES = {
     "eagle3.1, 2 layers": eagle3(norm_output=True, num_layers=2),
     "hass": eagle(3, topk_w=1.0),
 }
-
-
-def document(name, length):
-    return TokenRow(name, [1] * length, [True] * length, "")
 
 
 def skipped(rows, width, longest=100, seed=0, epochs=None):
@@ -48,13 +54,8 @@ def test_a_document_without_room_stays_where_it_is():
 
 
 def test_draws_depend_on_conversation_epoch_and_seed_and_not_on_the_layout():
-    a, b = document("a", 40), document("b", 50)
-    packed, other = skipped([[a, b]], 100), skipped([[b], [a]], 64)
-    assert torch.equal(packed[0, :40], other[1, :40]) and torch.equal(packed[0, 40:90], other[0, :50])
-    assert not torch.equal(packed[0, :40], packed[0, 40:80])
-    assert not torch.equal(packed, skipped([[a, b]], 100, seed=1))
-    assert not torch.equal(packed, skipped([[a, b]], 100, epochs=[1]))
-    assert torch.equal(packed[0, 90:], torch.arange(10)), "padding"
+    padding = assert_drawn_for_conversations(skipped)
+    assert torch.equal(padding, torch.arange(10))
 
 
 def test_a_batch_that_does_not_name_its_conversations_is_an_error():
