@@ -90,7 +90,8 @@ def _spans(first: torch.Tensor, last: torch.Tensor) -> Iterator[_Span]:
     bounds = [0, *(cut.nonzero().squeeze(1) + 1).tolist(), len(first)]
     for start, end in pairwise(bounds):
         low, high = int(first[start]), int(last[end - 1]) + 1
-        size = max(min(PIECE_QUERIES, PIECE_SCORES // (high - low)), 1)
+        # Others would be filled up to it: behind 64k keys to four times as many.
+        size = max(min(PIECE_QUERIES, PIECE_SCORES // (high - low)) // PIECE_ROUNDING, 1) * PIECE_ROUNDING
         for at in range(start, end, size):
             stop = min(at + size, end)
             yield _Span(at, stop, low, int(last[stop - 1]) + 1)

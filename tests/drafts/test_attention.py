@@ -228,6 +228,14 @@ def test_how_pieces_are_cut():
     assert count(flat_positions(2048), torch.arange(2048)) == 2048 / 128
 
 
+@pytest.mark.parametrize("keys", [12_000, 40_000])
+def test_behind_many_keys_hardly_more_is_computed_than_seen(keys):
+    index = torch.arange(keys - 500, keys)
+    pieces = block_for(flat_positions(keys), index, CPU).pieces
+    computed = sum((p.queries.stop - p.queries.start) * (p.keys.stop - p.keys.start) for p in pieces)
+    assert computed <= 1.1 * float((index + 1).sum())
+
+
 def test_a_piece_whose_queries_see_all_of_its_keys_has_no_mask():
     (piece,) = block_for(flat_positions(50, 50), torch.tensor([81] * 5), CPU).pieces
     assert piece.mask is None and piece.keys == slice(50, 82)
