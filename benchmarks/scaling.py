@@ -1,6 +1,6 @@
 """What a training step should take on many GPUs, by arithmetic: nothing is measured, and no GPU is needed.
 
-python -m benchmarks.scaling [--target 8b,70b] [--gpus 1,8,64,512] [--flops 4e14] …
+python -m benchmarks.scaling [--target 8b,70b] [--gpus 1,8,64,512] [--long 32768,131072] [--sharing 1,2,4,8] …
 
 What a step multiplies and keeps is counted from shapes (``nemo_speculative.training.cost``, as ``plan=true`` does) for
 EAGLE-3 on Llama-3.1 of 8 or 70 billion parameters.  How fast a GPU and its links are is assumed, and can be given.
@@ -9,13 +9,17 @@ A collective over n ranks is a ring: every rank sends (n - 1) / n of the bytes, 
 Its bandwidth is that of a GPU's own link inside a node; over nodes, that of the network cards of all GPUs of a node
 that belong to the ring.  A step is the target's part, meanwhile the draft's weights are gathered; the draft's part;
 then its gradients are reduced and the optimizer steps.  The number of rows on a GPU stays, whatever the number of GPUs.
+
+Where GPUs share long rows (``parallelism=cp``), a GPU has as many tokens in a step whatever their number: parts of more
+rows.  What their attention gathers is waited for, on top of all else.
 """
 
 import argparse
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -23,7 +27,12 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig
 
 from nemo_speculative.config.app import CONF, to_job
-from nemo_speculative.config.schema import BackendConfig, ShardedHFBackendConfig, TensorParallelHFBackendConfig
+from nemo_speculative.config.schema import (
+    BackendConfig,
+    ShardedHFBackendConfig,
+    TensorParallelHFBackendConfig,
+    TrainJob,
+)
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
@@ -56,6 +65,10 @@ class Assumed:
     node: int = field(default=8, metadata={"what": "GPUs of a node"})
     rows: int = field(default=4, metadata={"what": "rows of a GPU in a step, one after the other"})
     row_tokens: int = field(default=4096, metadata={"what": "tokens of a row: four documents, half of each trained"})
+    long_documents: int = field(default=1, metadata={"what": "documents of a long row, half of each trained"})
+    masked: float = field(
+        default=0.5, metadata={"what": "of flops, what the target's attention reaches in parts of documents, by masks"}
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,11 @@ class Work:
         return 2 * self.rows * sum(self.models.target.multiply_adds(self.amount).values())
 
     @property
+    def target_attention(self) -> float:
+        """Of them, those of attention."""
+        return 2 * self.rows * self.models.target.multiply_adds(self.amount)["target attention"]
+
+    @property
     def draft(self) -> float:
         """FLOPs of the draft, forward and backward, and of the labels from the target's head."""
         target, draft = self.models.target, self.models.draft
@@ -112,6 +130,49 @@ class Work:
         """Of aux and last hidden states of all rows."""
         width = (self.models.draft.aux_layers + 1) * self.models.target.hidden
         return BFLOAT16 * self.rows * self.amount.tokens * width
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Of the keys and values of a row, among the GPUs that share it (:mod:`nemo_speculative.context`)."""
+
+    layers: int
+    """Each in a collective of its own."""
+    size: float
+    """Bytes of all GPUs together, of a layer."""
+
+    def seconds(self, sharing: int, a: Assumed) -> float:
+        return self.layers * Ring.neighbours(sharing, a).gather(self.size, a)
+
+    def sent(self, sharing: int) -> float:
+        """Bytes that leave each GPU."""
+        return (sharing - 1) / sharing * self.layers * self.size
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """Of one row: once in every layer, whatever the number of an unroll's steps and parts."""
+
+    target: Exchange
+    """In its forward pass."""
+    draft: Exchange
+    """In its pass over all positions; later steps have keys of their own, which nobody else sees."""
+    gradients: Exchange
+    """Of the draft's, summed by their owners in float32."""
+
+    @classmethod
+    def of(cls, work: Work) -> "Exchanges":
+        target, draft = work.models.target, work.models.draft
+        of_target, of_draft = (2 * work.amount.everywhere * width for width in (target.key_width, draft.narrow))
+        return cls(
+            Exchange(target.layers, BFLOAT16 * of_target),
+            Exchange(draft.num_layers, BFLOAT16 * of_draft),
+            Exchange(draft.num_layers, FLOAT32 * of_draft),
+        )
+
+    @property
+    def all(self) -> Sequence[Exchange]:
+        return self.target, self.draft, self.gradients
 
 
 class Target(ABC):
@@ -224,6 +285,9 @@ WAYS: dict[str, list[tuple[Draft, Target]]] = {
     ],
 }  # fmt: skip
 
+LONG: dict[str, Target] = {"8b": Replicated(), "70b": Sharded()}
+"""Targets that compute a share of a row."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -252,28 +316,62 @@ def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a:
     return Step(seconds, computing, memory.online)
 
 
-def work_of(size: str, a: Assumed) -> tuple[Work, Any]:
-    """Of EAGLE-3 on that target, as conf/ has them, and the optimizer's configuration."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        job = to_job(compose("train_eagle3", ["model=llama31_8b", "output_dir=unused"]))
-    of_all = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-    config = LlamaConfig(tie_word_embeddings=False, **of_all, **SIZES[size])
-    entries = job.draft.vocabulary(config.vocab_size).entries or config.vocab_size
-    models = prediction.Models.of(job, config, draft_shape(job, config, entries))
-    (amount,) = prediction.count(job, models, [one_row(a.row_tokens)], torch.device("cuda"))
-    return Work(models, amount, a.rows), job.optimizer
+@dataclass(frozen=True)
+class Shared:
+    """Seconds of a step whose rows several GPUs share, and what of them is what."""
+
+    step: Step
+    target: float
+    exchanges: float
+    """Of keys, values and their gradients."""
+    draft: float
 
 
-def one_row(tokens: int) -> Batch:
-    """Four documents, each a prompt and an answer of equal lengths."""
-    half = tokens // 8
-    documents = [TokenRow(str(i), [1] * 2 * half, [False] * half + [True] * half, "") for i in range(4)]
-    return collate([documents], tokens, pad_id=0)
+def shared(work: Work, target: Target, sharing: int, gpus: int, optimizer: Any, a: Assumed) -> Shared:
+    """Of ``gpus``, among which the draft is sharded, and of which ``sharing`` neighbours each share a row."""
+    alone = step(work, FSDP2, target, gpus, optimizer, a)
+    exchanges = work.rows * sum(one.seconds(sharing, a) for one in Exchanges.of(work).all)
+    slower = work.target_attention / a.flops * (1 / a.masked - 1) if sharing > 1 else 0.0
+    found = replace(alone, seconds=alone.seconds + exchanges + slower)
+    return Shared(found, target.seconds(work, gpus, a) + slower, exchanges, work.draft / a.flops)
 
 
-def table(size: str, gpus: Sequence[int], a: Assumed) -> list[str]:
+@dataclass(frozen=True)
+class Training:
+    """Of EAGLE-3 on a target of that shape, as conf/ has them."""
+
+    job: TrainJob
+    models: prediction.Models
+
+    @classmethod
+    def of(cls, size: str) -> "Training":
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            job = to_job(compose("train_eagle3", ["model=llama31_8b", "output_dir=unused"]))
+        of_all = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+        config = LlamaConfig(tie_word_embeddings=False, **of_all, **SIZES[size])
+        entries = job.draft.vocabulary(config.vocab_size).entries or config.vocab_size
+        return cls(job, prediction.Models.of(job, config, draft_shape(job, config, entries)))
+
+    def work(self, row: Batch, rows: int, sharing: int = 1) -> Work:
+        """Of ``rows`` like ``row``, one after the other, on the first of the GPUs that share them.
+
+        It has the end of the row, whose slots see the most keys, so the others wait for it.
+        """
+        job = replace(self.job, parallelism=replace(self.job.parallelism, context=sharing))
+        (amount,) = prediction.count(job, self.models, [row], torch.device("cuda"))
+        return Work(self.models, amount, rows)
+
+
+def one_row(tokens: int, documents: int) -> Batch:
+    """Of documents that are each a prompt and an answer, all of equal lengths."""
+    half = tokens // (2 * documents)
+    packed = [TokenRow(str(i), [1] * 2 * half, [False] * half + [True] * half, "") for i in range(documents)]
+    return collate([packed], tokens, pad_id=0)
+
+
+def table(size: str, training: Training, gpus: Sequence[int], a: Assumed) -> list[str]:
     """Lines of markdown."""
-    work, optimizer = work_of(size, a)
+    work, optimizer = training.work(one_row(a.row_tokens, 4), a.rows), training.job.optimizer
     tera = f"{work.target / 1e12:.0f} TFLOP of the target and {work.draft / 1e12:.0f} of the draft a GPU and step"
     lines = [
         f"Llama-3.1-{size.upper()}, EAGLE-3, {work.models.draft.all_parameters / 1e6:.0f} M parameters: {tera}.",
@@ -287,6 +385,37 @@ def table(size: str, gpus: Sequence[int], a: Assumed) -> list[str]:
     return lines
 
 
+def long_table(size: str, training: Training, lengths: Sequence[int], counts: Sequence[int], a: Assumed) -> list[str]:
+    """Of rows of so many tokens, each shared by one of ``counts`` GPUs; lines of markdown."""
+    gpus, target = math.lcm(a.node, *counts), LONG[size]
+    lines = [
+        f"Llama-3.1-{size.upper()}, EAGLE-3, `backend={target.name}`: {gpus * a.rows} rows a step, {gpus} GPUs.",
+        "",
+        "| tokens of a row | GPUs that share it | target | draft | keys and values | step | tokens/s a GPU | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for tokens in lengths:
+        row = one_row(tokens, a.long_documents)
+        for sharing in counts:
+            work = training.work(row, a.rows * sharing, sharing)
+            found = shared(work, target, sharing, gpus, training.job.optimizer, a)
+            lines.append(f"| {tokens} | {sharing} | {' | '.join(_long_cells(found, work, sharing, a))} |")
+    return lines
+
+
+def _long_cells(found: Shared, work: Work, sharing: int, a: Assumed) -> list[str]:
+    sent = work.rows * sum(one.sent(sharing) for one in Exchanges.of(work).all)
+    seconds, size = found.step.seconds, found.step.bytes
+    return [
+        f"{found.target:.2f} s",
+        f"{found.draft:.2f} s",
+        f"{found.exchanges:.2f} s, {sent / 1e9:.0f} GB",
+        f"{seconds:.2f} s",
+        f"{work.rows * work.amount.everywhere / sharing / seconds:.0f}",
+        f"{'does not fit: ' if size > a.memory else ''}{size / 1e9:.0f} GB",
+    ]
+
+
 def _cell(found: Step, a: Assumed) -> str:
     if found.bytes > a.memory:
         return f"does not fit: {found.bytes / 1e9:.0f} GB"
@@ -298,6 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--target", default="8b,70b", help="of %(default)s")
     parser.add_argument("--gpus", default="1,8,64,512", help="how many; %(default)s")
+    parser.add_argument("--long", default="32768,131072", help="tokens of the rows that GPUs share; %(default)s")
+    parser.add_argument("--sharing", default="1,2,4,8", help="how many of them share a row; %(default)s")
     for one in fields(Assumed):
         option = f"--{one.name.replace('_', '-')}"
         parser.add_argument(option, type=type(one.default), default=one.default, help=one.metadata["what"])
@@ -308,7 +439,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in given.target.split(","):
         if size not in SIZES:
             sys.exit(f"error: --target {size}: expected one of {', '.join(SIZES)}")
-        print("", *table(size, [int(n) for n in given.gpus.split(",")], a), sep="\n")
+        training = Training.of(size)
+        print("", *table(size, training, _numbers(given.gpus), a), sep="\n")
+        print("", *long_table(size, training, _numbers(given.long), _numbers(given.sharing), a), sep="\n")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """The arithmetic of ``benchmarks.scaling``, by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
+from hydra.utils import get_class
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.scaling import (
     CACHED,
@@ -11,15 +16,32 @@ from benchmarks.scaling import (
     HSDP,
     SERVED,
     Assumed,
+    Exchange,
+    Exchanges,
     Replicated,
     Ring,
     Sharded,
     TensorParallel,
+    Training,
+    Work,
     main,
+    one_row,
+    shared,
     step,
-    work_of,
 )
-from nemo_speculative.config.schema import ShardedHFBackendConfig
+from nemo_speculative import context
+from nemo_speculative.config.schema import Eagle3DraftConfig, ParallelismConfig, ShardedHFBackendConfig
+from nemo_speculative.context import Context
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.packing import collate
+from nemo_speculative.data.vocabulary import DraftVocabulary
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.training import parallelism, titan
+from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
+from nemo_speculative.training.prediction import Models
+from nemo_speculative.training.trainer import Trainee
+from tests.conftest import make_tokenizer
+from tests.training.ranks import on_ranks
 
 NO_HOPS = {"hop": 0.0, "far_hop": 0.0}
 A = Assumed(nvlink=100.0, nic=10.0, **NO_HOPS)
@@ -78,7 +100,8 @@ def test_a_draft_gathers_bfloat16_and_reduces_float32(draft, gpus, gathered, red
 @pytest.fixture(scope="module")
 def found():
     """Work of Llama-3.1-8B on rows of 512 tokens, and the optimizer."""
-    return work_of("8b", Assumed(rows=3, row_tokens=512))
+    training = Training.of("8b")
+    return training.work(one_row(512, 4), 3), training.job.optimizer
 
 
 def test_the_work_is_that_of_the_published_shape(found):
@@ -147,11 +170,161 @@ def test_states_from_elsewhere_cost_no_products_and_bound_a_step_by_their_link(f
     assert free.seconds == pytest.approx(work.draft / Assumed().flops) == free.computing
 
 
+TINY = LlamaConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+)  # fmt: skip
+SHARED = {
+    "EAGLE-3": Eagle3DraftConfig(num_steps=4, vocab_size=48, aux_layers=[1, 2, 3]),
+    "two layers": Eagle3DraftConfig(num_steps=2, vocab_size=48, aux_layers=[1, 2, 3], num_layers=2),
+}
+MICRO_BATCHES = 2
+
+
+def tiny_batch():
+    """Two rows, of which so much is supervised that every rank has its slots in several parts."""
+    documents = [[TokenRow(name, [3] * n, [t > 10 for t in range(n)], "")] for name, n in (("a", 200), ("b", 170))]
+    return collate(documents, 200, pad_id=0)
+
+
+def tiny_draft(config, target, ranks):
+    """Draft and objective."""
+    draft_class = get_class(config._target_)
+    shape = draft_class.shape_for(config, TINY, [1, 2, 3], 48)
+    objective = get_class(config.objective).build(target, config, seed=0, tau_steps=1, slots_alive=64, context=ranks)
+    return draft_class(shape), objective
+
+
+def exchanged(directory):
+    """Bytes of the collectives of keys and values that a step takes: of the target, the draft, and its gradients."""
+    titan.bind_device("cpu")
+    dims = parallelism.mesh(ParallelismConfig(shard=-1, context=dist.get_world_size()))
+    ranks, found = parallelism.context(dims), {}
+    target = HFTarget(directory, aux_layers=[1, 2, 3], dtype=torch.bfloat16)
+    for name, config in SHARED.items():
+        seen = {"target": 0, "draft": 0, "gradients": 0}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(context, "_all_gather", gathered(seen, ranks))
+            patch.setattr(context, "_reduce_scatter", scattered(seen))
+            train(*tiny_draft(config, target, ranks), target, dims)
+        found[name] = seen
+    return found
+
+
+def gathered(seen, ranks, collective=context._all_gather):
+    def counted(out, given, group):
+        seen["target" if group is ranks.group_beside else "draft"] += out.nbytes
+        assert given.nbytes * group.size() == out.nbytes
+        collective(out, given, group=group)
+
+    return counted
+
+
+def scattered(seen, collective=context._reduce_scatter):
+    def counted(out, given, group):
+        seen["gradients"] += given.nbytes
+        collective(out, given, group=group)
+
+    return counted
+
+
+def train(draft, objective, target, dims):
+    """A step, as the trainer takes it."""
+    draft.use_vocabulary(DraftVocabulary(torch.arange(48), TINY.vocab_size, 1.0))
+    trainee = parallelism.shard_draft(Trainee(draft.attach(target), objective), dims, torch.bfloat16)
+    schedules = [objective.schedule(tiny_batch()) for _ in range(MICRO_BATCHES)]
+    assert all(len(schedule.parts) > 1 for schedule in schedules)
+    for schedule in schedules:
+        trainee(schedule, target.supervise(schedule.batch), sum(s.counts for s in schedules)).loss.backward()
+
+
+def tiny_work(config):
+    draft, objective = tiny_draft(config, None, Context.planned(2))
+    with torch.device("meta"):
+        target = TargetCost(LlamaForCausalLM(TINY))
+        cost = DraftCost(tiny_draft(config, None, Context.planned(2))[0], aux_layers=3, target_hidden=64)
+    amount = Amount.of(objective.schedule(tiny_batch()), len(draft.stack) > 1)
+    return Work(Models(target, cost), amount, MICRO_BATCHES)
+
+
+def test_as_many_keys_and_values_are_counted_as_two_ranks_exchange(tmp_path):
+    torch.manual_seed(0)
+    LlamaForCausalLM(TINY).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    for found in on_ranks(2, exchanged, str(tmp_path)):
+        for name, config in SHARED.items():
+            work = tiny_work(config)
+            counted = {key: work.rows * e.layers * e.size for key, e in vars(Exchanges.of(work)).items()}
+            assert counted == found[name] and min(counted.values()) > 0, name
+
+
+def test_the_keys_and_values_of_the_published_shape_are_those_of_long_context_md():
+    """131072 tokens of an 8B Llama among eight ranks, in decimal MB: 470 a layer, 940 of gradients."""
+    of_all = Exchange(1, 131072 * 2 * 1024 * 2), Exchange(1, 131072 * 2 * 1024 * 4)
+    assert [round(one.sent(8) / 1e6) for one in of_all] == [470, 940]
+    training = Training.of("8b")
+    exchanges = Exchanges.of(training.work(one_row(4096, 1), 1, 8))
+    assert exchanges.target == Exchange(32, of_all[0].size / 32)
+    assert (exchanges.draft, exchanges.gradients) == tuple(Exchange(1, one.size / 32) for one in of_all)
+
+
+def test_a_row_that_is_shared_takes_its_exchanges_and_the_masks_of_its_parts_on_top():
+    training = Training.of("8b")
+    a = Assumed(rows=2, masked=0.25, flops=1e14, nvlink=1e11, **NO_HOPS)
+    work = training.work(one_row(4096, 1), a.rows * 4, 4)
+    alone = step(work, FSDP2, Replicated(), 8, training.job.optimizer, a)
+    found = shared(work, Replicated(), 4, 8, training.job.optimizer, a)
+    scores = 2 * 8 * 32 * 4096 * 2 * work.amount.pairs
+    row = 4096 * 2 * 1024
+    assert found.exchanges == pytest.approx(8 * 3 / 4 * row * (32 * 2 + 2 + 4) / 1e11)
+    assert found.target == pytest.approx((work.target + 3 * scores) / 1e14)
+    assert found.step.seconds == pytest.approx(alone.seconds + found.exchanges + 3 * scores / 1e14)
+    assert (found.step.bytes, found.step.computing) == (alone.bytes, alone.computing)
+    # Nobody to share with: nothing on top.
+    whole = training.work(one_row(4096, 1), a.rows)
+    assert shared(whole, Replicated(), 1, 8, training.job.optimizer, a).step == step(
+        whole, FSDP2, Replicated(), 8, training.job.optimizer, a
+    )
+    # A quarter of four times as many rows: a few tokens more, that lie behind the parts.
+    assert whole.target < work.target < 1.02 * whole.target
+
+
+def test_the_others_wait_for_the_first_of_the_gpus_that_share_a_row(monkeypatch):
+    training, row = Training.of("8b"), one_row(32768, 1)
+
+    def flops(rank):
+        group = SimpleNamespace(size=lambda: 4, rank=lambda: rank)
+        monkeypatch.setattr(Context, "planned", classmethod(lambda cls, ranks: cls(group)))
+        work = training.work(row, 1, 4)
+        return work.target + work.draft
+
+    first, *others = map(flops, range(4))
+    assert first > max(others)
+
+
 def test_every_assumption_is_said_and_can_be_given(capsys):
-    main(["--target", "8b", "--gpus", "1,8", "--memory", "2e10", "--row-tokens", "512"])
+    main(
+        [
+            "--target",
+            "8b",
+            "--gpus",
+            "1,8",
+            "--memory",
+            "2e10",
+            "--row-tokens",
+            "512",
+            "--long",
+            "1024",
+            "--sharing",
+            "1,2",
+        ]
+    )
     said = capsys.readouterr().out
     assert said.count("assumed: ") == len(Assumed.__dataclass_fields__) and "assumed: memory = 2e+10" in said
     assert "does not fit" in said and "| hsdp | features |" in said
+    first, second = (line.split(" | ") for line in said.splitlines() if line.startswith("| 1024 |"))
+    assert first[4] == "0.00 s, 0 GB" and first[7].startswith("does not fit: ")
+    assert float(second[6]) < float(first[6])
 
 
 def test_a_target_that_is_not_known_is_one_line():
