@@ -1,7 +1,6 @@
 """What a trainer asks of an objective."""
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -9,9 +8,12 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.targets.base import Supervision
 
 
-@dataclass(frozen=True)
-class LossSum:
-    """A loss whose gradients add up over micro-batches and ranks, and the sums behind the metrics."""
+class LossSum(NamedTuple):
+    """A loss whose gradients add up over micro-batches and ranks, and the sums behind the metrics.
+
+    A tuple, because FSDP2 looks for the tensors of an output where pytrees have them: before torch 2.13 it finds none
+    in a dataclass, and then reduces no gradient.
+    """
 
     loss: torch.Tensor
     """Scalar: this micro-batch's part of the global batch's loss."""
