@@ -32,6 +32,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 POSITION = "position.json"
 CHUNK = 1 << 24
+STAGER_IS_KEPT = "2.13"
+"""The torch from which on one goes on working after its first state, and keeps its memory for the next."""
 
 FREE_TO_CHANGE = (
     "resume", "plan", "output_dir", "logger", "parallelism", "exporter.dtype", "exporter.topk",
@@ -119,7 +121,8 @@ class ResumeState:
     """The tensors of a run: what a checkpoint's ``state/`` holds, and how they get there and back.
 
     Args:
-        device: where the tensors live; on CUDA they are copied to pinned memory, which is kept from save to save.
+        device: where the tensors live; on CUDA they are copied to pinned memory, which torch 2.13 keeps from save to
+            save.
     """
 
     def __init__(
@@ -131,8 +134,11 @@ class ResumeState:
         self._exported = {name: (x.shape, x.dtype) for name, x in self.model.state_dict().items()}
         # Its own, because it is used by a thread beside the training's collectives; and a slow disk is no lost rank.
         self._group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
-        cuda = device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self._cuda = device.type == "cuda"
+        self._stager = self._new_stager()
+
+    def _new_stager(self) -> DefaultStager:
+        return DefaultStager(StagingOptions(self._cuda, False, False, self._cuda))
 
     def _states(self) -> dict[str, Any]:
         rest = {"optimizer": self.optimizers, "lr_scheduler": self.schedules, "ema": self.average}
@@ -144,6 +150,8 @@ class ResumeState:
         Returns:
             Done when all that every rank has is on the disk.
         """
+        if torch.__version__ < STAGER_IS_KEPT:
+            self._stager = self._new_stager()
         uploaded = dcp.async_save(
             self._states(), checkpoint_id=str(checkpoint / "state"), process_group=self._group,
             async_stager=self._stager,
