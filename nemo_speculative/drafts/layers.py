@@ -105,7 +105,8 @@ class LeanRMSNorm(nn.RMSNorm):
     """torch has one kernel for it on CUDA alone; elsewhere it keeps every intermediate for the backward pass."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda or not torch.is_grad_enabled():
+        # Compiled, it is fused anyway; and torch 2.11 loses the gradient of a Function that changes a tensor in place.
+        if x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         return _LeanNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
 

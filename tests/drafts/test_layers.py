@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import linear, silu
 
 from nemo_speculative.drafts.layers import Rotary, rotate
+from tests.objectives.cases import eagle3
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -31,3 +33,25 @@ def test_a_bfloat16_draft_turns_by_the_float32_angles(rope):
     for expected, found in zip(exact(positions, torch.float32), half(positions, torch.bfloat16), strict=True):
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), expected, rtol=0, atol=2**-8)
+
+
+def textbook_finish(weights, residual, attended, eps):
+    x = residual + linear(attended, weights["self_attn.o_proj.weight"])
+    normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weights["post_attention_layernorm.weight"]
+    gate, up = linear(normed, weights["mlp.gate_proj.weight"]), linear(normed, weights["mlp.up_proj.weight"])
+    return x + linear(silu(gate) * up, weights["mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_second_half_of_a_layer_has_the_gradients_of_its_formula(compiled):
+    """Compiled as the trainer does it; torch 2.11 lost gradients there."""
+    layer = eagle3(draft_vocab=15).make_draft().stack[0].double()
+    finish = torch.compile(layer.finish, backend="eager") if compiled else layer.finish
+    attended = torch.randn(3, 5, layer.self_attn.o_proj.in_features, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(3, 5, layer.self_attn.o_proj.out_features, dtype=torch.float64, requires_grad=True)
+    weights = {n: p for n, p in layer.named_parameters() if n.startswith(("self_attn.o", "mlp", "post_attention"))}
+    direction, inputs = torch.randn_like(residual), (residual, attended, *weights.values())
+    results = [finish(residual, attended), textbook_finish(weights, residual, attended, 1e-5)]
+    torch.testing.assert_close(*results)
+    for found, expected in zip(*(torch.autograd.grad((y * direction).sum(), inputs) for y in results), strict=True):
+        torch.testing.assert_close(found, expected)
