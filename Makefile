@@ -19,7 +19,7 @@ JUDGES ?= tests/sglang
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY)  ## the virtual environment with pinned dependencies; LOCKED=cuda|cpu: with the locks' hashes
+setup: $(READY)  ## the virtual environment with pinned dependencies; LOCKED=cuda|cpu: with the locks' hashes; TORCH=VERSION
 
 $(READY): pyproject.toml requirements.txt
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,6 +27,7 @@ $(READY): pyproject.toml requirements.txt
 	$(PYTHON3) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(REQUIREMENTS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(if $(TORCH),$(VENV)/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH))
 	touch $@
 
 train: $(READY)  ## make the embedded target, train an EAGLE-3 draft for it, measure it (no GPU, no download)
