@@ -27,6 +27,11 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class Share:
     """What a rank computes of a batch of N = B * L tokens: m of them, in ascending order.  Here all, where they are."""
 
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one of those that share the batch that does what is to be done once for it."""
+        return True
+
     def runs(self, num_tokens: int) -> Sequence[range]:
         """The flat positions, as ranges."""
         return [range(num_tokens)]
@@ -133,6 +138,10 @@ class ChunkPair(Share):
     def _padded(self) -> int:
         """The length of the longest chunk."""
         return -(-self.num_tokens // (2 * self.group.size()))
+
+    @property
+    def first(self) -> bool:
+        return self.group.rank() == 0
 
     def runs(self, num_tokens: int) -> Sequence[range]:
         return self._runs

@@ -99,7 +99,7 @@ class FeaturesTarget(TargetEnds):
         if None not in found:
             return self._read(host, found)
         if self._filler:
-            return self._filler.supervise(batch.whole, keys).of(batch.share)
+            return self._filler.supervise(batch, keys)
         span = host.spans[found.index(None)]
         raise UserError(f"backend.directory: document {span.id} is not in {self.directory}; capture it first")
 
@@ -168,15 +168,19 @@ class _Filler:
             return found
 
     def supervise(self, batch: Batch, keys: list[bytes]) -> Supervision:
-        """The whole batch as the target computes it; what of it is missing on disk is written."""
+        """The share of a batch that the target computes as a whole.
+
+        What of it is missing on disk is written, by one of the ranks that share it: the others find it there later.
+        """
         with self._one_at_a_time:
             self._target = self._target or HFTarget(self.path, **self.ends)
             with torch.no_grad():
-                supervision = self._target.supervise(batch)
-            for key, span, place in zip(keys, batch.on_host.spans, self.store.find(keys), strict=True):
-                if place is None:
-                    self.writer.put(key, batch, span, supervision)
-            return supervision
+                supervision = self._target.supervise(batch.whole)
+            if batch.share.first:
+                for key, span, place in zip(keys, batch.on_host.spans, self.store.find(keys), strict=True):
+                    if place is None:
+                        self.writer.put(key, batch, span, supervision)
+            return supervision.of(batch.share)
 
     def close(self) -> None:
         """Writes what there is; the last rank that does so seals the directory."""

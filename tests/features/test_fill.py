@@ -1,6 +1,7 @@
 """Mixed mode: what is missing is computed once, by the target itself, and read from then on."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from nemo_speculative.context import Context
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.errors import UserError
+from nemo_speculative.features import writer
 from nemo_speculative.features.budget import Budget
 from nemo_speculative.features.manifest import Manifest
 from nemo_speculative.features.store import Store
@@ -26,6 +28,16 @@ def epochs(documents, count):
         [collate([[documents[d] for d in row]], ROW, pad_id=1, epochs=[e]) for row in pack(lengths, ROW, seed=e)]
         for e in range(count)
     ]
+
+
+def two_ranks(monkeypatch, target_dir, directory, algorithm, documents):
+    """The targets of two ranks that fill one directory."""
+    ranks = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        ranks.append(reading(target_dir, directory, algorithm, fill=True))
+        ranks[-1].expect(documents)
+    return ranks
 
 
 @pytest.fixture
@@ -74,15 +86,42 @@ def test_a_run_that_goes_on_uses_what_was_captured(algorithm, documents, target_
     again.close()
 
 
-def test_ranks_that_share_a_row_write_the_whole_of_it(algorithm, online, documents, target_dir, tmp_path):
-    batch = epochs(documents, 1)[0][0]
-    share = Context.planned(2).share(batch.num_tokens, halo=3)
-    mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
-    found, expected = mixed.supervise(replace(batch, share=share)), online.supervise(batch)
-    assert torch.equal(found.aux, expected.of(share).aux) and found.aux.shape[1] < batch.num_tokens
-    mixed.close()
+def shared_by(two_ranks, batch):
+    """Each rank with what it is asked for, where they share the batch; the first one writes, and is asked last."""
+    for rank in (1, 0):
+        group = SimpleNamespace(size=lambda: 2, rank=lambda rank=rank: rank)
+        share = Context(group).share(batch.num_tokens, halo=3)
+        yield two_ranks[rank], replace(batch, share=share)
+
+
+def test_ranks_that_share_rows_write_each_document_once_and_whole(
+    algorithm, online, documents, target_dir, tmp_path, asked, monkeypatch
+):
+    ranks = two_ranks(monkeypatch, target_dir, tmp_path / "f", algorithm, documents)
+    first, second = epochs(documents, 2)
+    # Shards of the same documents in the same order would have the same name.
+    written: list[bytes] = []
+    keep = writer.write_shard
+    monkeypatch.setattr(writer, "write_shard", lambda at, some: written.extend(d.key for d in some) or keep(at, some))
+    for batch in first:
+        expected = online.supervise(batch)
+        for rank, part in shared_by(ranks, batch):
+            found, own = rank.supervise(part), expected.of(part.share)
+            assert torch.equal(found.aux, own.aux) and torch.equal(found.last_hidden, own.last_hidden)
+            assert found.last_hidden.shape[1] < batch.num_tokens
+    for rank, part in shared_by(ranks, second[0]):  # the next pass, which the writer comes to last
+        rank.supervise(part)
+    asked.clear()
+    for batch in second:
+        for rank, part in shared_by(ranks, batch):
+            rank.supervise(part)
+    assert not asked, "what one rank wrote, the other has found"
+    for rank in ranks:
+        rank.close()
+    assert len(written) == len(set(written)) == len(documents)
     again = reading(target_dir, tmp_path / "f", algorithm)
-    assert_same(loss_of(algorithm, again, [batch]), loss_of(algorithm, online, [batch]))
+    for batch in first:
+        assert_same(loss_of(algorithm, again, [batch]), loss_of(algorithm, online, [batch]), ROUNDING)
 
 
 def test_captured_features_are_filled_up_where_they_are_not_complete(
@@ -108,11 +147,7 @@ def test_two_ranks_share_what_each_captured_and_the_last_one_seals_it(
     algorithm, online, documents, target_dir, tmp_path, asked, monkeypatch
 ):
     first, second = epochs(documents, 2)
-    ranks = []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        ranks.append(reading(target_dir, tmp_path / "f", algorithm, fill=True))
-        ranks[-1].expect(documents)
+    ranks = two_ranks(monkeypatch, target_dir, tmp_path / "f", algorithm, documents)
     for n, batch in enumerate(first):
         ranks[n % 2].supervise(batch)
     for rank in ranks:  # each begins the next pass, and so leaves to the other what it held back
@@ -129,11 +164,7 @@ def test_two_ranks_share_what_each_captured_and_the_last_one_seals_it(
 
 
 def test_other_trainings_stay_out_until_the_last_rank_has_left(algorithm, documents, target_dir, tmp_path, monkeypatch):
-    ranks = []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        ranks.append(reading(target_dir, tmp_path / "f", algorithm, fill=True))
-        ranks[-1].expect(documents)
+    ranks = two_ranks(monkeypatch, target_dir, tmp_path / "f", algorithm, documents)
     monkeypatch.setenv("RANK", "0")
     for rank in ranks:
         with pytest.raises(UserError, match=r"backend\.directory: another process writes into"):

@@ -78,8 +78,9 @@ def test_mixed_mode_reports_what_an_online_training_does(settings, online, tmp_p
 
 WATCHED = """
 import os, runpy, sys
+from nemo_speculative.features import writer
 from nemo_speculative.targets.hf import HFTarget
-log, supervise, load = sys.argv.pop(1), HFTarget.supervise, HFTarget.__init__
+log, supervise, load, keep = sys.argv.pop(1), HFTarget.supervise, HFTarget.__init__, writer.write_shard
 def note(said):
     with open(log, "a") as file:
         file.write(f"{os.environ['RANK']} {said}\\n")
@@ -88,9 +89,10 @@ def watched(self, batch):
     return supervise(self, batch)
 HFTarget.supervise = watched
 HFTarget.__init__ = lambda self, *given, **settings: (note("loads"), load(self, *given, **settings))[1]
+writer.write_shard = lambda at, documents: (note(f"writes {len(documents)}"), keep(at, documents))[1]
 runpy.run_path("recipes/train_eagle3.py", run_name="__main__")
 """
-"""A training that tells when the target itself is loaded, and what epochs' batches it is asked for."""
+"""A training that tells when the target itself is loaded, what epochs' batches it is asked for, and what is written."""
 
 
 def test_two_ranks_capture_in_the_first_epoch_and_read_from_then_on(settings, online, tmp_path):  # noqa: F811
@@ -108,7 +110,7 @@ def test_two_ranks_capture_in_the_first_epoch_and_read_from_then_on(settings, on
 
     said = trained("first", "backend.fill=true")
     for rank in "01":
-        asked = [epoch for who, epoch in said if who == rank and epoch != "loads"]
+        asked = [what for who, what, *_ in said if who == rank and what.isdigit()]
         # One look ahead may come before the other rank has written what it held back.
         assert asked.count("0") >= 4 and asked.count("1") <= 3 and asked.count("0") + asked.count("1") == len(asked)
     store = Store(features, Manifest.read(features))
@@ -116,6 +118,29 @@ def test_two_ranks_capture_in_the_first_epoch_and_read_from_then_on(settings, on
     assert len(store) == 54 == Manifest.read(features).documents and 54 <= held < 2 * 54
     verify(str(features))
     assert trained("again") == []
+
+
+def test_ranks_that_share_rows_write_each_document_once(settings, online, tmp_path):  # noqa: F811
+    features, program, log = tmp_path / "features", tmp_path / "watched.py", tmp_path / "log"
+    program.write_text(WATCHED)
+    shared = [*settings, "parallelism=cp", "parallelism.context=2", "backend=features", f"backend.directory={features}"]
+
+    def trained(name, *more):
+        done = run(str(program), str(log), *shared, *more, f"output_dir={tmp_path / name}", ranks=2)
+        assert done.returncode == 0, done.stderr
+        agree(metrics(tmp_path / name), online, 1e-5)
+
+    trained("first", "backend.fill=true")
+    said = [line.split() for line in log.read_text().splitlines()]
+    assert {rank for rank, what, *_ in said if what == "loads"} == {"0", "1"}, "both compute"
+    # Not what lies there: shards of the same documents in the same order have the same name.
+    written = [(rank, int(count)) for rank, what, *more in said if what == "writes" for count in more]
+    assert {rank for rank, _ in written} == {"0"} and sum(count for _, count in written) == 54
+    assert Manifest.read(features).documents == 54
+    verify(str(features))
+    log.unlink()
+    trained("again")
+    assert not log.exists(), "the target was asked for nothing"
 
 
 @pytest.fixture(scope="module")
