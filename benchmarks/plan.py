@@ -3,10 +3,11 @@
 python -m benchmarks.plan [--cases tiny,S-50] [--rounds 3] [--threads N]
 
 Every case is a process of its own, in which the trainer runs a recipe: the embedded target's with a random target of
-its shape; sizes S and M of ``benchmarks.training_step`` with a share of their tokens supervised; or a target that is
-large beside its draft, on two ranks, in each of its placements (``L-hf_tp``: ``backend=hf_tp``).  Rounds alternate
-between a prediction and some steps, so that a busy machine hits both.  Memory is that of the rank with the most: the
-weights, and the most that tensors take at once in the first steps, by torch's own profiler: what
+its shape; sizes S and M of ``benchmarks.training_step`` with a share of their tokens supervised; a target that is large
+beside its draft, on two ranks, in each of its placements (``L-hf_tp``: ``backend=hf_tp``); a large draft in each of its
+own (``ddp``, ``hsdp``, …); or a long row that two ranks share (``cp-hf_tp-5``: ``backend=hf_tp``, 5 % supervised).
+Rounds alternate between a prediction and some steps, so that a busy machine hits both.  Memory is that of the rank with
+the most: the weights, and the most that tensors take at once in the first steps, by torch's own profiler: what
 torch.cuda.max_memory_allocated is on a GPU.  "besides" is what its process has grown by beyond that.
 """
 
@@ -16,7 +17,9 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -40,6 +43,25 @@ LARGE = Size(
 )  # fmt: skip
 PLACEMENTS, RANKS = ("hf", "hf_fsdp2", "hf_tp"), 2
 """Of the large one, on so many ranks."""
+HEAVY = Size(
+    hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=4, intermediate_size=3072, vocab_size=8192,
+    draft_vocab_size=6144, aux_layers=[0, 1, 2], rows=4, row_tokens=256,
+)  # fmt: skip
+"""A draft whose weights and moments are more than what is computed with them."""
+DRAFTS: dict[str, tuple[int, list[str]]] = {
+    "ddp": (2, ["parallelism=ddp"]),
+    "fsdp2": (2, ["parallelism=fsdp2"]),
+    "hsdp": (4, ["parallelism=hsdp", "parallelism.shard=2"]),
+    "accumulated": (2, ["parallelism=fsdp2", "trainer.micro_batch_size=1"]),
+    "offload": (2, ["parallelism=fsdp2", "parallelism.offload=true"]),
+    "average": (1, ["parallelism=single", "optimizer.ema_decay=0.999"]),
+}
+"""Ways to hold that draft, on how many ranks."""
+LONG = Size(
+    hidden_size=256, num_layers=6, num_heads=4, num_kv_heads=2, intermediate_size=3072, vocab_size=2048,
+    draft_vocab_size=1024, aux_layers=[1, 2, 3], rows=1, row_tokens=4096,
+)  # fmt: skip
+"""One row that weighs more than the models: with few slots the target's forward takes the most, with many the draft."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,13 @@ def _cases() -> dict[str, Recipe]:
         for share in (25, 50, 100)
     }
     placements = {f"L-{backend}": Recipe(partial(_placed, backend=backend), RANKS) for backend in PLACEMENTS}
-    return {"tiny": Recipe(_tiny)} | sizes | placements
+    drafts = {name: Recipe(partial(_held, ranks=ranks, how=how), ranks) for name, (ranks, how) in DRAFTS.items()}
+    shared = {
+        f"cp-{name}-{share}": Recipe(partial(_shared, share=share / 100, backend=backend), RANKS)
+        for name, backend in SHARED.items()
+        for share in (5, 50)
+    }
+    return {"tiny": Recipe(_tiny)} | sizes | placements | drafts | shared
 
 
 def _tiny(folder: Path) -> list[str]:
@@ -76,6 +104,44 @@ def _tiny(folder: Path) -> list[str]:
 
 def _placed(folder: Path, backend: str) -> list[str]:
     return [*_size(folder, LARGE, share=0.5, rows=LARGE.rows // RANKS), f"backend={backend}", "draft.num_steps=3"]
+
+
+def _held(folder: Path, ranks: int, how: list[str]) -> list[str]:
+    return [*_size(folder, HEAVY, share=0.5, rows=HEAVY.rows // ranks), *how]
+
+
+def _shared(folder: Path, share: float, backend: Callable[[Path, list[str]], list[str]]) -> list[str]:
+    own = ["draft.intermediate_size=768", "draft.init_from_target.layer=false"]
+    row = [*_size(folder, LONG, share, rows=LONG.rows), *own]
+    return [*row, "parallelism=cp", f"parallelism.context={RANKS}", *backend(folder, row)]
+
+
+def _captured(folder: Path, row: list[str]) -> list[str]:
+    """The hidden states of ``row`` on the disk."""
+    from nemo_speculative.features.capture import capture
+
+    capture(_job("capture_features", [*row, f"output={folder}/features"]))
+    return ["backend=features", f"backend.directory={folder}/features"]
+
+
+def _computed(folder: Path, row: list[str], backend: str) -> list[str]:
+    return [f"backend={backend}"]
+
+
+SHARED: dict[str, Callable[[Path, list[str]], list[str]]] = {
+    **{backend: partial(_computed, backend=backend) for backend in PLACEMENTS},
+    "features": _captured,
+}
+"""What gives ranks that share a row its states; made ready, and what the training is to be told of it."""
+
+
+def _job(recipe: str, overrides: list[str]) -> Any:
+    from hydra import compose, initialize_config_dir
+
+    from nemo_speculative.config.app import CONF, to_job
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_job(compose(recipe, overrides, return_hydra_config=False))
 
 
 def _size(folder: Path, size: Size, share: float, rows: int) -> list[str]:
@@ -98,33 +164,31 @@ def _size(folder: Path, size: Size, share: float, rows: int) -> list[str]:
 def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
     """Figures of one case, in this process or rank of one: seconds of a step and bytes, predicted and measured."""
     import torch
-    from hydra import compose, initialize_config_dir
 
-    from nemo_speculative.config.app import CONF, to_job
     from nemo_speculative.progress import quiet_transformers
     from nemo_speculative.training import assembly, prediction
-    from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
+    from nemo_speculative.training.parallelism import context, fast_float32_matmuls, process_group
 
     quiet_transformers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        job = to_job(compose("train_eagle3", overrides, return_hydra_config=False))
-    device = torch.device("cpu")
+    job, device = _job("train_eagle3", overrides), torch.device("cpu")
     with process_group(device, job.parallelism) as dims, fast_float32_matmuls(device):
         target = assembly.build_target(job, device)
         data = assembly.build_data(job, target, assembly.load_split(job))
         vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
         draft = assembly.build_draft(job, target, vocabulary)
         trainer = assembly.build_trainer(
-            job, target=target, draft=draft, objective=assembly.build_objective(job, target), data=data,
-            run=assembly.prepare_run(job), dims=dims, device=device,
+            job, target=target, draft=draft, objective=assembly.build_objective(job, target, context(dims)),
+            data=data, run=assembly.prepare_run(job), dims=dims, device=device,
         )  # fmt: skip
+        read = StatesRead(target) if target.requests_ahead else None
         with closing(trainer):
             memory = Memory()
             _steps(trainer, WARMUP)
             added = memory.added_mb() * 1e6
             stay = [p for m in (target.model, draft) for p in m.parameters()]
-            moments = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
-            peak = peak_of_tensors(lambda: _steps(trainer, PROFILED)) + _bytes(moments)
+            kept = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
+            kept += trainer.average.state_dict().values()
+            peak = peak_of_tensors(lambda: _steps(trainer, PROFILED)) + _bytes(kept) + (read.most if read else 0)
             most = torch.tensor([peak + _bytes(stay), added - peak], dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             shape = assembly.draft_shape(job, target.config, vocabulary.size)
@@ -134,13 +198,39 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             predicted, measured = [], []
             for _ in range(rounds):
                 rates = prediction.measure(job, models, target.config, shape, batches[0], device)
-                predicted.append(prediction.predict(models, amounts, rates, len(batches), device).online)
+                found = prediction.predict(models, amounts, rates, len(batches), device, job.backend.WHOLE_ROWS)
+                predicted.append(found.online)
                 measured.append(_steps(trainer, STEPS))
             bytes_ = prediction.memory(job, models, amounts, device)
     return {
         "predicted": predicted, "measured": measured, "bytes": bytes_.online, "peak": float(most[0]),
         "said besides": bytes_.besides, "besides": float(most[1]),
     }  # fmt: skip
+
+
+class StatesRead:
+    """The most bytes of states that were alive at once of what threads have asked ``target`` for.
+
+    The profiler sees nothing that another thread makes.
+    """
+
+    def __init__(self, target: Any):
+        self.alive = self.most = 0
+        self._noting, self._supervise = threading.Lock(), target.supervise
+        target.supervise = self._watched
+
+    def _watched(self, batch: Any) -> Any:
+        made = self._supervise(batch)
+        for x in (made.aux, made.last_hidden):
+            storage = x.untyped_storage()
+            self._note(storage.nbytes())
+            weakref.finalize(storage, self._note, -storage.nbytes())
+        return made
+
+    def _note(self, size: int) -> None:
+        with self._noting:
+            self.alive += size
+            self.most = max(self.most, self.alive)
 
 
 def _bytes(tensors: Sequence[Any]) -> int:
@@ -164,7 +254,7 @@ def line(name: str, found: dict[str, Any]) -> str:
     seconds, steps = (statistics.median(found[key]) for key in ("predicted", "measured"))
     ratios = [a / b for a, b in zip(found["predicted"], found["measured"], strict=True)]
     return (
-        f"{name:11}{seconds:11.3f}{steps:11.3f}{seconds / steps:8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"{name:14}{seconds:11.3f}{steps:11.3f}{seconds / steps:8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         f"{found['bytes'] / 1e6:13.0f}{found['peak'] / 1e6:11.0f}{found['bytes'] / found['peak']:8.2f}"
         f"{found['said besides'] / 1e6:11.0f}{found['besides'] / 1e6:11.0f}"
     )
@@ -209,9 +299,9 @@ def _table(names: Sequence[str], rounds: int, threads: int) -> None:
     if unknown := [name for name in names if name not in _cases()]:
         raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(_cases())}")
     print(f"{machine(threads)}; {rounds} rounds")
-    print(f"{'':11}{'seconds of a step':>22}{'':30}{'MB of tensors':>22}{'MB besides':>25}")
+    print(f"{'':14}{'seconds of a step':>22}{'':30}{'MB of tensors':>22}{'MB besides':>25}")
     pair = f"{'predicted':>11}{'measured':>11}"
-    print(f"{'':11}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio{pair}")
+    print(f"{'':14}{pair}{'ratio (min to max)':>23}{pair:>23}   ratio{pair}")
     for name in names:
         print(line(name, in_process(name, rounds, threads)), flush=True)
 

@@ -189,6 +189,10 @@ class Target(ABC):
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         """Of the target's part of a step."""
 
+    def width(self, gpus: int, a: Assumed) -> float:
+        """Of each layer, what a GPU computes."""
+        return 1.0
+
     def beside(self, work: Work, a: Assumed) -> float:
         """Seconds of what goes on all through a step beside it."""
         return 0.0
@@ -227,6 +231,9 @@ class TensorParallel(Target):
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / min(gpus, a.node)
+
+    def width(self, gpus: int, a: Assumed) -> float:
+        return self.share(gpus, a)
 
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         ranks = min(gpus, a.node)
@@ -307,8 +314,9 @@ def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a:
     after = draft.reduce(parameters, gpus, a) + update
     place = Placement(
         ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
-        target_share=target.share(gpus, a), gathered_layers=target.config.GATHERED_LAYERS,
-        together=target.config.TOGETHER, accumulates=work.rows > 1,
+        target_share=target.share(gpus, a), target_width=target.width(gpus, a),
+        gathered_layers=target.config.GATHERED_LAYERS,
+        ahead=int(not target.config.TOGETHER), accumulates=work.rows > 1,
     )  # fmt: skip
     computing = work.draft / a.flops + (work.target / a.flops if place.target_share else 0.0)
     memory = step_memory(work.models.target, work.models.draft, work.amount, optimizer, place)

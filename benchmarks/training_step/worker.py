@@ -12,7 +12,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
@@ -78,14 +79,44 @@ class Memory:
 
 
 def peak_of_tensors(work: Callable[[], Any]) -> float:
-    """The most bytes of tensors that were alive at once of what ``work`` made."""
+    """The most bytes of tensors that were alive at once of what ``work`` made in this thread and in autograd's.
+
+    torch's profiler does not see what another thread frees, such as those of gloo: a block is also gone when its memory
+    is given out again.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+    changes = sorted((event["ts"], event["args"]) for event in events if event["name"] == "[memory]")
+    return most_alive((args["Addr"], args["Bytes"]) for _, args in changes)
+
+
+def most_alive(changes: Iterable[tuple[int, int]]) -> int:
+    """The most bytes at once of blocks made (an address and a size) and freed (its negative), one after the other."""
+    sizes: dict[int, int] = {}
+    starts: list[int] = []
+    alive = most = 0
+
+    def forget(at: int) -> int:
+        return sizes.pop(starts.pop(at))
+
+    for start, size in changes:
+        at = bisect_left(starts, start)
+        if size < 0:
+            alive += size if start not in sizes else -forget(at)
+            continue
+        if at and starts[at - 1] + sizes[starts[at - 1]] > start:
+            at -= 1
+        while at < len(starts) and starts[at] < start + size:
+            alive -= forget(at)
+        starts.insert(at, start)
+        sizes[start] = size
+        alive += size
+        most = max(most, alive)
+    return most
 
 
 def _status_mb(key: str) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.config.schema import READ_AHEAD, MaskConvention
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.devices import send
@@ -27,9 +27,6 @@ from nemo_speculative.ranks import is_first
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.ends import TargetEnds
 from nemo_speculative.targets.hf import HFTarget
-
-READ_AHEAD = 2
-"""Batches that are read in threads while the draft works on one."""
 
 
 class FeaturesTarget(TargetEnds):

@@ -5,8 +5,8 @@ Everything follows from shapes and from the schedules of real batches, so no mod
 both factors).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_speculative.config.schema import MuonConfig, OptimizerConfig
+from nemo_speculative.config.schema import READ_AHEAD, MuonConfig, OptimizerConfig
 from nemo_speculative.drafts.attention import Block, Piece, PieceBlock
 from nemo_speculative.drafts.base import Draft
 from nemo_speculative.drafts.unroll import EVERYTHING, Entry
@@ -54,6 +54,8 @@ class Amount:
     """Positions at which the target's logits are taken."""
     pairs: float
     """Pairs of one of ``tokens`` and a token of its document that it sees: the target's attention."""
+    pairs_everywhere: float
+    """The same of the rows as a whole."""
     alive: tuple[float, ...]
     """Of ``slots``, those of the largest part: what is alive at once."""
     rows_alive: float
@@ -69,7 +71,8 @@ class Amount:
         largest = max(schedule.parts, key=lambda part: sum(part.slots.alive))
         layout = schedule.layout
         # The target's own, which the draft need not be told.
-        places = layout.host_positions[layout.share.flat(torch.arange(len(layout.positions)))].double()
+        everywhere = layout.host_positions.double() + 1
+        pairs = everywhere[layout.share.flat(torch.arange(len(layout.positions)))]
         return cls(
             tokens=len(schedule.layout.positions),
             everywhere=schedule.batch.num_tokens,
@@ -78,7 +81,8 @@ class Amount:
             lower_scores=_scores(schedule.layout.block) if deeper else 0,
             rows=sum(len(part.rows.output) for part in schedule.parts),
             labels=sum(len(part.rows.labels) for part in schedule.parts),
-            pairs=float((places + 1).sum()),
+            pairs=float(pairs.sum()),
+            pairs_everywhere=float(everywhere.sum()),
             alive=_by_step([largest.slots.alive]),
             rows_alive=len(largest.rows.output),
             rows_at_once=max(rows.stop - rows.start for part in schedule.parts for rows, _ in part.rows.chunks),
@@ -96,6 +100,11 @@ class Amount:
             return tuple(total / len(values) for total in _by_step(values))
 
         return cls(**{name: average(name) for name in cls.__dataclass_fields__})
+
+    @property
+    def of_whole_rows(self) -> "Amount":
+        """What a target has to do that ranks which share rows ask for all of them."""
+        return replace(self, tokens=self.everywhere, pairs=self.pairs_everywhere)
 
 
 def _by_step(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -132,7 +141,7 @@ class TargetCost:
         """Of embedding and head, which cached training needs too."""
         self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.attention_width = heads * head_dim
+        self.head_dim, self.attention_width = head_dim, heads * head_dim
         self.key_width = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
         self.intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         self.layers = config.num_hidden_layers
@@ -148,14 +157,23 @@ class TargetCost:
     def labels(self, amount: Amount) -> dict[str, float]:
         return {"labels": amount.labels * self.vocabulary * self.hidden}
 
-    def forward_bytes(self, amount: Amount, element: int, aux_layers: int) -> float:
-        """What is alive at most inside a forward pass: a layer's MLP or attention, beside the states kept so far."""
-        kept = amount.tokens * (2 + aux_layers) * self.hidden
+    def forward_bytes(self, amount: Amount, element: int, aux_layers: int, width: float = 1.0) -> float:
+        """What is alive at most inside a forward pass: a layer's MLP or attention, beside the states kept so far.
+
+        Args:
+            width: how much of a layer's heads and of its MLP is computed here.
+        """
+        # The embeddings, what the layer reads, plain and normed, and the rotation.
+        kept = amount.tokens * ((3 + aux_layers) * self.hidden + 2 * self.head_dim)
         # What is gathered, in its own order and then in the batch's; and a copy for every head of the queries.
         gathered = (amount.everywhere - amount.tokens) * (4 * self.key_width + 2 * self.attention_width)
-        attention = amount.tokens * 8 * self.attention_width + gathered
-        mlp = amount.tokens * max(3 * self.intermediate, (aux_layers + 1) * self.hidden)
+        attention = width * (amount.tokens * 8 * self.attention_width + gathered)
+        mlp = amount.tokens * max(width * 3 * self.intermediate + self.hidden, (aux_layers + 1) * self.hidden)
         return element * (kept + max(mlp, attention))
+
+    def states_bytes(self, amount: Amount, element: int, aux_layers: int) -> float:
+        """Aux and last hidden states."""
+        return element * amount.tokens * (aux_layers + 1) * self.hidden
 
 
 class DraftCost:
@@ -228,18 +246,27 @@ class DraftCost:
         }
 
     def kept_bytes(self, amount: Amount, element: int) -> float:
-        """What is alive at most while the gradient of the largest part is taken, the target's states apart."""
+        """What the gradient of the largest part needs, when its outputs are there; the target's states apart."""
         h, keys_values = self.hidden, 2 * self.narrow
         # Embeddings and features, plain and normed; keys and values; and of lower layers all that a step keeps.
         at_all = 4 * h + keys_values + (self.num_layers - 1) * (self._of_layer(element, 0) + keys_values)
-        gathered = (amount.everywhere - amount.tokens) * self.num_layers * keys_values
-        prefix = amount.tokens * (
-            self.token_width + h + self.num_layers * keys_values + (h if self.num_layers > 1 else 0)
-        )
-        kept = amount.tokens * at_all + gathered + self._of_steps(amount.alive, element) + amount.rows_alive * 2 * h
-        # The prefix's gradient so far, and this part's; probabilities of a piece, and their gradient.
-        gradients = prefix + gathered + self.wide / self.head_dim * amount.scores_alive
-        return element * kept + 2 * FLOAT32 * gradients
+        kept = amount.tokens * at_all + self._gathered(amount) + self._of_steps(amount.alive, element)
+        return element * (kept + amount.rows_alive * 2 * h)
+
+    def prefix_bytes(self, amount: Amount) -> float:
+        """The gradient of what the slots of all parts read, as far as parts are done."""
+        deeper = self.hidden if self.num_layers > 1 else 0
+        read = self.token_width + self.hidden + self.num_layers * 2 * self.narrow + deeper
+        return FLOAT32 * (amount.tokens * read + self._gathered(amount))
+
+    def backward_bytes(self, amount: Amount) -> float:
+        """What the backward pass of the largest part adds: its gradient of the prefix, and of a piece of the attention
+        probabilities and their gradient."""
+        return self.prefix_bytes(amount) + 2 * FLOAT32 * self.wide / self.head_dim * amount.scores_alive
+
+    def _gathered(self, amount: Amount) -> float:
+        """Entries of the other ranks' keys and values."""
+        return (amount.everywhere - amount.tokens) * self.num_layers * 2 * self.narrow
 
     def _of_steps(self, slots: Sequence[float], element: int) -> float:
         first = slots[0] * (2 * self.hidden + self._behind_projection(element) - self.wide)
@@ -292,12 +319,16 @@ class Placement:
     device_type: str
     target_share: float = 1.0
     """Of the target's layers, what lies here: with a target elsewhere, or on disk, nothing."""
+    target_width: float = 1.0
+    """Of each layer, what is computed here: with tensor parallelism a part, for one rank's rows after the other's."""
     gathered_layers: int = 0
     """Of the target's, whole, while it computes."""
-    together: bool = False
-    """Whether ranks compute the target together, in turn with the draft's work."""
+    whole_rows: bool = False
+    """Whether the target computes, or is read, as whole rows, also where ranks share them."""
+    ahead: int = 0
+    """Micro-batches whose states are there, or on their way, while the draft works on one."""
     accumulates: bool = True
-    """Whether the gradients of earlier micro-batches wait while the target computes."""
+    """Whether the gradients of earlier micro-batches wait."""
     offloaded: bool = False
     """Whether the draft's shards, their gradients and moments are in a memory of their own, the host's."""
 
@@ -312,8 +343,8 @@ class Memory:
     """Bytes of tensors on one device at the peak of a step, by part."""
 
     parts: dict[str, float]
-    without_target: float
-    """What of them falls away with cached features."""
+    cached: float | None
+    """Of a step that reads its features instead; None: the target computes nothing here."""
     besides: float = 0.0
     """What the process holds that is no tensor, roughly."""
 
@@ -321,47 +352,136 @@ class Memory:
     def online(self) -> float:
         return sum(self.parts.values())
 
+
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """What is alive at each moment of a step that may be its peak, on its largest micro-batch."""
+
+    target: TargetCost
+    draft: DraftCost
+    largest: Amount
+    optimizer: OptimizerConfig
+    place: Placement
+
+    def peak(self) -> Parts:
+        """Bytes by part."""
+        return max(self, key=lambda parts: sum(parts.values()))
+
+    def __iter__(self) -> Iterator[Parts]:
+        yield self._target_computes(first=True)
+        if self.place.accumulates:
+            yield self._target_computes(first=False)
+        yield self._head()
+        yield self._backward()
+        if self.place.wrapped:
+            yield self._exchange()
+
+    def _target_computes(self, first: bool) -> Parts:
+        """Before the first micro-batch of a step the draft's weights are on their way; later gradients wait."""
+        place = self.place
+        # What arrives, and what it is gathered in.
+        copies = 2 * self._copy * (place.shards > 1) if first else self._copy
+        states = self._waiting + (0.0 if place.ahead else self._forward)
+        if place.target_width < 1:  # this rank's own, while the others' are computed
+            states += self.target.states_bytes(self._seen, place.target_element, self.draft.aux_layers)
+        return self._parts(copies, 0.0 if first else self._gradients, states)
+
+    def _head(self) -> Parts:
+        """The last part's outputs are judged."""
+        kept = self.draft.kept_bytes(self.largest, self.place.element) + self.draft.prefix_bytes(self.largest)
+        logits = self.draft.logits_bytes(
+            self.largest, self.target.vocabulary, self.place.target_element, self.place.device_type
+        )
+        return self._draft_works(kept=kept, logits=logits + self.draft.head_bytes())
+
+    def _backward(self) -> Parts:
+        """Its gradient is taken."""
+        kept = self.draft.kept_bytes(self.largest, self.place.element) + self.draft.prefix_bytes(self.largest)
+        kept += self.draft.backward_bytes(self.largest)
+        return self._draft_works(kept=kept, gradients=self.draft.all_parameters * self.place.element)
+
+    def _draft_works(self, kept: float, gradients: float = 0.0, logits: float = 0.0) -> Parts:
+        # Of one part the gradient of all weights; their sum is float32 and whole, also where FSDP shards it afterwards.
+        several = sum(self.largest.slots) > sum(self.largest.alive)
+        gradients += self._gradients * (several + self.place.accumulates)
+        beside = self._forward if self.place.ahead else 0.0
+        return self._parts(self._copy, gradients, self._states + beside + self._waiting, kept, logits)
+
+    def _exchange(self) -> Parts:
+        """Behind the last micro-batch: gradients, what they are sent from, and this rank's part of their sum."""
+        made = self.draft.all_parameters * (FLOAT32 if self.place.accumulates else self.place.element)
+        summed = self._gradients / self.place.shards
+        return self._parts(gradients=made + self._gradients + summed, states=self._states + self._waiting)
+
+    def _parts(
+        self, copies: float = 0.0, gradients: float = 0.0, states: float = 0.0, kept: float = 0.0, logits: float = 0.0
+    ) -> Parts:
+        own = 0.0 if self.place.offloaded else 1 / self.place.shards
+        return {
+            "target": self.target.end_parameters * self.place.target_element + self._layers * self.place.target_share,
+            "draft": self._gradients * own + copies,
+            "gradients and moments": _moments_bytes(self.draft, self.optimizer) * own + gradients,
+            "target's states": states,
+            "activations": kept,
+            "logits": logits,
+        }
+
     @property
-    def cached(self) -> float:
-        return self.online - self.without_target
+    def _layers(self) -> float:
+        return (self.target.parameters - self.target.end_parameters) * self.place.target_element
+
+    @property
+    def _gradients(self) -> float:
+        """Of all weights, in float32: as much as the weights."""
+        return self.draft.all_parameters * FLOAT32
+
+    @property
+    def _copy(self) -> float:
+        """The weights to compute with, where they are not the draft's own."""
+        return self.draft.all_parameters * self.place.element * self.place.wrapped
+
+    @property
+    def _seen(self) -> Amount:
+        return self.largest.of_whole_rows if self.place.whole_rows else self.largest
+
+    @property
+    def _forward(self) -> float:
+        """Of the target; its layers are gathered one by one."""
+        place = self.place
+        if not place.target_share:
+            return 0.0
+        made = self.target.forward_bytes(self._seen, place.target_element, self.draft.aux_layers, place.target_width)
+        return made + self._layers * place.gathered_layers / self.target.layers
+
+    @property
+    def _states(self) -> float:
+        """Of the micro-batch that the draft is at work on; the aux states also as it reads them."""
+        own = self.target.states_bytes(self.largest, self.place.target_element, self.draft.aux_layers)
+        if self.place.element != self.place.target_element:
+            own += self.largest.tokens * self.draft.aux_layers * self.target.hidden * self.place.element
+        return own
+
+    @property
+    def _waiting(self) -> float:
+        """Of the micro-batches ahead."""
+        return self.place.ahead * self.target.states_bytes(
+            self.largest, self.place.target_element, self.draft.aux_layers
+        )
 
 
 def step_memory(
     target: TargetCost, draft: DraftCost, largest: Amount, optimizer: OptimizerConfig, place: Placement
 ) -> Memory:
     """The peak of a step whose largest micro-batch is ``largest``."""
-    count, shards = draft.all_parameters, place.shards
-    states = largest.tokens * (draft.aux_layers + 1) * target.hidden * place.target_element
-    kept = draft.kept_bytes(largest, place.element)
-    if place.element != place.target_element:
-        states += largest.tokens * draft.aux_layers * target.hidden * place.element
-    # Of one part the gradient of all weights; their sum is float32 and whole, also where FSDP shards it afterwards.
-    several = sum(largest.slots) > sum(largest.alive)
-    summed = count * (several * place.element + place.wrapped * FLOAT32)
-    logits = draft.logits_bytes(largest, target.vocabulary, place.target_element, place.device_type)
-    gradients = count * FLOAT32 / shards
-    backward = max(kept + logits, kept + draft.head_bytes(), gradients)
-    layers = (target.parameters - target.end_parameters) * place.target_element
-    forward = bool(place.target_share) * target.forward_bytes(largest, place.target_element, draft.aux_layers)
-    forward += layers * place.gathered_layers / target.layers
-    # On CUDA the target reads the next micro-batch meanwhile, unless ranks compute it together; else in turn.
-    ahead = place.device_type == "cuda" and not place.together
-    gone = backward + (0 if place.accumulates else summed)
-    beside = forward + states if ahead else max(forward - gone, 0.0)
-    copies = 2 * count * place.element if place.wrapped else 0
-    own = 0 if place.offloaded else 1 / shards
-    decoder = layers * place.target_share
-    parts = {
-        "target": target.end_parameters * place.target_element + decoder,
-        "draft": count * FLOAT32 * own + copies,
-        "gradients and moments": (count * FLOAT32 + _moments_bytes(draft, optimizer)) * own,
-        "target's states": states + beside,
-        "activations": kept + summed,
-        "logits": logits,
-    }
+    parts = _Moments(target, draft, largest, optimizer, place).peak()
+    read = replace(place, target_share=0.0, target_width=1.0, gathered_layers=0, whole_rows=True, ahead=READ_AHEAD)
+    cached = sum(_Moments(target, draft, largest, optimizer, read).peak().values()) if place.target_share else None
     passing = sum(parts[name] for name in ("target's states", "activations", "logits"))
     besides = CPU_HEAP_SHARE * passing + CPU_HEAP_BYTES if place.device_type == "cpu" else 0.0
-    return Memory(parts, decoder + beside if place.target_share else 0.0, besides)
+    return Memory(parts, cached, besides)
 
 
 def _moments_bytes(draft: DraftCost, config: OptimizerConfig) -> int:

@@ -123,7 +123,7 @@ def _cost_lines(
         )
         return [f"time      {untried}", *lines]
     rates = measure(job, models, config, shape, batches[0], device)
-    found = predict(models, amounts, rates, len(batches), device)
+    found = predict(models, amounts, rates, len(batches), device, job.backend.WHOLE_ROWS)
     return [*_time_lines(job, found, job.trainer.total_steps(len(stream.rows_of(0))), device), *lines]
 
 
@@ -173,6 +173,6 @@ def _bytes(size: float) -> str:
 
 def _memory_lines(found: Memory) -> list[str]:
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items())
-    cached = f", {_bytes(found.cached)} cached; online" if found.without_target else ""
+    cached = f", {_bytes(found.cached)} cached; online" if found.cached is not None else ""
     more = f"; allocator and libraries hold some {_bytes(found.besides)} more" if found.besides else ""
     return [f"memory    about {_bytes(found.online)} of tensors a device on {started()} rank(s){cached}: {parts}{more}"]

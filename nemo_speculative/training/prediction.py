@@ -75,11 +75,17 @@ def count(job: TrainJob, models: Models, batches: list[Batch], device: torch.dev
 
 
 def predict(
-    models: Models, amounts: list[Amount], rates: Rates, micro_batches: int, device: torch.device
-) -> Prediction:
-    """Of a step of ``micro_batches`` of which ``amounts`` are examples."""
+    models: Models, amounts: list[Amount], rates: Rates, micro_batches: int, device: torch.device,
+    whole_rows: bool = False,
+) -> Prediction:  # fmt: skip
+    """Of a step of ``micro_batches`` of which ``amounts`` are examples.
+
+    Args:
+        whole_rows: ranks that share rows have the target compute all of them.
+    """
     amount = Amount.mean(amounts)
-    target, draft = models.target.multiply_adds(amount), models.draft.multiply_adds(amount)
+    target = models.target.multiply_adds(amount.of_whole_rows if whole_rows else amount)
+    draft = models.draft.multiply_adds(amount)
     draft |= models.target.labels(amount)
     # On CUDA the host makes the next schedule meanwhile; on a CPU it takes the time of the products.
     schedule = 0.0 if device.type == "cuda" else rates.schedule * amount.tokens
@@ -110,8 +116,11 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
         element=BYTES[job.trainer.dtype.value],
         device_type=device.type,
         target_share=job.backend.share_of_layers(ranks),
+        target_width=job.backend.share_of_width(ranks),
         gathered_layers=job.backend.GATHERED_LAYERS,
-        together=job.backend.TOGETHER,
+        whole_rows=job.backend.WHOLE_ROWS,
+        # On CUDA the target reads the next micro-batch meanwhile, unless ranks compute it together; else in turn.
+        ahead=job.backend.requests_ahead or int(device.type == "cuda" and not job.backend.TOGETHER),
         accumulates=len(amounts) > 1,
         offloaded=job.parallelism.offload and device.type == "cuda",
     )

@@ -45,6 +45,7 @@ from nemo_speculative.config.schema.loss import (
     TotalVariationConfig,
 )
 from nemo_speculative.config.schema.model import (
+    READ_AHEAD,
     BackendConfig,
     FeaturesBackendConfig,
     HFBackendConfig,
@@ -69,6 +70,7 @@ from nemo_speculative.config.schema.trainer import (
 )
 
 __all__ = [
+    "READ_AHEAD",
     "Answers",
     "BackendConfig",
     "BenchmarkJob",

@@ -64,6 +64,8 @@ class TinyModelConfig(ModelConfig):
         require_positive(self, "model", "steps", "rows_per_step", "row_tokens", "warmup_steps", "context")
 
 
+READ_AHEAD = 2
+"""Micro-batches of features that are read in threads while the draft works on one."""
 LOADING_SECONDS = 3600.0
 """For a target that is loaded when the first of its features is missing."""
 
@@ -78,7 +80,14 @@ class BackendConfig:
     """Whether ranks compute it together, in turn with the draft's work."""
     GATHERED_LAYERS: ClassVar[int] = 0
     """Whole layers that lie on a device, beside its share, while it computes."""
+    WHOLE_ROWS: ClassVar[bool] = False
+    """Whether it gives each of the ranks that share rows all of them, to keep its part."""
     _target_: str = MISSING
+
+    @property
+    def requests_ahead(self) -> int:
+        """Micro-batches that it is asked for beforehand, in threads."""
+        return 0
 
     @property
     def longest_wait(self) -> float:
@@ -91,6 +100,10 @@ class BackendConfig:
         Raises:
             UserError: it does not run on so many.
         """
+        return 1.0
+
+    def share_of_width(self, ranks: int) -> float:
+        """How much of each layer's activations a process computes, for the rows of one rank after the other."""
         return 1.0
 
 
@@ -123,6 +136,7 @@ class TensorParallelHFBackendConfig(BackendConfig):
     """transformers, tensor-parallel by its own plan; the ranks of a group compute their batches one after the other."""
 
     TOGETHER: ClassVar[bool] = True
+    WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.tensor_parallel.TensorParallelTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
@@ -152,11 +166,15 @@ class TensorParallelHFBackendConfig(BackendConfig):
     def share_of_layers(self, ranks: int) -> float:
         return 1 / self.group(ranks)
 
+    def share_of_width(self, ranks: int) -> float:
+        return 1 / self.group(ranks)
+
 
 @dataclass
 class SGLangBackendConfig(BackendConfig):
     """SGLang's own kernels in this process, tensor-parallel over all ranks (needs SGLang beside the trainer)."""
 
+    WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.serving.sglang_target.SGLangTarget"
     max_tokens: int = 16384
     """Tokens in one forward; no document may be longer."""
@@ -169,11 +187,15 @@ class SGLangBackendConfig(BackendConfig):
     def share_of_layers(self, ranks: int) -> float:
         return 1 / ranks
 
+    def share_of_width(self, ranks: int) -> float:
+        return 1 / ranks
+
 
 @dataclass
 class RemoteBackendConfig(BackendConfig):
     """Target servers on other GPUs or machines; see docs/target_server.md."""
 
+    WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.remote.RemoteTarget"
     urls: list[str] = field(default_factory=list)
     """Where they listen; micro-batches are spread over them."""
@@ -194,6 +216,10 @@ class RemoteBackendConfig(BackendConfig):
     def longest_wait(self) -> float:
         return self.timeout * self.attempts * len(self.urls)
 
+    @property
+    def requests_ahead(self) -> int:
+        return len(self.urls)
+
     def share_of_layers(self, ranks: int) -> float:
         return 0.0
 
@@ -202,6 +228,7 @@ class RemoteBackendConfig(BackendConfig):
 class FeaturesBackendConfig(BackendConfig):
     """Hidden states on disk, that recipes/capture_features.py or an epoch with fill=true left there."""
 
+    WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.features.target.FeaturesTarget"
     directory: str = MISSING
     """Where they are."""
@@ -220,6 +247,10 @@ class FeaturesBackendConfig(BackendConfig):
     @property
     def longest_wait(self) -> float:
         return LOADING_SECONDS if self.fill else 0.0
+
+    @property
+    def requests_ahead(self) -> int:
+        return READ_AHEAD
 
     def share_of_layers(self, ranks: int) -> float:
         return float(self.fill)
