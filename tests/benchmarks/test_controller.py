@@ -9,7 +9,7 @@ import torch
 from benchmarks.training_step.controller import Pass, Worker, interleave
 from benchmarks.training_step.implementations.base import Implementation
 from benchmarks.training_step.table import figures, multiples
-from benchmarks.training_step.worker import Memory, measured
+from benchmarks.training_step.worker import Memory, measured, most_alive
 from nemo_speculative.errors import UserError
 
 TRIVIAL = """
@@ -122,3 +122,17 @@ def test_the_table_gives_medians_spreads_and_paired_ratios():
     # the median of 2, 4 and 1, not the ratio of the medians
     assert ours.split() == ["ours", "2.00", "(1.00", "to", "4.00)", "1.00", "(1.00", "to", "1.00)"]
     assert peer.split() == ["peer", "1.00", "(1.00", "to", "1.00)", "0.50", "(0.25", "to", "1.00)"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ([(100, 10), (200, 20), (100, -10), (300, 15)], 35),
+        ([(100, 10), (100, 10), (200, 5)], 15),  # another thread freed the first
+        ([(100, 10), (120, 10), (95, 30)], 30),  # and both of these
+        ([(100, 10), (110, 5), (115, 5)], 20),  # neighbours stay
+        ([(500, -40), (100, 10)], 0),  # made before
+    ],
+)
+def test_a_block_is_gone_when_it_is_freed_or_its_memory_is_given_out_again(changes, most):
+    assert most_alive(changes) == most
