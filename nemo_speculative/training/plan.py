@@ -172,7 +172,7 @@ def _bytes(size: float) -> str:
 
 
 def _memory_lines(found: Memory) -> list[str]:
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items())
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items() if size)
     cached = f", {_bytes(found.cached)} cached; online" if found.cached is not None else ""
     more = f"; allocator and libraries hold some {_bytes(found.besides)} more" if found.besides else ""
     return [f"memory    about {_bytes(found.online)} of tensors a device on {started()} rank(s){cached}: {parts}{more}"]
