@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from nemo_speculative.errors import UserError
+from nemo_speculative.ranks import is_first
 
 
 @contextmanager
@@ -22,9 +23,12 @@ def exclusive(directory: str | Path, key: str, *, wait: bool = False) -> Iterato
     """
     Path(directory).mkdir(parents=True, exist_ok=True)
     with (Path(directory) / ".lock").open("a") as held:
-        if not wait and not _taken(held):
-            raise _refusal(directory, key)
-        fcntl.flock(held, fcntl.LOCK_EX)
+        if not _taken(held):
+            if not wait:
+                raise _refusal(directory, key)
+            if is_first():  # the others of a job wait for each other, a moment each
+                print(f"{key}: another process writes into {directory}; waiting for it", flush=True)
+            fcntl.flock(held, fcntl.LOCK_EX)
         yield
 
 

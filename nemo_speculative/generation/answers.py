@@ -4,83 +4,98 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_speculative.data.chat import tokenizer_digest
-from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.decoding.sampling import Sampling
-from nemo_speculative.files import write_whole
 from nemo_speculative.generation.concurrency import in_parallel
 from nemo_speculative.generation.decoder import Decoder, in_flight
 from nemo_speculative.generation.dialogue import Dialogue, Limits, TooLong, converse
+from nemo_speculative.generation.journal import Entry, Journal, entries
+from nemo_speculative.generation.moves import ANSWERS
+from nemo_speculative.generation.questions import Item, asked_by
 from nemo_speculative.generation.reasoning import Keep
+from nemo_speculative.locks import exclusive
 from nemo_speculative.progress import Progress
 from nemo_speculative.targets.hf import HFTarget
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Raised when the answering changes, so that no stale answers are taken from the cache."""
 
 
 def answer(
-    target: HFTarget, items: Sequence[Conversation | TokenRow], *, max_answer_tokens: int, batch_size: int,
-    max_length: int, cache_dir: str, title: str,
+    target: HFTarget, items: Sequence[Item], *, max_answer_tokens: int, batch_size: int, max_length: int,
+    cache_dir: str, title: str,
 ) -> list[TokenRow]:  # fmt: skip
-    """Every item's questions answered anew; cached by target, questions and length.
+    """Every item's questions answered anew, but for those that were answered before by this target up to these lengths.
 
     Each turn sees the new answers before it, rendered as a server would render them; a conversation is one row as long
     as that rendering begins with the row so far.  A row of token ids is answered from its first supervised token on.
+    What one item became is on the disk when it is answered: whoever asks again after an end of any kind goes on there.
 
     Raises:
-        UserError: a conversation asks nothing, or the chat template rejects it.
+        UserError: a conversation asks nothing, or the chat template rejects it; or a line of the cache is damaged.
+        OSError: there is no room for an answer.
     """
-    file = Path(cache_dir) / f"{_fingerprint(target, items, max_answer_tokens, max_length)}.jsonl"
-    if not file.exists():
-        limits = Limits(max_answer_tokens, max_length)
-        rows = asyncio.run(_answer_all(target, items, limits, batch_size, Progress(title, len(items))))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, "".join(_to_line(row) for row in rows))
-    return [_from_line(line, f"{file}:{number}") for number, line in enumerate(file.open(), start=1)]
+    limits = Limits(max_answer_tokens, max_length)
+    directory = Path(cache_dir) / _key(target, limits)
+    asked = [asked_by(item) for item in items]
+    questions = dict(zip(asked, items, strict=True))
+    with exclusive(directory, "data.cache_dir", wait=True):
+        rows = {e.asked: _rows(e, questions[e.asked]) for e in entries(directory / ANSWERS) if e.asked in questions}
+        # Before the first is answered: one that asks nothing ends the run now.
+        wanted = {a: Dialogue(item, target.tokenizer, Keep()) for a, item in questions.items() if a not in rows}
+        if wanted:
+            if rows:
+                print(f"{title}: {len(rows)} of {len(questions)} were answered before ({directory})", flush=True)
+            asyncio.run(_answer_all(target, wanted, directory / ANSWERS, limits, batch_size, title))
+    rows |= {a: dialogue.rows() for a, dialogue in wanted.items()}
+    return [row for a in asked for row in rows[a]]
 
 
-def _fingerprint(target: HFTarget, items: Sequence[Conversation | TokenRow], *limits: int) -> str:
+def _key(target: HFTarget, limits: Limits) -> str:
+    """Equal where an item's answers are."""
     dtype, stop = str(target.model.dtype), sorted(target.stop_ids)
-    shaping = [RECIPE_VERSION, target.fingerprint, tokenizer_digest(target.tokenizer), dtype, stop, limits]
-    digest = hashlib.sha256(json.dumps(shaping).encode())
-    for item in items:
-        content = [item.messages, item.tools] if isinstance(item, Conversation) else [item.input_ids, item.loss_mask]
-        digest.update(json.dumps([item.id, content]).encode())
-    return digest.hexdigest()[:16]
+    lengths = [limits.max_new_tokens, limits.max_length]
+    shaping = [RECIPE_VERSION, target.fingerprint, tokenizer_digest(target.tokenizer), dtype, stop, lengths]
+    return hashlib.sha256(json.dumps(shaping).encode()).hexdigest()[:16]
 
 
 async def _answer_all(
-    target: HFTarget, items: Sequence[Conversation | TokenRow], limits: Limits, batch_size: int, progress: Progress
-) -> list[TokenRow]:
-    decoder = Decoder(target, batch_size, Sampling())
-    dialogues = [Dialogue(item, target.tokenizer, Keep()) for item in items]
+    target: HFTarget, wanted: Mapping[int, Dialogue], file: Path, limits: Limits, batch_size: int, title: str
+) -> None:
+    decoder, progress = Decoder(target, batch_size, Sampling()), Progress(title, len(wanted))
 
-    async def have(dialogue: Dialogue) -> None:
+    async def have(question: tuple[int, tuple[int, Dialogue]]) -> None:
+        number, (asked, dialogue) = question
         with contextlib.suppress(TooLong):  # unanswered() names it
             await converse(dialogue, decoder.complete, limits)
+        journal.append(number, asked, _record(dialogue))  # found again by what was asked: the number is this run's
         progress.advance()
 
-    await in_parallel(dialogues, have, in_flight(batch_size))
+    with contextlib.closing(Journal(file)) as journal:
+        await in_parallel(enumerate(wanted.items()), have, in_flight(batch_size))
     progress.close()
-    return [row for dialogue in dialogues for row in dialogue.rows()]
 
 
-def unanswered(items: Sequence[Conversation | TokenRow], rows: Sequence[TokenRow]) -> list[str]:
+def unanswered(items: Sequence[Item], rows: Sequence[TokenRow]) -> list[str]:
     """Ids of the items that got no answer: their question is too long, or they mark none."""
     answered = {row.id for row in rows}
     return [item.id for item in items if not {item.id, f"{item.id}#0"} & answered]
 
 
-def _to_line(row: TokenRow) -> str:
-    record = {"id": row.id, "input_ids": row.input_ids, "loss_mask": [int(m) for m in row.loss_mask]}
-    return json.dumps(record | {"origin": row.origin, "source": row.source}) + "\n"
+def _record(dialogue: Dialogue) -> dict[str, object]:
+    rows = [[row.id, row.input_ids, [int(m) for m in row.loss_mask]] for row in dialogue.rows()]
+    return {"id": dialogue.item.id, "rows": rows}
 
 
-def _from_line(line: str, where: str) -> TokenRow:
-    record = json.loads(line)
-    mask = [bool(m) for m in record["loss_mask"]]
-    return TokenRow(record["id"], record["input_ids"], mask, record.get("origin", where), record.get("source", ""))
+def _rows(entry: Entry, item: Item) -> list[TokenRow]:
+    try:
+        return [
+            TokenRow(identity, ids, [bool(m) for m in mask], item.origin, item.source)
+            for identity, ids, mask in entry.record()["rows"]
+        ]
+    except (KeyError, TypeError, ValueError):
+        raise entry.damaged() from None

@@ -28,6 +28,22 @@ class Entry:
     offset: int
     """Where it begins, in bytes."""
     line: bytes
+    where: str
+    """``file:number`` of the line, from 1 on."""
+
+    def record(self) -> dict[str, Any]:
+        """What the line says.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        try:
+            return json.loads(self.line)
+        except ValueError:
+            raise self.damaged() from None
+
+    def damaged(self) -> UserError:
+        return _refusal(self.where, self.line)
 
     def at(self, index: int) -> bytes:
         """The line, about another line of the input."""
@@ -51,9 +67,16 @@ def entries(file: Path) -> Iterator[Entry]:
                 return
             found = PREFIX.match(line)
             if found is None:
-                raise UserError(f"{file}:{number}: not a line that was written here ({line[:40]!r}); restore the file")
-            yield Entry(int(found[1]), int(found[3], 16), offset, line)
+                raise _refusal(f"{file}:{number}", line)
+            yield Entry(int(found[1]), int(found[3], 16), offset, line, f"{file}:{number}")
             offset += len(line)
+
+
+def _refusal(where: str, line: bytes) -> UserError:
+    return UserError(
+        f"{where}: not a line that was written here ({line[:40]!r}); restore the file, or remove that line, "
+        "and what it was about is answered again"
+    )
 
 
 class Journal:

@@ -18,6 +18,8 @@ from nemo_speculative.generation.moves import ANSWERS, LEFT_OUT, Moves
 from nemo_speculative.generation.questions import Questions
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+"""Raised when the records change their meaning."""
 INPUT_KEYS = ("input", "input_lines", "range")
 """What a manifest says of the questions; all else is how they are answered, and stays."""
 IN_BETWEEN = "changing"
@@ -71,7 +73,7 @@ class Part:
         for entry in entries(directory / ANSWERS):
             self._done[entry.index - self.start] = True
         for entry in entries(directory / LEFT_OUT):
-            left = json.loads(entry.line)
+            left = entry.record()
             self._attempts[entry.index] = left["attempts"]
             if left["outcome"] == SKIPPED:
                 self._done[entry.index - self.start] = True
@@ -154,13 +156,19 @@ def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
 def read_manifest(file: Path) -> dict[str, Any]:
     """
     Raises:
-        UserError: it is none.
+        UserError: it is none, or of answers in another format.
     """
     try:
         manifest = json.loads(file.read_text())
-        return {**manifest, **{key: manifest[key] for key in INPUT_KEYS}}
+        manifest = {**manifest, **{key: manifest[key] for key in INPUT_KEYS}}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a manifest that generate_data.py wrote; name a directory that it did") from None
+    if (found := manifest.get("format")) != FORMAT:
+        raise UserError(
+            f"{file}: found answers in format {found or 'none'} of another version of this program, expected {FORMAT}; "
+            f"train on its {ANSWERS} as it is (data=jsonl data.path=FILE), or answer anew into another output"
+        )
+    return manifest
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
@@ -187,14 +195,14 @@ def concluded(directory: Path, asked: int) -> Outcome:
     for entry in entries(directory / ANSWERS):
         if entry.index in left_before:
             answered_since.add(entry.index)
-        record = json.loads(entry.line)
+        record = entry.record()
         names.append(hash(record["id"]))
         outcome.answered += 1
         outcome.finishes.update(record["finish"])
         outcome.inexact += "rows" not in record and "input_ids" not in record
     put_in_order(directory / LEFT_OUT, dropped=answered_since)
     for entry in entries(directory / LEFT_OUT):
-        left = json.loads(entry.line)
+        left = entry.record()
         names.append(hash(left["id"]))
         (outcome.skipped if left["outcome"] == SKIPPED else outcome.failed)[left["reason"]] += 1
     outcome.namesakes = len(names) - len(np.unique(names))
@@ -208,7 +216,7 @@ def _shared(directory: Path, names: array) -> list[str]:
     hashes, times = np.unique(names, return_counts=True)
     shared, found = set(hashes[times > 1].tolist()), dict[str, None]()
     for entry in (entry for name in (ANSWERS, LEFT_OUT) for entry in entries(directory / name)):
-        identity = json.loads(entry.line)["id"]
+        identity = entry.record()["id"]
         if hash(identity) in shared:
             found[identity] = None
         if len(found) == SHOWN:

@@ -49,7 +49,7 @@ class Questions:
                 digest.update(line)
                 if line.strip():
                     if start <= count and (end is None or count < end):
-                        asked.append(_digest(_item(line, file, number)))
+                        asked.append(asked_by(_item(line, file, number)))
                     count += 1
                 progress.advance(by=len(line))
         if start >= count or (end or 0) > count:
@@ -81,7 +81,8 @@ class Questions:
                     yield index, _item(line, self.file, number)
 
 
-def _digest(item: Item) -> int:
+def asked_by(item: Item) -> int:
+    """64 bits that tell it from others: of its id, and of all that it says."""
     return int.from_bytes(hashlib.sha256(json.dumps(content_of(item)).encode()).digest()[:8], "big")
 
 

@@ -16,14 +16,11 @@ from nemo_speculative.generation import interrupts
 from nemo_speculative.generation.concurrency import in_parallel
 from nemo_speculative.generation.dialogue import Dialogue, Limits, Unanswerable, converse
 from nemo_speculative.generation.engine import Engine, Failed
-from nemo_speculative.generation.part import FAILED, SKIPPED, Outcome, Part, concluded, opened
+from nemo_speculative.generation.part import FAILED, FORMAT, SKIPPED, Outcome, Part, concluded, opened
 from nemo_speculative.generation.questions import Item, Questions
 from nemo_speculative.generation.reasoning import Reasoning
 from nemo_speculative.locks import exclusive
 from nemo_speculative.progress import Progress
-
-FORMAT = 2
-"""Raised when the records change their meaning."""
 
 
 def generate_data(job: GenerateJob) -> Outcome:

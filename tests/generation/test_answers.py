@@ -1,13 +1,18 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
 
+from nemo_speculative import locks
 from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.errors import UserError
 from nemo_speculative.generation import answers
 from nemo_speculative.generation.answers import answer, unanswered
+from nemo_speculative.generation.decoder import Decoder
+from nemo_speculative.generation.journal import Journal
 from nemo_speculative.targets.hf import HFTarget
 from tests.conftest import WORDS
 
@@ -58,15 +63,93 @@ def test_token_rows_are_answered_from_their_first_supervised_token(target, tmp_p
     assert row.loss_mask == [False] * 3 + [True] * (len(row.input_ids) - 3)
 
 
-def test_answers_are_cached_by_target_and_questions(target, tmp_path, monkeypatch):
-    items = [ask("one")]
-    rows = answer(target, items, batch_size=4, cache_dir=str(tmp_path), **LIMITS)
-    monkeypatch.setattr(answers, "Decoder", lambda *_: pytest.fail("generated again"))
-    assert answer(target, items, batch_size=4, cache_dir=str(tmp_path), **LIMITS) == rows
-    with pytest.raises(pytest.fail.Exception):
-        answer(target, [ask("two")], batch_size=4, cache_dir=str(tmp_path), **LIMITS)
-    (file,) = tmp_path.glob("*.jsonl")
-    assert len(json.loads(file.read_text().splitlines()[0])["input_ids"]) == len(rows[0].input_ids)
+@pytest.fixture
+def prompts(monkeypatch):
+    """The prompts that the target is given, in order."""
+    seen, complete = [], Decoder.complete
+    monkeypatch.setattr(
+        Decoder, "complete", lambda self, request: (seen.append(request.prompt), complete(self, request))[1]
+    )
+    return seen
+
+
+@pytest.fixture
+def mixed():
+    """Nine items of nine questions, of which one leaves no room, and two are the same."""
+    items = [ask(WORDS[3 * i : 15 + 9 * i], identity=str(i)) for i in range(5)]
+    several = ask("one", "OLD", "two", "OLD", "three", identity="several")
+    return [
+        *items[:3],
+        several,
+        ask(WORDS * 9, identity="long"),
+        TokenRow("ids", [0, 9, 8, 7], [False, False, True, True], "file:7"),
+        *items[3:],
+        items[0],
+    ]
+
+
+def cached(directory):
+    (file,) = directory.glob("*/answers.jsonl")
+    return file
+
+
+def test_what_was_answered_is_not_asked_again_whatever_else_the_data_holds(target, mixed, prompts, tmp_path):
+    how = {"batch_size": 4, "cache_dir": str(tmp_path), **LIMITS}
+    rows = answer(target, mixed, **how)
+    assert len(prompts) == 9
+    prompts.clear()
+    assert answer(target, mixed, **how) == rows
+    kept = [row for row in rows if row.id not in ("1", "2")]
+    assert answer(target, [mixed[0], *mixed[3:]], **how) == kept and not prompts
+    other = answer(target, [ask("new", identity="1"), *mixed[3:]], **how)
+    assert len(prompts) == 1 and other[1:] == kept[1:]
+    answer(target, mixed, **how | {"max_answer_tokens": 3})
+    assert len(prompts) == 10
+
+
+@pytest.mark.parametrize("lines", [0, 0.5, 1, 4, 5.4, 7.99])
+def test_a_run_that_was_killed_goes_on_with_the_rest(target, mixed, prompts, tmp_path, capsys, lines):
+    """As the file is then: its last line is cut off anywhere."""
+    how = {"batch_size": 2, "cache_dir": str(tmp_path), **LIMITS}
+    rows = answer(target, mixed, **how)
+    whole = cached(tmp_path).read_bytes().splitlines(keepends=True)
+    kept, torn = whole[: int(lines)], whole[int(lines)][: int(len(whole[int(lines)]) * (lines % 1))]
+    cached(tmp_path).write_bytes(b"".join([*kept, torn]))
+    prompts.clear()
+    capsys.readouterr()
+    assert answer(target, mixed, **how) == rows
+    assert len(prompts) == 9 - sum(len(json.loads(line)["rows"]) for line in kept)
+    assert (f"answering: {len(kept)} of 8 were answered before (" in capsys.readouterr().out) == bool(kept)
+    again = cached(tmp_path).read_bytes().splitlines(keepends=True)
+    assert again[: len(kept)] == kept and len(again) == 8
+
+
+@pytest.mark.parametrize("damage", [b"torn", b'"rows": [["', b'"rows"'])
+def test_a_damaged_line_is_named_before_anything_is_asked(target, mixed, prompts, tmp_path, damage):
+    how = {"batch_size": 2, "cache_dir": str(tmp_path), **LIMITS}
+    answer(target, mixed, **how)
+    lines = cached(tmp_path).read_bytes().splitlines(keepends=True)
+    lines[2] = b"torn\n" if damage == b"torn" else lines[2].replace(damage, b'"raws')
+    cached(tmp_path).write_bytes(b"".join(lines[:5]))
+    prompts.clear()
+    with pytest.raises(UserError, match=r"/answers\.jsonl:3: not a line that was written here .*; restore") as caught:
+        answer(target, mixed, **how)
+    assert "\n" not in str(caught.value) and not prompts
+    cached(tmp_path).write_bytes(b"".join([*lines[:2], *lines[3:5]]))
+    answer(target, mixed, **how)
+    assert prompts
+
+
+def test_two_that_want_the_same_at_once_ask_it_once(target, mixed, prompts, tmp_path, monkeypatch):
+    said, waits = [], Event()
+    monkeypatch.setattr(locks, "print", lambda line, **_: (said.append(line), waits.set()), raising=False)
+    monkeypatch.setattr(answers, "Journal", lambda file: (waits.wait(60), Journal(file))[1])
+    how = {"batch_size": 4, "cache_dir": str(tmp_path), **LIMITS}
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(lambda _: answer(target, mixed, **how), range(2))
+    assert one == other and len(prompts) == 9
+    directory = cached(tmp_path).parent
+    assert said == [f"data.cache_dir: another process writes into {directory}; waiting for it"]
 
 
 def test_no_row_is_longer_than_allowed(target, tmp_path):

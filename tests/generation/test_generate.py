@@ -7,9 +7,11 @@ import torch
 from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
+from nemo_speculative.config.schema import MergeJob
 from nemo_speculative.data.conversations import TokenRow, read_jsonl
 from nemo_speculative.errors import UserError
 from nemo_speculative.generation import journal
+from nemo_speculative.generation.merge import merge
 from nemo_speculative.generation.run import generate_data, require_success
 from nemo_speculative.generation.table import table
 from nemo_speculative.locks import exclusive
@@ -170,6 +172,38 @@ def test_what_was_begun_otherwise_is_refused_by_name(job, questions, tmp_path):
     with pytest.raises(UserError, match=r"holds answers to none of the lines of .*moved.jsonl; give another output"):
         generate_data(job(path=str(moved)))
     assert (tmp_path / "out" / "0-end" / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(("found", "named"), [(1, "1"), (None, "none"), (3, "3")])
+def test_answers_in_another_format_are_refused_by_it_and_can_be_trained_on(job, tmp_path, found, named):
+    """As format 1 was: without the hash of the line that was answered."""
+    outcome = generate_data(job())
+    file, manifest = answers_of(outcome), outcome.directory / "manifest.json"
+    records = [{key: value for key, value in record.items() if key != "asked"} for record in read(file)]
+    write(file, records)
+    old = {key: value for key, value in json.loads(manifest.read_text()).items() if key != "format"}
+    manifest.write_text(json.dumps(old if found is None else {"format": found, **old}))
+    before = file.read_bytes()
+    expected = rf"manifest.json: found answers in format {named} of .*, expected 2; .* another output"
+    for refused in (
+        lambda: generate_data(job()),
+        lambda: merge(MergeJob(parts=[str(tmp_path / "out")], output=str(tmp_path / "merged.jsonl"))),
+    ):
+        with pytest.raises(UserError, match=expected) as caught:
+            refused()
+        assert "\n" not in str(caught.value) and file.read_bytes() == before
+    assert [r.input_ids for r in read_jsonl(file)] == [row["input_ids"] for r in records for row in r["rows"]]
+
+
+def test_a_damaged_line_is_named_and_answered_again_once_it_is_gone(job):
+    file = answers_of(generate_data(job()))
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:4], lines[4][:60] + b"\n", *lines[5:]]))
+    with pytest.raises(UserError, match=r"/answers\.jsonl:5: not a line that was written here .* remove that line"):
+        generate_data(job())
+    file.write_bytes(b"".join([*lines[:4], *lines[5:]]))
+    assert answers_of(generate_data(job())).read_bytes() == whole
 
 
 def test_another_target_or_template_is_refused_by_name(job, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch.distributed.checkpoint import FileSystemWriter
 
 from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.generation.journal import Journal
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import run as training
 from nemo_speculative.training.feed import Feed
@@ -26,6 +27,17 @@ ROOT = Path(__file__).parents[2]
 
 def die(*_args, **_kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_answer(count):
+    """Before any step: the target has answered so many questions but for the end of the last one's line."""
+    append, lines = Journal.append_line, []
+
+    def append_line(self, line):
+        lines.append(line)
+        append(self, line) if len(lines) < count else die(self._out.write(line[:-9]))
+
+    Journal.append_line = append_line
 
 
 def kill_in_step(step):

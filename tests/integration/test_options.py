@@ -8,6 +8,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.data.items import JsonLines
+from nemo_speculative.generation.answers import answer
 from tests.integration.conftest import drive, metrics, run, train
 
 
@@ -65,12 +67,21 @@ def test_a_checkpoint_is_evaluated_by_itself(finished, data_file):
     assert summary["questions"] == 3 and summary["lossless"] and len(summary["acceptance_per_position"]) == 2
 
 
-def test_answers_of_the_target_are_trained_on(settings, tmp_path):
-    answers = ["data.answers=target", "data.max_answer_tokens=20", f"data.cache_dir={tmp_path}"]
-    done = train(settings, tmp_path / "run", *answers, "trainer.max_steps=2")
-    assert done.returncode == 0 and "covering" in done.stdout, done.stderr
-    assert len(list((tmp_path / "answers").glob("*.jsonl"))) == 2
-    assert read_servable(tmp_path / "run").provenance.step == 2
+def test_answers_of_the_target_are_trained_on_and_outlive_a_kill(settings, data_file, target, tmp_path):
+    chosen = ["data.answers=target", "data.max_answer_tokens=20", f"data.cache_dir={tmp_path}", "trainer.max_steps=2"]
+    assert drive("kill_in_answer", 30, [*settings, *chosen], tmp_path / "run").returncode == -9
+    (file,) = (tmp_path / "answers").glob("*/answers.jsonl")
+    kept = file.read_bytes().rpartition(b"\n")[0]
+    assert kept.count(b"\n") == 28 and not (tmp_path / "run").exists()
+    done = train(settings, tmp_path / "run", *chosen)
+    assert done.returncode == 0 and "answering, training: 29 of" in done.stdout, done.stderr
+    assert "covering" in done.stdout and read_servable(tmp_path / "run").provenance.step == 2
+    assert file.read_bytes().startswith(kept)
+    limits = {"max_answer_tokens": 20, "max_length": 128}
+    at_once = answer(target, JsonLines(data_file), **limits, batch_size=64, cache_dir=str(tmp_path / "other"), title="")
+    answered = {row[0]: row for line in file.open() for row in json.loads(line)["rows"]}
+    expected = {row.id: [row.id, row.input_ids, [int(m) for m in row.loss_mask]] for row in at_once}
+    assert len(answered) > 50 and answered == {identity: expected[identity] for identity in answered}
 
 
 def test_pretokenised_rows_need_no_template(settings, target_dir, tmp_path):
