@@ -5,11 +5,12 @@ python -m benchmarks.features [--steps 40] [--rounds 3] [key=value …]
 The embedded target and its data (other keys of a training's command line may follow).  They are captured once; then
 the same training runs with its target in the process and from the features, round by round, both as their user starts
 them.  ``waits`` is the share of a step in which the trainer waited for features and for rows.  Then the reader alone,
-beside a copy in memory of as many bytes.  Medians; ratios are of the same round.
+beside a copy in memory of as many bytes, and once over all there is.  Medians; ratios are of the same round.
 """
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -91,6 +92,22 @@ def read_alone(target_dir: Path, features: Path, rounds: int) -> None:
         f"{statistics.median(rates) * tokens:.0f} tokens/s, {statistics.median(ratios):.2f} times as long as a copy in "
         "memory of the same bytes"
     )
+    read_all(reader, batches)
+
+
+def read_all(reader: FeaturesTarget, batches: list[Batch]) -> None:
+    """As an epoch does; of more than fits into memory it is the disk that is measured."""
+    random.Random(0).shuffle(batches)
+    made = 0
+
+    def read() -> None:
+        nonlocal made
+        for batch in batches:
+            supervision = reader.supervise(batch)
+            made += supervision.aux.nbytes + supervision.last_hidden.nbytes
+
+    seconds = timed(read)
+    print(f"all of them once in random order: {made / 1e9:.2f} GB, {made / seconds / 1e9:.2f} GB/s")
 
 
 def batches_of(rows: list[TokenRow]) -> list[Batch]:

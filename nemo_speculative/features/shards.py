@@ -5,7 +5,9 @@ name is a hash of the documents' keys, so shards of several writers lie in one d
 a shard that has one is whole.
 """
 
+import ctypes
 import json
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ ENTRY = np.dtype(
 )  # fmt: skip
 """A document of a shard: its first row and number of rows of each kind, and the hash of all of them."""
 ALIGNMENT = 8
+LIBC = ctypes.CDLL(None)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -150,6 +153,8 @@ class Shard:
         }
         found = {name: x[ranges[_kind(name)]] for name, x in self._tensors.items()}
         found = {name: x for name, x in found.items() if len(x)}
+        for x in found.values():
+            _read_ahead(x)
         if not self._checked[number]:
             if checksum(found) != int(entry["checksum"]):
                 raise UserError(
@@ -179,6 +184,17 @@ class Shard:
                     f"{shape}: {_remedy(self.path.with_suffix('.json'))}"
                 )
         return tensors
+
+
+def _read_ahead(x: torch.Tensor) -> None:
+    """Has the system read a piece of a mapped file as a whole, before it is touched.
+
+    What a page fault alone reads is either little at a time, or, where the system reads far ahead, mostly of other
+    documents: they are asked for in random order, so that it is gone again when its turn comes.
+    """
+    start = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = x.data_ptr() + x.numel() * x.element_size() - start
+    LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def _kind(name: str) -> str:

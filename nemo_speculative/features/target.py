@@ -107,9 +107,8 @@ class FeaturesTarget(TargetEnds):
             for kind, layout in manifest.layouts.items()
             for suffix, (dtype, width) in layout.items()
         }
-        for span, place in zip(batch.spans, found, strict=True):
-            assert place is not None
-            self._lay(batch, span, self.store.tensors(place), rows)
+        for span, stored in zip(batch.spans, [self.store.tensors(place) for place in found if place], strict=True):
+            self._lay(batch, span, stored, rows)
         shared = {name: batch.share.take(x) for name, x in rows.items()}
         return Supervision(self._decoded(AUX, shared, batch), self._decoded(LAST_HIDDEN, shared, batch))
 

@@ -1,6 +1,7 @@
 """What is damaged is named and never replaced; what was finished is never lost."""
 
 import errno
+import mmap
 import os
 import re
 
@@ -14,7 +15,7 @@ from nemo_speculative.features.capture import _together
 from nemo_speculative.features.codecs import CODECS
 from nemo_speculative.features.manifest import Manifest
 from nemo_speculative.features.positions import key_of_lists
-from nemo_speculative.features.shards import Document, write_shard
+from nemo_speculative.features.shards import Document, checksum, write_shard
 from nemo_speculative.features.store import Store
 from nemo_speculative.features.upkeep import merge, verify
 from tests.features.cases import assert_same, batches_of, capture_into, eagle3, loss_of, make_documents, reading
@@ -55,6 +56,26 @@ def test_every_document_is_found_as_it_was_written(tmp_path, stored):
         assert found.keys() == document.tensors.keys()
         assert all(torch.equal(found[n].view(torch.uint8), x.view(torch.uint8)) for n, x in document.tensors.items())
     assert store.find([b"0123456789abcdef"]) == [None] and len(store) == 9
+
+
+def test_all_that_a_document_is_made_of_is_asked_for_before_it_is_touched(tmp_path, monkeypatch):
+    asked, libc = [], shards.LIBC
+
+    class Spy:
+        def madvise(self, start, length, advice):
+            asked.append((start.value, start.value + length.value))
+            assert advice == mmap.MADV_WILLNEED and libc.madvise(start, length, advice) == 0
+            return 0
+
+    monkeypatch.setattr(shards, "LIBC", Spy())
+    monkeypatch.setattr(shards, "checksum", lambda tensors: (asked.append(None), checksum(tensors))[1])
+    write_shard(tmp_path, documents(6))
+    asked.clear()
+    found = Store(tmp_path, manifest()).tensors((0, 5))
+    *before, touched = asked
+    assert touched is None and len(found) == len(before) == 2
+    for x, (start, end) in zip(found.values(), before, strict=True):
+        assert start <= x.data_ptr() < x.data_ptr() + x.nbytes == end
 
 
 def test_a_shard_is_a_safetensors_file(tmp_path):

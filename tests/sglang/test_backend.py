@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_speculative.features.upkeep import opened
 from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
 from tests.targets.test_ends import quantised
@@ -114,3 +115,33 @@ def test_a_draft_trains_as_with_transformers(settings, expected, tmp_path, ranks
     for one, two in zip(expected, found, strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     assert "only backend=hf decodes" in said
+
+
+@pytest.fixture(scope="module")
+def captured(settings, tmp_path_factory) -> Path:
+    """The features of transformers."""
+    return captured_by("hf", settings, tmp_path_factory.mktemp("features") / "hf", ranks=1)
+
+
+def captured_by(backend: str, settings: list[str], directory: Path, ranks: int) -> Path:
+    how = ["recipes/capture_features.py", *settings[1:], f"backend={backend}", f"output={directory}"]
+    done = run(*how, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return directory
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_captured_features_are_those_of_transformers(settings, captured, expected, tmp_path, ranks):
+    """And a draft trains from them as with transformers in the process."""
+    found = captured_by("sglang", settings, tmp_path / "sglang", ranks)
+    one, two = (opened(directory, "output") for directory in (captured, found))
+    one.manifest.require_same(two.manifest, captured)
+    assert one.content == two.content and len(one) == 20
+    for key in (entry["key"] for shard in one.shards for entry in shard.entries):
+        theirs, ours = (store.tensors(store.find([key])[0]) for store in (one, two))
+        for name, largest in ROUNDING.items():
+            assert theirs[name].shape == ours[name].shape
+            assert float((theirs[name] - ours[name]).abs().max()) <= largest
+    losses_from, _ = trained([*settings, f"backend.directory={found}"], tmp_path / "run", "features", ranks=1)
+    for line, online in zip(losses_from, expected, strict=True):
+        assert line == pytest.approx(online, rel=1e-4)
