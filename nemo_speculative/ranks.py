@@ -25,8 +25,15 @@ _limited: list[dist.ProcessGroup] = []
 
 
 def started() -> int:
-    """How many processes a launcher has started; known before they have met."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes a launcher has started; known before they have met.
+
+    Raises:
+        UserError: the environment does not say it in a number.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or not int(said):
+        raise UserError(f"WORLD_SIZE={said}: expected how many processes there are; set it so, or unset it")
+    return int(said)
 
 
 def is_first() -> bool:

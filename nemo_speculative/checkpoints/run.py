@@ -81,6 +81,11 @@ class RunDirectory:
         found = (STEP.fullmatch(entry.name) for entry in self.checkpoints.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in found if match)
 
+    def newest(self) -> Path | None:
+        """The checkpoint of the last step, if there is one."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
     def path(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
 

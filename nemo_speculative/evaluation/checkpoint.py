@@ -76,6 +76,8 @@ def _prompts(job: EvaluateJob, servable: Servable, target: HFTarget) -> list[lis
     prompts = [prompt for prompt in asked if 0 < len(prompt) <= longest][: job.evaluation.num_questions]
     if not prompts:
         raise UserError(f"questions: {file} holds none of at most {longest} tokens, which the target's context allows")
+    if len(prompts) < job.evaluation.num_questions:
+        print(f"questions: {file} holds {len(prompts)}, evaluation.num_questions asks for more", flush=True)
     return prompts
 
 

@@ -14,6 +14,7 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
 from nemo_speculative.ranks import gathered, limited
 from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.ends import text_config
 from nemo_speculative.targets.placed import PlacedTarget
 
 
@@ -32,8 +33,9 @@ class TensorParallelTarget(PlacedTarget):
     """
 
     def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
-        self.tp_size = TensorParallelHFBackendConfig(tp_size=tp_size).group(dist.get_world_size())
-        group, _ = dist.new_subgroups(self.tp_size)
+        config, ranks = TensorParallelHFBackendConfig(tp_size=tp_size), dist.get_world_size()
+        config.check_target(text_config(path, options.get("trust_remote_code", False)), ranks)
+        group, _ = dist.new_subgroups(config.group(ranks))
         self.group = limited(group)
         super().__init__(path, **options)
 
@@ -45,13 +47,6 @@ class TensorParallelTarget(PlacedTarget):
                 f"{self.path}: transformers has no tensor-parallel plan for {type(model).__name__}; take "
                 "backend=hf_fsdp2"
             )
-        heads = self.config.num_attention_heads
-        for name, count in (("attention", heads), ("key-value", getattr(self.config, "num_key_value_heads", heads))):
-            if count % self.tp_size:
-                raise UserError(
-                    f"backend.tp_size is {self.tp_size}: it does not divide the {count} {name} heads of {self.path}; "
-                    "take a divisor of them, or backend=hf_fsdp2"
-                )
 
     def _divide(self, model: Any, layers: nn.ModuleList) -> None:
         mesh = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))

@@ -43,7 +43,7 @@ from nemo_speculative.training import titan
 from nemo_speculative.training.background import Background, beside
 from nemo_speculative.training.parallelism import data_rank
 from nemo_speculative.training.reporting import Reporter
-from nemo_speculative.training.saving import Saver
+from nemo_speculative.training.saving import Saver, check_newest
 from nemo_speculative.training.state import Position
 from nemo_speculative.training.trainer import DraftTrainer
 from nemo_speculative.training.warmstart import read_start, with_its_shape
@@ -119,6 +119,16 @@ def check_target(job: TrainJob) -> None:
     check_job(job, target_config(job.model))
 
 
+def check_resumed(job: TrainJob) -> None:
+    """Before the target is loaded, by the first rank: what ``resume=auto`` goes on from is whole and of such a run.
+
+    Raises:
+        UserError: it is not.
+    """
+    if job.resume is Resume.auto and is_first():
+        check_newest(RunDirectory(job.output_dir), as_plain(job))
+
+
 def check_ranks(job: TrainJob) -> None:
     """Before the target is looked for: the job can be run by as many processes as there are.
 
@@ -144,6 +154,7 @@ def check_job(job: TrainJob, config: Any) -> tuple[int, int]:
     settle_draft(job, config)
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
     job.draft.check_positions(max_length)
+    job.backend.check_target(config, started())
     if job.parallelism.context > 1:
         check_sharing(config)
     return max_length, row_tokens

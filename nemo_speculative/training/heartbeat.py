@@ -130,7 +130,7 @@ class Heartbeat:
         others = {rank: sign for rank, sign in after.items() if rank != self.rank}
         left = [f"rank {rank} (host {sign.host}) has ended" for rank, sign in others.items() if sign.left]
         gone = [
-            f"rank {rank} (host {sign.host}, {sign.place}) is gone"
+            f"rank {rank} (host {sign.host}, {sign.place}) is gone or stopped"
             for rank, sign in others.items()
             if not sign.left and rank in before and before[rank].beat == sign.beat
         ]

@@ -59,6 +59,7 @@ def describe(job: TrainJob) -> str:
         f"{config.num_hidden_layers} layers, {job.model.dtype.value}, aux layers {aux}",
         f"draft     {models.draft.all_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.num_steps} steps, computed in {job.trainer.dtype.value}",
+        f"layout    {_layout(job)}",
         f"data      {len(items)} conversations: {_data_line(job, documents)}",
         f"training  {_steps_line(job, documents, row_tokens)}",
         *_cost_lines(job, models, config, shape, documents, row_tokens, device),
@@ -69,6 +70,17 @@ def describe(job: TrainJob) -> str:
         key = "green" if colour else "⟦…⟧"
         lines.append(f"example   (supervised tokens in {key})\n{preview(documents.rows[0], tokenizer, colour)}")
     return "\n".join(lines)
+
+
+def _layout(job: TrainJob) -> str:
+    """How processes share the work."""
+    (replicate, shard), context = job.parallelism.sizes(started()), job.parallelism.context
+    chosen = "the draft whole" if shard * context == 1 else f"the draft in {shard * context} shards"
+    copies = f", {replicate} times" if replicate > 1 else ""
+    shared = f"; {context} share each row" if context > 1 else ""
+    held = job.backend.share_of_layers(started())
+    layers = "no layer of the target" if not held else f"1/{round(1 / held)} of the target's layers" if held < 1 else ""
+    return f"{started()} process(es): {chosen}{copies}{shared}; each holds {layers or 'the whole target'}"
 
 
 def _where(job: TrainJob) -> str:

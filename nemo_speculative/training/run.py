@@ -5,7 +5,7 @@ from functools import partial
 
 from nemo_speculative.config.schema import Resume, TrainJob
 from nemo_speculative.devices import choose_device
-from nemo_speculative.ranks import first_rank_first, first_rank_only
+from nemo_speculative.ranks import first_rank_first, first_rank_only, is_first
 from nemo_speculative.training import assembly
 from nemo_speculative.training.finish import measure_and_summarize, save_questions
 from nemo_speculative.training.heartbeat import Heartbeat, lost_ranks_named
@@ -21,9 +21,10 @@ def train(job: TrainJob) -> None:
         SystemExit: asked to stop; a checkpoint was saved.
     """
     if job.plan:
-        return print(describe(job))
+        return print(describe(job)) if is_first() else None
     assembly.check_output_dir(job)
     assembly.check_target(job)
+    assembly.check_resumed(job)
     split = assembly.load_split(job)
     device = choose_device(job.trainer.device, "trainer.device")
     with (

@@ -147,21 +147,13 @@ class Saver:
         Raises:
             UserError: it is damaged, or was made by a run with another configuration, target or data.
         """
-        steps = self.run.steps()
-        if not steps:
+        checkpoint = self.run.newest()
+        if checkpoint is None:
             return None
-        checkpoint = self.run.path(steps[-1])
-        try:
+        with _named_damage(self.run):
             position = Position.read(checkpoint)
             position.check_same_run(self.start, checkpoint)
-            first_rank_only(lambda: position.check_whole(checkpoint))
             state.load(checkpoint)
-        except Damaged as error:
-            before = f"the one before it is step_{steps[-2]}" if steps[1:] else "there is none before it"
-            goes_on = "goes on from there" if steps[1:] else "starts at step 0"
-            raise UserError(
-                f"{checkpoint}: is damaged ({error}); {before}: remove this directory, and resume=auto {goes_on}"
-            ) from error
         if self.first:
             self.run.keep_metrics_until(position.step)
         return position
@@ -179,3 +171,31 @@ class Saver:
     def close(self) -> None:
         """Waits for nothing: what is under way has no name, and the next start removes it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def check_newest(run: RunDirectory, config: dict[str, Any]) -> None:
+    """Before anything is loaded: the newest checkpoint, if any, is whole, and a run of ``config`` can go on from it.
+
+    Raises:
+        UserError: it is not, or cannot.
+    """
+    checkpoint = run.newest()
+    if checkpoint is None:
+        return
+    with _named_damage(run):
+        position = Position.read(checkpoint)
+        position.check_same_config(config, checkpoint)
+        position.check_whole(checkpoint)
+
+
+@contextlib.contextmanager
+def _named_damage(run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        *before, newest = run.steps()
+        other = f"the one before it is step_{before[-1]}" if before else "there is none before it"
+        goes_on = "goes on from there" if before else "starts at step 0"
+        raise UserError(
+            f"{run.path(newest)}: is damaged ({error}); {other}: remove this directory, and resume=auto {goes_on}"
+        ) from error

@@ -90,19 +90,23 @@ class Position:
 
     def check_same_run(self, other: "Position", checkpoint: Path) -> None:
         """Raises UserError where ``other``, a new start, is not a continuation of this run."""
+        self.check_same_config(other.config, checkpoint)
         if self.target_fingerprint != other.target_fingerprint:
             raise UserError(f"{checkpoint}: trained for another target than model.path; resume with the same target")
+        if self.data_fingerprint != other.data_fingerprint:
+            raise UserError(f"{checkpoint}: trained on other data than data.path holds; resume with the same data")
+
+    def check_same_config(self, config: dict[str, Any], checkpoint: Path) -> None:
+        """Raises UserError where a run of ``config`` would give other results than this one."""
         changed = [
-            f"{key} is {_select(other.config, key)!r}, the run was started with {value!r}"
+            f"{key} is {_select(config, key)!r}, the run was started with {value!r}"
             for key, value in _leaves(self.config)
-            if not key.startswith(FREE_TO_CHANGE) and _select(other.config, key) != value
+            if not key.startswith(FREE_TO_CHANGE) and _select(config, key) != value
         ]
         if changed:
             raise UserError(
                 f"{checkpoint}: cannot go on from it: {'; '.join(changed)}; give the same values, or another output_dir"
             )
-        if self.data_fingerprint != other.data_fingerprint:
-            raise UserError(f"{checkpoint}: trained on other data than data.path holds; resume with the same data")
 
 
 def _leaves(config: dict[str, Any], prefix: str = ""):

@@ -106,7 +106,9 @@ class DraftTrainer:
         if position:
             self.step = position.step
             self.stream.load_state_dict(position.data)
-            self.reporter.say(f"resumed from step {self.step}")
+            ended = self.step >= self.total_steps
+            done = f": all {self.total_steps} steps are done, trainer.max_steps or epochs adds some" if ended else ""
+            self.reporter.say(f"resumed from step {self.step}{done}")
 
     def train(self) -> None:
         """Runs to the last step.  An interrupt saves a checkpoint and ends the program.

@@ -147,7 +147,11 @@ def of_kind(directory, kind):
 
 REFUSED = [
     ("no plan", TensorParallelTarget, "no tensor-parallel plan for OPTForCausalLM; take backend=hf_fsdp2"),
-    ("one key-value head", TensorParallelTarget, "backend.tp_size is 2: it does not divide the 1 key-value heads of"),
+    (
+        "one key-value head",
+        TensorParallelTarget,
+        "the 1 key-value heads of the target cannot be divided by 2",
+    ),
     ("quantised", TensorParallelTarget, "its weights are quantised"),
     ("quantised", ShardedTarget, "its weights are quantised"),
     ("cut", ShardedTarget, "the target cannot be loaded"),

@@ -18,7 +18,7 @@ from nemo_speculative.training import titan
 from nemo_speculative.training.ema import WeightAverage
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
 from nemo_speculative.training.parallelism import data_rank, exchange, mesh, shard_draft
-from nemo_speculative.training.saving import Saver, UnderWay
+from nemo_speculative.training.saving import Saver, UnderWay, check_newest
 from nemo_speculative.training.state import Position, ResumeState, checksums
 from nemo_speculative.training.trainer import Trainee
 from tests.objectives.cases import eagle3, lay_out, make_documents
@@ -169,7 +169,7 @@ DAMAGES = {
 def test_a_damaged_shard_is_refused_by_name_and_the_one_before_it_offered(alone, tmp_path, said, steps, offered):
     DAMAGES[said](checkpoints(tmp_path, *steps))
     with pytest.raises(UserError) as refused:
-        saver_of(tmp_path).load_latest(Loads())
+        check_newest(RunDirectory(tmp_path), START.config)
     line = str(refused.value)
     assert "step_60: is damaged (state/__1_0.distcp" in line and said in line and offered in line and "\n" not in line
 
@@ -179,8 +179,22 @@ def test_a_whole_one_is_loaded_and_one_without_a_position_is_not(alone, tmp_path
     position = saver_of(tmp_path).load_latest(state)
     assert position and position.step == 60 and state.loaded.name == "step_60"
     file.with_name("position.json").write_text('{"step": 6')
-    with pytest.raises(UserError, match=r"is damaged \(state/position.json: .*step_40: remove this directory"):
-        saver_of(tmp_path).load_latest(Loads())
+    for read in (
+        lambda: saver_of(tmp_path).load_latest(Loads()),
+        lambda: check_newest(RunDirectory(tmp_path), START.config),
+    ):
+        with pytest.raises(UserError, match=r"is damaged \(state/position.json: .*step_40: remove this directory"):
+            read()
+
+
+def test_another_configuration_is_refused_before_anything_is_loaded_and_no_checkpoint_is_none_to_refuse(tmp_path):
+    check_newest(RunDirectory(tmp_path), {"seed": 1})
+    checkpoints(tmp_path, 40)
+    check_newest(RunDirectory(tmp_path), START.config)
+    run = RunDirectory(tmp_path)
+    replace(START, step=40, config={"seed": 0}, files={}).write(run.path(40))
+    with pytest.raises(UserError, match=r"step_40: cannot go on from it: seed is 1, the run was started with 0"):
+        check_newest(run, {"seed": 1})
 
 
 def test_a_clock_asks_for_a_checkpoint_on_the_first_rank(alone, tmp_path):

@@ -68,7 +68,8 @@ class TrainJob:
         shared = f" ({context} processes share each)" if context > 1 else ""
         require(
             size % (replicate * shard) == 0,
-            f"trainer.global_batch_size is {size}: it cannot be split evenly over {replicate * shard} ranks{shared}",
+            f"trainer.global_batch_size is {size}: it cannot be split evenly over {replicate * shard} ranks{shared}; "
+            "take a multiple of them",
         )
         return replicate * shard
 

@@ -1,7 +1,7 @@
 """The target: which model, what runs it, and where it lies."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 from urllib3.exceptions import LocationParseError
@@ -106,6 +106,9 @@ class BackendConfig:
         """How much of each layer's activations a process computes, for the rows of one rank after the other."""
         return 1.0
 
+    def check_target(self, config: Any, ranks: int) -> None:
+        """Raises UserError if a target of ``config``, as transformers describes it, does not run so on ``ranks``."""
+
 
 @dataclass
 class HFBackendConfig(BackendConfig):
@@ -159,7 +162,8 @@ class TensorParallelHFBackendConfig(BackendConfig):
         require(
             size > 1 and ranks % size == 0,
             f"backend.tp_size is {self.tp_size}: it must be at least 2 and divide the {ranks} process(es) that were "
-            "started; start as many (torchrun --nproc-per-node), or take backend=hf",
+            "started; start as many (torchrun --nproc-per-node; for plan=true write WORLD_SIZE=N before the command), "
+            "or take backend=hf",
         )
         return size
 
@@ -168,6 +172,15 @@ class TensorParallelHFBackendConfig(BackendConfig):
 
     def share_of_width(self, ranks: int) -> float:
         return 1 / self.group(ranks)
+
+    def check_target(self, config: Any, ranks: int) -> None:
+        size, heads = self.group(ranks), config.num_attention_heads
+        for name, count in (("attention", heads), ("key-value", getattr(config, "num_key_value_heads", heads))):
+            require(
+                count % size == 0,
+                f"backend.tp_size: the {count} {name} heads of the target cannot be divided by {size}; take a divisor "
+                "of them, or backend=hf_fsdp2",
+            )
 
 
 @dataclass

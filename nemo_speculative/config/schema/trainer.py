@@ -92,7 +92,7 @@ class TrainerConfig:
     val_interval: int = 100
     """Steps between two losses on held-out rows."""
     val_rows: int = 16
-    """Held-out rows in one validation."""
+    """Held-out rows in one validation, of twice as many conversations at most as evaluation asks questions."""
     profile: bool = False
     """Write a torch profiler trace to <output_dir>/profile."""
 
