@@ -10,6 +10,7 @@ from nemo_speculative.preparation.output import finished, prepared_from
 from nemo_speculative.preparation.run import prepare
 from nemo_speculative.preparation.sources import asked_for, sources_of
 from nemo_speculative.preparation.table import table
+from nemo_speculative.ranks import is_first
 
 
 def load_prepared(config: DatasetConfig | MixDataConfig, seed: int) -> Split:
@@ -38,10 +39,13 @@ def _check_same(job: PrepareJob) -> None:
         UserError: what is prepared is of another dataset.
     """
     before = prepared_from(job.directory)
-    for key, value in asked_for(sources_of(job), job.data.held_out_share).items():
+    asked = asked_for(sources_of(job), job.data.held_out_share)
+    for key, value in asked.items():
         if key not in before or before[key] != value:
             was = json.dumps(before[key]) if key in before else "no such key"
             raise UserError(
                 f"{key}: {job.directory} was prepared with {was}, not {json.dumps(value)}; "
                 "run recipes/prepare_data.py again, or name another data.prepared"
             )
+    if is_first() and (copies := [key for key in before if key.endswith(".path") and key not in asked]):
+        print(f"data: {job.directory} was prepared from files ({', '.join(copies)}), not from the hub", flush=True)

@@ -24,13 +24,15 @@ def dataset(tmp_path: Path, **more) -> DatasetConfig:
     return DatasetConfig(repository="nobody/nothing", prepared=str(tmp_path / "prepared"), held_out_share=0.2, **more)
 
 
-def test_training_prepares_what_is_not_there_and_reads_it(tmp_path, monkeypatch):
+def test_training_prepares_what_is_not_there_and_reads_it(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "rows.json", [{"question": f"q{n}", "answer": "a"} for n in range(50)])
     split = load_prepared(dataset(tmp_path, path=path), seed=0)
     assert len(split.training) + len(split.held_out) == 50 and split.held_out
     assert {row.id for row in split.held_out} == {r["id"] for r in rows_of(tmp_path / "prepared", "held_out")}
     monkeypatch.setattr(sources, "hub_parts", lambda *_: pytest.fail("it is prepared: nobody need ask the hub"))
+    capsys.readouterr()
     again = load_prepared(dataset(tmp_path), seed=0)
+    assert "was prepared from files (data.path), not from the hub" in capsys.readouterr().out
     assert [row.id for row in again.training] == [row.id for row in split.training]
 
 
