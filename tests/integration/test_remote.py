@@ -156,7 +156,8 @@ def test_sigterm_answers_what_was_taken_on_and_takes_nothing_more(target_dir):
         with pytest.raises(httpx.TransportError):
             ask(one.url, target, batches[0])
         for answer, batch in zip(asked, batches, strict=True):
-            torch.testing.assert_close(load(answer.result().content)["aux"], target.supervise(batch).aux)
+            found = load(answer.result().content)["aux"]
+            torch.testing.assert_close(found, target.supervise(batch).aux, rtol=1e-4, atol=1e-4)
         assert one.process.wait(30) == 0
         assert "every request taken on was answered" in "".join(one.process.stdout)
 
