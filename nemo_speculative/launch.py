@@ -151,6 +151,9 @@ def settle(args: argparse.Namespace) -> None:
             "nodes meet at --master-addr and --master-port; leave them out"
         )
     alone = args.standalone or args.nnodes == "1"
+    if not args.standalone and not 0 <= args.node_rank < int(args.nnodes):
+        last = int(args.nnodes) - 1
+        raise UsageError(f"--node-rank is {args.node_rank}: expected 0 to {last}, because --nnodes is {args.nnodes}")
     if not alone and not args.interface:
         raise UsageError("--interface is not given: with several nodes name the network they share, e.g. eth0")
     if alone:

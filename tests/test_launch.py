@@ -67,6 +67,9 @@ def test_a_process_that_nobody_launched_listens_on_the_loopback_and_has_no_store
     [
         (["--nnodes", "1:2"], "--nnodes is 1:2: expected one number"),
         (["--nnodes", "many"], "--nnodes is many: expected one number"),
+        (["--nnodes", "2", "--node-rank", "5", "--interface", "lo"], "--node-rank is 5: expected 0 to 1, because"),
+        (["--nnodes", "2", "--node-rank", "-1"], "--node-rank is -1: expected 0 to 1, because --nnodes is 2"),
+        (["--node-rank", "1"], "--node-rank is 1: expected 0 to 0, because --nnodes is 1"),
         (["--nproc-per-node", "some"], "--nproc-per-node is some: "),
         (["--nnodes", "2"], "--interface is not given: with several nodes name the network they share"),
         (["--interface", "nosuch0"], r"--interface nosuch0: no interface of this machine.* expected one of .*\blo\b"),
