@@ -67,6 +67,7 @@ class Launcher:
     def __init__(self, args: argparse.Namespace):
         self._args = args
         self._nodes: FixedNodes | None = None
+        self._asked_to_stop = False
 
     def run(self) -> int:
         """Until the workers have ended; the exit status.
@@ -90,7 +91,8 @@ class Launcher:
             # Outside its steps a run has nothing to save: what asks it to stop kills it.
             status = 128 + signal.SIGTERM
         given = self._args.stopped_status
-        return given if given is not None and self._nodes and self._nodes.stopped else status
+        stopped = self._asked_to_stop or (self._nodes and self._nodes.stopped)
+        return given if given is not None and stopped else status
 
     def _why(self, error: Exception) -> str:
         """What a user is told of how torch's agent ended."""
@@ -105,13 +107,13 @@ class Launcher:
         )
 
     def _meet(self, parameters: RendezvousParameters) -> RendezvousHandler:
-        self._nodes = FixedNodes(parameters)
-        # Not before: to wait for node 0 takes torch's time, in which Python handles no signal.
         signal.signal(signal.SIGTERM, self._stop)
+        self._nodes = FixedNodes(parameters)
         return self._nodes
 
     def _stop(self, number: int, _: object) -> None:
         """Passes a signal on to the workers; where there are none there is nothing to save."""
+        self._asked_to_stop = True
         if self._nodes:
             self._nodes.stop()
         children = _children()
@@ -211,7 +213,7 @@ class FixedNodes(RendezvousHandler):
         self._node, self._nodes = cast(int, parameters.get_as_int("rank")), parameters.max_nodes
         self._timeout = timedelta(seconds=cast(int, parameters.get_as_int("timeout")))
         host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=PORT)
-        store = self._serve(port) if self._node == 0 else dist.TCPStore(host, port, timeout=self._timeout)
+        store = self._serve(port) if self._node == 0 else self._find(host, port)
         self._agents = dist.PrefixStore(self.get_run_id(), store)
         self._workers: dist.TCPStore | None = None
         self.stopped = False
@@ -227,6 +229,19 @@ class FixedNodes(RendezvousHandler):
                 address, taken, is_master=True, timeout=self._timeout, wait_for_workers=False,
                 master_listen_fd=listener.detach(),
             )  # fmt: skip
+
+    def _find(self, host: str, port: int) -> dist.TCPStore:
+        """Node 0's store.  What torch prints while it waits for one is waited for before."""
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while True:
+            try:
+                with socket.create_connection((host, port), max(deadline - time.monotonic(), LOOK_SECONDS)):
+                    return dist.TCPStore(host, port, timeout=self._timeout)
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    said = f"nobody listens at {host}:{port} after {self._timeout.seconds} s: {error.strerror or error}"
+                    raise RendezvousTimeoutError(said) from None
+            time.sleep(LOOK_SECONDS)
 
     def _of_round(self, number: int) -> dist.PrefixStore:
         return dist.PrefixStore(f"round{number}", self._agents)

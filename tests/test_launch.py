@@ -105,9 +105,13 @@ def launched(tmp_path, *options, fails=None, worker=SAY_AND_STAY, of_node=2):
 
 
 def wait_for(*files):
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+
+
+def wait_until(true):
     deadline = time.monotonic() + 60
-    while not all(file.exists() and file.read_text() for file in files):
-        assert time.monotonic() < deadline, files
+    while not true():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -152,6 +156,28 @@ def test_sigterm_while_a_node_is_awaited_ends_the_launcher_as_stopped(tmp_path, 
         launch.FixedNodes(parameters(1, port))._of_round(0).get(launch.WORKERS)
         program.send_signal(signal.SIGTERM)
         assert program.wait(30) == 75
+
+
+def test_sigterm_while_node_0_is_awaited_ends_the_launcher_as_stopped(tmp_path, port):
+    with launched(tmp_path, *of_two_nodes(port), "--node-rank", "1") as program:
+        wait_until(lambda: handles(program.pid, signal.SIGTERM))
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 75
+
+
+def handles(pid, number):
+    """Whether that process has a handler for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def test_a_node_that_finds_no_node_0_says_one_line(tmp_path, port):
+    with launched(tmp_path, *of_two_nodes(port, "--rdzv-conf", "timeout=1"), "--node-rank", "1") as program:
+        assert program.wait(30) not in (0, 75)
+        (line,) = program.stderr
+    assert (
+        f"did not meet, or one of them is gone (nobody listens at 127.0.0.1:{port} after 1 s: Connection refu" in line
+    )
 
 
 def of_two_nodes(port, *more):
