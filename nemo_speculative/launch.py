@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -38,7 +39,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from nemo_speculative.addresses import FRESH_STORE, LOOPBACK, address_of, bound, collect_on
-from nemo_speculative.errors import UsageError, UserError, report
+from nemo_speculative.errors import HOPELESS, LostError, UsageError, UserError, report
 
 BACKEND = "one-interface"
 PORT = 29500
@@ -55,17 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(arguments)
         settle(args)
-        return Launcher(args).run()
+        with tempfile.TemporaryDirectory(prefix="nemo_speculative_") as folder:
+            return Launcher(args, Path(folder) / "hopeless").run()
     except UserError as error:
         report(error)
         return error.exit_code
 
 
 class Launcher:
-    """torchrun's agent on this node."""
+    """torchrun's agent on this node.
 
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
+    Args:
+        hopeless: where its workers are to say that to start them again would not help; not there yet.
+    """
+
+    def __init__(self, args: argparse.Namespace, hopeless: Path):
+        self._args, self._hopeless = args, hopeless
         self._nodes: FixedNodes | None = None
         self._asked_to_stop = False
 
@@ -73,10 +79,11 @@ class Launcher:
         """Until the workers have ended; the exit status.
 
         Raises:
-            UserError: the nodes did not find each other, or a worker failed.
+            LostError: the nodes did not find each other, or one of them is gone.
+            UserError: a worker failed.
         """
         collect_on(self._args.interface)
-        os.environ[FRESH_STORE] = "1"
+        os.environ.update({FRESH_STORE: "1", HOPELESS: str(self._hopeless)})
         rendezvous_handler_registry.register(BACKEND, self._meet)
         status = 0
         try:
@@ -87,28 +94,31 @@ class Launcher:
                 return status
         except (ChildFailedError, RendezvousError, dist.DistError) as error:
             if not (self._nodes and self._nodes.hears_stop()):
-                raise UserError(self._why(error)) from None
+                raise self._failure(error) from None
             # Outside its steps a run has nothing to save: what asks it to stop kills it.
             status = 128 + signal.SIGTERM
         given = self._args.stopped_status
         stopped = self._asked_to_stop or (self._nodes and self._nodes.stopped)
         return given if given is not None and stopped else status
 
-    def _why(self, error: Exception) -> str:
+    def _failure(self, error: Exception) -> UserError:
         """What a user is told of how torch's agent ended."""
         if isinstance(error, ChildFailedError):
             rank, failure = error.get_first_failure()
             how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-            return f"rank {rank} was the first to fail ({how}); what it said is above"
+            return UserError(f"rank {rank} was the first to fail ({how}); what it said is above")
+        if self._hopeless.exists():
+            hopeless = self._hopeless.read_text().split()[0]
+            return UserError(f"rank {hopeless} failed, and to start again would not help; what it said is above")
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return (
+        return LostError(
             f"the {self._args.nnodes} node(s) did not meet, or one of them is gone ({first}); start this on "
             "every node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
         )
 
     def _meet(self, parameters: RendezvousParameters) -> RendezvousHandler:
         signal.signal(signal.SIGTERM, self._stop)
-        self._nodes = FixedNodes(parameters)
+        self._nodes = FixedNodes(parameters, self._hopeless)
         return self._nodes
 
     def _stop(self, number: int, _: object) -> None:
@@ -206,10 +216,11 @@ class FixedNodes(RendezvousHandler):
     Args:
         parameters: endpoint, where node 0 listens; local_addr, this node's address; rank, this node's number; timeout,
             the seconds in which all have to come.
+        hopeless: where a worker says that to start again would not help; then this node comes no more.
     """
 
-    def __init__(self, parameters: RendezvousParameters):
-        self._parameters, self._round = parameters, 0
+    def __init__(self, parameters: RendezvousParameters, hopeless: Path):
+        self._parameters, self._hopeless, self._round = parameters, hopeless, 0
         self._node, self._nodes = cast(int, parameters.get_as_int("rank")), parameters.max_nodes
         self._timeout = timedelta(seconds=cast(int, parameters.get_as_int("timeout")))
         host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=PORT)
@@ -249,7 +260,7 @@ class FixedNodes(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """
         Raises:
-            RendezvousError: a node has given up or was asked to stop, or not all have come in time.
+            RendezvousError: a node or worker has given up, a node was asked to stop, or not all have come in time.
             torch.distributed.DistError: node 0 is gone.
         """
         deadline = time.monotonic() + self._timeout.total_seconds()
@@ -262,6 +273,8 @@ class FixedNodes(RendezvousHandler):
         """Says in the store of the open round that this node is there."""
         if self.is_closed():
             raise RendezvousClosedError("another node has given up; what it said is in its own log")
+        if self._hopeless.exists():
+            raise RendezvousClosedError("a worker has given up")
         self._check_not_stopped()
         self._round = self._agents.add(FULL, 0)
         here = self._of_round(self._round)

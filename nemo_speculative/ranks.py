@@ -3,6 +3,8 @@
 import contextlib
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import LostError, UserError
 
 T = TypeVar("T")
 FIRST_RANK_TIMEOUT = timedelta(hours=2)
@@ -72,13 +74,20 @@ def first_rank_only(make: Callable[[], T]) -> T | None:
             result = make()
         except BaseException as error:
             failure = error
+            end_in_own_time()
     failed = torch.tensor([failure is not None])
     dist.broadcast(failed, src=0, group=_waiting)
     if failure is not None:
         raise failure
     if failed.item():
-        raise UserError("rank 0 failed; its message says why")
+        raise LostError("rank 0 failed; its message says why")
     return result
+
+
+def end_in_own_time() -> None:
+    """Of a rank that has to say why it ends: its launcher ends all when one has ended, and that may be another."""
+    if dist.get_world_size() > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def first_rank_first(make: Callable[[], T]) -> T:

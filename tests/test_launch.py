@@ -19,6 +19,7 @@ from nemo_speculative.errors import UserError
 from tests.listening import listening, with_descendants
 from tests.programs import ROOT, Program, run_program
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SAY_AND_STAY = """
 import os, pathlib, signal, sys, time
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
@@ -100,7 +101,7 @@ def launched(tmp_path, *options, fails=None, worker=SAY_AND_STAY, of_node=2):
     script.write_text(worker)
     command = ["-m", "nemo_speculative.launch", "--nproc-per-node", str(of_node), *options, str(script), str(tmp_path)]
     command += [fails] if fails else []
-    with Program(*command, environment=os.environ | {"OMP_NUM_THREADS": "1"}) as program:
+    with Program(*command, environment=ENVIRONMENT) as program:
         yield program
 
 
@@ -153,7 +154,7 @@ def test_when_the_workers_of_one_node_die_of_sigterm_all_launchers_end_as_stoppe
 def test_sigterm_while_a_node_is_awaited_ends_the_launcher_as_stopped(tmp_path, port):
     with launched(tmp_path, *of_two_nodes(port, "--rdzv-id", "job"), "--node-rank", "0") as program:
         # Waits until the other is there, and hears signals.
-        launch.FixedNodes(parameters(1, port))._of_round(0).get(launch.WORKERS)
+        rendezvous(1, port)._of_round(0).get(launch.WORKERS)
         program.send_signal(signal.SIGTERM)
         assert program.wait(30) == 75
 
@@ -203,10 +204,61 @@ def test_workers_are_started_again_and_the_one_that_failed_is_named(tmp_path):
     assert {file.name for file in tmp_path.glob("started1.*")} == {"started1.0", "started1.1"}
 
 
-def parameters(node, port, timeout=20):
-    return RendezvousParameters(
+FAILS = """
+import os, pathlib, sys, time
+from nemo_speculative.config.app import run_program
+from nemo_speculative.errors import LostError, UserError
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+def program():
+    pathlib.Path(sys.argv[1], "started" + rank + "." + attempt).touch()
+    if rank == "1":
+        raise {error}
+    time.sleep(60)
+run_program(program)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "starts", "said"),
+    [
+        ("UserError('data.path: bad')", 1, "rank 1 failed, and to start again would not help; what it said is above"),
+        ("LostError('rank 0 is gone')", 2, "rank 1 was the first to fail (exit status 138); what it said is above"),
+        ("RuntimeError('CUDA error')", 2, "rank 1 was the first to fail (exit status 1); what it said is above"),
+    ],
+)
+def test_only_what_another_start_may_mend_is_started_again(error, starts, said, tmp_path):
+    with launched(tmp_path, "--max-restarts", "1", worker=FAILS.format(error=error)) as program:
+        assert program.wait(60) == 1
+        assert [line for line in program.stderr if line.startswith("error: ")][-1] == f"error: {said}\n"
+    assert len(list(tmp_path.glob("started1.*"))) == starts
+
+
+def test_a_mistyped_key_is_said_once(tmp_path):
+    recipe = ["recipes/train_eagle3.py", "trainer.x=1", f"output_dir={tmp_path / 'run'}"]
+    options = ["--max-restarts", "2", "--nproc-per-node", "1"]
+    done = run_program("-m", "nemo_speculative.launch", *options, *recipe, environment=ENVIRONMENT)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 2, errors
+    assert "unknown key 'x'" in errors[0] and "to start again would not help" in errors[1]
+
+
+def test_a_node_whose_worker_is_not_to_be_started_again_ends_the_others(tmp_path, port):
+    options = of_two_nodes(port, "--max-restarts", "1")
+    worker = FAILS.format(error="UserError('bad')")
+    with (
+        launched(tmp_path, *options, "--node-rank", "0", worker=worker, of_node=1) as first,
+        launched(tmp_path, *options, "--node-rank", "1", worker=worker, of_node=1) as second,
+    ):
+        assert (first.wait(60), second.wait(60)) == (138, 1), [*first.stderr, *second.stderr]
+    assert {file.name for file in tmp_path.glob("started*")} == {"started0.0", "started1.0"}
+
+
+def rendezvous(node, port, timeout=20, hopeless=Path("nowhere")):
+    """That of one of two nodes."""
+    parameters = RendezvousParameters(
         launch.BACKEND, f"127.0.0.1:{port}", "job", 2, 2, local_addr="127.0.0.1", rank=node, timeout=timeout
     )
+    return launch.FixedNodes(parameters, hopeless)
 
 
 @pytest.fixture
@@ -216,8 +268,7 @@ def port():
 
 @pytest.fixture
 def nodes(port):
-    """The rendezvous of two nodes."""
-    return [launch.FixedNodes(parameters(node, port)) for node in range(2)]
+    return [rendezvous(node, port) for node in range(2)]
 
 
 @pytest.fixture
@@ -262,13 +313,13 @@ def test_a_launcher_that_was_started_again_takes_the_place_of_the_one_that_died(
     meeting = threads.submit(first.next_rendezvous)
     time.sleep(0.2)
     assert not meeting.done()
-    assert launch.FixedNodes(parameters(1, port)).next_rendezvous().rank == 1
+    assert rendezvous(1, port).next_rendezvous().rank == 1
     assert meeting.result().rank == 0 and first.num_nodes_waiting() == 0
 
 
 def test_the_node_that_does_not_come_is_named(port):
     with pytest.raises(RendezvousTimeoutError, match="not there after 1 s: node 1"):
-        launch.FixedNodes(parameters(0, port, timeout=1)).next_rendezvous()
+        rendezvous(0, port, timeout=1).next_rendezvous()
 
 
 def test_a_node_that_gives_up_ends_the_others(nodes, threads):
@@ -299,4 +350,4 @@ def test_a_node_that_waits_for_another_leaves_when_that_was_asked_to_stop(nodes,
 
 def test_a_port_that_is_taken_is_named(nodes, port):
     with pytest.raises(UserError, match=f"--master-port {port} of 127.0.0.1: cannot listen there"):
-        launch.FixedNodes(parameters(0, port))
+        rendezvous(0, port)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from nemo_speculative import launch
+from nemo_speculative.errors import LostError, UserError
 from tests.config.test_groups import composed
 from tests.serving.test_containers import linter
 
@@ -199,4 +200,6 @@ def test_the_pods_start_what_the_launcher_understands(manifest):
         assert args.rdzv_endpoint == "10.9.8.7:23456" and "rank=1" in args.rdzv_conf
         assert int(args.nnodes) == sum(other["replicas"] for other in replicas.values())
         assert int(args.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
-        assert args.stopped_status and job.resume.name == "auto" and job.parallelism.replicate == -1
+        # The operator's ExitCode: 1 to 127 ends the job, more is started again.
+        assert one["restartPolicy"] == "ExitCode" and UserError.exit_code < 128 <= LostError.exit_code
+        assert 128 <= args.stopped_status < 256 and job.resume.name == "auto" and job.parallelism.replicate == -1

@@ -3,6 +3,7 @@
 Hydra composes ``conf/``; what it or the schema refuses becomes one line on standard error and exit code 1.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -23,7 +24,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from nemo_speculative.config import expressions, groups, schema
 from nemo_speculative.config.published import filled
-from nemo_speculative.errors import UserError, report
+from nemo_speculative.errors import HOPELESS, LostError, UserError, report
 
 CONF = Path(__file__).parents[2] / "conf"
 INTERRUPTED = 130
@@ -52,14 +53,14 @@ def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], N
             try:
                 main(to_job(config))
             except UserError as error:
-                _fail(str(error), error.exit_code)
+                _refuse(error)
             except OSError as error:
                 _fail(_file_error(error), 1)
             except HydraException as error:  # what it instantiates may refuse its input, too
                 said = _user_error_within(error)
                 if said is None:
                     raise
-                _fail(str(said), said.exit_code)
+                _refuse(said)
 
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
         program = functools.partial(run_program, hydra_main)
@@ -117,13 +118,13 @@ def run_program(program: Callable[[], None]) -> None:
     try:
         program()
     except UserError as error:
-        _fail(str(error), error.exit_code)
+        _refuse(error)
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(explain(error, sys.argv[1:]), 1)
+        _refuse(UserError(explain(error, sys.argv[1:])))
     except ValueError as error:  # Hydra's own, for a group that is given a number or null
         if NOT_AN_OPTION not in str(error):
             raise
-        _fail(explain(error, sys.argv[1:]), 1)
+        _refuse(UserError(explain(error, sys.argv[1:])))
     except OSError as error:
         _fail(_file_error(error), 1)
     except KeyboardInterrupt:
@@ -154,6 +155,14 @@ def _leave(code: int) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def _refuse(error: UserError) -> None:
+    """Ends with ``error``; a launcher hears whether to start again would help."""
+    if HOPELESS in os.environ and not isinstance(error, LostError):
+        with contextlib.suppress(OSError), open(os.environ[HOPELESS], "a") as ranks:
+            print(os.environ["RANK"], file=ranks)
+    _fail(str(error), error.exit_code)
 
 
 def _fail(line: str, code: int) -> None:

@@ -18,7 +18,7 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.devices import choose_device
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import LostError, UserError
 from nemo_speculative.features.budget import Budget
 from nemo_speculative.features.codecs import CODECS, Codec
 from nemo_speculative.features.eagle_files import EagleFiles
@@ -30,7 +30,7 @@ from nemo_speculative.features.writer import MIB, Writer
 from nemo_speculative.files import published
 from nemo_speculative.locks import exclusive
 from nemo_speculative.progress import Progress
-from nemo_speculative.ranks import first_rank_only
+from nemo_speculative.ranks import end_in_own_time, first_rank_only
 from nemo_speculative.targets.base import Target
 from nemo_speculative.training import assembly
 from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group
@@ -150,8 +150,9 @@ def _together(work: Callable[[], None]) -> None:
         work()
     except UserError as error:
         failure = error
+        end_in_own_time()
     if _any_rank(failure is not None):
-        raise failure or UserError("another rank failed; its message says why")
+        raise failure or LostError("another rank failed; its message says why")
 
 
 def _of_this_rank(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:

@@ -14,7 +14,7 @@ import urllib3
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.devices import send
-from nemo_speculative.errors import UserError, named
+from nemo_speculative.errors import LostError, UserError, named
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.ends import TargetEnds
 from nemo_speculative.targets.wire import TOKEN_VARIABLE, FrameError, Identity, Layout, bearer_token, pack_batch
@@ -253,7 +253,7 @@ class Servers:
                     server.now(failing=why)
                     patience.failed(server)
             if patience.ended or not patience.left(self.servers):
-                raise UserError(self._no_answer(server, why))
+                raise LostError(self._no_answer(server, why))
 
     def _no_answer(self, last: Server, why: str) -> str:
         urls = ", ".join(server.url for server in self.servers)

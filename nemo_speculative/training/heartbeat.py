@@ -6,7 +6,6 @@ also reads what the others write.  Nothing of it is on the way of a training ste
 
 import contextlib
 import json
-import signal
 import socket
 import threading
 import time
@@ -16,7 +15,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import LostError
+from nemo_speculative.ranks import end_in_own_time
 
 BEAT_SECONDS = 2.0
 STALL_SECONDS = 60.0
@@ -151,17 +151,15 @@ def lost_ranks_named(heartbeat: Heartbeat) -> Iterator[None]:
     """One line for what torch says when another rank has gone away or does not answer.
 
     Raises:
-        UserError: an exchange with another rank failed inside.
+        LostError: an exchange with another rank failed inside.
     """
     try:
         yield
     except RuntimeError as error:
         if not of_an_exchange(error):
             raise
-        if threading.current_thread() is threading.main_thread():
-            # The launcher ends all ranks when one is gone; the line takes a little longer.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise UserError(
+        end_in_own_time()
+        raise LostError(
             f"{heartbeat.lost()}; no rank can go on without it: see what it or its host said last (most often it ran "
             "out of memory, or lost its machine), and start all ranks again with resume=auto"
         ) from error

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import UserError, named
 from nemo_speculative.features import shards
 from nemo_speculative.features.capture import _together
 from nemo_speculative.features.codecs import CODECS
@@ -254,8 +254,9 @@ def failing_on_the_second_rank():
 
     with pytest.raises(UserError) as ended:
         _together(work)
-    return str(ended.value)
+    return named(ended.value)
 
 
 def test_a_rank_that_fails_ends_the_others():
-    assert on_ranks(2, failing_on_the_second_rank) == ["another rank failed; its message says why", "the disk is full"]
+    first, second = on_ranks(2, failing_on_the_second_rank)
+    assert (first, second) == ("LostError: another rank failed; its message says why", "UserError: the disk is full")

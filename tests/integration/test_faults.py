@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.errors import LostError
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import ShardedTarget
 from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
@@ -72,6 +73,7 @@ def test_one_of_two_ranks_killed_at_any_moment_ends_the_other_and_the_job_goes_o
     for moment, step, newest in faults:
         ended = drive(moment, step, settings, run, ranks=2, grace=ENDS_WITHIN)
         (line,) = errors(ended)
+        assert ended.returncode == (-signal.SIGKILL if moment[-1] == "0" else LostError.exit_code)
         assert f"rank {moment[-1]}" in line and "is gone" in line and "resume=auto" in line, (moment, line)
         assert max(RunDirectory(run).steps(), default=None) in newest, moment
         assert all(read_servable(path).provenance for path in (run / "checkpoints").glob("step_*"))

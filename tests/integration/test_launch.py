@@ -1,6 +1,7 @@
 """The launcher over a whole run."""
 
 import os
+import shutil
 import signal
 import time
 from itertools import count
@@ -9,7 +10,7 @@ import pytest
 
 from tests.integration.conftest import ENVIRONMENT, metrics
 from tests.listening import listening, with_descendants
-from tests.programs import Program
+from tests.programs import Program, run_program
 
 LOOK_SECONDS, LISTEN_EVERY = 0.05, 5
 
@@ -35,3 +36,15 @@ def test_a_launched_run_listens_on_the_loopback_only_and_outlives_a_rank(setting
     assert heard == {"127.0.0.1"}
     for one, two in zip(metrics(finished), metrics(directory), strict=True):
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_refused_once(settings, finished, tmp_path):
+    directory = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    shard = next((directory / "checkpoints" / "latest" / "state").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    run = ["recipes/train_eagle3.py", *settings, f"output_dir={directory}", "resume=auto", "parallelism=fsdp2"]
+    options = ["--nproc-per-node", "2", "--max-restarts", "2"]
+    done = run_program("-m", "nemo_speculative.launch", *options, *run, environment=ENVIRONMENT)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and sum("is damaged" in line for line in said) == 1, done.stderr
+    assert said[-1] == "error: rank 0 failed, and to start again would not help; what it said is above"

@@ -16,7 +16,7 @@ from nemo_speculative.config.schema import RemoteBackendConfig
 from nemo_speculative.context import Context
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.errors import UserError
+from nemo_speculative.errors import LostError, UserError
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.remote import RemoteTarget, Server, Servers
 from nemo_speculative.targets.wire import (
@@ -263,7 +263,7 @@ def test_a_server_that_died_is_asked_again_when_it_is_back(capsys):
 
 def test_when_all_are_dead_there_is_one_line_that_names_them():
     urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
-    with pytest.raises(UserError, match=f"no target server answers any more .{urls[0]}, {urls[1]}.*resume=auto") as end:
+    with pytest.raises(LostError, match=f"no target server answers any more .{urls[0]}, {urls[1]}.*resume=auto") as end:
         ask(servers_at(*urls))
     assert "\n" not in str(end.value)
 
