@@ -4,11 +4,12 @@ The locks agree with pyproject.toml and requirements.txt; every hash in them is 
 ``.venv`` has installed is what they name; and where a service can be asked, no release in them is known as vulnerable.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tools.lock import CACHE, CPU_LOCK, CUDA_LOCK, LOCK, REQUIREMENTS, ROOT, published
-from tools.requirements import AuditError, built_elsewhere, read_pins
+from tools.requirements import AuditError, built_elsewhere, read_pins, run_module
 
 PINNED_TOO = ("requirements-sglang.txt", "requirements-peers.txt", "requirements-audit.txt")
 """Of environments of their own; by version only."""
@@ -24,7 +25,13 @@ OF_THEIR_OWN = ("sglang",)
 """Extras of pyproject.toml that ``make setup`` does not install."""
 
 
-def main(root: Path = ROOT) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    description = "Checks the locks, what is installed, and for known vulnerabilities."
+    argparse.ArgumentParser("python -m tools.audit", description=description).parse_args(arguments)
+    return audit(ROOT)
+
+
+def audit(root: Path) -> int:
     """Says of every check what it found; 0 where nothing is wrong."""
     checks: list[Callable[[Path], str]] = [check_pins, check_hashes, check_installed, check_vulnerabilities]
     status = 0
@@ -120,7 +127,7 @@ def check_installed(root: Path) -> str:
 def check_vulnerabilities(root: Path) -> str:
     """
     Raises:
-        AuditError: one is known.
+        AuditError: one is known, or pip-audit is not installed.
     """
     answer = ask_pip_audit(root / LOCK, root / CUDA_LOCK)
     if isinstance(answer, str):
@@ -139,10 +146,7 @@ def ask_pip_audit(*locks: Path) -> list[dict[str, Any]] | str:
     """What pip-audit found of each release; or why it could not ask."""
     files = [part for lock in locks for part in ("--requirement", str(lock))]
     files += ["--cache-dir", str(CACHE)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "--format", "json", *files],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_module("pip_audit", "--disable-pip", "--require-hashes", "--format", "json", *files)
     try:
         return json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):

@@ -6,15 +6,15 @@ needs, or requirements-cpu.lock, a build of torch without CUDA, which comes from
 WHEEL…`` adds its files, and those that the lock has stay as long as the release does.
 """
 
+import argparse
 import hashlib
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from tools.requirements import AuditError, Pin, built_elsewhere, parse_pins, read_pins
+from tools.requirements import AuditError, Pin, built_elsewhere, parse_pins, read_pins, run_module
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS, LOCK = "requirements.txt", "requirements.lock"
@@ -31,9 +31,12 @@ HEAD = """\
 """
 
 
-def main(wheels: Iterable[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m tools.lock", description="Writes the locks from requirements.txt.")
+    parser.add_argument("wheels", nargs="*", type=Path, help="builds of torch without CUDA, to be in the lock, too")
+    wheels = parser.parse_args(arguments).wheels
     try:
-        write(ROOT, published(ROOT / REQUIREMENTS), [Path(wheel) for wheel in wheels])
+        write(ROOT, published(ROOT / REQUIREMENTS), wheels)
     except AuditError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,13 +52,10 @@ def published(requirements: Path, constraint: Path | None = None) -> dict[str, P
     Raises:
         AuditError: the index cannot be asked, or has no such releases.
     """
-    command = ["-m", "uv", "pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--no-annotate"]
+    command = ["pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--no-annotate"]
     command += ["--cache-dir", str(CACHE)]
     command += ["--constraint", str(constraint)] if constraint else []
-    done = subprocess.run(
-        [sys.executable, *command, "--python-platform", PLATFORM, "--python-version", PYTHON, str(requirements)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_module("uv", *command, "--python-platform", PLATFORM, "--python-version", PYTHON, str(requirements))
     if done.returncode:
         said = " ".join(done.stderr.split())[:300] or f"exit status {done.returncode}"
         raise AuditError(f"the package index could not be asked for {requirements.name}: {said}")
@@ -104,4 +104,4 @@ def _entries(pins: Iterable[Pin]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

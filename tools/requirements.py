@@ -1,6 +1,9 @@
 """Requirement files as these tools read them: pins, and the hashes of the files that may be installed for them."""
 
+import importlib.util
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +29,18 @@ class Pin:
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
+
+
+def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m module`` of this environment, to its end, whatever that is.
+
+    Raises:
+        AuditError: it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        package = canonicalize_name(module)
+        raise AuditError(f"{package} is not installed in {sys.prefix}; run make lock or make audit, which install it")
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
 
 
 def read_pins(file: Path) -> dict[str, Pin]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def audited(project, monkeypatch, capsys):
     monkeypatch.setattr(audit, "ask_pip_audit", lambda *locks: [{"name": "torch", "version": "2.13.0", "vulns": []}])
 
     def run():
-        status = audit.main(project)
+        status = audit.audit(project)
         said = capsys.readouterr()
         return status, said.out, said.err
 
@@ -126,10 +127,33 @@ def test_vulnerabilities_are_said_or_that_nobody_could_be_asked(audited, monkeyp
 
 
 def test_tools_that_cannot_ask_are_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(lock.sys, "executable", "/bin/false")
+    for module in ("uv", "pip_audit"):
+        (tmp_path / f"{module}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     assert isinstance(audit.ask_pip_audit(tmp_path / "a.lock"), str)
     with pytest.raises(AuditError, match=r"the package index could not be asked for a\.txt: exit status 1"):
         lock.published(tmp_path / "a.txt")
+
+
+def test_a_tool_that_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "uv", None)
+    monkeypatch.setitem(sys.modules, "pip_audit", None)
+    with pytest.raises(AuditError, match=r"^uv is not installed in .*; run make lock or make audit"):
+        lock.published(tmp_path / "a.txt")
+    with pytest.raises(AuditError, match=r"^pip-audit is not installed in "):
+        audit.check_vulnerabilities(tmp_path)
+
+
+@pytest.mark.parametrize("tool", [lock, audit])
+@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--nosuch", 2)])
+def test_help_is_all_that_is_done(tool, option, status, monkeypatch, capsys):
+    for work in ("published", "write", "audit"):
+        monkeypatch.setattr(tool, work, None, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        tool.main([option])
+    said = capsys.readouterr()
+    assert ended.value.code == status and f"usage: python -m {tool.__name__}" in said.out + said.err
 
 
 def test_a_lock_keeps_a_cpu_build_while_its_release_stays(project):
