@@ -1,12 +1,13 @@
 """torchrun on one network interface: all that listens is bound to it, and nothing that comes over it is unpickled.
 
-python -m nemo_speculative.launch --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data.path=FILE
+python -m nemo_speculative.launch --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data=jsonl data.path=FILE
 python -m nemo_speculative.launch --nnodes 2 --node-rank 0 --master-addr node0 --interface eth0 --nproc-per-node 8 \
-    recipes/train_eagle3.py model=llama31_8b data.path=FILE
+    recipes/train_eagle3.py model=llama31_8b data=jsonl data.path=FILE
 
-Options are torchrun's, but for ``--interface``, which is the loopback where there is one node.  torchrun itself listens
-on every interface, and its c10d rendezvous unpickles what anybody who can connect writes there.  SIGTERM goes to the
-workers, and none is started again after it.
+Options are torchrun's and two more: ``--interface``, which is the loopback where there is one node, and
+``--stopped-status``.  torchrun itself listens on every interface, and its c10d rendezvous unpickles what anybody who
+can connect writes there.  SIGTERM goes to the workers; none is started again after it, nor after an error that would
+come again.
 """
 
 import argparse

@@ -48,8 +48,8 @@ def submitted(tmp_path):
             "OUTPUT_DIR": "/shared/one", "INTERFACE": "ib0", **more,
         }  # fmt: skip
         done = subprocess.run(
-            ["bash", SCRIPT, "model=llama31_8b", "data.path=/shared/my file.jsonl"], env=environment, text=True,
-            capture_output=True, check=False,
+            ["bash", SCRIPT, "model=llama31_8b", "data=jsonl", "data.path=/shared/my file.jsonl"], env=environment,
+            text=True, capture_output=True, check=False,
         )  # fmt: skip
         asked, requeued = tmp_path / "asked", tmp_path / "requeued"
         return (
@@ -200,6 +200,7 @@ def test_the_pods_start_what_the_launcher_understands(manifest):
         assert args.rdzv_endpoint == "10.9.8.7:23456" and "rank=1" in args.rdzv_conf
         assert int(args.nnodes) == sum(other["replicas"] for other in replicas.values())
         assert int(args.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+        assert job.data._target_ == composed("train_eagle3", "data=jsonl").data._target_  # not the model's data set
         # The operator's ExitCode: 1 to 127 ends the job, more is started again.
         assert one["restartPolicy"] == "ExitCode" and UserError.exit_code < 128 <= LostError.exit_code
         assert 128 <= args.stopped_status < 256 and job.resume.name == "auto" and job.parallelism.replicate == -1
