@@ -13,6 +13,8 @@ class Background:
         self.failure: BaseException | None = None
         self._stop, self._awaited, self._turn = threading.Event(), False, threading.Lock()
         self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def _run(self, work: Callable[[Callable[[], None]], object]) -> None:
@@ -63,13 +65,15 @@ def beside(work: Callable[[Callable[[], None]], object]) -> Iterator[Background]
     """
     background = Background(work)
     try:
-        yield background
+        try:
+            background.start()
+            yield background
+        finally:
+            background.end()
     except KeyboardInterrupt:
         if background.failure is None:  # the user's own
             raise
         raise background.failure from None
-    finally:
-        background.end()
 
 
 def _interrupt_main_thread() -> None:

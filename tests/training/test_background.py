@@ -23,6 +23,23 @@ def test_what_the_work_raises_ends_what_the_main_thread_waits_for():
         pytest.fail("it went on")
 
 
+def fails(go_on):
+    raise UserError("line 1 is bad")
+
+
+def test_work_that_fails_at_once_never_looks_like_an_interrupt():
+    """Wherever the main thread is by then: starting it, waiting, or already leaving."""
+    for turn in range(300):
+        try:
+            with beside(fails):
+                if turn % 2:
+                    time.sleep(LONG)
+        except UserError as error:
+            assert "line 1 is bad" in str(error)
+        else:
+            assert turn % 2 == 0
+
+
 def test_what_the_work_raises_while_it_is_waited_for_is_raised_there():
     ready = threading.Event()
 
