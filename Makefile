@@ -5,7 +5,12 @@ VENV_SGLANG := .venv-sglang
 VENV_PEERS := .venv-peers
 VENV_AUDIT := .venv-audit
 PYTHON := $(VENV)/bin/python
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready$(addprefix -,$(TORCH))
+ifneq ($(TORCH),)
+ifeq ($(VENV),.venv)
+$(error TORCH=$(TORCH) needs an environment of its own: add VENV=.venv-$(TORCH))
+endif
+endif
 # LOCKED=cuda or LOCKED=cpu, as torch is built: installs only files whose hashes the locks have.
 LOCKS := requirements.lock requirements-$(LOCKED).lock
 REQUIREMENTS := $(if $(LOCKED),--require-hashes $(addprefix --requirement ,$(LOCKS)),--requirement requirements.txt)

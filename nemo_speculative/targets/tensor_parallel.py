@@ -14,7 +14,6 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
 from nemo_speculative.ranks import gathered, limited
 from nemo_speculative.targets.base import Supervision
-from nemo_speculative.targets.ends import text_config
 from nemo_speculative.targets.placed import PlacedTarget
 
 
@@ -29,13 +28,11 @@ class TensorParallelTarget(PlacedTarget):
         options: those of :class:`nemo_speculative.targets.placed.PlacedTarget`.
 
     Raises:
-        UserError: there is no such plan, or ``tp_size`` does not divide the ranks or the heads.
+        UserError: there is no such plan, or ``tp_size`` does not divide the ranks.
     """
 
     def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
-        config, ranks = TensorParallelHFBackendConfig(tp_size=tp_size), dist.get_world_size()
-        config.check_target(text_config(path, options.get("trust_remote_code", False)), ranks)
-        group, _ = dist.new_subgroups(config.group(ranks))
+        group, _ = dist.new_subgroups(TensorParallelHFBackendConfig(tp_size=tp_size).group(dist.get_world_size()))
         self.group = limited(group)
         super().__init__(path, **options)
 

@@ -14,7 +14,7 @@ from nemo_speculative.addresses import FRESH_STORE, LOOPBACK, collect_on
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.context import ALONE, Context
 from nemo_speculative.errors import UserError
-from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, limited, limited_groups, patient_group
+from nemo_speculative.ranks import FIRST_RANK_TIMEOUT, limited, limited_groups, patient_group, started
 from nemo_speculative.training import titan
 
 LARGEST_MATMUL_ERROR = 2e-6
@@ -67,7 +67,7 @@ def _world_size() -> int:
     """
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    ranks = int(os.environ["WORLD_SIZE"])
+    ranks = started()
     if ranks > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
             f"WORLD_SIZE={ranks}, but MASTER_ADDR is not set: start with torchrun or python -m nemo_speculative.launch"

@@ -99,14 +99,29 @@ def test_resuming_on_changed_data_is_refused(settings, finished, data_file, tmp_
     assert "other data" in line
 
 
-@pytest.mark.parametrize("damage", ["position.json", "__0_0.distcp", ".metadata"])
-def test_a_cut_off_resume_state_is_named_and_the_one_before_offered(settings, finished, tmp_path, damage):
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def with_one_other_byte(content):
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+DAMAGES = [("position.json", cut), (".metadata", cut), ("__0_0.distcp", cut), ("__0_0.distcp", with_one_other_byte)]
+
+
+@pytest.mark.parametrize("name, damaged", DAMAGES)
+def test_a_damaged_resume_state_is_named_before_the_target_is_loaded_and_the_one_before_offered(
+    settings, finished, target_dir, tmp_path, name, damaged
+):
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    file = tmp_path / "run" / "checkpoints" / "step_10" / "state" / damage
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    line = only_error(train(settings, tmp_path / "run", "resume=auto"))
-    assert "step_10: is damaged" in line and "the one before it is step_9: remove this directory" in line
-    if damage != "position.json":
+    shutil.copytree(target_dir, tmp_path / "target")
+    (tmp_path / "target" / "model.safetensors").unlink()
+    file = tmp_path / "run" / "checkpoints" / "step_10" / "state" / name
+    file.write_bytes(damaged(file.read_bytes()))
+    line = only_error(train(settings, tmp_path / "run", "resume=auto", f"model.path={tmp_path}/target"))
+    assert f"step_10: is damaged (state/{name}" in line and "the one before it is step_9: remove this directory" in line
+    if name != "position.json":
         return
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_10")
     again = train(settings, tmp_path / "run", "resume=auto")

@@ -135,7 +135,7 @@ def of_kind(directory, kind):
         OPTForCausalLM(config).save_pretrained(directory)
         make_tokenizer().save_pretrained(directory)
         return directory
-    make_target(directory, num_key_value_heads=1 if kind == "one key-value head" else 2)
+    make_target(directory)
     if kind == "quantised":
         file = directory / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
@@ -147,11 +147,6 @@ def of_kind(directory, kind):
 
 REFUSED = [
     ("no plan", TensorParallelTarget, "no tensor-parallel plan for OPTForCausalLM; take backend=hf_fsdp2"),
-    (
-        "one key-value head",
-        TensorParallelTarget,
-        "the 1 key-value heads of the target cannot be divided by 2",
-    ),
     ("quantised", TensorParallelTarget, "its weights are quantised"),
     ("quantised", ShardedTarget, "its weights are quantised"),
     ("cut", ShardedTarget, "the target cannot be loaded"),

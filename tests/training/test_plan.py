@@ -35,7 +35,7 @@ def test_it_says_how_processes_share_the_work(settings, monkeypatch, ranks):  # 
 
 def test_it_refuses_heads_that_cannot_be_divided_as_the_run_does(settings, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"backend\.tp_size: the 2 key-value heads .* divided by 4; take a divisor"):
+    with pytest.raises(UserError, match=r"backend\.tp_size is -1: the 2 key-value heads .* by 4; take a divisor"):
         planned(settings, "parallelism=fsdp2", "backend=hf_tp")
 
 

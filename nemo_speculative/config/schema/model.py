@@ -178,8 +178,8 @@ class TensorParallelHFBackendConfig(BackendConfig):
         for name, count in (("attention", heads), ("key-value", getattr(config, "num_key_value_heads", heads))):
             require(
                 count % size == 0,
-                f"backend.tp_size: the {count} {name} heads of the target cannot be divided by {size}; take a divisor "
-                "of them, or backend=hf_fsdp2",
+                f"backend.tp_size is {self.tp_size}: the {count} {name} heads of the target cannot be divided by "
+                f"{size}; take a divisor of them, or backend=hf_fsdp2",
             )
 
 
