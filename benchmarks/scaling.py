@@ -29,6 +29,9 @@ from transformers import LlamaConfig
 from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.config.schema import (
     BackendConfig,
+    FeaturesBackendConfig,
+    HFBackendConfig,
+    RemoteBackendConfig,
     ShardedHFBackendConfig,
     TensorParallelHFBackendConfig,
     TrainJob,
@@ -179,7 +182,7 @@ class Target(ABC):
     """Where the target's layers are."""
 
     name: str
-    config: type[BackendConfig] = BackendConfig
+    config: BackendConfig
 
     @abstractmethod
     def share(self, gpus: int, a: Assumed) -> float:
@@ -200,6 +203,7 @@ class Target(ABC):
 
 class Replicated(Target):
     name = "hf"
+    config = HFBackendConfig()
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1.0
@@ -212,7 +216,7 @@ class Sharded(Target):
     """By FSDP2 over all GPUs: the layers are gathered for every row, each while the one before computes."""
 
     name = "hf_fsdp2"
-    config = ShardedHFBackendConfig
+    config = ShardedHFBackendConfig()
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / gpus
@@ -227,7 +231,7 @@ class TensorParallel(Target):
     """Each layer over a node, for the rows of all its ranks in turn; two sums of activations a layer, waited for."""
 
     name = "hf_tp"
-    config = TensorParallelHFBackendConfig
+    config = TensorParallelHFBackendConfig()
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / min(gpus, a.node)
@@ -246,8 +250,8 @@ class TensorParallel(Target):
 class Elsewhere(Target):
     """The states come from somewhere: the layers are not here."""
 
-    def __init__(self, name: str, bandwidth: Callable[[Assumed], float]):
-        self.name, self._bandwidth = name, bandwidth
+    def __init__(self, name: str, config: BackendConfig, bandwidth: Callable[[Assumed], float]):
+        self.name, self.config, self._bandwidth = name, config, bandwidth
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 0.0
@@ -282,8 +286,8 @@ class Draft:
 DDP = Draft("ddp", lambda gpus, a: 1)
 FSDP2 = Draft("fsdp2", lambda gpus, a: gpus)
 HSDP = Draft("hsdp", lambda gpus, a: min(gpus, a.node))
-SERVED = Elsewhere("remote", lambda a: a.nic)
-CACHED = Elsewhere("features", lambda a: a.storage)
+SERVED = Elsewhere("remote", RemoteBackendConfig(urls=["http://127.0.0.1:31000"]), lambda a: a.nic)
+CACHED = Elsewhere("features", FeaturesBackendConfig(), lambda a: a.storage)
 WAYS: dict[str, list[tuple[Draft, Target]]] = {
     "8b": [(DDP, Replicated()), (FSDP2, Replicated()), (HSDP, Replicated()), (HSDP, SERVED), (HSDP, CACHED)],
     "70b": [
@@ -315,8 +319,8 @@ def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a:
     place = Placement(
         ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
         target_share=target.share(gpus, a), target_width=target.width(gpus, a),
-        gathered_layers=target.config.GATHERED_LAYERS,
-        ahead=int(not target.config.TOGETHER), accumulates=work.rows > 1,
+        gathered_layers=target.config.GATHERED_LAYERS, ahead=target.config.ahead(gpus, "cuda"),
+        accumulates=work.rows > 1,
     )  # fmt: skip
     computing = work.draft / a.flops + (work.target / a.flops if place.target_share else 0.0)
     memory = step_memory(work.models.target, work.models.draft, work.amount, optimizer, place)

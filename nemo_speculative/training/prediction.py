@@ -119,8 +119,7 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
         target_width=job.backend.share_of_width(ranks),
         gathered_layers=job.backend.GATHERED_LAYERS,
         whole_rows=job.backend.WHOLE_ROWS,
-        # On CUDA the target reads the next micro-batch meanwhile, unless ranks compute it together; else in turn.
-        ahead=job.backend.requests_ahead or int(device.type == "cuda" and not job.backend.TOGETHER),
+        ahead=job.backend.ahead(ranks, device.type),
         accumulates=len(amounts) > 1,
         offloaded=job.parallelism.offload and device.type == "cuda",
     )

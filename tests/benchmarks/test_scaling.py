@@ -153,6 +153,8 @@ def test_targets_that_ranks_hold_together_are_counted_as_the_plan_counts_them(fo
     # In turn with the draft nothing lies there for the next micro-batch.
     ahead = work.states_bytes / work.rows + work.models.target.forward_bytes(work.amount, 2, 3)
     assert bytes_of(Replicated()) - bytes_of(TensorParallel()) == pytest.approx(7 / 8 * work.layers_bytes + ahead)
+    # Threads read two micro-batches of features ahead; of one server one is asked for.
+    assert bytes_of(CACHED) - bytes_of(SERVED) == pytest.approx(work.states_bytes / work.rows)
     monkeypatch.setattr(ShardedHFBackendConfig, "GATHERED_LAYERS", 31)  # more than a backward leaves free
     some = bytes_of(Sharded())
     # They may take the place of gradients, but for those of earlier micro-batches.

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from contextlib import closing
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, get_method, instantiate
@@ -21,6 +23,7 @@ from nemo_speculative.training import assembly
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
 from tests.config.test_groups import GROUPS, composed
 from tests.target_servers import serving
+from tests.training.ranks import on_ranks
 
 ROWS = [
     {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{i}"}]} for i in range(9)
@@ -83,7 +86,38 @@ def test_backend_remote(target_dir):
     with serving(HFTarget(target_dir, aux_layers=None)) as server:
         job = job_of("backend=remote", f"backend.urls=[{server.url}]", "data.answers=given")
         target = instantiate(job.backend, path=target_dir, aux_layers=None)
-    assert target.aux_layers == [1, 3, 4] and target.requests_ahead == 1
+    assert target.aux_layers == [1, 3, 4]
+
+
+def asked_and_planned(target_dir, folder):
+    """Of every backend on these ranks: how its target is asked, and what the plan takes from its configuration."""
+    ranks = dist.get_world_size()
+    with pytest.MonkeyPatch.context() as patch, serving(HFTarget(target_dir, aux_layers=None)) as server:
+        patch.setattr("nemo_speculative.serving.model_runner.Runner", lambda *_, **__: None)
+        patch.setattr("nemo_speculative.serving.sglang_target.SGLangTarget._check_head", lambda self: None)
+        needs = {
+            "features": [f"backend.directory={folder}", "backend.fill=true"],
+            "remote": [f"backend.urls=[{server.url},{server.url}/other]"],
+        }
+        patch.setattr("nemo_speculative.targets.remote.Servers.check", lambda self, identity: None)
+        found = {}
+        for option in options("backend"):
+            if option == "hf_tp" and ranks == 1:
+                continue  # refused
+            backend = job_of(f"backend={option}", "data.answers=given", *needs.get(option, [])).backend
+            with closing(instantiate(backend, path=target_dir, aux_layers=None)) as target:
+                asked = target.requests_ahead, target.collective
+            found[option] = asked, (backend.requests_ahead, backend.together(ranks))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_target_is_asked_as_the_plan_counts_it(ranks, target_dir, tmp_path):
+    (found, *_) = on_ranks(ranks, asked_and_planned, target_dir, tmp_path / "features")
+    assert len(found) == len(options("backend")) - (ranks == 1)
+    for option, (asked, planned) in found.items():
+        assert asked == planned, option
+    assert found["sglang"][0] == (0, ranks > 1) and found["remote"][0] == (2, False)
 
 
 @pytest.mark.parametrize("option", options("draft"))

@@ -24,10 +24,13 @@ from nemo_speculative.config.schema import (
     Eagle3DraftConfig,
     EagleDraftConfig,
     FeatureNoise,
+    FeaturesBackendConfig,
     HFBackendConfig,
     MuonConfig,
     OptimizerConfig,
     ParallelismConfig,
+    RemoteBackendConfig,
+    SGLangBackendConfig,
     ShardedHFBackendConfig,
     TensorParallelHFBackendConfig,
     TrainJob,
@@ -285,6 +288,22 @@ def test_layers_gathered_for_the_targets_forward_are_gone_when_the_draft_has_its
     waiting, fresh = (memory(cost, amount, ranks=2, gathered_layers=1000, accumulates=x).online for x in (True, False))
     # Nothing waits before the first micro-batch of a step, nor is what lies whole on each rank gathered for it.
     assert waiting - fresh == (4 + 4) * cost.all_parameters
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "on_cuda", "on_cpu"),
+    [
+        (HFBackendConfig(), 2, 1, 0),
+        (ShardedHFBackendConfig(), 2, 0, 0),
+        (TensorParallelHFBackendConfig(), 2, 0, 0),
+        (SGLangBackendConfig(), 1, 1, 0),
+        (SGLangBackendConfig(), 2, 0, 0),
+        (FeaturesBackendConfig(), 2, READ_AHEAD, READ_AHEAD),
+        (RemoteBackendConfig(urls=["http://a:1", "http://b:1", "http://c:1"]), 2, 3, 3),
+    ],
+)
+def test_micro_batches_ahead_are_those_asked_for_or_on_a_gpu_the_next(backend, ranks, on_cuda, on_cpu):
+    assert [backend.ahead(ranks, device) for device in ("cuda", "cpu")] == [on_cuda, on_cpu]
 
 
 def test_a_target_that_ranks_compute_together_is_not_read_ahead_on_a_gpu():

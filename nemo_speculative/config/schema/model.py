@@ -76,8 +76,6 @@ class BackendConfig:
 
     DECODES: ClassVar[bool] = False
     """Whether it continues texts: answers questions, and measures drafts."""
-    TOGETHER: ClassVar[bool] = False
-    """Whether ranks compute it together, in turn with the draft's work."""
     GATHERED_LAYERS: ClassVar[int] = 0
     """Whole layers that lie on a device, beside its share, while it computes."""
     WHOLE_ROWS: ClassVar[bool] = False
@@ -88,6 +86,14 @@ class BackendConfig:
     def requests_ahead(self) -> int:
         """Micro-batches that it is asked for beforehand, in threads."""
         return 0
+
+    def together(self, ranks: int) -> bool:
+        """Whether ``ranks`` processes compute it together, in turn with the draft's work."""
+        return False
+
+    def ahead(self, ranks: int, device_type: str) -> int:
+        """Micro-batches whose states are there, or on their way, while the draft works on one."""
+        return self.requests_ahead or int(device_type == "cuda" and not self.together(ranks))
 
     @property
     def longest_wait(self) -> float:
@@ -124,11 +130,13 @@ class HFBackendConfig(BackendConfig):
 class ShardedHFBackendConfig(BackendConfig):
     """transformers, the decoder layers sharded over all ranks (FSDP2); each rank computes its own batches."""
 
-    TOGETHER: ClassVar[bool] = True
     GATHERED_LAYERS: ClassVar[int] = 2  # the one that computes, and the buffer that the next one arrives in
     _target_: str = "nemo_speculative.targets.sharded.ShardedTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
+
+    def together(self, ranks: int) -> bool:
+        return True
 
     def share_of_layers(self, ranks: int) -> float:
         return 1 / ranks
@@ -138,7 +146,6 @@ class ShardedHFBackendConfig(BackendConfig):
 class TensorParallelHFBackendConfig(BackendConfig):
     """transformers, tensor-parallel by its own plan; the ranks of a group compute their batches one after the other."""
 
-    TOGETHER: ClassVar[bool] = True
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.tensor_parallel.TensorParallelTarget"
     attn_implementation: str = "sdpa"
@@ -166,6 +173,9 @@ class TensorParallelHFBackendConfig(BackendConfig):
             "or take backend=hf",
         )
         return size
+
+    def together(self, ranks: int) -> bool:
+        return True
 
     def share_of_layers(self, ranks: int) -> float:
         return 1 / self.group(ranks)
@@ -196,6 +206,9 @@ class SGLangBackendConfig(BackendConfig):
 
     def __post_init__(self) -> None:
         require_positive(self, "backend", "max_tokens")
+
+    def together(self, ranks: int) -> bool:
+        return ranks > 1
 
     def share_of_layers(self, ranks: int) -> float:
         return 1 / ranks
