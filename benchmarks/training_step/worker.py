@@ -90,8 +90,8 @@ def peak_of_tensors(work: Callable[[], Any]) -> float:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]) for event in events if event["name"] == "[memory]")
-    return most_alive((args["Addr"], args["Bytes"]) for _, args in changes)
+    changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return most_alive((event["args"]["Addr"], event["args"]["Bytes"]) for event in changes)
 
 
 def most_alive(changes: Iterable[tuple[int, int]]) -> int:
