@@ -15,7 +15,10 @@ from nemo_speculative.drafts.flex import flex_block
 
 PIECE_QUERIES = 128
 PIECE_SCORES = 1 << 19
-"""Scores of one head that are alive at once: 128 queries over 4096 keys."""
+"""Scores of one head that are alive at once: 128 queries over 4096 keys.
+
+Before keys are filled up; and behind more than 16384 keys a piece of the fewest queries (``PIECE_ROUNDING``) has more.
+"""
 PIECE_ROUNDING = 32
 """Queries and keys of a piece are filled up to a multiple: oneDNN builds and keeps a primitive for every shape."""
 PIECE_COST = 1 << 13
