@@ -67,6 +67,11 @@ DRAFTS: dict[str, Any] = {
     "EAGLE-1": EAGLE1,
     "EAGLE-1, two steps": dataclasses.replace(EAGLE1, num_steps=2),
 }
+LARGE_HEAD = LlamaConfig(
+    vocab_size=4096, hidden_size=512, intermediate_size=64, num_hidden_layers=7, num_attention_heads=1,
+    num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+EAGLE3_LARGE = dataclasses.replace(EAGLE3, num_steps=1, vocab_size=4096, intermediate_size=64, aux_layers=[3])
 # The counter knows no product in place, and ours adds up gradients that way.
 IN_PLACE = {
     torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: mm_flop(a, b),
@@ -80,8 +85,8 @@ HOST = Placement(ranks=1, shards=1, target_element=4, element=4, device_type="cp
 class Ends:
     """The target's embedding and head, without modules: the counter's hooks do not go with gradients inside a step."""
 
-    def __init__(self):
-        self.table, self.head = torch.randn(2, CONFIG.vocab_size, CONFIG.hidden_size) * 0.1
+    def __init__(self, config):
+        self.table, self.head = torch.randn(2, config.vocab_size, config.hidden_size) * 0.1
 
     def embed(self, ids):
         return embedding(ids, self.table)
@@ -130,28 +135,28 @@ def batch_of(*lengths, rows=1, answered=0.6):
     return collate([row] * rows, sum(lengths), 0)
 
 
-def make(config, slots_alive=None):
-    """Draft, objective, and what is counted of the draft."""
+def make(config, slots_alive=None, of=CONFIG):
+    """Draft, objective, and what is counted of the draft; ``of`` is the target's."""
     torch.manual_seed(0)
     cls: Any = get_class(config._target_)
-    aux = config.chosen_aux_layers(CONFIG.num_hidden_layers)
-    entries = config.vocabulary(CONFIG.vocab_size)
-    shape = cls.shape_for(config, CONFIG, aux, entries.entries if entries.own_head else None)
-    ends = Ends()
+    aux = config.chosen_aux_layers(of.num_hidden_layers)
+    entries = config.vocabulary(of.vocab_size)
+    shape = cls.shape_for(config, of, aux, entries.entries if entries.own_head else None)
+    ends = Ends(of)
     made_of: Any = get_class(config.objective)
     objective = made_of.build(ends, config, seed=0, tau_steps=1, slots_alive=slots_alive)
     with torch.device("meta"):
-        cost = DraftCost(cls(shape), aux_layers=len(aux), target_hidden=CONFIG.hidden_size)
+        cost = DraftCost(cls(shape), aux_layers=len(aux), target_hidden=of.hidden_size)
     return cls(shape).attach(ends), objective, cost
 
 
-def target_cost():
+def target_cost(of=CONFIG):
     with torch.device("meta"):
-        return TargetCost(LlamaForCausalLM(CONFIG))
+        return TargetCost(LlamaForCausalLM(of))
 
 
-def states_of(batch, aux):
-    rows, h = batch.input_ids.shape, CONFIG.hidden_size
+def states_of(batch, aux, of=CONFIG):
+    rows, h = batch.input_ids.shape, of.hidden_size
     return Supervision(torch.randn(*rows, aux * h), torch.randn(*rows, h))
 
 
@@ -190,16 +195,28 @@ def test_the_target_multiplies_as_often_as_counted(position_offset):
 @pytest.mark.parametrize("slots_alive", [1 << 20, 512], ids=["one part", "several"])
 @pytest.mark.parametrize("name", ["EAGLE-3", "three layers", "sampled depths", "EAGLE-1, two steps"])
 def test_as_many_bytes_are_alive_as_counted(name, slots_alive):
-    draft, objective, cost = make(DRAFTS[name], slots_alive)
-    batch = batch_of(1000, 600, 448)
-    schedule, states = objective.schedule(batch), states_of(batch, cost.aux_layers)
+    counted, found = counted_and_alive(DRAFTS[name], batch_of(1000, 600, 448), slots_alive)
+    assert counted == pytest.approx(found, rel=0.15)
+
+
+def test_outputs_that_a_large_head_judges_are_counted_where_slots_are_few():
+    """The peak is there, and the gradients of the head and of what the slots read are much of it."""
+    counted, found = counted_and_alive(EAGLE3_LARGE, batch_of(2048, answered=1 / 16), of=LARGE_HEAD)
+    # Too much by part of the labels, which are made before anything is judged.
+    assert found < counted < 1.15 * found
+
+
+def counted_and_alive(config, batch, slots_alive=None, of=CONFIG):
+    """Bytes of activations, logits and gradients at the peak of a loss and its gradient."""
+    draft, objective, cost = make(config, slots_alive, of)
+    schedule, states = objective.schedule(batch), states_of(batch, cost.aux_layers, of)
     with LiveBytes() as bytes_:
         objective.loss(draft, schedule, states, schedule.counts)
-    found = memory(cost, amount_of(objective, batch, cost), target_share=0.0, accumulates=False).parts
+    amount = amount_of(objective, batch, cost)
+    place = dataclasses.replace(HOST, target_share=0.0, accumulates=False)
+    parts = step_memory(target_cost(of), cost, amount, OptimizerConfig(), place).parts
     moments = 2 * 4 * cost.all_parameters
-    counted = found["activations"] + found["logits"] + found["gradients and moments"] - moments
-
-    assert counted == pytest.approx(bytes_.peak, rel=0.15)
+    return parts["activations"] + parts["logits"] + parts["gradients and moments"] - moments, bytes_.peak
 
 
 def memory(cost, amount, optimizer=None, **changes) -> Memory:
@@ -309,41 +326,52 @@ def test_micro_batches_ahead_are_those_asked_for_or_on_a_gpu_the_next(backend, r
 def test_a_target_that_ranks_compute_together_is_not_read_ahead_on_a_gpu():
     _, objective, cost = make(EAGLE3)
     amount = amount_of(objective, batch_of(512), cost)
-    ahead, in_turn = (memory(cost, amount, device_type="cuda", ahead=n) for n in (1, 0))
-    assert in_turn.parts["target's states"] < 0.6 * ahead.parts["target's states"]
+    ahead, in_turn = (memory(cost, amount, device_type="cuda", ahead=n).parts for n in (1, 0))
+    assert in_turn["target's states"] == 4 * 512 * (3 + 1) * 64
+    # One more of those, and a layer at work: its input thrice beside three kept aux states, the rotation, and its MLP.
+    assert ahead["target's states"] == 4 * 512 * (2 * (3 + 1) * 64 + (3 + 3) * 64 + 2 * 16 + 3 * 160 + 64)
+    assert all(ahead[name] == in_turn[name] for name in ahead if name != "target's states")
 
 
-WIDE = dataclasses.replace(EAGLE3, num_steps=1, intermediate_size=8192)
+SHAPES: dict[str, dict[str, int]] = {
+    "states": {"hidden_size": 512, "intermediate_size": 64, "head_dim": 16},
+    "MLP": {"hidden_size": 64, "intermediate_size": 1024},
+    "heads": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 64},
+}
+"""Targets, by what is wide in them."""
+HEAVY = dataclasses.replace(EAGLE3, num_steps=1, intermediate_size=1024)
 NARROW = dataclasses.replace(EAGLE3, intermediate_size=128)
 SHARED = ParallelismConfig(shard=-1, context=2)
-WAYS: dict[str, tuple[ParallelismConfig, Any, Any, int, float]] = {
-    "FSDP2": (ParallelismConfig(shard=-1), HFBackendConfig(), WIDE, 64, 0.6),
-    "DDP": (ParallelismConfig(replicate=-1), HFBackendConfig(), WIDE, 64, 0.6),
-    "averaged": (ParallelismConfig(replicate=-1), HFBackendConfig(), WIDE, 64, 0.6),
-    "shared": (SHARED, HFBackendConfig(), NARROW, 2048, 0.6),
-    "shared, few slots": (SHARED, HFBackendConfig(), NARROW, 2048, 0.02),
-    "shared, divided": (SHARED, TensorParallelHFBackendConfig(), NARROW, 2048, 0.6),
-    "shared, divided, few slots": (SHARED, TensorParallelHFBackendConfig(), NARROW, 2048, 0.02),
+WHOLE, DIVIDED = HFBackendConfig(), TensorParallelHFBackendConfig()
+WAYS: dict[str, tuple[str, ParallelismConfig, Any, Any, int, float]] = {
+    "FSDP2": ("states", ParallelismConfig(shard=-1), WHOLE, HEAVY, 16, 0.6),
+    "DDP": ("states", ParallelismConfig(replicate=-1), WHOLE, HEAVY, 16, 0.6),
+    "averaged": ("states", ParallelismConfig(replicate=-1), WHOLE, HEAVY, 16, 0.6),
+    "shared": ("MLP", SHARED, WHOLE, NARROW, 2048, 0.6),
+    "shared, few slots": ("MLP", SHARED, WHOLE, NARROW, 2048, 0.02),
+    "shared, divided": ("MLP", SHARED, DIVIDED, NARROW, 2048, 0.6),
+    "shared, divided, few slots": ("MLP", SHARED, DIVIDED, NARROW, 2048, 0.02),
+    "shared, divided heads": ("heads", SHARED, DIVIDED, dataclasses.replace(NARROW, num_steps=1), 2048, 0.005),
 }
-"""How two ranks hold a target and which draft, tokens of the row, and the share of it that is an answer."""
+"""Shape of the target, how two ranks hold it and which draft, tokens of the row, and the share that is an answer."""
 
 
-def peaks(directory):
+def peaks(folder):
     """Of each way, the bytes on this rank at the peak of a step: as planned, and as they are."""
     titan.bind_device("cpu")
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
-    return {name: planned_and_found(name, directory) for name in WAYS}
+    return {name: planned_and_found(name, folder) for name in WAYS}
 
 
-def planned_and_found(name, directory):
-    parallelism, backend, config, tokens, answered = WAYS[name]
+def planned_and_found(name, folder):
+    shape, parallelism, backend, config, tokens, answered = WAYS[name]
     optimizer = OptimizerConfig(ema_decay=0.9 if name == "averaged" else None)
     job = TrainJob(draft=config, backend=backend, parallelism=parallelism, optimizer=optimizer)
     dims = mesh(parallelism)
-    target = get_class(backend._target_)(directory, aux_layers=None)
+    target = get_class(backend._target_)(folder / shape, aux_layers=None)
     objective = Eagle3Objective.build(target, config, seed=0, tau_steps=1, slots_alive=512, context=context(dims))
-    shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, 200)
-    trainee = shard_draft(Trainee(Eagle3Draft(shape).attach(target), objective), dims, torch.float32)
+    draft_shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, 200)
+    trainee = shard_draft(Trainee(Eagle3Draft(draft_shape).attach(target), objective), dims, torch.float32)
     optimizers, average = build_optimizers(optimizer, trainee), WeightAverage(trainee, optimizer.ema_decay)
     batch = batch_of(tokens, answered=answered)
     schedule = objective.schedule(batch)
@@ -361,22 +389,23 @@ def planned_and_found(name, directory):
     for x in (*target.model.parameters(), *trainee.parameters(), *states, *average.state_dict().values()):
         own = x.to_local() if isinstance(x, DTensor) else x
         found += own.numel() * own.element_size()
-    models = Models.of(job, target.config, shape)
-    job.trainer.slots_alive = 512
-    amounts = count(job, models, [batch], torch.device("cpu"))
-    return prediction.memory(job, models, amounts, torch.device("cpu")).online, float(found)
+    models = Models.of(job, target.config, draft_shape)
+    return prediction.memory(job, models, [Amount.of(schedule)], torch.device("cpu")).online, float(found)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    wide = {"hidden_size": 64, "intermediate_size": 1024, "max_position_embeddings": 4096}
-    return on_ranks(2, peaks, make_target(tmp_path_factory.mktemp("wide"), num_layers=7, **wide))
+    folder = tmp_path_factory.mktemp("targets")
+    for name, shape in SHAPES.items():
+        make_target(folder / name, num_layers=7, max_position_embeddings=4096, **shape)
+    return on_ranks(2, peaks, folder)
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_two_ranks_take_at_most_what_is_planned(two_ranks, name):
-    planned, _ = two_ranks[0][name]
-    assert planned == pytest.approx(max(found for _, found in (rank[name] for rank in two_ranks)), rel=0.15)
+def test_each_of_two_ranks_takes_about_what_is_planned_for_it(two_ranks, name):
+    """Closely where nearly all are weights and their gradients, and none is freed by a thread of gloo's."""
+    for planned, found in (rank[name] for rank in two_ranks):
+        assert planned == pytest.approx(found, rel=0.05 if name in ("DDP", "averaged") else 0.15)
 
 
 def test_a_piece_of_a_batch_is_a_batch():
