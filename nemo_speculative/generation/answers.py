@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import hashlib
 import json
+from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_speculative.data.chat import tokenizer_digest
@@ -41,18 +43,37 @@ def answer(
     """
     limits = Limits(max_answer_tokens, max_length)
     directory = Path(cache_dir) / _key(target, limits)
-    asked = [asked_by(item) for item in items]
-    questions = dict(zip(asked, items, strict=True))
-    with exclusive(directory, "data.cache_dir", wait=True):
-        rows = {e.asked: _rows(e, questions[e.asked]) for e in entries(directory / ANSWERS) if e.asked in questions}
-        # Before the first is answered: one that asks nothing ends the run now.
-        wanted = {a: Dialogue(item, target.tokenizer, Keep()) for a, item in questions.items() if a not in rows}
-        if wanted:
-            if rows:
-                print(f"{title}: {len(rows)} of {len(questions)} were answered before ({directory})", flush=True)
-            asyncio.run(_answer_all(target, wanted, directory / ANSWERS, limits, batch_size, title))
-    rows |= {a: dialogue.rows() for a, dialogue in wanted.items()}
+    asked, places = array("Q"), dict[int, _Place]()
+    for index, item in enumerate(items):
+        asked.append(asked_by(item))
+        places[asked[-1]] = _Place(index, item.origin, item.source)
+    rows = _answered(directory / ANSWERS, places)
+    if len(rows) < len(places):
+        with exclusive(directory, "data.cache_dir", wait=True):
+            rows |= _answered(directory / ANSWERS, {a: place for a, place in places.items() if a not in rows})
+            # Before the first is answered: one that asks nothing ends the run now.
+            missing = {a: items[place.index] for a, place in places.items() if a not in rows}
+            wanted = {a: Dialogue(item, target.tokenizer, Keep()) for a, item in missing.items()}
+            if wanted and rows:
+                print(f"{title}: {len(rows)} of {len(places)} were answered before ({directory})", flush=True)
+            if wanted:
+                asyncio.run(_answer_all(target, wanted, directory / ANSWERS, limits, batch_size, title))
+        rows |= {a: dialogue.rows() for a, dialogue in wanted.items()}
     return [row for a in asked for row in rows[a]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an item lies, without what it says."""
+
+    index: int
+    """Among the items."""
+    origin: str
+    source: str
+
+
+def _answered(file: Path, places: Mapping[int, _Place]) -> dict[int, list[TokenRow]]:
+    return {entry.asked: _rows(entry, places[entry.asked]) for entry in entries(file) if entry.asked in places}
 
 
 def _key(target: HFTarget, limits: Limits) -> str:
@@ -91,10 +112,10 @@ def _record(dialogue: Dialogue) -> dict[str, object]:
     return {"id": dialogue.item.id, "rows": rows}
 
 
-def _rows(entry: Entry, item: Item) -> list[TokenRow]:
+def _rows(entry: Entry, place: _Place) -> list[TokenRow]:
     try:
         return [
-            TokenRow(identity, ids, [bool(m) for m in mask], item.origin, item.source)
+            TokenRow(identity, ids, [bool(m) for m in mask], place.origin, place.source)
             for identity, ids, mask in entry.record()["rows"]
         ]
     except (KeyError, TypeError, ValueError):

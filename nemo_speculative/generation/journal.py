@@ -15,6 +15,8 @@ from nemo_speculative.errors import UserError
 
 PREFIX = re.compile(rb'\{"index": (\d+)(, "asked": "([0-9a-f]{16})", )')
 SYNC_SECONDS = 1.0
+CHUNK = 1 << 16
+"""Bytes of a file's end that are looked through at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,37 @@ class Entry:
 
 
 def entries(file: Path) -> Iterator[Entry]:
-    """The whole lines of a journal, one at a time; a last one that was cut off is none.
+    """The lines of a journal that are whole now, one at a time, also while another process appends to it.
 
     Raises:
         UserError: a line is not a journal's.
     """
     if not file.is_file():
         return
-    offset = 0
+    # Found first: what was cut off behind it may give way to other lines while those before it are read.
+    offset, end = 0, _end_of_lines(file)
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
+            if offset >= end:
                 return
             found = PREFIX.match(line)
             if found is None:
                 raise _refusal(f"{file}:{number}", line)
             yield Entry(int(found[1]), int(found[3], 16), offset, line, f"{file}:{number}")
             offset += len(line)
+
+
+def _end_of_lines(file: Path) -> int:
+    """In bytes, where the last whole line ends: what lies before it does not change."""
+    with file.open("rb", buffering=0) as lines:
+        end = lines.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - CHUNK, 0)
+            newline = os.pread(lines.fileno(), end - start, start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
 
 
 def _refusal(where: str, line: bytes) -> UserError:

@@ -8,6 +8,7 @@ import torch
 
 from nemo_speculative import locks
 from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.data.items import Listed
 from nemo_speculative.errors import UserError
 from nemo_speculative.generation import answers
 from nemo_speculative.generation.answers import answer, unanswered
@@ -107,6 +108,25 @@ def test_what_was_answered_is_not_asked_again_whatever_else_the_data_holds(targe
     assert len(prompts) == 10
 
 
+def test_what_is_all_there_is_read_beside_a_writer_and_the_data_once(target, mixed, prompts, tmp_path, monkeypatch):
+    read = []
+
+    class Counted(Listed):
+        def _item(self, index):
+            read.append(index)
+            return super()._item(index)
+
+    how = {"batch_size": 4, "cache_dir": str(tmp_path), **LIMITS}
+    rows = answer(target, mixed[:5], **how)
+    more = answer(target, Counted(mixed), **how)
+    assert sorted(read) == sorted([*range(len(mixed)), 5, 6, 7]) and more[: len(rows)] == rows
+    read.clear()
+    prompts.clear()
+    monkeypatch.setattr(answers, "exclusive", lambda *_, **__: pytest.fail("waits for writers"))
+    assert answer(target, Counted(mixed), **how) == more
+    assert read == list(range(len(mixed))) and not prompts
+
+
 @pytest.mark.parametrize("lines", [0, 0.5, 1, 4, 5.4, 7.99])
 def test_a_run_that_was_killed_goes_on_with_the_rest(target, mixed, prompts, tmp_path, capsys, lines):
     """As the file is then: its last line is cut off anywhere."""
@@ -145,10 +165,12 @@ def test_two_that_want_the_same_at_once_ask_it_once(target, mixed, prompts, tmp_
     monkeypatch.setattr(locks, "print", lambda line, **_: (said.append(line), waits.set()), raising=False)
     monkeypatch.setattr(answers, "Journal", lambda file: (waits.wait(60), Journal(file))[1])
     how = {"batch_size": 4, "cache_dir": str(tmp_path), **LIMITS}
+    answer(target, mixed[3:5], **how)
     with ThreadPoolExecutor(2) as threads:
         one, other = threads.map(lambda _: answer(target, mixed, **how), range(2))
     assert one == other and len(prompts) == 9
     directory = cached(tmp_path).parent
+    assert len(cached(tmp_path).read_bytes().splitlines()) == 8
     assert said == [f"data.cache_dir: another process writes into {directory}; waiting for it"]
 
 

@@ -177,3 +177,20 @@ def test_a_line_is_about_the_number_that_it_is_given(tmp_path):
     (entry,) = journal.entries(tmp_path / "j.jsonl")
     assert (entry.index, entry.asked) == (7, 255)
     assert json.loads(entry.at(12)) == json.loads(entry.line) | {"index": 12}
+
+
+def test_what_is_read_beside_a_writer_is_no_mixture_of_two_lines(tmp_path):
+    """One line was cut off by a kill, and while the one before it is read another comes in its place."""
+    file, long = tmp_path / "j.jsonl", journal.CHUNK * 3
+    written = journal.Journal(file)
+    for asked in (1, 2):
+        written.append(0, asked, {"rows": str(asked) * long})
+    written.close()
+    file.write_bytes(file.read_bytes()[: -long // 2])
+    whole = journal.entries(file)
+    assert next(whole).record()["rows"] == "1" * long
+    again = journal.Journal(file)
+    again.append(0, 3, {"rows": "3" * long})
+    again.close()
+    assert list(whole) == []
+    assert [entry.asked for entry in journal.entries(file)] == [1, 3]
