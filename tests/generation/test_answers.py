@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -125,6 +126,57 @@ def test_what_is_all_there_is_read_beside_a_writer_and_the_data_once(target, mix
     monkeypatch.setattr(answers, "exclusive", lambda *_, **__: pytest.fail("waits for writers"))
     assert answer(target, Counted(mixed), **how) == more
     assert read == list(range(len(mixed))) and not prompts
+
+
+def in_float64(target):
+    target.model = copy.deepcopy(target.model).to(torch.float64)
+
+
+def with_another_template(target):
+    target.tokenizer = copy.deepcopy(target.tokenizer)
+    target.tokenizer.chat_template += "{# #}"
+
+
+OTHERS = {
+    "weights": lambda target: setattr(target, "fingerprint", "another"),
+    "dtype": in_float64,
+    "chat template": with_another_template,
+    "stop tokens": lambda target: setattr(target, "stop_ids", target.stop_ids | {7}),
+}
+
+
+@pytest.fixture
+def another(target):
+    """The target, to be changed in one thing."""
+    return copy.copy(target)
+
+
+@pytest.mark.parametrize("change", [*OTHERS.values(), None], ids=[*OTHERS, "nothing"])
+def test_what_another_target_answered_is_asked_again(target, another, prompts, tmp_path, change):
+    item = TokenRow("x", [0, 9, 8, 7, 6], [False, False, False, True, True], "file:1")
+    how = {"batch_size": 1, "cache_dir": str(tmp_path), **LIMITS}
+    answer(target, [item], **how)
+    if change:
+        change(another)
+    for _ in range(2):
+        answer(another, [item], **how)
+    assert len(prompts) == 1 + bool(change)
+
+
+@pytest.mark.parametrize("change", [{"max_answer_tokens": 11}, {"max_length": 119}])
+def test_what_was_answered_up_to_another_length_is_asked_again(target, prompts, tmp_path, change):
+    how = {"batch_size": 1, "cache_dir": str(tmp_path), **LIMITS}
+    for lengths in ({}, change, {}, change):
+        answer(target, [ask("hi")], **how | lengths)
+    assert len(prompts) == 2
+
+
+def test_what_was_answered_in_another_way_is_asked_again(target, prompts, tmp_path, monkeypatch):
+    how = {"batch_size": 1, "cache_dir": str(tmp_path), **LIMITS}
+    answer(target, [ask("hi")], **how)
+    monkeypatch.setattr(answers, "RECIPE_VERSION", answers.RECIPE_VERSION + 1)
+    answer(target, [ask("hi")], **how)
+    assert len(prompts) == 2
 
 
 @pytest.mark.parametrize("lines", [0, 0.5, 1, 4, 5.4, 7.99])
