@@ -28,7 +28,7 @@ class Questions:
     start: int
     end: int
     asked: array
-    """64 bits for each of them: of the id, and of all that the line says."""
+    """64 bits for each of them: of the id, the source, and all that the line says."""
     open_ended: bool = False
     """They go on as far as the file does."""
 
@@ -82,7 +82,7 @@ class Questions:
 
 
 def asked_by(item: Item) -> int:
-    """64 bits that tell it from others: of its id, and of all that it says."""
+    """64 bits that tell it from others: of its id, its source, and all that it says."""
     return int.from_bytes(hashlib.sha256(json.dumps(content_of(item)).encode()).digest()[:8], "big")
 
 
