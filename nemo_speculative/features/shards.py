@@ -32,6 +32,9 @@ ENTRY = np.dtype(
 )  # fmt: skip
 """A document of a shard: its first row and number of rows of each kind, and the hash of all of them."""
 ALIGNMENT = 8
+WINDOW = 1 << 17
+"""Bytes that are asked of the system at a time: of a longer request Linux reads no more than the read-ahead or the
+largest request of the device, whichever is longer, and says nothing; few devices have less of both than this."""
 LIBC = ctypes.CDLL(None)
 Tensors = dict[str, torch.Tensor]
 
@@ -192,9 +195,10 @@ def _read_ahead(x: torch.Tensor) -> None:
     What a page fault alone reads is either little at a time, or, where the system reads far ahead, mostly of other
     documents: they are asked for in random order, so that it is gone again when its turn comes.
     """
-    start = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = x.data_ptr() + x.numel() * x.element_size() - start
-    LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+    end = x.data_ptr() + x.nbytes
+    for start in range(x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, end, WINDOW):
+        length = min(WINDOW, end - start)
+        LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
 def _kind(name: str) -> str:

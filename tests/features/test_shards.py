@@ -1,9 +1,11 @@
 """What is damaged is named and never replaced; what was finished is never lost."""
 
+import ctypes
 import errno
 import mmap
 import os
 import re
+import time
 
 import pytest
 import torch
@@ -58,6 +60,11 @@ def test_every_document_is_found_as_it_was_written(tmp_path, stored):
     assert store.find([b"0123456789abcdef"]) == [None] and len(store) == 9
 
 
+def large_document(aux_rows, hidden_rows):
+    tensors = {"aux": torch.randn(aux_rows, 2 * HIDDEN), "last_hidden": torch.randn(hidden_rows, HIDDEN)}
+    return Document(key_of_lists([99], [True]), tensors)
+
+
 def test_all_that_a_document_is_made_of_is_asked_for_before_it_is_touched(tmp_path, monkeypatch):
     asked, libc = [], shards.LIBC
 
@@ -69,13 +76,50 @@ def test_all_that_a_document_is_made_of_is_asked_for_before_it_is_touched(tmp_pa
 
     monkeypatch.setattr(shards, "LIBC", Spy())
     monkeypatch.setattr(shards, "checksum", lambda tensors: (asked.append(None), checksum(tensors))[1])
-    write_shard(tmp_path, documents(6))
+    write_shard(tmp_path, [*documents(3), large_document(5000, 900)])
     asked.clear()
-    found = Store(tmp_path, manifest()).tensors((0, 5))
+    found = Store(tmp_path, manifest()).tensors((0, 3))
     *before, touched = asked
-    assert touched is None and len(found) == len(before) == 2
-    for x, (start, end) in zip(found.values(), before, strict=True):
-        assert start <= x.data_ptr() < x.data_ptr() + x.nbytes == end
+    assert touched is None and max(end - start for start, end in before) == 128 * 1024
+    begin, end = {start for start, _ in before}, {end for _, end in before}
+    for x, start, last in zip(found.values(), sorted(begin - end), sorted(end - begin), strict=True):
+        assert start <= x.data_ptr() < x.data_ptr() + x.nbytes == last
+
+
+def resident(x):
+    """Bytes of the pages of ``x`` that are in memory."""
+    start = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = x.data_ptr() + x.nbytes - start
+    pages = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    assert shards.LIBC.mincore(ctypes.c_void_p(start), ctypes.c_size_t(length), pages) == 0
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+def dropped(file):
+    """Out of memory, onto the disk."""
+    with file.open("rb+") as held:
+        os.fsync(held.fileno())
+        os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)):
+        pytest.skip("this file system drops nothing from memory")
+
+
+def test_a_document_of_many_of_the_devices_requests_is_read_as_a_whole(tmp_path, monkeypatch):
+    """48 MB; devices read up to 16 MB at one call."""
+    read = []
+
+    def wait_and_hash(tensors):
+        until = time.monotonic() + 20
+        while (found := min(resident(x) / x.nbytes for x in tensors.values())) < 1 and time.monotonic() < until:
+            time.sleep(0.05)
+        read.append(found)
+        return checksum(tensors)
+
+    index = write_shard(tmp_path, [large_document(700_000, 100)])
+    dropped(index.with_suffix(".safetensors"))
+    monkeypatch.setattr(shards, "checksum", wait_and_hash)
+    Store(tmp_path, manifest()).tensors((0, 0))
+    assert len(read) == 1 and read[0] >= 1
 
 
 def test_a_shard_is_a_safetensors_file(tmp_path):
