@@ -93,6 +93,7 @@ def asked_and_planned(target_dir, folder):
     """Of every backend on these ranks: how its target is asked, and what the plan takes from its configuration."""
     ranks = dist.get_world_size()
     with pytest.MonkeyPatch.context() as patch, serving(HFTarget(target_dir, aux_layers=None)) as server:
+        patch.setenv("RANK", str(dist.get_rank()))  # the first one alone keeps other trainings out of a directory
         patch.setattr("nemo_speculative.serving.model_runner.Runner", lambda *_, **__: None)
         patch.setattr("nemo_speculative.serving.sglang_target.SGLangTarget._check_head", lambda self: None)
         needs = {
