@@ -185,6 +185,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             memory = Memory()
             _steps(trainer, WARMUP)
             added = memory.added_mb() * 1e6
+            getattr(target, "release", lambda: None)()  # else what it has gathered would count twice
             stay = [p for m in (target.model, draft) for p in m.parameters()]
             kept = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
             kept += trainer.average.state_dict().values()

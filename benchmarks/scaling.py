@@ -129,6 +129,11 @@ class Work:
         return BFLOAT16 * (self.models.target.parameters - self.models.target.end_parameters)
 
     @property
+    def end_bytes(self) -> float:
+        """The target's embedding, or its head."""
+        return BFLOAT16 * self.models.target.vocabulary * self.models.target.hidden
+
+    @property
     def states_bytes(self) -> float:
         """Of aux and last hidden states of all rows."""
         width = (self.models.draft.aux_layers + 1) * self.models.target.hidden
@@ -192,6 +197,10 @@ class Target(ABC):
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         """Of the target's part of a step."""
 
+    def ends_share(self, gpus: int, a: Assumed) -> float:
+        """Of embedding and head, what each GPU holds."""
+        return 1.0
+
     def width(self, gpus: int, a: Assumed) -> float:
         """Of each layer, what a GPU computes."""
         return 1.0
@@ -221,10 +230,14 @@ class Sharded(Target):
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / gpus
 
+    def ends_share(self, gpus: int, a: Assumed) -> float:
+        return self.share(gpus, a)
+
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         layers = work.models.target.layers
-        layer = Ring.neighbours(gpus, a).gather(work.layers_bytes / layers, a)
-        return max(work.target / a.flops, work.rows * layers * layer)
+        ring = Ring.neighbours(gpus, a)
+        layer = ring.gather(work.layers_bytes / layers, a)
+        return max(work.target / a.flops, work.rows * layers * layer) + _ends(work, ring, a)
 
 
 class TensorParallel(Target):
@@ -236,15 +249,24 @@ class TensorParallel(Target):
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / min(gpus, a.node)
 
+    def ends_share(self, gpus: int, a: Assumed) -> float:
+        return self.share(gpus, a)
+
     def width(self, gpus: int, a: Assumed) -> float:
         return self.share(gpus, a)
 
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         ranks = min(gpus, a.node)
         target = work.models.target
-        activations = BFLOAT16 * ranks * work.amount.tokens * target.hidden
-        sums = 2 * target.layers * Ring.neighbours(ranks, a).all_reduce(activations, a)
-        return work.target / a.flops + work.rows * sums
+        activations, ring = BFLOAT16 * ranks * work.amount.tokens * target.hidden, Ring.neighbours(ranks, a)
+        sums = 2 * target.layers * ring.all_reduce(activations, a)
+        return work.target / a.flops + work.rows * sums + _ends(work, ring, a)
+
+
+def _ends(work: Work, ring: Ring, a: Assumed) -> float:
+    """Seconds for which every row waits: its tokens are embedded for the target and for the draft, the loss has the
+    head."""
+    return work.rows * 3 * ring.gather(work.end_bytes, a)
 
 
 class Elsewhere(Target):
@@ -318,7 +340,7 @@ def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a:
     after = draft.reduce(parameters, gpus, a) + update
     place = Placement(
         ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
-        target_share=target.share(gpus, a), target_width=target.width(gpus, a),
+        target_share=target.share(gpus, a), ends_share=target.ends_share(gpus, a), target_width=target.width(gpus, a),
         gathered_layers=target.config.GATHERED_LAYERS, ahead=target.config.ahead(gpus, "cuda"),
         accumulates=work.rows > 1,
     )  # fmt: skip

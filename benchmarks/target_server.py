@@ -50,7 +50,7 @@ class ReadyTensors:
 
     config = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
     fingerprint, aux_layers, device, requests_ahead = "ready", list(range(AUX)), torch.device("cpu"), 0
-    head_weight = torch.zeros(1, dtype=torch.bfloat16)
+    dtype = torch.bfloat16
 
     def __init__(self) -> None:
         width = HIDDEN * AUX

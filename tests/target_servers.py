@@ -23,13 +23,13 @@ class StandIn:
     aux_layers, device, requests_ahead = [1, 2], torch.device("cpu"), 0
 
     def __init__(self, dtype=torch.float32, fingerprint="stand-in"):
-        self.head_weight, self.fingerprint = torch.zeros(1, dtype=dtype), fingerprint
+        self.dtype, self.fingerprint = dtype, fingerprint
         self.read = []
 
     def supervise(self, batch):
         self.read.append(batch.input_ids.tolist())
         hidden = (batch.input_ids + batch.positions / 64)[..., None] * torch.arange(1, HIDDEN + 1)
-        hidden = hidden.to(self.head_weight.dtype)
+        hidden = hidden.to(self.dtype)
         return Supervision(torch.cat([hidden, -hidden], dim=-1), hidden / 2)
 
 

@@ -99,7 +99,7 @@ class EagleFiles(TargetEnds):
 
     def supervise(self, batch: Batch) -> Supervision:
         host, h = batch.on_host, self.config.hidden_size
-        dtype, shape = self.head_weight.dtype, batch.input_ids.shape
+        dtype, shape = self.dtype, batch.input_ids.shape
         hidden = torch.zeros(*shape, h, dtype=dtype)
         aux = torch.zeros(*shape, h * len(self.aux_layers), dtype=dtype)
         for span in host.spans:
@@ -128,7 +128,7 @@ class EagleFiles(TargetEnds):
         hits = count = 0
         for row in self.documents[:SAMPLE]:
             ids, mask = torch.tensor(row.input_ids), torch.tensor(row.loss_mask)
-            hidden = self._read(self.files[row.id])["hidden_state"][: len(ids) - 1].to(self.head_weight)
+            hidden = self._read(self.files[row.id])["hidden_state"][: len(ids) - 1].to(self.device, self.dtype)
             right = self.logits(hidden[mask[1:].to(hidden.device)]).argmax(-1).cpu() == ids[1:][mask[1:]]
             hits, count = hits + int(right.sum()), count + len(right)
         return hits / max(count, 1)

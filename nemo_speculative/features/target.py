@@ -125,7 +125,7 @@ class FeaturesTarget(TargetEnds):
                 _bytes(into).index_copy_(0, hidden, _bytes(x))
 
     def _decoded(self, kind: str, rows: Tensors, batch: Batch) -> torch.Tensor:
-        manifest, dtype = self.store.manifest, self.head_weight.dtype
+        manifest, dtype = self.store.manifest, self.dtype
         layout = manifest.layouts.get(kind)
         if layout is None:
             return torch.zeros(*batch.share.take(batch.input_ids).shape, 0, dtype=dtype, device=self.device)

@@ -41,7 +41,7 @@ class SGLangTarget(TargetEnds):
         super().__init__(path, **ends)
         trusted = ["--trust-remote-code"] if self.trust_remote_code else []
         self.runner = Runner(
-            self.path, aux_layers=self.aux_layers, dtype=self.head_weight.dtype, device=self.device,
+            self.path, aux_layers=self.aux_layers, dtype=self.dtype, device=self.device,
             max_tokens=max_tokens, flags=[*trusted, *flags],
         )  # fmt: skip
         self.collective = dist.is_initialized() and dist.get_world_size() > 1
@@ -81,7 +81,7 @@ class SGLangTarget(TargetEnds):
         made = [self.runner.extend(some) for some in _portions(texts, self.runner.max_tokens)]
         if not keep:
             return None
-        width, dtype = self.config.hidden_size, self.head_weight.dtype
+        width, dtype = self.config.hidden_size, self.dtype
         empty = torch.zeros(0, width, dtype=dtype, device=self.device)
         aux = [empty.new_zeros(0, width * len(self.aux_layers)), *(part.aux for part in made)]
         return torch.cat(aux), torch.cat([empty, *(part.last_hidden for part in made)])

@@ -46,6 +46,11 @@ class Target(Protocol):
     else they exchange."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its states and its head."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Tells one target's weights from another's."""
         ...

@@ -94,6 +94,10 @@ class TargetEnds:
         return getattr(self.model.get_decoder(), "norm", None)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._head.weight.dtype
+
+    @property
     def head_weight(self) -> torch.Tensor:
         """[V, h]: the rows of the frozen head."""
         return self._head.weight

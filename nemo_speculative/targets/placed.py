@@ -1,7 +1,7 @@
-"""A target that several ranks hold together: parts of the decoder layers on each, the ends whole on all of them.
+"""A target that several ranks hold together: parts of the decoder layers, of the embedding and of the head on each.
 
-Embedding, final norm and head stay whole, because the draft's loss reads them in chunks of its own slots: what a rank
-asks them for, and how often, is no other rank's business.
+The head is whole from the end of a forward pass to the start of the next one: the draft's loss reads it in chunks of
+its own slots, and how many of those a rank has is no other rank's business.
 """
 
 from abc import abstractmethod
@@ -12,22 +12,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
+from nemo_speculative.data.batch import Batch
 from nemo_speculative.errors import UserError
 from nemo_speculative.progress import quiet_transformers
 from nemo_speculative.ranks import first_rank_only
+from nemo_speculative.targets.base import Supervision
 from nemo_speculative.targets.describe import stop_ids_of
 from nemo_speculative.targets.ends import UNSCALED, TargetEnds, decoder_layers, load_config, load_model
 from nemo_speculative.targets.hf import TransformersTarget
 
 
 class PlacedTarget(TransformersTarget):
-    """A frozen Hugging Face model divided over the ranks of the process group, which run its forwards together.
+    """A frozen Hugging Face model divided over ranks of the process group, which run its forwards together.
 
-    One process of the job reads the files, into the host's memory, and sends every tensor to the others, which keep
-    their parts of it: no device ever holds more than its parts and one whole tensor.
+    They embed tokens together, too; and where :meth:`supervise` has not just made the head whole, they read it
+    together.  One process of the job reads the files, into the host's memory, and sends every tensor to the others,
+    which keep their parts of it: no device ever holds more than its parts and one whole tensor.
 
     Args:
         options: those of :class:`nemo_speculative.targets.hf.TransformersTarget`.
@@ -57,7 +61,10 @@ class PlacedTarget(TransformersTarget):
         self._check(model, layers)
         read = first_rank_only(lambda: _read(self.path, model, options))
         _take_dtypes(model, read)
-        self._divide(model, layers)
+        mesh = self._mesh()
+        self._embedding_rows = DividedRows(model.get_input_embeddings(), mesh)
+        self._head_rows = DividedRows(model.get_output_embeddings(), mesh)
+        self._divide(model, layers, mesh)
         model.to_empty(device=self.device)
         model.tie_weights()
         _fill(model, read, self.device)
@@ -70,11 +77,74 @@ class PlacedTarget(TransformersTarget):
         """
 
     @abstractmethod
-    def _divide(self, model: Any, layers: nn.ModuleList) -> None:
+    def _mesh(self) -> DeviceMesh:
+        """The ranks that share a copy, in one dimension."""
+
+    @abstractmethod
+    def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         """Makes the parameters of ``layers``, which have no storage yet, this rank's parts of them."""
+
+    def supervise(self, batch: Batch) -> Supervision:
+        self.release()
+        supervision = self._compute(batch)
+        self._embedding_rows.drop()
+        self._head_rows.gather()
+        return supervision
+
+    def release(self) -> None:
+        """Leaves this rank's parts alone, until it is asked for something."""
+        self._embedding_rows.drop()
+        self._head_rows.drop()
+
+    def _compute(self, batch: Batch) -> Supervision:
+        """With all ranks that share a copy."""
+        return super().supervise(batch)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = super().embed(input_ids)
+        self._embedding_rows.drop()
+        return embedded
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self._head_rows.gather()
 
     def last_layers(self, count: int) -> list[nn.Module]:
         return list(TargetEnds.last_layers(self, count))
+
+
+class DividedRows:
+    """The weight of an embedding or a head: on each rank some of its rows; from a use to :meth:`drop` all of them.
+
+    Args:
+        module: its weight has no storage yet.
+        mesh: over which its rows are divided.
+    """
+
+    def __init__(self, module: Any, mesh: DeviceMesh):
+        self.module = module
+        self._part: Any = None
+        module.weight = _frozen(distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None))
+        module.register_forward_pre_hook(self._before_use)
+
+    def _before_use(self, *_: Any) -> None:
+        self.gather()
+
+    def gather(self) -> torch.Tensor:
+        """Makes it whole, together with the other ranks, unless it is."""
+        if self._part is None:
+            self._part = self.module.weight
+            self.module.weight = _frozen(self._part.full_tensor())
+        return self.module.weight
+
+    def drop(self) -> None:
+        """Leaves this rank's rows of it."""
+        if self._part is not None:
+            self.module.weight, self._part = self._part, None
+
+
+def _frozen(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

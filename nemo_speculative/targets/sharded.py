@@ -12,15 +12,19 @@ from nemo_speculative.targets.placed import PlacedTarget
 
 
 class ShardedTarget(PlacedTarget):
-    """Every decoder layer is divided over all ranks; each rank computes its own batches.
+    """Everything but the final norm is divided over all ranks; each rank computes its own batches.
 
     Args:
         options: those of :class:`nemo_speculative.targets.placed.PlacedTarget`.
     """
 
-    def _divide(self, model: Any, layers: nn.ModuleList) -> None:
+    def _mesh(self) -> DeviceMesh:
         # Of its own: what the draft's ranks tell each other comes in an order of its own.
-        mesh = DeviceMesh.from_group(limited(dist.new_group()), self.device.type)
+        return DeviceMesh.from_group(limited(dist.new_group()), self.device.type)
+
+    def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+        # It goes before the layers are gathered.
+        self._embedding_rows.module.register_forward_hook(lambda *_: self._embedding_rows.drop())
         ends = set(model.parameters()) - set(layers.parameters())
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)

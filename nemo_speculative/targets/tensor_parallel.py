@@ -18,7 +18,7 @@ from nemo_speculative.targets.placed import PlacedTarget
 
 
 class TensorParallelTarget(PlacedTarget):
-    """The decoder layers divided over ``tp_size`` neighbouring ranks, by the plan that transformers has for the model.
+    """Divided over ``tp_size`` neighbouring ranks: the decoder layers by the plan that transformers has for the model.
 
     Every rank trains on rows of its own: those of a group compute the batch of its first rank together, then that of
     its second, and so on, and each keeps what belongs to its own.
@@ -45,24 +45,26 @@ class TensorParallelTarget(PlacedTarget):
                 "backend=hf_fsdp2"
             )
 
-    def _divide(self, model: Any, layers: nn.ModuleList) -> None:
-        mesh = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))
+    def _mesh(self) -> DeviceMesh:
+        return DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))
+
+    def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         transformers_tp.apply_tensor_parallelism(model, mesh, _plan(model, layers))
 
-    def supervise(self, batch: Batch) -> Supervision:
+    def _compute(self, batch: Batch) -> Supervision:
         host, own = batch.on_host, dist.get_rank(self.group)
         asked = gathered(torch.stack([host.input_ids, host.positions]), self.group)
         found = [
-            self._computed(batch.whole if rank == own else _batch_of(*tokens).to(self.device), keep=rank == own)
+            self._kept(batch.whole if rank == own else _batch_of(*tokens).to(self.device), keep=rank == own)
             for rank, tokens in enumerate(asked)
         ]
         supervision = found[own]
         assert supervision is not None
         return supervision.of(batch.share)
 
-    def _computed(self, batch: Batch, keep: bool) -> Supervision | None:
+    def _kept(self, batch: Batch, keep: bool) -> Supervision | None:
         """None, and no memory, for what another rank asked for."""
-        supervision = super().supervise(batch)
+        supervision = super()._compute(batch)
         return supervision if keep else None
 
 

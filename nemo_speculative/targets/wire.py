@@ -57,7 +57,7 @@ class Identity:
 
     @classmethod
     def of(cls, target: Target) -> "Identity":
-        return cls(target.fingerprint, str(target.head_weight.dtype).removeprefix("torch."), list(target.aux_layers))
+        return cls(target.fingerprint, str(target.dtype).removeprefix("torch."), list(target.aux_layers))
 
     @property
     def tag(self) -> str:

@@ -319,6 +319,8 @@ class Placement:
     device_type: str
     target_share: float = 1.0
     """Of the target's layers, what lies here: with a target elsewhere, or on disk, nothing."""
+    ends_share: float = 1.0
+    """Of its embedding and its head; where it is a part, one is whole where it is used."""
     target_width: float = 1.0
     """Of each layer, what is computed here: with tensor parallelism a part, for one rank's rows after the other's."""
     gathered_layers: int = 0
@@ -374,6 +376,7 @@ class _Moments:
         yield self._target_computes(first=True)
         if self.place.accumulates:
             yield self._target_computes(first=False)
+        yield self._embeds()
         yield self._head()
         yield self._backward()
         if self.place.wrapped:
@@ -387,7 +390,12 @@ class _Moments:
         states = self._waiting + (0.0 if place.ahead else self._forward)
         if place.target_width < 1:  # this rank's own, while the others' are computed
             states += self.target.states_bytes(self._seen, place.target_element, self.draft.aux_layers)
-        return self._parts(copies, 0.0 if first else self._gradients, states)
+        return self._parts(copies, 0.0 if first else self._gradients, states, whole_ends=0)
+
+    def _embeds(self) -> Parts:
+        """The draft reads its tokens."""
+        embedded = self.largest.tokens * self.target.hidden * self.place.target_element
+        return self._draft_works(kept=embedded, whole_ends=1 + self._while_gathered)
 
     def _head(self) -> Parts:
         """The last part's outputs are judged."""
@@ -403,12 +411,12 @@ class _Moments:
         kept += self.draft.backward_bytes(self.largest)
         return self._draft_works(kept=kept, gradients=self.draft.all_parameters * self.place.element)
 
-    def _draft_works(self, kept: float, gradients: float = 0.0, logits: float = 0.0) -> Parts:
+    def _draft_works(self, kept: float, gradients: float = 0.0, logits: float = 0.0, whole_ends: int = 1) -> Parts:
         # Of one part the gradient of all weights; their sum is float32 and whole, also where FSDP shards it afterwards.
         several = sum(self.largest.slots) > sum(self.largest.alive)
         gradients += self._gradients * (several + self.place.accumulates)
         beside = self._forward if self.place.ahead else 0.0
-        return self._parts(self._copy, gradients, self._states + beside + self._waiting, kept, logits)
+        return self._parts(self._copy, gradients, self._states + beside + self._waiting, kept, logits, whole_ends)
 
     def _exchange(self) -> Parts:
         """Behind the last micro-batch: gradients, what they are sent from, and this rank's part of their sum."""
@@ -417,17 +425,31 @@ class _Moments:
         return self._parts(gradients=made + self._gradients + summed, states=self._states + self._waiting)
 
     def _parts(
-        self, copies: float = 0.0, gradients: float = 0.0, states: float = 0.0, kept: float = 0.0, logits: float = 0.0
-    ) -> Parts:
-        own = 0.0 if self.place.offloaded else 1 / self.place.shards
+        self, copies: float = 0.0, gradients: float = 0.0, states: float = 0.0, kept: float = 0.0, logits: float = 0.0,
+        whole_ends: int = 1,
+    ) -> Parts:  # fmt: skip
+        """``whole_ends``: how many of embedding and head are gathered, where they are divided."""
+        place, own = self.place, 0.0 if self.place.offloaded else 1 / self.place.shards
+        ends = self.target.end_parameters * place.target_element * place.ends_share
         return {
-            "target": self.target.end_parameters * self.place.target_element + self._layers * self.place.target_share,
+            "target": ends + self._layers * place.target_share + whole_ends * self._gathered_end,
             "draft": self._gradients * own + copies,
             "gradients and moments": _moments_bytes(self.draft, self.optimizer) * own + gradients,
             "target's states": states,
             "activations": kept,
             "logits": logits,
         }
+
+    @property
+    def _gathered_end(self) -> float:
+        """An embedding or a head, whole beside the part of it that is always here."""
+        of_one = self.target.vocabulary * self.target.hidden * self.place.target_element
+        return of_one if self.place.ends_share < 1 else 0.0
+
+    @property
+    def _while_gathered(self) -> int:
+        """How often an end is there as it arrives: gloo, a CPU's exchange, puts it together in a buffer of its own."""
+        return 2 if self.place.device_type == "cpu" else 1
 
     @property
     def _layers(self) -> float:
@@ -449,12 +471,13 @@ class _Moments:
 
     @property
     def _forward(self) -> float:
-        """Of the target; its layers are gathered one by one."""
+        """Of the target; where its layers are gathered one by one, the embedding goes before."""
         place = self.place
         if not place.target_share:
             return 0.0
         made = self.target.forward_bytes(self._seen, place.target_element, self.draft.aux_layers, place.target_width)
-        return made + self._layers * place.gathered_layers / self.target.layers
+        whole = self._layers * place.gathered_layers / self.target.layers
+        return max(made + (whole or self._gathered_end), self._while_gathered * self._gathered_end)
 
     @property
     def _states(self) -> float:
@@ -477,7 +500,9 @@ def step_memory(
 ) -> Memory:
     """The peak of a step whose largest micro-batch is ``largest``."""
     parts = _Moments(target, draft, largest, optimizer, place).peak()
-    read = replace(place, target_share=0.0, target_width=1.0, gathered_layers=0, whole_rows=True, ahead=READ_AHEAD)
+    read = replace(
+        place, target_share=0.0, ends_share=1.0, target_width=1.0, gathered_layers=0, whole_rows=True, ahead=READ_AHEAD
+    )
     cached = sum(_Moments(target, draft, largest, optimizer, read).peak().values()) if place.target_share else None
     passing = sum(parts[name] for name in ("target's states", "activations", "logits"))
     besides = CPU_HEAP_SHARE * passing + CPU_HEAP_BYTES if place.device_type == "cpu" else 0.0

@@ -21,8 +21,9 @@ from nemo_speculative.targets import tiny
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.training.assembly import check_job, check_ranks, draft_shape, load_split
-from nemo_speculative.training.cost import Memory
+from nemo_speculative.training.cost import Memory, TargetCost
 from nemo_speculative.training.prediction import (
+    BYTES,
     Models,
     Prediction,
     count,
@@ -59,7 +60,7 @@ def describe(job: TrainJob) -> str:
         f"{config.num_hidden_layers} layers, {job.model.dtype.value}, aux layers {aux}",
         f"draft     {models.draft.all_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.num_steps} steps, computed in {job.trainer.dtype.value}",
-        f"layout    {_layout(job)}",
+        f"layout    {_layout(job, models.target)}",
         f"data      {len(items)} conversations: {_data_line(job, documents)}",
         f"training  {_steps_line(job, documents, row_tokens)}",
         *_cost_lines(job, models, config, shape, documents, row_tokens, device),
@@ -72,15 +73,26 @@ def describe(job: TrainJob) -> str:
     return "\n".join(lines)
 
 
-def _layout(job: TrainJob) -> str:
+def _layout(job: TrainJob, target: TargetCost) -> str:
     """How processes share the work."""
     (replicate, shard), context = job.parallelism.sizes(started()), job.parallelism.context
     chosen = "the draft whole" if shard * context == 1 else f"the draft in {shard * context} shards"
     copies = f", {replicate} times" if replicate > 1 else ""
     shared = f"; {context} share each row" if context > 1 else ""
-    held = job.backend.share_of_layers(started())
-    layers = "no layer of the target" if not held else f"1/{round(1 / held)} of the target's layers" if held < 1 else ""
-    return f"{started()} process(es): {chosen}{copies}{shared}; each holds {layers or 'the whole target'}"
+    return f"{started()} process(es): {chosen}{copies}{shared}; each holds {_held(job, target)}"
+
+
+def _held(job: TrainJob, target: TargetCost) -> str:
+    """What a process holds of the target, beside what it gathers for a time."""
+    layers, ends = job.backend.share_of_layers(started()), job.backend.share_of_ends(started())
+    entries = layers * (target.parameters - target.end_parameters) + ends * target.end_parameters
+    if not layers:
+        part = "the target's embedding and head"
+    elif layers == 1:
+        part = "the whole target"
+    else:
+        part = f"1/{round(1 / layers)} of the target" + ("" if ends < 1 else "'s layers")
+    return f"{part}, {_bytes(entries * BYTES[job.model.dtype.value])}"
 
 
 def _where(job: TrainJob) -> str:

@@ -22,14 +22,15 @@ from tests.training.ranks import on_ranks
 LLAMAS = {
     "own head": {},
     "tied": {"tie_word_embeddings": True},
+    "odd vocabulary": {"vocab_size": 301},
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
 PLACEMENTS = {
-    "FSDP2 on 2": (2, 2, ShardedTarget, {}),
-    "TP on 2": (2, 2, TensorParallelTarget, {}),
-    "TP of 2 on 4": (4, 2, TensorParallelTarget, {"tp_size": 2}),
+    "FSDP2 on 2": (2, ShardedTarget, {}),
+    "TP on 2": (2, TensorParallelTarget, {}),
+    "TP of 2 on 4": (4, TensorParallelTarget, {"tp_size": 2}),
 }
-"""Ranks, and how many of them share a copy."""
+"""Ranks, of which two share a copy."""
 LENGTHS = [[[11, 7], [19, 4]], [[30], [5, 6, 7]], [[3]], [[1, 1], [2], [40]]]
 """Of the documents in the rows of each rank."""
 IDS = torch.arange(10)
@@ -71,15 +72,34 @@ def bytes_of(module):
     return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in set(module.parameters()))
 
 
+def bytes_of_ends(target):
+    """On this rank, of the embedding and the head."""
+    ends = {target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight}
+    return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in ends)
+
+
+def bytes_of_ends_over_time(target):
+    """While a layer computes, behind that, and when tokens have been embedded besides."""
+    found = []
+    hook = target.layers[1].register_forward_hook(lambda *_: found.append(bytes_of_ends(target)))
+    target.supervise(batch_of(dist.get_rank()))
+    hook.remove()
+    behind = bytes_of_ends(target)
+    target.embed(IDS)
+    return [found[0], behind, bytes_of_ends(target)]
+
+
 def supervised(placement, options, directories):
-    """Of every model: its numbers and stop ids, and the bytes on this rank of its layers and of all of it."""
+    """Of every model: its numbers and stop ids, and the bytes on this rank of its layers, its ends and the rest."""
     load, reads = placed.load_model, []
     placed.load_model = lambda *args, **more: reads.append(1) or load(*args, **more)
     found = {}
     for name, directory in directories.items():
         target = placement(directory, aux_layers=None, **options)
         numbers_of(target)  # a first forward may leave what a second one trips over
-        held = bytes_of(target.layers), bytes_of(target.model)
+        ends = bytes_of_ends_over_time(target)
+        layers = bytes_of(target.layers)
+        held = layers, ends, bytes_of(target.model) - layers - ends[-1]
         found[name] = (numbers_of(target), sorted(target.stop_ids), held)
     assert len(reads) == (0 if dist.get_rank() else len(directories)), "one process of the job reads the files"
     return found
@@ -87,8 +107,8 @@ def supervised(placement, options, directories):
 
 @pytest.fixture(scope="module", params=list(PLACEMENTS))
 def found(request, directories):
-    ranks, copies, placement, options = PLACEMENTS[request.param]
-    return ranks // copies, on_ranks(ranks, supervised, placement, options, directories)
+    ranks, placement, options = PLACEMENTS[request.param]
+    return placement, on_ranks(ranks, supervised, placement, options, directories)
 
 
 @pytest.mark.parametrize("model", LLAMAS)
@@ -106,14 +126,19 @@ def test_every_rank_gets_for_its_own_rows_what_a_whole_target_gives(found, direc
 
 
 @pytest.mark.parametrize("model", LLAMAS)
-def test_a_rank_holds_its_part_of_the_layers_and_all_of_the_ends(found, directories, model):
+def test_a_rank_holds_its_part_and_the_head_whole_for_the_loss(found, directories, model):
     whole = HFTarget(directories[model], aux_layers=None)
-    layers, everything = bytes_of(whole.layers), bytes_of(whole.model)
+    layers, ends, one = bytes_of(whole.layers), bytes_of_ends(whole), whole.head_weight.untyped_storage().nbytes()
     for of_rank in found[1]:
-        held_layers, held = of_rank[model][2]
+        held_layers, held_ends, rest = of_rank[model][2]
         # Norms, and biases of what is summed, are everywhere.
         assert layers / 2 <= held_layers <= 0.53 * layers
-        assert held - held_layers == everything - layers
+        row = one // whole.config.vocab_size
+        assert rest == bytes_of(whole.model) - layers - ends
+        # FSDP2 needs the room for the layers that it gathers.
+        computing = ends / 2 if found[0] is ShardedTarget else 1.5 * one
+        for found_ends, expected in zip(held_ends, [computing, 1.5 * one, 1.5 * one], strict=True):
+            assert abs(found_ends - expected) <= 2 * row  # an odd number of rows is gathered with one of padding
 
 
 def outcome(placement, directory, options=None):

@@ -108,6 +108,10 @@ class BackendConfig:
         """
         return 1.0
 
+    def share_of_ends(self, ranks: int) -> float:
+        """How much of the target's embedding and head each of ``ranks`` processes holds, but for what it gathers."""
+        return 1.0
+
     def share_of_width(self, ranks: int) -> float:
         """How much of each layer's activations a process computes, for the rows of one rank after the other."""
         return 1.0
@@ -128,7 +132,7 @@ class HFBackendConfig(BackendConfig):
 
 @dataclass
 class ShardedHFBackendConfig(BackendConfig):
-    """transformers, the decoder layers sharded over all ranks (FSDP2); each rank computes its own batches."""
+    """transformers, the weights sharded over all ranks (FSDP2); each rank computes its own batches."""
 
     GATHERED_LAYERS: ClassVar[int] = 2  # the one that computes, and the buffer that the next one arrives in
     _target_: str = "nemo_speculative.targets.sharded.ShardedTarget"
@@ -140,6 +144,9 @@ class ShardedHFBackendConfig(BackendConfig):
 
     def share_of_layers(self, ranks: int) -> float:
         return 1 / ranks
+
+    def share_of_ends(self, ranks: int) -> float:
+        return self.share_of_layers(ranks)
 
 
 @dataclass
@@ -179,6 +186,9 @@ class TensorParallelHFBackendConfig(BackendConfig):
 
     def share_of_layers(self, ranks: int) -> float:
         return 1 / self.group(ranks)
+
+    def share_of_ends(self, ranks: int) -> float:
+        return self.share_of_layers(ranks)
 
     def share_of_width(self, ranks: int) -> float:
         return 1 / self.group(ranks)
