@@ -5,10 +5,25 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 GIB = 1 << 30
+
+
+ALONE = "alone"
+
+
+class Lap(NamedTuple):
+    """Of the time since the lap before."""
+
+    wall: float
+    """Seconds."""
+    shares: dict[str, float]
+    """Of each part."""
+    alone: float
+    """Seconds of what waited for no other rank."""
 
 
 class Clock:
@@ -45,6 +60,11 @@ class Clock:
             self._seconds[name] += time.perf_counter() - started
 
     @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Counts what happens inside, within a part, as computed without waiting for another rank."""
+        yield from self._timed(ALONE)
+
+    @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
         """What happens inside belongs to no lap."""
         started = time.perf_counter()
@@ -53,18 +73,19 @@ class Clock:
         finally:
             self._since += time.perf_counter() - started
 
-    def lap(self) -> tuple[float, dict[str, float]]:
-        """Wall seconds since the last lap, and each part's share of them."""
+    def lap(self) -> Lap:
+        """What was counted since the last one."""
         if self.cuda:
             torch.cuda.synchronize()
             for name, start, end in self._events:
                 self._seconds[name] += start.elapsed_time(end) / 1000
         now = time.perf_counter()
         wall, self._since = now - self._since, now
+        alone = self._seconds.pop(ALONE, 0.0)
         shares = {name: seconds / max(wall, 1e-9) for name, seconds in self._seconds.items()}
         self._seconds.clear()
         self._events.clear()
-        return wall, shares
+        return Lap(wall, shares, alone)
 
 
 def peak_memory_gib(device: torch.device) -> float:

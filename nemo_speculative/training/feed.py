@@ -5,6 +5,7 @@ on a stream of its own, beside the draft's work on this one, unless ranks comput
 asked ahead in threads.
 """
 
+import contextlib
 import threading
 import traceback
 from collections import deque
@@ -113,7 +114,8 @@ class InTurn:
         return partial(self._read, batch)
 
     def _read(self, batch: Batch) -> Supervision:
-        with self.clock.part("target"):
+        timed = contextlib.nullcontext if self.target.collective else self.clock.alone
+        with self.clock.part("target"), timed():
             return self.target.supervise(batch)
 
     def close(self) -> None:
@@ -131,7 +133,7 @@ class OnSideStream:
     def start(self, batch: Batch) -> Wait:
         # The batch arrives on the draft's stream; and no more than one step's outputs wait there.
         self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side), self.clock.part("target"):
+        with torch.cuda.stream(self.side), self.clock.part("target"), self.clock.alone():
             return partial(_received, self.target.supervise(batch), self.side.record_event())
 
     def close(self) -> None:

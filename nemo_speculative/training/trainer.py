@@ -6,6 +6,8 @@ of rows, losses are divided by counts over all of it, and the only state beside 
 
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ from nemo_speculative.training.ema import WeightAverage
 from nemo_speculative.training.feed import Feed, GlobalBatch, TargetAhead
 from nemo_speculative.training.heartbeat import Place
 from nemo_speculative.training.optimization import build_optimizers, build_schedules
+from nemo_speculative.training.pace import Pace
 from nemo_speculative.training.parallelism import data_rank, exchange, gather_ahead, limit_waits, shard_draft
 from nemo_speculative.training.reporting import Reporter
 from nemo_speculative.training.saving import Saver
@@ -39,12 +42,15 @@ EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}
 class Trainee(nn.Module):
     """What FSDP wraps: one forward is one loss, so that the parameters are gathered once per micro-batch."""
 
-    def __init__(self, draft: Draft, objective: Objective):
+    def __init__(
+        self, draft: Draft, objective: Objective, timed: Callable[[], AbstractContextManager[None]] = nullcontext
+    ):
         super().__init__()
-        self.draft, self.objective = draft, objective
+        self.draft, self.objective, self.timed = draft, objective, timed
 
     def forward(self, schedule: Any, supervision: Supervision, counts: torch.Tensor) -> LossSum:
-        return self.objective.loss(self.draft, schedule, supervision, counts)
+        with self.timed():
+            return self.objective.loss(self.draft, schedule, supervision, counts)
 
 
 @dataclass
@@ -89,12 +95,13 @@ class DraftTrainer:
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         dtype = getattr(torch, job.trainer.dtype.value)
-        self.trainee = shard_draft(Trainee(draft.to(device), objective), parallel_dims, dtype, job.parallelism.offload)
+        self.clock, self.pace, self.learning_rate = Clock(device), Pace(reporter.say), 0.0
+        trainee = Trainee(draft.to(device), objective, self.clock.alone)
+        self.trainee = shard_draft(trainee, parallel_dims, dtype, job.parallelism.offload)
         self.optimizers = build_optimizers(job.optimizer, self.trainee)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
         self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
         self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average, device)
-        self.clock, self.learning_rate = Clock(device), 0.0
         self._stop, self._asked = threading.Event(), set[int]()
         self.feed, self.ahead = Feed(stream, objective, device), TargetAhead(target, device, self.clock, self._stop)
         self.position: GlobalBatch
@@ -233,12 +240,14 @@ class DraftTrainer:
         metrics = {f"train/{name}": value for name, value in learned.items()}
         metrics["train/lr"] = self.learning_rate
         metrics["train/grad_norm"] = float(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
-        wall, shares = self.clock.lap()
+        lap = self.clock.lap()
         supervised = float(reduce_sums({"count": sums["count"]})["count"][0])
         rows = self.config.global_batch_size * self.stream.row_tokens
         return (
             metrics
-            | self.reporter.performance(wall, shares, data_rank(self.parallel_dims)[1])
+            | self.reporter.performance(lap.wall, lap.shares, data_rank(self.parallel_dims)[1])
+            # Ranks that share rows wait for each other in all that they compute.
+            | (self.pace.compare(lap.alone) if self.job.parallelism.context == 1 else {})
             | {
                 "data/epoch": self.position.epoch,
                 "data/rows": self.position.state["rows_consumed"],

@@ -16,6 +16,7 @@ from nemo_speculative.checkpoints.servable import read_servable
 from nemo_speculative.errors import LostError
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import ShardedTarget
+from nemo_speculative.training.pace import SLOWER
 from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
 from tests.programs import Program, ranks_of
 
@@ -151,6 +152,15 @@ def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settin
     line = errors(ended)[0]
     assert re.search(r"rank 1 \(host \S+, at step 4 \(target\)\) does not answer", line), line
     assert len(re.findall(r"rank 1 \(host \S+\) is at step 4 \(target\) for \d s, the others", ended.stdout)) == 1
+
+
+def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path):
+    ended = drive("tarry_from:1", 1, [*settings, "trainer.save_interval=100"], tmp_path / "run", ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    named = re.findall(r"rank (\d) \(host \S+\) computes \S+ times as long as most", ended.stdout)
+    assert named == ["1"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["perf/slowest_rank"] == 1 and line["perf/slowest_over_median"] > SLOWER for line in lines)
 
 
 class AsDriven(ShardedTarget):
