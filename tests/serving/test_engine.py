@@ -51,8 +51,8 @@ def test_an_engine_that_is_never_ready_is_ended(ask, monkeypatch):
 
 def test_an_answer_that_never_comes_is_not_waited_for(ask, monkeypatch):
     monkeypatch.setenv("FAKE_SGLANG", "hang after ready")
-    code, _, err, _ = ask("--prompt", "four", "--timeout", "8")
-    assert code == 1 and "error: SGLang was not done with its answer after 8 s" in err
+    code, _, err, _ = ask("--prompt", "four", "--timeout", "15")
+    assert code == 1 and "error: SGLang was not done with its answer after 15 s" in err
 
 
 def test_half_an_answer_is_none(ask, monkeypatch):
