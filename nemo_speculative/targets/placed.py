@@ -44,6 +44,7 @@ class PlacedTarget(TransformersTarget):
 
     def __init__(self, path: Path, **options: Any):
         super().__init__(path, **options)
+        self.release()
         self.stop_ids = stop_ids_of(self.path, self.config, self.tokenizer)
 
     @torch.no_grad()
@@ -92,7 +93,7 @@ class PlacedTarget(TransformersTarget):
         return supervision
 
     def release(self) -> None:
-        """Leaves this rank's parts alone, until it is asked for something."""
+        """Frees what was gathered; it is gathered again when it is used."""
         self._embedding_rows.drop()
         self._head_rows.drop()
 

@@ -12,7 +12,7 @@ from nemo_speculative.targets.placed import PlacedTarget
 
 
 class ShardedTarget(PlacedTarget):
-    """Everything but the final norm is divided over all ranks; each rank computes its own batches.
+    """Layers, embedding and head are divided over all ranks; each rank computes its own batches.
 
     Args:
         options: those of :class:`nemo_speculative.targets.placed.PlacedTarget`.

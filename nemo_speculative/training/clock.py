@@ -12,7 +12,7 @@ import torch
 GIB = 1 << 30
 
 
-ALONE = "alone"
+OF_ITS_OWN = "of its own"
 
 
 class Lap(NamedTuple):
@@ -62,7 +62,7 @@ class Clock:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Counts what happens inside, within a part, as computed without waiting for another rank."""
-        yield from self._timed(ALONE)
+        yield from self._timed(OF_ITS_OWN)
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ class Clock:
                 self._seconds[name] += start.elapsed_time(end) / 1000
         now = time.perf_counter()
         wall, self._since = now - self._since, now
-        alone = self._seconds.pop(ALONE, 0.0)
+        alone = self._seconds.pop(OF_ITS_OWN, 0.0)
         shares = {name: seconds / max(wall, 1e-9) for name, seconds in self._seconds.items()}
         self._seconds.clear()
         self._events.clear()

@@ -376,7 +376,8 @@ class _Moments:
         yield self._target_computes(first=True)
         if self.place.accumulates:
             yield self._target_computes(first=False)
-        yield self._embeds()
+        if not self.draft.embedding_trained:
+            yield self._embeds()
         yield self._head()
         yield self._backward()
         if self.place.wrapped:
@@ -393,9 +394,9 @@ class _Moments:
         return self._parts(copies, 0.0 if first else self._gradients, states, whole_ends=0)
 
     def _embeds(self) -> Parts:
-        """The draft reads its tokens."""
+        """The draft reads its tokens, from the target's embedding."""
         embedded = self.largest.tokens * self.target.hidden * self.place.target_element
-        return self._draft_works(kept=embedded, whole_ends=1 + self._while_gathered)
+        return self._draft_has_its_turn(kept=embedded, whole_ends=1 + self._while_gathered)
 
     def _head(self) -> Parts:
         """The last part's outputs are judged."""
@@ -411,10 +412,15 @@ class _Moments:
         kept += self.draft.backward_bytes(self.largest)
         return self._draft_works(kept=kept, gradients=self.draft.all_parameters * self.place.element)
 
-    def _draft_works(self, kept: float, gradients: float = 0.0, logits: float = 0.0, whole_ends: int = 1) -> Parts:
+    def _draft_works(self, kept: float, gradients: float = 0.0, logits: float = 0.0) -> Parts:
         # Of one part the gradient of all weights; their sum is float32 and whole, also where FSDP shards it afterwards.
         several = sum(self.largest.slots) > sum(self.largest.alive)
-        gradients += self._gradients * (several + self.place.accumulates)
+        return self._draft_has_its_turn(kept, gradients + self._gradients * several, logits)
+
+    def _draft_has_its_turn(
+        self, kept: float, gradients: float = 0.0, logits: float = 0.0, whole_ends: int = 1
+    ) -> Parts:  # fmt: skip
+        gradients += self._gradients * self.place.accumulates
         beside = self._forward if self.place.ahead else 0.0
         return self._parts(self._copy, gradients, self._states + beside + self._waiting, kept, logits, whole_ends)
 

@@ -1,20 +1,23 @@
-"""Which rank computes more slowly than the others.
+"""Which ranks compute more slowly than the others.
 
 Ranks end every step together, so its time tells none of them apart: each counts what it computes without waiting for
-another, the target's forward and the draft's loss.  The work is about the same on all of them: rows are equally long.
+another, the target's forward where it has the target whole, and the draft's loss.  Rows are equally long but not
+equally supervised, so several steps are compared at once, and several times.  (Where ranks hold the target together
+they embed the draft's tokens together, too, and wait there for whoever was slow before it in the loss.)
 """
 
 import socket
 from collections.abc import Callable
-from statistics import median_low
 
 import torch
 import torch.distributed as dist
 
 SLOWER = 1.5
 """Times the median of the ranks."""
+STEPS = 10
+"""At least so many are compared at once."""
 IN_A_ROW = 3
-"""So often it must be the same rank: rows differ in how much of them is supervised, and hosts have bad moments."""
+"""So often a rank must have been slow to be named."""
 HOST_BYTES = 255
 
 
@@ -22,36 +25,42 @@ class Pace:
     """Compares the ranks.
 
     Args:
-        say: is given a line about a rank that has been slow for some time, once until it no longer is.
+        say: is given a line about each rank that has been slow for some time, once until it no longer is.
     """
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._slow, self._times = 0, 0
+        self._seconds = 0.0
+        self._since: int | None = None
+        self._times = torch.zeros(dist.get_world_size(), dtype=torch.int64)
 
-    def compare(self, seconds: float) -> dict[str, float]:
-        """What to log.  Every rank calls it.
+    def compare(self, step: int, seconds: float) -> dict[str, float]:
+        """What to log at ``step``, once there are enough steps to compare.  Every rank calls it at the same ones.
 
         Args:
-            seconds: what this rank has computed by itself since the last time.
+            seconds: what this rank has computed by itself since the last call; of the first one it is not looked at,
+                as first steps take longer.
         """
-        if dist.get_world_size() == 1:
+        if self._since is None:
+            self._since = step
+            return {}
+        self._seconds, steps = self._seconds + seconds, step - self._since
+        if dist.get_world_size() == 1 or steps < STEPS:
             return {}
         of_ranks = torch.zeros(dist.get_world_size(), dtype=torch.float64)
-        of_ranks[dist.get_rank()] = seconds
+        of_ranks[dist.get_rank()] = self._seconds
         dist.all_reduce(of_ranks)
-        slowest = int(of_ranks.argmax())
-        ratio = float(of_ranks[slowest]) / max(median_low(of_ranks.tolist()), 1e-9)
-        self._note(slowest, ratio)
-        return {"perf/slowest_rank": slowest, "perf/slowest_over_median": ratio}
+        ratios = of_ranks / of_ranks.median().clamp(min=1e-9)
+        self._name(ratios, steps)
+        self._seconds, self._since = 0.0, step
+        return {"perf/slowest_rank": int(ratios.argmax()), "perf/slowest_over_median": float(ratios.max())}
 
-    def _note(self, slowest: int, ratio: float) -> None:
-        again = ratio > SLOWER and (slowest == self._slow or not self._times)
-        self._slow, self._times = slowest, self._times + 1 if again else int(ratio > SLOWER)
-        if self._times == IN_A_ROW:
+    def _name(self, ratios: torch.Tensor, steps: int) -> None:
+        self._times = torch.where(ratios > SLOWER, self._times + 1, 0)
+        for rank in (self._times == IN_A_ROW).nonzero().flatten().tolist():
             self._say(
-                f"rank {slowest} (host {_host_of(slowest)}) computes {ratio:.1f} times as long as most, {IN_A_ROW} log "
-                "lines in a row: the others wait for it in every step; look at its host"
+                f"rank {rank} (host {_host_of(rank)}) computes {ratios[rank]:.1f} times as long as most, "
+                f"{IN_A_ROW} times {steps} steps in a row: the others wait for it in every step; look at its host"
             )
 
 

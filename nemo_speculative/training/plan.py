@@ -91,7 +91,7 @@ def _held(job: TrainJob, target: TargetCost) -> str:
     elif layers == 1:
         part = "the whole target"
     else:
-        part = f"1/{round(1 / layers)} of the target" + ("" if ends < 1 else "'s layers")
+        part = f"1/{round(1 / layers)} of the target" + ("" if ends < 1 else "'s layers, and its embedding and head")
     return f"{part}, {_bytes(entries * BYTES[job.model.dtype.value])}"
 
 

@@ -247,7 +247,7 @@ class DraftTrainer:
             metrics
             | self.reporter.performance(lap.wall, lap.shares, data_rank(self.parallel_dims)[1])
             # Ranks that share rows wait for each other in all that they compute.
-            | (self.pace.compare(lap.alone) if self.job.parallelism.context == 1 else {})
+            | (self.pace.compare(self.step, lap.alone) if self.job.parallelism.context == 1 else {})
             | {
                 "data/epoch": self.position.epoch,
                 "data/rows": self.position.state["rows_consumed"],

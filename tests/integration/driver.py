@@ -14,6 +14,7 @@ from pathlib import Path
 from torch.distributed.checkpoint import FileSystemWriter
 
 from nemo_speculative.checkpoints.run import RunDirectory
+from nemo_speculative.drafts.base import Draft
 from nemo_speculative.generation.journal import Journal
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import run as training
@@ -23,6 +24,7 @@ from nemo_speculative.training.saving import Saver
 from nemo_speculative.training.trainer import DraftTrainer
 
 ROOT = Path(__file__).parents[2]
+TARRIES = 0.15
 
 
 def die(*_args, **_kwargs):
@@ -82,10 +84,16 @@ def terminate_in_step(step):
     interrupt_in_step(step, signal.SIGTERM)
 
 
-def tarry_from(step):
-    """The target of this rank takes half a second longer in every step."""
+def tarry_in_target(_step):
+    """The target of this rank takes longer in every step."""
     supervise = HFTarget.supervise
-    HFTarget.supervise = lambda self, batch: (time.sleep(0.5), supervise(self, batch))[1]
+    HFTarget.supervise = lambda self, batch: (time.sleep(TARRIES), supervise(self, batch))[1]
+
+
+def tarry_in_draft(_step):
+    """The loss of this rank takes longer in every step."""
+    unroll = Draft.unroll
+    Draft.unroll = lambda self, *given: (time.sleep(TARRIES), unroll(self, *given))[1]
 
 
 def sleep_in_step(step):

@@ -16,7 +16,6 @@ from nemo_speculative.checkpoints.servable import read_servable
 from nemo_speculative.errors import LostError
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import ShardedTarget
-from nemo_speculative.training.pace import SLOWER
 from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
 from tests.programs import Program, ranks_of
 
@@ -154,22 +153,25 @@ def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settin
     assert len(re.findall(r"rank 1 \(host \S+\) is at step 4 \(target\) for \d s, the others", ended.stdout)) == 1
 
 
-def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path):
-    ended = drive("tarry_from:1", 1, [*settings, "trainer.save_interval=100"], tmp_path / "run", ranks=2)
+@pytest.mark.parametrize(("moment", "backend"), [("tarry_in_target:1", "hf"), ("tarry_in_draft:1", "hf_fsdp2")])
+def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, moment, backend):
+    """After a first line, whose steps are not compared, and 3 times 10 steps more."""
+    long = [*settings, "trainer.max_steps=41", "trainer.save_interval=100"]
+    long += ["trainer.micro_batch_size=4", "trainer.global_batch_size=8", f"backend={backend}"]
+    ended = drive(moment, 1, long, tmp_path / "run", ranks=2)
     assert ended.returncode == 0, ended.stderr
     named = re.findall(r"rank (\d) \(host \S+\) computes \S+ times as long as most", ended.stdout)
     assert named == ["1"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["perf/slowest_rank"] == 1 and line["perf/slowest_over_median"] > SLOWER for line in lines)
+    assert [line["step"] for line in lines if line.get("perf/slowest_rank") == 1] == [11, 21, 31, 41]
 
 
 class AsDriven(ShardedTarget):
     """Ranks hold it together, and it does what the driver makes of one that each rank holds whole."""
 
-    at = property(lambda self: HFTarget.at)
-
     def supervise(self, batch):
-        return HFTarget.supervise(self, batch)
+        time.sleep(10 * (getattr(HFTarget, "at", 0) == 5))
+        return super().supervise(batch)
 
 
 def test_a_rank_that_does_not_answer_for_the_target_of_both_is_waited_for_no_longer(settings, tmp_path):

@@ -298,6 +298,23 @@ def test_a_device_holds_its_part_of_the_target(backend, layers, monkeypatch):
     assert held == pytest.approx(4 * (ends * 300 * 64 + layers * LAYER), rel=1e-3)
 
 
+@pytest.mark.parametrize("slots_alive", [None, 64], ids=["one part", "several"])
+def test_the_targets_embedding_is_gathered_for_a_draft_that_has_none_of_its_own(slots_alive):
+    """Embedding and head outweigh all else here, so that they would be the peak."""
+    end, held, moments = 4 * LARGE_HEAD.vocab_size * LARGE_HEAD.hidden_size, [], []
+    for hidden_size in (None, 480):
+        config = dataclasses.replace(EAGLE3_LARGE, vocab_size=200, hidden_size=hidden_size)
+        _, objective, cost = make(config, slots_alive, of=LARGE_HEAD)
+        amount = amount_of(objective, batch_of(200, answered=0.9), cost)
+        place = dataclasses.replace(HOST, ranks=2, ends_share=0.5, accumulates=False)
+        parts = step_memory(target_cost(LARGE_HEAD), cost, amount, OptimizerConfig(), place).parts
+        held.append(parts["target"])
+        moments.append(parts["gradients and moments"] - 2 * 4 * cost.all_parameters)
+    # On a CPU the embedding is there twice as it arrives.
+    assert held[0] - held[1] == 2 * end
+    assert moments[0] == 0, "no part has run yet, whose gradients would wait"
+
+
 def test_layers_gathered_for_the_targets_forward_are_gone_when_the_draft_has_its_turn():
     _, objective, cost = make(EAGLE3)
     amount = amount_of(objective, batch_of(512), cost)

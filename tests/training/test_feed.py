@@ -153,6 +153,17 @@ def test_on_a_gpu_too_a_target_that_ranks_compute_together_has_its_turn():
     assert isinstance(ahead.asker, InTurn)
 
 
+def test_what_a_target_computes_counts_as_a_ranks_own_unless_ranks_compute_it_together(feeds):
+    (schedule, *_), found = feeds(stream()).take().schedules, {}
+    for target in (Reads(), Together()):
+        clock = Clock(CPU)
+        InTurn(target, clock).start(schedule.batch)()
+        lap = clock.lap()
+        found[target.collective] = lap.alone
+        assert lap.shares["target"] > 0
+    assert found[False] > 0 and found[True] == 0
+
+
 class Waits(Reads):
     """A target elsewhere: it answers while its gate is open."""
 
