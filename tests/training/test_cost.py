@@ -302,7 +302,7 @@ def test_a_device_holds_its_part_of_the_target(backend, layers, monkeypatch):
 def test_the_targets_embedding_is_gathered_for_a_draft_that_has_none_of_its_own(slots_alive):
     """Embedding and head outweigh all else here, so that they would be the peak."""
     end, held, moments = 4 * LARGE_HEAD.vocab_size * LARGE_HEAD.hidden_size, [], []
-    for hidden_size in (None, 480):
+    for hidden_size in (None, 64):
         config = dataclasses.replace(EAGLE3_LARGE, vocab_size=200, hidden_size=hidden_size)
         _, objective, cost = make(config, slots_alive, of=LARGE_HEAD)
         amount = amount_of(objective, batch_of(200, answered=0.9), cost)
