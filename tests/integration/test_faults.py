@@ -154,16 +154,14 @@ def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settin
 
 
 @pytest.mark.parametrize(("moment", "backend"), [("tarry_in_target:1", "hf"), ("tarry_in_draft:1", "hf_fsdp2")])
-def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, moment, backend):
-    """After a first line, whose steps are not compared, and 3 times 10 steps more."""
-    long = [*settings, "trainer.max_steps=41", "trainer.save_interval=100"]
+def test_a_rank_that_is_slow_in_every_step_is_found(settings, tmp_path, moment, backend):
+    """After a first line, whose steps are not compared, and 10 steps more; who is named is told by test_pace.py."""
+    long = [*settings, "trainer.max_steps=11", "trainer.save_interval=100"]
     long += ["trainer.micro_batch_size=4", "trainer.global_batch_size=8", f"backend={backend}"]
     ended = drive(moment, 1, long, tmp_path / "run", ranks=2)
     assert ended.returncode == 0, ended.stderr
-    named = re.findall(r"rank (\d) \(host \S+\) computes \S+ times as long as most", ended.stdout)
-    assert named == ["1"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line.get("perf/slowest_rank") == 1] == [11, 21, 31, 41]
+    assert {line["step"]: line["perf/slowest_rank"] for line in lines if "perf/slowest_rank" in line} == {11: 1}
 
 
 class AsDriven(ShardedTarget):
