@@ -2,8 +2,9 @@
 
 python -m benchmarks.scaling [--target 8b,70b] [--gpus 1,8,64,512] [--long 32768,131072] [--sharing 1,2,4,8] …
 
-What a step multiplies and keeps is counted from shapes (``nemo_speculative.training.cost``, as ``plan=true`` does) for
-EAGLE-3 on Llama-3.1 of 8 or 70 billion parameters.  How fast a GPU and its links are is assumed, and can be given.
+What a step multiplies and keeps is counted from shapes (``nemo_speculative.training.cost`` and ``peak``, as
+``plan=true`` does) for EAGLE-3 on Llama-3.1 of 8 or 70 billion parameters.  How fast a GPU and its links are is
+assumed, and can be given.
 
 A collective over n ranks is a ring: every rank sends (n - 1) / n of the bytes, twice for an all-reduce, in n - 1 hops.
 Its bandwidth is that of a GPU's own link inside a node; over nodes, that of the network cards of all GPUs of a node
@@ -41,7 +42,8 @@ from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.training import prediction
 from nemo_speculative.training.assembly import draft_shape
-from nemo_speculative.training.cost import FLOAT32, Amount, Placement, step_memory
+from nemo_speculative.training.cost import FLOAT32, Amount
+from nemo_speculative.training.peak import Placement, step_memory
 
 BFLOAT16 = 2
 ADAMW_BYTES = 7 * FLOAT32

@@ -21,7 +21,8 @@ from nemo_speculative.targets import tiny
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.training.assembly import check_job, check_ranks, draft_shape, load_split
-from nemo_speculative.training.cost import Memory, TargetCost
+from nemo_speculative.training.cost import TargetCost
+from nemo_speculative.training.peak import Memory
 from nemo_speculative.training.prediction import (
     BYTES,
     Models,

@@ -14,8 +14,9 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.drafts.base import Draft, DraftShape
 from nemo_speculative.objectives.unroll import UnrollObjective
 from nemo_speculative.ranks import started
-from nemo_speculative.training.cost import FLOAT32, Amount, DraftCost, Memory, Placement, TargetCost, step_memory
+from nemo_speculative.training.cost import FLOAT32, Amount, DraftCost, TargetCost
 from nemo_speculative.training.parallelism import fast_float32_matmuls
+from nemo_speculative.training.peak import Memory, Placement, step_memory
 from nemo_speculative.training.trial import Rates, Trial
 
 BYTES = {"float32": 4, "bfloat16": 2}

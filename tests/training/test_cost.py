@@ -41,10 +41,11 @@ from nemo_speculative.drafts.eagle3 import Eagle3Draft
 from nemo_speculative.objectives.eagle3 import Eagle3Objective
 from nemo_speculative.targets.base import Supervision
 from nemo_speculative.training import prediction, titan
-from nemo_speculative.training.cost import Amount, DraftCost, Memory, Placement, TargetCost, step_memory
+from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
 from nemo_speculative.training.ema import WeightAverage
 from nemo_speculative.training.optimization import build_optimizers
 from nemo_speculative.training.parallelism import context, gather_ahead, mesh, shard_draft
+from nemo_speculative.training.peak import Memory, Placement, step_memory
 from nemo_speculative.training.prediction import Models, Prediction, count, predict
 from nemo_speculative.training.trainer import Trainee
 from nemo_speculative.training.trial import Rates, piece_of
