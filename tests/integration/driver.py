@@ -17,6 +17,7 @@ from nemo_speculative.checkpoints.run import RunDirectory
 from nemo_speculative.generation.journal import Journal
 from nemo_speculative.objectives.unroll import UnrollObjective
 from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.training import pace
 from nemo_speculative.training import run as training
 from nemo_speculative.training.feed import Feed
 from nemo_speculative.training.heartbeat import Heartbeat
@@ -187,6 +188,7 @@ def poison_from(step):
 
 if __name__ == "__main__":
     training.Heartbeat = partial(Heartbeat, beat=0.3, stall=1.0)
+    pace.STEPS, pace.SLOWER = 3, 1.2
     moment, step, *overrides = sys.argv[1:]
     moment, _, rank = moment.partition(":")
     # What has happened once does not happen again to those that a launcher starts in their place.

@@ -3,11 +3,13 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from nemo_speculative.config.app import run_program
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
@@ -47,4 +49,5 @@ def main(target: Path, aux_layers: list[int], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))
+    # As the package's programs end: gloo's threads now and then abort a process that is left to Python.
+    run_program(partial(main, Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])))
