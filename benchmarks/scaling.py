@@ -199,10 +199,6 @@ class Target(ABC):
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         """Of the target's part of a step."""
 
-    def ends_share(self, gpus: int, a: Assumed) -> float:
-        """Of embedding and head, what each GPU holds."""
-        return 1.0
-
     def width(self, gpus: int, a: Assumed) -> float:
         """Of each layer, what a GPU computes."""
         return 1.0
@@ -232,9 +228,6 @@ class Sharded(Target):
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / gpus
 
-    def ends_share(self, gpus: int, a: Assumed) -> float:
-        return self.share(gpus, a)
-
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         layers = work.models.target.layers
         ring = Ring.neighbours(gpus, a)
@@ -250,9 +243,6 @@ class TensorParallel(Target):
 
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / min(gpus, a.node)
-
-    def ends_share(self, gpus: int, a: Assumed) -> float:
-        return self.share(gpus, a)
 
     def width(self, gpus: int, a: Assumed) -> float:
         return self.share(gpus, a)
@@ -342,7 +332,7 @@ def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a:
     after = draft.reduce(parameters, gpus, a) + update
     place = Placement(
         ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
-        target_share=target.share(gpus, a), ends_share=target.ends_share(gpus, a), target_width=target.width(gpus, a),
+        target_share=target.share(gpus, a), ends_divided=target.config.DIVIDES_ENDS, target_width=target.width(gpus, a),
         gathered_layers=target.config.GATHERED_LAYERS, ahead=target.config.ahead(gpus, "cuda"),
         accumulates=work.rows > 1,
     )  # fmt: skip

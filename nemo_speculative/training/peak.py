@@ -31,8 +31,8 @@ class Placement:
     device_type: str
     target_share: float = 1.0
     """Of the target's layers, what lies here: with a target elsewhere, or on disk, nothing."""
-    ends_share: float = 1.0
-    """Of its embedding and its head; where it is a part, one is whole where it is used."""
+    ends_divided: bool = False
+    """Whether embedding and head are divided as the layers are; each is then whole where it is used."""
     target_width: float = 1.0
     """Of each layer, what is computed here: with tensor parallelism a part, for one rank's rows after the other's."""
     gathered_layers: int = 0
@@ -148,7 +148,7 @@ class _Moments:
     ) -> Parts:  # fmt: skip
         """``whole_ends``: how many of embedding and head are gathered, where they are divided."""
         place, own = self.place, 0.0 if self.place.offloaded else 1 / self.place.shards
-        ends = self.target.end_parameters * place.target_element * place.ends_share
+        ends = self.target.end_parameters * place.target_element * (place.target_share if place.ends_divided else 1.0)
         return {
             "target": ends + self._layers * place.target_share + whole_ends * self._gathered_end,
             "draft": self._gradients * own + copies,
@@ -162,7 +162,7 @@ class _Moments:
     def _gathered_end(self) -> float:
         """An embedding or a head, whole beside the part of it that is always here."""
         of_one = self.target.vocabulary * self.target.hidden * self.place.target_element
-        return of_one if self.place.ends_share < 1 else 0.0
+        return of_one if self.place.ends_divided and self.place.target_share < 1 else 0.0
 
     @property
     def _while_gathered(self) -> int:
@@ -219,8 +219,9 @@ def step_memory(
     """The peak of a step whose largest micro-batch is ``largest``."""
     parts = _Moments(target, draft, largest, optimizer, place).peak()
     read = replace(
-        place, target_share=0.0, ends_share=1.0, target_width=1.0, gathered_layers=0, whole_rows=True, ahead=READ_AHEAD
-    )
+        place, target_share=0.0, ends_divided=False, target_width=1.0, gathered_layers=0, whole_rows=True,
+        ahead=READ_AHEAD,
+    )  # fmt: skip
     cached = sum(_Moments(target, draft, largest, optimizer, read).peak().values()) if place.target_share else None
     passing = sum(parts[name] for name in ("target's states", "activations", "logits"))
     besides = CPU_HEAP_SHARE * passing + CPU_HEAP_BYTES if place.device_type == "cpu" else 0.0

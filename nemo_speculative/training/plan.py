@@ -85,7 +85,8 @@ def _layout(job: TrainJob, target: TargetCost) -> str:
 
 def _held(job: TrainJob, target: TargetCost) -> str:
     """What a process holds of the target, beside what it gathers for a time."""
-    layers, ends = job.backend.share_of_layers(started()), job.backend.share_of_ends(started())
+    layers = job.backend.share_of_layers(started())
+    ends = layers if job.backend.DIVIDES_ENDS else 1.0
     entries = layers * (target.parameters - target.end_parameters) + ends * target.end_parameters
     if not layers:
         part = "the target's embedding and head"

@@ -117,7 +117,7 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
         element=BYTES[job.trainer.dtype.value],
         device_type=device.type,
         target_share=job.backend.share_of_layers(ranks),
-        ends_share=job.backend.share_of_ends(ranks),
+        ends_divided=job.backend.DIVIDES_ENDS,
         target_width=job.backend.share_of_width(ranks),
         gathered_layers=job.backend.GATHERED_LAYERS,
         whole_rows=job.backend.WHOLE_ROWS,

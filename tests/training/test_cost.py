@@ -307,12 +307,11 @@ def test_the_targets_embedding_is_gathered_for_a_draft_that_has_none_of_its_own(
         config = dataclasses.replace(EAGLE3_LARGE, vocab_size=200, hidden_size=hidden_size)
         _, objective, cost = make(config, slots_alive, of=LARGE_HEAD)
         amount = amount_of(objective, batch_of(200, answered=0.9), cost)
-        place = dataclasses.replace(HOST, ranks=2, ends_share=0.5, accumulates=False)
+        place = dataclasses.replace(HOST, ranks=2, target_share=0.5, ends_divided=True, accumulates=False)
         parts = step_memory(target_cost(LARGE_HEAD), cost, amount, OptimizerConfig(), place).parts
         held.append(parts["target"])
         moments.append(parts["gradients and moments"] - 2 * 4 * cost.all_parameters)
-    target = target_cost(LARGE_HEAD)
-    always = 4 * (target.parameters - target.end_parameters / 2)
+    always = 4 * target_cost(LARGE_HEAD).parameters / 2
     assert held[0] - always == 3 * end, "on a CPU the embedding is there twice as it arrives, beside the head"
     assert held[1] - always <= end
     assert moments[0] == 0, "no part has run yet, whose gradients would wait"
@@ -410,12 +409,16 @@ def planned_and_found(name, folder):
         optimizers.step()
         optimizers.zero_grad()
 
+    def peak():
+        getattr(target, "release", lambda: None)()  # else what it has gathered would count twice
+        return peak_of_tensors(step)
+
     step()
-    getattr(target, "release", lambda: None)()  # else what it has gathered would count twice
     states = [x for o in optimizers for state in o.state.values() for x in state.values()]
     kept = (*target.model.parameters(), *trainee.parameters(), *states, *average.state_dict().values())
     parts = [x.to_local() if isinstance(x, DTensor) else x for x in kept]
-    found = sum(part.numel() * part.element_size() for part in parts) + peak_of_tensors(step)
+    # Of several steps the least: a thread of gloo's now and then frees its buffers only after the next are made.
+    found = sum(part.numel() * part.element_size() for part in parts) + min(peak() for _ in range(3))
     models = Models.of(job, target.config, draft_shape)
     return prediction.memory(job, models, [Amount.of(schedule)], torch.device("cpu")).online, float(found)
 
@@ -430,7 +433,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_each_of_two_ranks_takes_about_what_is_planned_for_it(two_ranks, name):
-    """Closely where nearly all are weights and their gradients, and none is freed by a thread of gloo's."""
+    """Closely where nearly all are weights and their gradients."""
     for planned, found in (rank[name] for rank in two_ranks):
         assert planned == pytest.approx(found, rel=0.05 if name in ("DDP", "averaged") else 0.15)
 

@@ -78,6 +78,8 @@ class BackendConfig:
     """Whether it continues texts: answers questions, and measures drafts."""
     GATHERED_LAYERS: ClassVar[int] = 0
     """Whole layers that lie on a device, beside its share, while it computes."""
+    DIVIDES_ENDS: ClassVar[bool] = False
+    """Whether embedding and head are divided as the layers are, and gathered where they are used."""
     WHOLE_ROWS: ClassVar[bool] = False
     """Whether it gives each of the ranks that share rows all of them, to keep its part."""
     _target_: str = MISSING
@@ -108,10 +110,6 @@ class BackendConfig:
         """
         return 1.0
 
-    def share_of_ends(self, ranks: int) -> float:
-        """How much of the target's embedding and head each of ``ranks`` processes holds, but for what it gathers."""
-        return 1.0
-
     def share_of_width(self, ranks: int) -> float:
         """How much of each layer's activations a process computes, for the rows of one rank after the other."""
         return 1.0
@@ -135,6 +133,7 @@ class ShardedHFBackendConfig(BackendConfig):
     """transformers, the weights sharded over all ranks (FSDP2); each rank computes its own batches."""
 
     GATHERED_LAYERS: ClassVar[int] = 2  # the one that computes, and the buffer that the next one arrives in
+    DIVIDES_ENDS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.sharded.ShardedTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
@@ -145,14 +144,12 @@ class ShardedHFBackendConfig(BackendConfig):
     def share_of_layers(self, ranks: int) -> float:
         return 1 / ranks
 
-    def share_of_ends(self, ranks: int) -> float:
-        return self.share_of_layers(ranks)
-
 
 @dataclass
 class TensorParallelHFBackendConfig(BackendConfig):
     """transformers, tensor-parallel by its own plan; the ranks of a group compute their batches one after the other."""
 
+    DIVIDES_ENDS: ClassVar[bool] = True
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.tensor_parallel.TensorParallelTarget"
     attn_implementation: str = "sdpa"
@@ -186,9 +183,6 @@ class TensorParallelHFBackendConfig(BackendConfig):
 
     def share_of_layers(self, ranks: int) -> float:
         return 1 / self.group(ranks)
-
-    def share_of_ends(self, ranks: int) -> float:
-        return self.share_of_layers(ranks)
 
     def share_of_width(self, ranks: int) -> float:
         return 1 / self.group(ranks)
