@@ -215,9 +215,9 @@ def test_a_damaged_line_is_named_before_anything_is_asked(target, mixed, prompts
 def test_two_that_want_the_same_at_once_ask_it_once(target, mixed, prompts, tmp_path, monkeypatch):
     said, waits = [], Event()
     monkeypatch.setattr(locks, "print", lambda line, **_: (said.append(line), waits.set()), raising=False)
-    monkeypatch.setattr(answers, "Journal", lambda file: (waits.wait(60), Journal(file))[1])
     how = {"batch_size": 4, "cache_dir": str(tmp_path), **LIMITS}
     answer(target, mixed[3:5], **how)
+    monkeypatch.setattr(answers, "Journal", lambda file: (waits.wait(60), Journal(file))[1])
     with ThreadPoolExecutor(2) as threads:
         one, other = threads.map(lambda _: answer(target, mixed, **how), range(2))
     assert one == other and len(prompts) == 9

@@ -47,27 +47,31 @@ def test_supervision_equals_that_of_transformers(target_dir, tmp_path, ranks, au
 
 
 READ = """
-import sys
+import json, sys
 from pathlib import Path
 import torch
 from nemo_speculative.serving import model_runner
 device = torch.device("cpu")
 model_runner._make_importable(device)
 from sglang.srt.configs.model_config import ModelConfig
-flags = model_runner._own_flags(Path(sys.argv[1]), [1], torch.bfloat16, device, 64)
-arguments = model_runner.parse_flags([*flags, *sys.argv[2:]], "backend.flags")
-arguments.resolve_once()
-print("read:", ModelConfig.from_server_args(arguments).quantization)
+for path, *given in json.loads(sys.argv[1]):
+    flags = model_runner._own_flags(Path(path), [1], torch.bfloat16, device, 64)
+    arguments = model_runner.parse_flags([*flags, *given], "backend.flags")
+    arguments.resolve_once()
+    print("read:", ModelConfig.from_server_args(arguments).quantization)
 """
 """What SGLang would run, without running it: its quantised kernels need a GPU."""
 
 
-@pytest.mark.parametrize("method", ["fp8", "awq"])
-@pytest.mark.parametrize("flagged", [False, True])
-def test_a_quantised_target_is_passed_on(tmp_path, method, flagged):
-    quantised(tmp_path, method)
-    done = run("-c", READ, str(tmp_path), *(["--quantization", method] if flagged else []))
-    assert f"read: {method}" in done.stdout, done.stderr[-3000:]
+def test_a_quantised_target_is_passed_on(tmp_path):
+    """Whether it is said by flags or not."""
+    methods, asked = ("fp8", "awq"), []
+    for method in methods:
+        quantised(tmp_path / method, method)
+        asked += [[str(tmp_path / method)], [str(tmp_path / method), "--quantization", method]]
+    done = run("-c", READ, json.dumps(asked))
+    read = [line.removeprefix("read: ") for line in done.stdout.splitlines() if line.startswith("read: ")]
+    assert read == [method for method in methods for _ in range(2)], done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The embedded target in small: the same code, a few steps."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,3 +53,18 @@ def test_an_interrupted_making_leaves_no_target(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         tiny._save(Model(), None, directory)
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", "bf16", None])
+def test_it_is_trained_in_bfloat16_where_the_cpu_multiplies_it(tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, unit: True})
+    real, seen = tiny.LlamaForCausalLM.forward, []
+
+    def forward(self, *given, **named):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(tiny.LlamaForCausalLM, "forward", forward)
+    config = dataclasses.replace(small(tmp_path), steps=1)
+    tiny.train_tiny(config, torch.zeros(2, 8, dtype=torch.long))
+    assert seen == [unit is not None]

@@ -409,16 +409,15 @@ def planned_and_found(name, folder):
         optimizers.step()
         optimizers.zero_grad()
 
-    def peak():
-        getattr(target, "release", lambda: None)()  # else what it has gathered would count twice
-        return peak_of_tensors(step)
-
+    release = getattr(target, "release", lambda: None)  # what is gathered would count twice
     step()
+    release()
     states = [x for o in optimizers for state in o.state.values() for x in state.values()]
     kept = (*target.model.parameters(), *trainee.parameters(), *states, *average.state_dict().values())
     parts = [x.to_local() if isinstance(x, DTensor) else x for x in kept]
     # Of several steps the least: a thread of gloo's now and then frees its buffers only after the next are made.
-    found = sum(part.numel() * part.element_size() for part in parts) + min(peak() for _ in range(3))
+    peak = min((release(), peak_of_tensors(step))[1] for _ in range(3))
+    found = sum(part.numel() * part.element_size() for part in parts) + peak
     models = Models.of(job, target.config, draft_shape)
     return prediction.memory(job, models, [Amount.of(schedule)], torch.device("cpu")).online, float(found)
 
