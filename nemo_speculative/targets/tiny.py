@@ -140,11 +140,12 @@ def train_tiny(config: TinyModelConfig, rows: torch.Tensor) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.empty(0, dtype=torch.long)
     progress = Progress("embedded target", config.steps)
+    low = _multiplies_bfloat16()
     for _ in range(config.steps):
         if len(order) < config.rows_per_step:
             order = torch.randperm(len(rows), generator=generator)
         batch, order = rows[order[: config.rows_per_step]], order[config.rows_per_step :]
-        with torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
             loss = model(batch, labels=batch, use_cache=False).loss
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
