@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from nemo_speculative.drafts.attention import DenseBlock, Pair
-from nemo_speculative.drafts.blocks import block_for
-from nemo_speculative.training.parallelism import fast_float32_matmuls
+from nemo_speculative.algorithms.common.attention import DenseBlock, Pair
+from nemo_speculative.algorithms.common.blocks import block_for
+from nemo_speculative.distributed.parallelism import fast_float32_matmuls
 
 CPU = torch.device("cpu")
 SHAPES = {

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import TokenRow, read_jsonl
+from nemo_speculative.data.conversation import TokenRow, read_jsonl
 from nemo_speculative.data.packing import collate, pack
-from nemo_speculative.objectives.eagle3 import Eagle3Objective
 from nemo_speculative.targets.hf import HFTarget
 
 STEPS, ROW_TOKENS, ROWS = 5, 512, 8
@@ -36,8 +36,8 @@ def main() -> None:
         for normalization in Normalization:
             found = objective[normalization].metrics(sums[normalization])
             _print(f"{convention.value}, {normalization.value} mean", [found[f"ploss_{i}"] for i in range(STEPS)])
-        everywhere = sums[Normalization.token]["loss"] / batch.num_tokens
-        _print(f"{convention.value}, mean over all positions", everywhere.tolist())
+        all_gather = sums[Normalization.token]["loss"] / batch.num_tokens
+        _print(f"{convention.value}, mean over all positions", all_gather.tolist())
 
 
 def make_batch(path: str) -> Batch:
@@ -56,7 +56,7 @@ def _objective(target: HFTarget, convention: MaskConvention, normalization: Norm
 @torch.no_grad()
 def _sums(objective: Eagle3Objective, target: HFTarget, draft, batch: Batch) -> dict[str, torch.Tensor]:
     schedule = objective.schedule(batch, training=False)
-    return objective.loss(draft, schedule, target.supervise(batch), schedule.counts).sums
+    return objective.loss(draft, schedule, target.compute_hidden_states(batch), schedule.counts).sums
 
 
 def _print(name: str, losses: list[float]) -> None:

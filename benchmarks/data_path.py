@@ -21,11 +21,11 @@ from pathlib import Path
 
 from benchmarks.processes import exit_status, last_line_of
 from nemo_speculative.config.schema import DataConfig
-from nemo_speculative.data.conversations import Conversation
-from nemo_speculative.data.items import JsonLines, shuffled
-from nemo_speculative.data.store import Tokenizing, stored_documents
-from nemo_speculative.data.stream import RowStream
-from nemo_speculative.targets.tiny import train_tokenizer
+from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.conversations import JsonLines, shuffled
+from nemo_speculative.data.loader import PackedLoader
+from nemo_speculative.data.token_store import Tokenizing, stored_documents
+from nemo_speculative.targets.demo import train_tokenizer
 
 VOCAB, ROW_TOKENS, BATCHES, SAMPLE = 4096, 2048, 20, 5000
 
@@ -66,7 +66,9 @@ def measured(count: int, length: int, workers: int) -> dict[str, float]:
         times.append(time.perf_counter())
         documents = stored_documents(items, how, config, "tokenising")
         times.append(time.perf_counter())
-        stream = RowStream(documents, row_tokens=ROW_TOKENS, global_batch_size=8, micro_batch_size=8, pad_id=0, seed=0)
+        stream = PackedLoader(
+            documents, row_tokens=ROW_TOKENS, global_batch_size=8, micro_batch_size=8, pad_id=0, seed=0
+        )
         batches = [len(stream.next_global_batch()) for _ in range(1)]
         times.append(time.perf_counter())
         batches += [len(stream.next_global_batch()) for _ in range(BATCHES)]

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.generate import generate
-from nemo_speculative.decoding.growth import DynamicTree, StaticTree, growth_for
+from nemo_speculative.decoding.engine import generate
+from nemo_speculative.decoding.tree_builder import DynamicTree, StaticTree, growth_for
 from nemo_speculative.targets.hf import HFTarget
 
 NEW_TOKENS = 128

@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.schema import MaskConvention
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import TokenRow, read_jsonl
+from nemo_speculative.data.conversation import TokenRow, read_jsonl
 from nemo_speculative.data.packing import collate, pack
-from nemo_speculative.features.manifest import Manifest
-from nemo_speculative.features.target import FeaturesTarget
+from nemo_speculative.targets.cached.manifest import Manifest
+from nemo_speculative.targets.cached.target import FeaturesTarget
 
-EAGLE3 = "nemo_speculative.drafts.eagle3.Eagle3Draft"
+EAGLE3 = "nemo_speculative.algorithms.eagle3.network.Eagle3Draft"
 ROW_TOKENS, ROWS = 512, 4
 Metrics = list[dict[str, float]]
 
@@ -76,13 +76,13 @@ def read_alone(target_dir: Path, features: Path, rounds: int) -> None:
         target_dir, directory=str(features), mask_convention=MaskConvention.serving, draft=EAGLE3, aux_layers=None
     )
     batches = batches_of([row for row in read_jsonl(features / "training.jsonl") if isinstance(row, TokenRow)])
-    read = [reader.supervise(batch) for batch in batches[:8]]
-    memory = [x for made in read for x in (made.aux, made.last_hidden)]
+    read = [reader.compute_hidden_states(batch) for batch in batches[:8]]
+    memory = [x for made in read for x in (made.aux_hidden_states, made.last_hidden_state)]
     size = sum(x.numel() * x.element_size() for x in memory) / 1e9
     ratios, rates = [], []
     for _ in range(rounds):
         copied = timed(lambda: [x.clone() for x in memory])
-        seconds = timed(lambda: [reader.supervise(batch) for batch in batches[:8]])
+        seconds = timed(lambda: [reader.compute_hidden_states(batch) for batch in batches[:8]])
         ratios.append(seconds / copied)
         rates.append(size / seconds)
     tokens = sum(batch.num_tokens for batch in batches[:8]) / size
@@ -103,8 +103,8 @@ def read_all(reader: FeaturesTarget, batches: list[Batch]) -> None:
     def read() -> None:
         nonlocal made
         for batch in batches:
-            supervision = reader.supervise(batch)
-            made += supervision.aux.nbytes + supervision.last_hidden.nbytes
+            supervision = reader.compute_hidden_states(batch)
+            made += supervision.aux_hidden_states.nbytes + supervision.last_hidden_state.nbytes
 
     seconds = timed(read)
     print(f"all of them once in random order: {made / 1e9:.2f} GB, {made / seconds / 1e9:.2f} GB/s")

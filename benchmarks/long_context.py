@@ -17,24 +17,24 @@ from pathlib import Path
 
 import torch
 
+from nemo_speculative.algorithms.common.init_from_target import init_from_target
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import Eagle3DraftConfig, InitFromTarget, TinyModelConfig
-from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.documents import Documents
-from nemo_speculative.data.items import Listed, shuffled
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import Listed, shuffled
+from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.stdlib import stdlib_conversations
-from nemo_speculative.data.stream import RowStream
+from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.decoding.drafters import EagleDrafter
-from nemo_speculative.decoding.generate import generate
-from nemo_speculative.decoding.growth import growth_for
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
-from nemo_speculative.drafts.init import init_from_target
+from nemo_speculative.decoding.engine import generate
+from nemo_speculative.decoding.tree_builder import growth_for
 from nemo_speculative.evaluation.acceptance import Measured
-from nemo_speculative.generation.answers import answer
-from nemo_speculative.objectives.eagle3 import Eagle3Objective
-from nemo_speculative.progress import Progress
-from nemo_speculative.speculative import Speculative
+from nemo_speculative.generate_data.answers import answer
+from nemo_speculative.targets.demo import prepare_tiny
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.tiny import prepare_tiny
+from nemo_speculative.utils.progress import Progress
 
 MODULE = "benchmarks.long_context"
 TIMES = (1, 2, 4)
@@ -71,8 +71,8 @@ def trained(target: HFTarget, documents: list[TokenRow], offset: int | None, ste
     draft = Eagle3Draft(shape).attach(target)
     init_from_target(draft, target, InitFromTarget())
     objective = Eagle3Objective.build(target, config, seed=seed, tau_steps=UNROLLED)
-    stream = RowStream(
-        Documents(target.config.vocab_size, documents), row_tokens=ROW_TOKENS, global_batch_size=ROWS,
+    stream = PackedLoader(
+        TokenizedDataset(target.config.vocab_size, documents), row_tokens=ROW_TOKENS, global_batch_size=ROWS,
         micro_batch_size=ROWS, pad_id=1, seed=seed,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(draft.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -81,7 +81,7 @@ def trained(target: HFTarget, documents: list[TokenRow], offset: int | None, ste
     progress = Progress("training", steps)
     for _ in range(steps):
         schedule = objective.schedule(stream.next_global_batch()[0])
-        objective.loss(draft, schedule, target.supervise(schedule.batch), schedule.counts).loss.backward()
+        objective.loss(draft, schedule, target.compute_hidden_states(schedule.batch), schedule.counts).loss.backward()
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 0.5)
         optimizer.step()
         rate.step()
@@ -107,7 +107,7 @@ def prompts(held_out: Sequence[TokenRow], length: int) -> list[list[int]]:
 
 def measured(target: HFTarget, draft: Eagle3Draft, held_out: Sequence[TokenRow], length: int) -> float:
     """τ on the last ``ANSWER`` tokens of texts of ``length``."""
-    drafter, found = EagleDrafter(draft, target, growth_for(Speculative(5, 1, 6))), Measured()
+    drafter, found = EagleDrafter(draft, target, growth_for(SpeculativeSettings(5, 1, 6))), Measured()
     asked = prompts(held_out, length - ANSWER)
     for start in range(0, QUESTIONS, AT_ONCE):
         found.generations += generate(target, drafter, asked[start : start + AT_ONCE], max_new_tokens=ANSWER)

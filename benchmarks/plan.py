@@ -31,7 +31,7 @@ from benchmarks.processes import exit_status, last_line_of
 from benchmarks.training_step.case import SIZES, Case, Size
 from benchmarks.training_step.table import machine
 from benchmarks.training_step.worker import Memory, peak_of_tensors
-from nemo_speculative.errors import UsageError
+from nemo_speculative.utils.errors import UsageError
 
 MODULE = "benchmarks.plan"
 STEPS, WARMUP, PROFILED = 3, 2, 2
@@ -94,11 +94,11 @@ def _tiny(folder: Path) -> list[str]:
     from transformers import LlamaForCausalLM
 
     from nemo_speculative.config.schema import TinyModelConfig
-    from nemo_speculative.targets import tiny
+    from nemo_speculative.targets import demo
 
     config = TinyModelConfig(cache_dir=f"{folder}/targets")
-    LlamaForCausalLM(tiny.llama_config(config)).save_pretrained(tiny.directory_of(config))
-    tiny.make_tokenizer(config).save_pretrained(tiny.directory_of(config))
+    LlamaForCausalLM(demo.llama_config(config)).save_pretrained(demo.directory_of(config))
+    demo.make_tokenizer(config).save_pretrained(demo.directory_of(config))
     return [f"model.cache_dir={folder}/targets", "data.answers=given"]
 
 
@@ -118,7 +118,7 @@ def _shared(folder: Path, share: float, backend: Callable[[Path, list[str]], lis
 
 def _captured(folder: Path, row: list[str]) -> list[str]:
     """The hidden states of ``row`` on the disk."""
-    from nemo_speculative.features.capture import capture
+    from nemo_speculative.training.capture_features import capture
 
     capture(_job("capture_features", [*row, f"output={folder}/features"]))
     return ["backend=features", f"backend.directory={folder}/features"]
@@ -165,20 +165,20 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
     """Figures of one case, in this process or rank of one: seconds of a step and bytes, predicted and measured."""
     import torch
 
-    from nemo_speculative.progress import quiet_transformers
-    from nemo_speculative.training import assembly, prediction
-    from nemo_speculative.training.parallelism import context, fast_float32_matmuls, process_group
+    from nemo_speculative.distributed.parallelism import context, fast_float32_matmuls, process_group
+    from nemo_speculative.training import build, prediction
+    from nemo_speculative.utils.progress import quiet_transformers
 
     quiet_transformers()
     job, device = _job("train_eagle3", overrides), torch.device("cpu")
     with process_group(device, job.parallelism) as dims, fast_float32_matmuls(device):
-        target = assembly.build_target(job, device)
-        data = assembly.build_data(job, target, assembly.load_split(job))
-        vocabulary = assembly.build_draft_vocabulary(job, target, data.training)
-        draft = assembly.build_draft(job, target, vocabulary)
-        trainer = assembly.build_trainer(
-            job, target=target, draft=draft, objective=assembly.build_objective(job, target, context(dims)),
-            data=data, run=assembly.prepare_run(job), dims=dims, device=device,
+        target = build.build_target(job, device)
+        data = build.build_data(job, target, build.load_split(job))
+        vocabulary = build.build_draft_vocabulary(job, target, data.training)
+        draft = build.build_draft(job, target, vocabulary)
+        trainer = build.build_trainer(
+            job, target=target, draft=draft, objective=build.build_objective(job, target, context(dims)),
+            data=data, run=build.prepare_run(job), dims=dims, device=device,
         )  # fmt: skip
         read = StatesRead(target) if target.requests_ahead else None
         with closing(trainer):
@@ -192,9 +192,9 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             peak = peak_of_tensors(lambda: _steps(trainer, PROFILED)) + _bytes(kept) + (read.most if read else 0)
             most = torch.tensor([peak + _bytes(stay), added - peak], dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            shape = assembly.draft_shape(job, target.config, vocabulary.size)
+            shape = build.draft_shape(job, target.config, vocabulary.size)
             models = prediction.Models.of(job, target.config, shape)
-            batches = assembly.build_stream(job, target, data, dims).next_global_batch()
+            batches = build.build_stream(job, target, data, dims).next_global_batch()
             amounts = prediction.count(job, models, batches, device)
             predicted, measured = [], []
             for _ in range(rounds):
@@ -217,12 +217,12 @@ class StatesRead:
 
     def __init__(self, target: Any):
         self.alive = self.most = 0
-        self._noting, self._supervise = threading.Lock(), target.supervise
-        target.supervise = self._watched
+        self._noting, self._supervise = threading.Lock(), target.compute_hidden_states
+        target.compute_hidden_states = self._watched
 
     def _watched(self, batch: Any) -> Any:
         made = self._supervise(batch)
-        for x in (made.aux, made.last_hidden):
+        for x in (made.aux_hidden_states, made.last_hidden_state):
             storage = x.untyped_storage()
             self._note(storage.nbytes())
             weakref.finalize(storage, self._note, -storage.nbytes())

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.training_step.controller import worker_environment
-from nemo_speculative.errors import UserError, report
+from nemo_speculative.utils.errors import UserError, report
 
 
 def last_line_of(module: str, arguments: Sequence[str], threads: int, ranks: int = 1) -> str:

@@ -24,14 +24,14 @@ from benchmarks.training_step.case import SIZES, Case, Setup
 from benchmarks.training_step.implementations.own import CPU, Ours
 from benchmarks.training_step.setup import write_setup
 from benchmarks.training_step.table import machine
-from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.checkpoints.servable import Provenance
+from nemo_speculative.checkpoint.draft_checkpoint import Provenance
+from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import OptimizerConfig
-from nemo_speculative.speculative import Speculative
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.training.checkpointer import Checkpointer
 from nemo_speculative.training.ema import WeightAverage
-from nemo_speculative.training.optimization import build_optimizers, build_schedules
-from nemo_speculative.training.saving import Saver
-from nemo_speculative.training.state import Position, ResumeState
+from nemo_speculative.training.optimizer import build_optimizers, build_schedules
+from nemo_speculative.training.resume_state import Position, ResumeState
 
 PLAIN_STEPS = 5
 
@@ -47,8 +47,8 @@ class Saved(Ours):
         schedules = build_schedules(config, self.optimizer, 1000)
         self.state = ResumeState(self.trainee, self.optimizer, schedules, average, CPU)
         draft = self.trainee.draft
-        served = Provenance(str(setup.target), "", "float32", Speculative(3, 1, 4), 0)
-        self.saver = Saver(
+        served = Provenance(str(setup.target), "", "float32", SpeculativeSettings(3, 1, 4), 0)
+        self.saver = Checkpointer(
             run=RunDirectory(out), keep=1, draft=type(draft), shape=draft.shape, provenance=served,
             export_dtype=torch.float32, special_ids={}, start=Position(0, {}, {}, "", ""), measure=None, minutes=None,
         )  # fmt: skip

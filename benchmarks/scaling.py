@@ -38,10 +38,10 @@ from nemo_speculative.config.schema import (
     TrainJob,
 )
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.training import prediction
-from nemo_speculative.training.assembly import draft_shape
+from nemo_speculative.training.build import draft_shape
 from nemo_speculative.training.cost import FLOAT32, Amount
 from nemo_speculative.training.peak import Placement, step_memory
 
@@ -144,7 +144,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Of the keys and values of a row, among the GPUs that share it (:mod:`nemo_speculative.context`)."""
+    """Of the keys and values of a row, among the GPUs that share it (context parallelism)."""
 
     layers: int
     """Each in a collective of its own."""
@@ -173,7 +173,7 @@ class Exchanges:
     @classmethod
     def of(cls, work: Work) -> "Exchanges":
         target, draft = work.models.target, work.models.draft
-        of_target, of_draft = (2 * work.amount.everywhere * width for width in (target.key_width, draft.narrow))
+        of_target, of_draft = (2 * work.amount.all_gather * width for width in (target.key_width, draft.narrow))
         return cls(
             Exchange(target.layers, BFLOAT16 * of_target),
             Exchange(draft.num_layers, BFLOAT16 * of_draft),
@@ -332,7 +332,9 @@ def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a:
     after = draft.reduce(parameters, gpus, a) + update
     place = Placement(
         ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
-        target_share=target.share(gpus, a), ends_divided=target.config.DIVIDES_ENDS, target_width=target.width(gpus, a),
+        target_share=target.share(gpus, a),
+        ends_divided=target.config.SHARDS_EMBEDDING_AND_HEAD,
+        target_width=target.width(gpus, a),
         gathered_layers=target.config.GATHERED_LAYERS, ahead=target.config.ahead(gpus, "cuda"),
         accumulates=work.rows > 1,
     )  # fmt: skip
@@ -437,7 +439,7 @@ def _long_cells(found: Shared, work: Work, sharing: int, a: Assumed) -> list[str
         f"{found.draft:.2f} s",
         f"{found.exchanges:.2f} s, {sent / 1e9:.0f} GB",
         f"{seconds:.2f} s",
-        f"{work.rows * work.amount.everywhere / sharing / seconds:.0f}",
+        f"{work.rows * work.amount.all_gather / sharing / seconds:.0f}",
         f"{'does not fit: ' if size > a.memory else ''}{size / 1e9:.0f} GB",
     ]
 

@@ -29,12 +29,12 @@ import uvicorn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.serving.target_server import Limits, TargetServer
-from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.targets.demo import train_tokenizer
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.remote import RemoteTarget, Server, Servers
-from nemo_speculative.targets.tiny import train_tokenizer
-from nemo_speculative.targets.wire import Identity, Layout, pack_batch
+from nemo_speculative.targets.remote.client import RemoteTarget, Server, Servers
+from nemo_speculative.targets.remote.protocol import Identity, Layout, pack_batch
+from nemo_speculative.targets.remote.server import Limits, TargetServer
 
 TOKENS, HIDDEN, AUX, VOCAB = 2048, 4096, 3, 512
 ANSWER_BYTES = TOKENS * (AUX + 1) * HIDDEN * torch.bfloat16.itemsize
@@ -54,9 +54,9 @@ class ReadyTensors:
 
     def __init__(self) -> None:
         width = HIDDEN * AUX
-        self.answer = Supervision(*(torch.randn(1, TOKENS, w).bfloat16() for w in (width, HIDDEN)))
+        self.answer = TargetOutput(*(torch.randn(1, TOKENS, w).bfloat16() for w in (width, HIDDEN)))
 
-    def supervise(self, _batch: Batch) -> Supervision:
+    def compute_hidden_states(self, _batch: Batch) -> TargetOutput:
         return self.answer
 
 
@@ -139,8 +139,8 @@ def model_ways(port: int, directory: str) -> dict[str, Ask]:
     remote = RemoteTarget(Path(directory), aux_layers=None, urls=[f"http://127.0.0.1:{port}"])
     asked = batch()
     return {
-        "small model, in process": lambda: local.supervise(asked),
-        "small model, served": lambda: remote.supervise(asked),
+        "small model, in process": lambda: local.compute_hidden_states(asked),
+        "small model, served": lambda: remote.compute_hidden_states(asked),
     }
 
 

@@ -6,8 +6,8 @@ The reference of ``make bench`` and of a test: plain, dense, and slow on purpose
 import torch
 from torch.nn.functional import log_softmax, pad
 
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
-from nemo_speculative.drafts.layers import rotate
+from nemo_speculative.algorithms.common.layers import rotate
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 
 
 def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int, decay: float) -> torch.Tensor:
@@ -18,9 +18,14 @@ def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int
     documents = batch.documents
     causal = torch.ones(length, length, dtype=torch.bool).tril() & (documents[:, :, None] == documents[:, None])
     diagonal = torch.eye(length, dtype=torch.bool).expand(len(documents), -1, -1)
-    logits = target.logits(supervision.last_hidden).float()
+    logits = target.logits(supervision.last_hidden_state).float()
     embeddings = target.embed(batch.input_ids)
-    feature, keys, values, visible = draft.read(supervision.aux, supervision.last_hidden), [], [], []
+    feature, keys, values, visible = (
+        draft.read(supervision.aux_hidden_states, supervision.last_hidden_state),
+        [],
+        [],
+        [],
+    )
     unbroken = _left(batch.loss_mask, 1)
     loss = feature.new_zeros(())
     for i in range(num_steps):

@@ -32,21 +32,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training_step.case import LENGTH_SIGMA, MEAN_ANSWER, MEAN_EXCHANGES, MEAN_QUESTION
 from benchmarks.training_step.setup import _tokenizer as tokenizer_of_nothing
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import Eagle3DraftConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate, pack
-from nemo_speculative.data.vocabulary import DraftVocabulary
-from nemo_speculative.devices import choose_device
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
-from nemo_speculative.objectives.eagle3 import Eagle3Objective
+from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.distributed import titan
+from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.targets import hf
-from nemo_speculative.training import titan
-from nemo_speculative.training.clock import GIB, Clock, peak_memory_gib
 from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
-from nemo_speculative.training.feed import TargetAhead
-from nemo_speculative.training.optimization import build_optimizers
-from nemo_speculative.training.parallelism import fast_float32_matmuls, process_group, shard_draft
+from nemo_speculative.training.optimizer import build_optimizers
+from nemo_speculative.training.prefetch import TargetPrefetcher
+from nemo_speculative.training.step_timer import GIB, StepTimer, peak_memory_gib
 from nemo_speculative.training.trainer import Trainee
+from nemo_speculative.utils.devices import choose_device
 
 LLAMA_31_8B: dict[str, Any] = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -131,7 +131,7 @@ class Bench:
         with self.device:
             draft = Eagle3Draft(shape).attach(target)
         ids = torch.arange(size.draft_vocab_size)
-        draft.use_vocabulary(DraftVocabulary(ids, target.config.vocab_size, 1.0))
+        draft.set_vocab_mapping(VocabMapping(ids, target.config.vocab_size, 1.0))
         if compiled:
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
@@ -165,7 +165,7 @@ class Bench:
             for value in part.values()
         )
 
-    def train(self, schedules: Sequence[Any], ahead: TargetAhead) -> None:
+    def train(self, schedules: Sequence[Any], ahead: TargetPrefetcher) -> None:
         """One step for each of ``schedules``, as the trainer takes them."""
         for n, schedule in enumerate(schedules):
             coming = [schedules[(n + 1) % len(schedules)]]
@@ -198,13 +198,16 @@ def line(bench: Bench, length: int, peak: float, rounds: int, label: str) -> str
     """The figures of one combination."""
     device = bench.device
     schedules = bench.schedules(length)
-    ahead = TargetAhead(bench.target, device, Clock(device))
+    ahead = TargetPrefetcher(bench.target, device, StepTimer(device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step = seconds_each(lambda: bench.train(schedules, ahead), len(schedules), device, rounds)
     memory = peak_memory_gib(device) * GIB / 1e9
     bare = seconds_each(
-        lambda: [bench.target.supervise(schedule.batch) for schedule in schedules], len(schedules), device, rounds
+        lambda: [bench.target.compute_hidden_states(schedule.batch) for schedule in schedules],
+        len(schedules),
+        device,
+        rounds,
     )
     share = bench.work() / step / peak
     return f"{length:8}{label:>10}{length / step:12.0f}{step:10.3f}{memory:10.2f}{share:10.1%}{bare / step:10.1%}"
@@ -212,7 +215,7 @@ def line(bench: Bench, length: int, peak: float, rounds: int, label: str) -> str
 
 def trace(bench: Bench, length: int, file: Path) -> None:
     """Writes a trace of two steps that a browser reads, and prints where their time went."""
-    schedules, ahead = bench.schedules(length), TargetAhead(bench.target, bench.device, Clock(bench.device))
+    schedules, ahead = bench.schedules(length), TargetPrefetcher(bench.target, bench.device, StepTimer(bench.device))
     bench.train(schedules, ahead)
     activities, order = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
     if bench.device.type == "cuda":

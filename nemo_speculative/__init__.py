@@ -1,6 +1,6 @@
 """Trains EAGLE draft models that SGLang serves as they are."""
 
-from nemo_speculative.torchvision import make_importable
+from nemo_speculative.utils.torchvision_stub import make_importable
 
 __version__ = "0.1.0"
 

@@ -39,8 +39,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from nemo_speculative.addresses import FRESH_STORE, LOOPBACK, address_of, bound, collect_on
-from nemo_speculative.errors import HOPELESS, LostError, UsageError, UserError, report
+from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UsageError, UserError, report
+from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, address_of, bound, collect_on
 
 BACKEND = "one-interface"
 PORT = 29500
@@ -84,7 +84,7 @@ class Launcher:
             UserError: a worker failed.
         """
         collect_on(self._args.interface)
-        os.environ.update({FRESH_STORE: "1", HOPELESS: str(self._hopeless)})
+        os.environ.update({FRESH_STORE: "1", NO_RESTART_FILE: str(self._hopeless)})
         rendezvous_handler_registry.register(BACKEND, self._meet)
         status = 0
         try:
@@ -112,7 +112,7 @@ class Launcher:
             hopeless = self._hopeless.read_text().split()[0]
             return UserError(f"rank {hopeless} failed, and to start again would not help; what it said is above")
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return LostError(
+        return PeerLostError(
             f"the {self._args.nnodes} node(s) did not meet, or one of them is gone ({first}); start this on "
             "every node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
         )

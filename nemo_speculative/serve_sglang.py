@@ -14,7 +14,6 @@ from typing import NoReturn
 
 import torch
 
-from nemo_speculative.errors import UsageError, UserError, report
 from nemo_speculative.serving.command import (
     ServeOptions,
     from_checkpoint,
@@ -29,6 +28,7 @@ from nemo_speculative.serving.match import check_target
 from nemo_speculative.serving.process import ServerError
 from nemo_speculative.serving.server import Server, require_free
 from nemo_speculative.serving.versions import NEWEST, OLDEST, installed_version
+from nemo_speculative.utils.errors import UsageError, UserError, report
 
 MAX_NEW_TOKENS = 256
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

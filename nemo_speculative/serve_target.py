@@ -11,14 +11,14 @@ from importlib.util import find_spec
 import torch
 from hydra.utils import get_method, instantiate
 
-from nemo_speculative.addresses import bound
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import ServeTargetJob
-from nemo_speculative.devices import choose_device
-from nemo_speculative.errors import UserError
+from nemo_speculative.distributed.parallelism import fast_float32_matmuls
 from nemo_speculative.targets.base import Target
-from nemo_speculative.targets.wire import TOKEN_VARIABLE, bearer_token
-from nemo_speculative.training.parallelism import fast_float32_matmuls
+from nemo_speculative.targets.remote.protocol import TOKEN_VARIABLE, bearer_token
+from nemo_speculative.utils.devices import choose_device
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.network import bound
 
 NEEDS = ("starlette", "uvicorn", "prometheus_client")
 KEEP_ALIVE_SECONDS = 600
@@ -67,7 +67,7 @@ def serve(job: ServeTargetJob, target: Target, token: str | None, listener: sock
     """
     import uvicorn
 
-    from nemo_speculative.serving.target_server import Limits, TargetServer
+    from nemo_speculative.targets.remote.server import Limits, TargetServer
 
     served = TargetServer(target, Limits(job.queue, job.max_tokens, job.io_timeout), token, job.backend)
     config = uvicorn.Config(

@@ -9,11 +9,11 @@ What was measured is not measured again: the same command goes on where it was i
 
 from pathlib import Path
 
-from nemo_speculative.benchmarking.heatmap import heat_map
-from nemo_speculative.benchmarking.run import Benchmark, require_success, write_back
-from nemo_speculative.benchmarking.table import best, table
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import BenchmarkJob
+from nemo_speculative.evaluation.server_benchmark.heatmap import heat_map
+from nemo_speculative.evaluation.server_benchmark.run import Benchmark, require_success, write_back
+from nemo_speculative.evaluation.server_benchmark.table import best, table
 
 
 @recipe("benchmark")

@@ -12,8 +12,8 @@ The same command goes on where it was interrupted; torchrun shares the work amon
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import CaptureJob
-from nemo_speculative.features.capture import capture
-from nemo_speculative.features.upkeep import merge, verify
+from nemo_speculative.targets.cached.upkeep import merge, verify
+from nemo_speculative.training.capture_features import capture
 
 
 @recipe("capture_features")

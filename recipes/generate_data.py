@@ -9,8 +9,8 @@ What was answered is not answered again: the same command goes on where it was i
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import GenerateJob
-from nemo_speculative.generation.run import generate_data, require_success
-from nemo_speculative.generation.table import table
+from nemo_speculative.generate_data.run import generate_data, require_success
+from nemo_speculative.generate_data.table import table
 
 
 @recipe("generate_data")

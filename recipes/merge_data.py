@@ -5,7 +5,7 @@ python recipes/merge_data.py 'parts=[outputs/a,outputs/b]' output=answers.jsonl
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import MergeJob
-from nemo_speculative.generation.merge import merge
+from nemo_speculative.generate_data.merge import merge
 
 
 @recipe("merge_data")

@@ -10,8 +10,8 @@ An interrupted run is gone on with by the same command.  Why rows were left out 
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import PrepareJob
-from nemo_speculative.preparation.run import prepare
-from nemo_speculative.preparation.table import table
+from nemo_speculative.prepare_data.run import prepare
+from nemo_speculative.prepare_data.table import table
 
 
 @recipe("prepare_data")

@@ -4,7 +4,7 @@ python recipes/prune_vocabulary.py checkpoint=outputs/local-eagle3 output=output
 python recipes/prune_vocabulary.py checkpoint=RUN output=DIR vocab_size=99.5% data.path=FILE
 """
 
-from nemo_speculative.checkpoints.pruning import prune_checkpoint
+from nemo_speculative.checkpoint.prune_vocab import prune_checkpoint
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import PruneJob
 

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nemo_speculative.targets.demo import TEMPLATE
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.tiny import TEMPLATE
 
 ROLES = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PREFIX_TEMPLATE = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")

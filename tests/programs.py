@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nemo_speculative.addresses import free_port
+from nemo_speculative.utils.network import free_port
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = [
     "nemo_speculative.config.app", "nemo_speculative.training.run", "nemo_speculative.evaluation.checkpoint",
-    "nemo_speculative.serving.target_server",
+    "nemo_speculative.targets.remote.server",
 ]  # fmt: skip
 LOOK_SECONDS = 0.02
 

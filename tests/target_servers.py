@@ -10,8 +10,8 @@ import torch
 import uvicorn
 
 from nemo_speculative.data.batch import Batch, Span
-from nemo_speculative.serving.target_server import Limits, TargetServer
-from nemo_speculative.targets.base import Supervision
+from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.targets.remote.server import Limits, TargetServer
 
 HIDDEN, VOCAB = 4, 50
 
@@ -26,11 +26,11 @@ class StandIn:
         self.dtype, self.fingerprint = dtype, fingerprint
         self.read = []
 
-    def supervise(self, batch):
+    def compute_hidden_states(self, batch):
         self.read.append(batch.input_ids.tolist())
         hidden = (batch.input_ids + batch.positions / 64)[..., None] * torch.arange(1, HIDDEN + 1)
         hidden = hidden.to(self.dtype)
-        return Supervision(torch.cat([hidden, -hidden], dim=-1), hidden / 2)
+        return TargetOutput(torch.cat([hidden, -hidden], dim=-1), hidden / 2)
 
 
 class Gated(StandIn):
@@ -40,12 +40,12 @@ class Gated(StandIn):
         super().__init__(**settings)
         self.gate, self.inside, self.most = threading.Event(), 0, 0
 
-    def supervise(self, batch):
+    def compute_hidden_states(self, batch):
         self.inside += 1
         self.most = max(self.most, self.inside)
         assert self.gate.wait(20)
         self.inside -= 1
-        return super().supervise(batch)
+        return super().compute_hidden_states(batch)
 
 
 def batch_of(*ids, document=4):

@@ -14,8 +14,9 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousParameters, RendezvousTimeoutError
 
-from nemo_speculative import addresses, launch
-from nemo_speculative.errors import UserError
+from nemo_speculative import launch
+from nemo_speculative.utils import network
+from nemo_speculative.utils.errors import UserError
 from tests.listening import listening, with_descendants
 from tests.programs import ROOT, Program, run_program
 
@@ -43,10 +44,10 @@ time.sleep(60)
 """
 
 
-ALONE = """
+NO_CONTEXT_PARALLELISM = """
 import json, os, torch
 from nemo_speculative.config.schema import ParallelismConfig
-from nemo_speculative.training.parallelism import process_group
+from nemo_speculative.distributed.parallelism import process_group
 from tests.listening import listening, with_descendants
 with process_group(torch.device("cpu"), ParallelismConfig()):
     torch.distributed.barrier()
@@ -56,7 +57,7 @@ with process_group(torch.device("cpu"), ParallelismConfig()):
 
 def test_a_process_that_nobody_launched_listens_on_the_loopback_and_has_no_store_there(tmp_path):
     script = tmp_path / "alone.py"
-    script.write_text(ALONE)
+    script.write_text(NO_CONTEXT_PARALLELISM)
     done = run_program(str(script), environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     interface, addresses = json.loads(done.stdout)
@@ -90,7 +91,7 @@ def test_what_cannot_be_had_is_one_line(options, said, capsys):
 
 def test_an_interface_that_the_environment_names_is_kept(monkeypatch):
     monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib0"})
-    addresses.collect_on("eth7")
+    network.collect_on("eth7")
     assert os.environ == {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "ib0"}
 
 
@@ -207,7 +208,7 @@ def test_workers_are_started_again_and_the_one_that_failed_is_named(tmp_path):
 FAILS = """
 import os, pathlib, sys, time
 from nemo_speculative.config.app import run_program
-from nemo_speculative.errors import LostError, UserError
+from nemo_speculative.utils.errors import LostError, UserError
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 def program():
     pathlib.Path(sys.argv[1], "started" + rank + "." + attempt).touch()
@@ -263,7 +264,7 @@ def rendezvous(node, port, timeout=20, hopeless=Path("nowhere")):
 
 @pytest.fixture
 def port():
-    return addresses.free_port()
+    return network.free_port()
 
 
 @pytest.fixture

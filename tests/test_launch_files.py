@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from nemo_speculative import launch
-from nemo_speculative.errors import LostError, UserError
+from nemo_speculative.utils.errors import PeerLostError, UserError
 from tests.config.test_groups import composed
 from tests.serving.test_containers import linter
 
@@ -202,5 +202,5 @@ def test_the_pods_start_what_the_launcher_understands(manifest):
         assert int(args.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
         assert job.data._target_ == composed("train_eagle3", "data=jsonl").data._target_  # not the model's data set
         # The operator's ExitCode: 1 to 127 ends the job, more is started again.
-        assert one["restartPolicy"] == "ExitCode" and UserError.exit_code < 128 <= LostError.exit_code
+        assert one["restartPolicy"] == "ExitCode" and UserError.exit_code < 128 <= PeerLostError.exit_code
         assert 128 <= args.stopped_status < 256 and job.resume.name == "auto" and job.parallelism.replicate == -1

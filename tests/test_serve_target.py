@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from nemo_speculative import serve_target
-from nemo_speculative.targets.wire import TOKEN_VARIABLE
+from nemo_speculative.targets.remote.protocol import TOKEN_VARIABLE
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from benchmarks.training_step.cli import Comparison, parse
 from benchmarks.training_step.controller import Worker, interleave, worker_environment
 from benchmarks.training_step.registry import Chosen
 from benchmarks.training_step.table import figures, footnote, heading, machine, multiples
-from nemo_speculative.errors import UserError, report
-from nemo_speculative.progress import Progress, quiet_transformers
+from nemo_speculative.utils.errors import UserError, report
+from nemo_speculative.utils.progress import Progress, quiet_transformers
 
 
 def main(argv: Sequence[str]) -> int:

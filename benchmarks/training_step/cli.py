@@ -10,7 +10,7 @@ from typing import NoReturn
 from benchmarks.training_step.case import LENGTHS, SIZES, Case
 from benchmarks.training_step.controller import ROOT
 from benchmarks.training_step.registry import Chosen, parse_chosen, usual
-from nemo_speculative.errors import UsageError
+from nemo_speculative.utils.errors import UsageError
 
 STEPS = {"eagle3": 7, "eagle1": 1}
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"

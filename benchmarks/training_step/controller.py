@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 20

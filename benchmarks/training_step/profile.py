@@ -29,9 +29,8 @@ from benchmarks.training_step.implementations.base import Trainer
 from benchmarks.training_step.implementations.own import Ours
 from benchmarks.training_step.setup import write_setup
 from benchmarks.training_step.table import machine
-from nemo_speculative.drafts import attention
-from nemo_speculative.objectives import unroll
-from nemo_speculative.targets.ends import TargetEnds
+from nemo_speculative.algorithms.common import attention, unroll_objective
+from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.targets.hf import TransformersTarget
 
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
@@ -39,11 +38,11 @@ PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, 
 WARMUP = 2
 REST = "draft: projections, MLP, norms"
 PHASES: dict[str, tuple[Any, str]] = {
-    "target: layers": (TransformersTarget, "supervise"),
-    "target: head, for the labels": (TargetEnds, "logits"),
+    "target: layers": (TransformersTarget, "compute_hidden_states"),
+    "target: head, for the labels": (EmbeddingAndHead, "logits"),
     "draft: attention, forward": (attention._PieceAttention, "forward"),
     "draft: attention, backward": (attention._PieceAttention, "backward"),
-    "draft: head and loss, with gradients": (unroll, "head_loss"),
+    "draft: head and loss, with gradients": (unroll_objective, "head_loss"),
     "clipping and AdamW": (Trainer, "update"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.training_step.case import Case, Setup
 from benchmarks.training_step.implementations.base import Implementation
-from nemo_speculative.errors import UsageError
+from nemo_speculative.utils.errors import UsageError
 
 PACKAGE = "benchmarks.training_step.implementations"
 MEDIUM = "medium"

@@ -21,8 +21,8 @@ from benchmarks.training_step.case import (
     draw_conversations,
     write_case,
 )
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.config.schema import DraftConfig, Eagle3DraftConfig, EagleDraftConfig, FeatureNoise
-from nemo_speculative.drafts.base import Draft
 
 HEAD_SCALE = 6.0
 """A random head would give distributions that are nearly uniform."""

@@ -24,7 +24,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from nemo_speculative.config import expressions, groups, schema
 from nemo_speculative.config.published import filled
-from nemo_speculative.errors import HOPELESS, LostError, UserError, report
+from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UserError, report
 
 CONF = Path(__file__).parents[2] / "conf"
 INTERRUPTED = 130
@@ -159,8 +159,8 @@ def _leave(code: int) -> None:
 
 def _refuse(error: UserError) -> None:
     """Ends with ``error``; a launcher hears whether to start again would help."""
-    if HOPELESS in os.environ and not isinstance(error, LostError):
-        with contextlib.suppress(OSError), open(os.environ[HOPELESS], "a") as ranks:
+    if NO_RESTART_FILE in os.environ and not isinstance(error, PeerLostError):
+        with contextlib.suppress(OSError), open(os.environ[NO_RESTART_FILE], "a") as ranks:
             print(os.environ["RANK"], file=ranks)
     _fail(str(error), error.exit_code)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 
 def register() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_speculative.config.schema import DraftConfig
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 KEYS = {
     "num_hidden_layers": "num_layers",

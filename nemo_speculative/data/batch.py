@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from nemo_speculative.context import WHOLE, Share
-from nemo_speculative.devices import send
+from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard
+from nemo_speculative.utils.devices import send
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Batch:
     """The conversations in it."""
     host: "Batch | None" = None
     """The same on the host, where it was before it travelled; None: it did not."""
-    share: Share = WHOLE
+    share: ContextShard = FULL_BATCH
     """Which of the tokens this rank computes."""
 
     def to(self, device: torch.device) -> "Batch":
@@ -53,7 +53,7 @@ class Batch:
     @property
     def whole(self) -> "Batch":
         """The same with all of its tokens on this rank."""
-        return self if self.share is WHOLE else replace(self, share=WHOLE)
+        return self if self.share is FULL_BATCH else replace(self, share=FULL_BATCH)
 
     @property
     def ids(self) -> tuple[str, ...]:

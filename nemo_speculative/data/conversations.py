@@ -1,52 +1,101 @@
-"""Conversations, and rows that are tokens already: what a data file holds, checked line by line."""
+"""Conversations as sequences that hold none of them: where each lies is in memory, what it says stays on the disk."""
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import os
+import random
+from abc import abstractmethod
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.data.conversation import Conversation, TokenRow, parse_line
+from nemo_speculative.data.indexed import Indexed
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.progress import Progress
 
-ROLES = ("system", "user", "assistant", "tool")
+Item = Conversation | TokenRow
+SIDE = "side in training:"
+"""What decides a side of a training's split is drawn anew: a prepared file holds one side of an earlier split."""
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Messages in the chat form: ``{"role", "content"}`` each; also ``reasoning_content``, ``tool_calls``."""
-
-    id: str
-    messages: list[dict[str, Any]]
-    origin: str
-    """Where it came from, for error messages: ``file:line``."""
-    tools: list[dict[str, Any]] | None = None
-    """What the assistant may call, as the chat template takes it."""
-    source: str = ""
-    """Which part of a mix it is of."""
+class Items(Indexed[Item]):
+    """A sequence of items; slices of it, like every choice among them, are :class:`Chosen`."""
 
     @property
-    def has_answer(self) -> bool:
-        return any(m["role"] == "assistant" for m in self.messages)
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of what they say: equal for equal content, wherever it lies."""
+
+    def _slice(self, indices: range) -> "Items":
+        return Chosen(self, array("q", indices))
+
+    def share(self, index: int) -> float:
+        """A number in [0, 1) that depends on the item's id alone, so that a split survives added rows."""
+        return share_of(self[index].id, SIDE)
+
+    def in_order(self) -> "Items":
+        """The same items as they lie in what they were chosen from."""
+        return self
 
 
-@dataclass(frozen=True)
-class TokenRow:
-    """A conversation in token ids, with the assistant's tokens marked."""
+class Chosen(Items):
+    """Those of ``items`` that ``indices`` names, in that order."""
 
-    id: str
-    input_ids: list[int]
-    loss_mask: list[bool]
-    origin: str
-    source: str = ""
+    _items: Items
+    _indices: array
 
-    def cut(self, max_length: int) -> "TokenRow":
-        if len(self.input_ids) <= max_length:
-            return self
-        return replace(self, input_ids=self.input_ids[:max_length], loss_mask=self.loss_mask[:max_length])
+    def __init__(self, items: Items, indices: array):
+        if isinstance(items, Chosen):
+            theirs = items._indices
+            items, indices = items._items, array("q", (theirs[index] for index in indices))
+        self._items, self._indices = items, indices
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _digest(self._items.fingerprint.encode(), self._indices.tobytes())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _item(self, index: int) -> Item:
+        return self._items[self._indices[index]]
+
+    def in_order(self) -> Items:
+        return Chosen(self._items, array("q", sorted(self._indices)))
+
+    def share(self, index: int) -> float:
+        return self._items.share(self._indices[index])
 
 
-def read_jsonl(path: str | Path, key: str = "data.path") -> list[Conversation | TokenRow]:
-    """Reads a JSONL file of ``{"conversations": [...]}`` or ``{"input_ids": [...], "loss_mask": [...]}`` lines.
+class Listed(Items):
+    """Items that are in memory."""
+
+    def __init__(self, items: Sequence[Item]):
+        self._items = items
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _digest(*(json.dumps(content_of(item)).encode() for item in self._items))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _item(self, index: int) -> Item:
+        return self._items[index]
+
+
+def content_of(item: Item) -> list[Any]:
+    """All that it says, its id and source among it."""
+    if isinstance(item, Conversation):
+        return [item.id, item.source, item.messages, item.tools]
+    return [item.id, item.source, item.input_ids, item.loss_mask]
+
+
+class JsonLines(Items):
+    """The items of a JSONL file; every line is checked once, at the start.
 
     Args:
         key: where the path was configured, for error messages.
@@ -54,124 +103,100 @@ def read_jsonl(path: str | Path, key: str = "data.path") -> list[Conversation | 
     Raises:
         UserError: the file is missing, empty, not UTF-8 or a line of it is malformed; the line is named.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{key}: {file} does not exist or is not a file; expected a JSONL file")
-    rows = list(_parse_lines(file))
-    if not rows:
-        raise UserError(f"{key}: {file} is empty; expected one JSON object a line")
-    return rows
+
+    def __init__(self, path: str | Path, key: str = "data.path"):
+        self.path = Path(path)
+        if not self.path.is_file():
+            found = "is a directory" if self.path.is_dir() else "does not exist or is not a file"
+            raise UserError(f"{key}: {self.path} {found}; expected a JSONL file")
+        self._starts, self._bytes, self._numbers = array("q"), array("q"), array("q")
+        self._parts = array("i")
+        """Which of a line's items it is."""
+        self._shares = array("d")
+        self._descriptor: int | None = None
+        self._digest = self._scan()
+        if not self._starts:
+            raise UserError(f"{key}: {self.path} is empty; expected one JSON object a line")
+
+    def _scan(self) -> str:
+        digest, start = hashlib.sha256(), 0
+        progress = Progress(f"reading {self.path.name}, bytes", self.path.stat().st_size, quiet=True)
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                digest.update(line)
+                if line.strip():
+                    self._add(line, start, number)
+                start += len(line)
+                progress.advance(by=len(line))
+        progress.close()
+        return digest.hexdigest()[:16]
+
+    def _add(self, line: bytes, start: int, number: int) -> None:
+        items = parse_line(line, f"{self.path}:{number}", str(number))
+        # Of the line's own id: what one conversation became lies on one side of a split.
+        share = share_of(items[0].id.removesuffix("#0") if len(items) > 1 else items[0].id, SIDE)
+        for part in range(len(items)):
+            self._starts.append(start)
+            self._bytes.append(len(line))
+            self._numbers.append(number)
+            self._parts.append(part)
+            self._shares.append(share)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._digest
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def _item(self, index: int) -> Item:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        line = os.pread(self._descriptor, self._bytes[index], self._starts[index])
+        number = self._numbers[index]
+        return parse_line(line, f"{self.path}:{number}", str(number))[self._parts[index]]
+
+    def share(self, index: int) -> float:
+        return self._shares[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_descriptor": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)  # type: ignore[arg-type]
 
 
-def _parse_lines(file: Path) -> Iterator[Conversation | TokenRow]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield from parse_line(line, f"{file}:{number}", str(number))
+def split_by_share(items: Items, held_out: float) -> tuple[Items, Items]:
+    """Those whose share is not below ``held_out``, and those whose share is.
 
-
-def parse_line(line: bytes, origin: str, number: str) -> list[Conversation | TokenRow]:
-    """What a line of a data file holds: a conversation, a row of token ids, or those that a target generated.
-
-    Args:
-        origin: where it lies, for error messages.
-        number: its id if it names none.
-
-    Raises:
-        UserError: the line is malformed.
+    A few items may have none below it; those of the last id are kept out all the same.
     """
-    record = parse_json(line, origin)
-    identity = number if record.get("id") is None else str(record["id"])
-    source = str(record.get("source") or "")
-    if "rows" in record:  # as generated: to tokenise its text anew would give other ids
-        return _generated_rows(record["rows"], identity, origin, source)
-    if "conversations" in record:
-        messages = check_messages(record["conversations"], origin)
-        return [Conversation(identity, messages, origin, _tools(record.get("tools"), origin), source)]
-    if "input_ids" in record:
-        return [_token_row(record, identity, origin, source)]
-    raise UserError(
-        f'{origin}: found the keys {sorted(record)}, expected "conversations", or "input_ids" and "loss_mask"; '
-        "recipes/prepare_data.py reads other shapes"
-    )
+    shares = array("d", (items.share(index) for index in range(len(items))))
+    if held_out and shares and not any(share < held_out for share in shares):
+        last = shares[-1]
+        if any(share != last for share in shares):
+            shares = array("d", (-1.0 if share == last else share for share in shares))
+    sides = (array("q"), array("q"))
+    for index, share in enumerate(shares):
+        sides[share < held_out].append(index)
+    return Chosen(items, sides[False]), Chosen(items, sides[True])
 
 
-def parse_json(line: bytes, origin: str) -> dict[str, Any]:
-    """The JSON object of a line.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{origin}: not JSON ({error.msg}, column {error.colno}); expected one object a line; "
-            "recipes/prepare_data.py reads other shapes"
-        ) from None
-    if not isinstance(record, dict):
-        raise UserError(f"{origin}: found a {type(record).__name__}, expected a JSON object")
-    return record
+def shuffled(items: Items, seed: int) -> Items:
+    """All of them, in an order that depends on the seed and their number alone."""
+    order = array("q", range(len(items)))
+    random.Random(seed).shuffle(order)
+    return Chosen(items, order)
 
 
-def check_messages(value: Any, origin: str, key: str = "conversations") -> list[dict[str, Any]]:
-    """``value`` if it is a list of chat messages; raises UserError naming ``origin`` if not."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{origin}: "{key}" must be a list of messages, not {value!r:.60}')
-    for index, message in enumerate(value):
-        _check_message(message, index, origin)
-        if fault := _fault_of_place(message, index, value[index - 1] if index else None):
-            raise UserError(
-                f"{origin}: message {index} {fault}; correct it (recipes/prepare_data.py leaves such rows out, counted)"
-            )
-    return value
+def share_of(identity: str, drawn_for: str = "") -> float:
+    """In [0, 1), evenly over ids, and independent for what is ``drawn_for`` another purpose."""
+    return int.from_bytes(hashlib.sha256((drawn_for + identity).encode()).digest()[:4], "big") / 2**32
 
 
-def _fault_of_place(message: dict[str, Any], index: int, before: dict[str, Any] | None) -> str | None:
-    """What no chat is like, though a template may render it."""
-    role = message["role"]
-    if role == "system" and index:
-        return "is the system's, expected first"
-    if role == "assistant" and before and before["role"] == "assistant":
-        return "is a second answer in a row, expected the user's or a tool's before it"
-    says = message.get("content") or message.get("reasoning_content") or message.get("tool_calls")
-    if role in ("user", "assistant") and not (says.strip() if isinstance(says, str) else says):
-        return f"of the {role} is empty, expected text"
-    return None
-
-
-def _check_message(message: Any, index: int, origin: str) -> None:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise UserError(f"{origin}: message {index} is {message!r:.60}, expected a role among {', '.join(ROLES)}")
-    if not isinstance(message.get("content"), str) and not (
-        message.get("content") is None and message["role"] == "assistant" and message.get("tool_calls")
-    ):
-        raise UserError(f"{origin}: message {index} has the content {message.get('content')!r:.60}, expected text")
-    if not isinstance(message.get("reasoning_content", ""), str | None):
-        raise UserError(f'{origin}: message {index}: "reasoning_content" must be text')
-    if not isinstance(message.get("tool_calls") or [], list):
-        raise UserError(f'{origin}: message {index}: "tool_calls" must be a list')
-
-
-def _tools(value: Any, origin: str) -> list[dict[str, Any]] | None:
-    if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
-        raise UserError(f'{origin}: "tools" must be a list of JSON objects, not {value!r:.60}')
-    return value or None
-
-
-def _generated_rows(rows: Any, identity: str, origin: str, source: str) -> list[Conversation | TokenRow]:
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "input_ids" in row for row in rows):
-        raise UserError(f'{origin}: "rows" must be a list of {{"input_ids", "loss_mask"}}, not {rows!r:.60}')
-    names = [identity] if len(rows) == 1 else [f"{identity}#{turn}" for turn in range(len(rows))]
-    return [_token_row(row, name, origin, source) for row, name in zip(rows, names, strict=True)]
-
-
-def _token_row(record: dict[str, Any], identity: str, origin: str, source: str) -> TokenRow:
-    ids, mask = record["input_ids"], record.get("loss_mask")
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise UserError(f'{origin}: "input_ids" must be a list of token ids')
-    if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
-        raise UserError(f'{origin}: "loss_mask" must be a list of 0 and 1 as long as "input_ids" ({len(ids)})')
-    return TokenRow(identity, ids, [bool(m) for m in mask], origin, source)
+def _digest(*pieces: bytes) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little") + piece)
+    return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from nemo_speculative.data.batch import Batch, Span
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.indexed import Indexed
 
 WINDOW = 2048

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from nemo_speculative.config.schema import DataConfig
-from nemo_speculative.data.items import Items, JsonLines, Listed, shuffled, split_by_share
+from nemo_speculative.data.conversations import Items, JsonLines, Listed, shuffled, split_by_share
 from nemo_speculative.data.stdlib import stdlib_conversations
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 
 @dataclass(frozen=True)

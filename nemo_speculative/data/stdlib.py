@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_speculative.data.conversations import Conversation
+from nemo_speculative.data.conversation import Conversation
 
 SKIPPED_PACKAGES = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo", "pydoc_data"}
 MAX_DOC_CHARS = 500

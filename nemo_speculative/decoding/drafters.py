@@ -5,14 +5,14 @@ from typing import Any, Protocol
 
 import torch
 
-from nemo_speculative.decoding.growth import Growth
-from nemo_speculative.decoding.target import States, filled, last_of
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.kv_cache import KVCache
+from nemo_speculative.decoding.cached_target import States, filled, last_of
+from nemo_speculative.decoding.tree_builder import TreeBuilder
 from nemo_speculative.decoding.trees import Trees, chains
-from nemo_speculative.decoding.verification import Rule
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.drafts.cache import KVCache
-from nemo_speculative.errors import UserError
+from nemo_speculative.decoding.verification import Verifier
 from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.utils.errors import UserError
 
 FIRST_POSITIONS = 512
 
@@ -37,7 +37,7 @@ class Drafting(Protocol):
 class Drafter(Protocol):
     """Starts the drafting for a batch of sequences."""
 
-    def start(self, batch_size: int, rule: Rule) -> Drafting:
+    def start(self, batch_size: int, rule: Verifier) -> Drafting:
         """``rule`` says how draft tokens are chosen: the one that verifies them.
 
         Raises:
@@ -49,7 +49,7 @@ class Drafter(Protocol):
 class _Stateless:
     """Drafts from the sequences alone, which are given whole each time."""
 
-    def start(self, batch_size: int, rule: Rule) -> Any:
+    def start(self, batch_size: int, rule: Verifier) -> Any:
         return self
 
     def select(self, rows: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class NoDrafter(_Stateless):
     """Plain decoding."""
 
     def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
-        return chains(torch.tensor([tokens[-1:] for tokens in sequences], device=verified.aux.device))
+        return chains(torch.tensor([tokens[-1:] for tokens in sequences], device=verified.aux_hidden_states.device))
 
 
 class NgramDrafter(_Stateless):
@@ -73,7 +73,9 @@ class NgramDrafter(_Stateless):
         found = [self.lookup(tokens) for tokens in sequences]
         lengths = [len(x) for x in found]
         rows = [[tokens[-1], *x] for tokens, x in zip(sequences, found, strict=True)]
-        return chains(torch.tensor(filled(rows, max(lengths) + 1), device=verified.aux.device)).cut(lengths)
+        return chains(torch.tensor(filled(rows, max(lengths) + 1), device=verified.aux_hidden_states.device)).cut(
+            lengths
+        )
 
     def lookup(self, tokens: Sequence[int]) -> list[int]:
         """Draft tokens behind ``tokens``; none where nothing recurs."""
@@ -93,7 +95,7 @@ class EagleDrafter:
         ValueError: the draft reads other layers than the target gives.
     """
 
-    def __init__(self, draft: Draft, target: HFTarget, growth: Growth):
+    def __init__(self, draft: Draft, target: HFTarget, growth: TreeBuilder):
         wanted = getattr(draft.shape, "aux_layers", None)
         if wanted is not None and wanted != tuple(target.aux_layers):
             raise ValueError(f"the draft reads the layers {wanted}, the target gives {target.aux_layers}")
@@ -105,7 +107,7 @@ class EagleDrafter:
         self.device = target.device
         self._table = self._rotations(FIRST_POSITIONS)
 
-    def start(self, batch_size: int, rule: Rule) -> "_EagleDrafting":
+    def start(self, batch_size: int, rule: Verifier) -> "_EagleDrafting":
         if rule.draws and self.growth.ranks:
             raise UserError(
                 "a dynamic tree (topk above 1) keeps draft tokens for their score, and then rejection sampling is not "
@@ -134,7 +136,7 @@ class EagleDrafter:
 class _EagleDrafting:
     """See :class:`EagleDrafter`: one batch of sequences, and the draft's cache of them."""
 
-    def __init__(self, drafter: EagleDrafter, batch_size: int, rule: Rule):
+    def __init__(self, drafter: EagleDrafter, batch_size: int, rule: Verifier):
         self.drafter, self.draft, self.rule, self.cache = drafter, drafter.draft, rule, KVCache(batch_size)
 
     def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
@@ -154,7 +156,7 @@ class _EagleDrafting:
         longest = max(counts)
         spans = [x[start + 1 : start + 1 + n] for x, start, n in zip(sequences, starts, counts, strict=True)]
         tokens = torch.tensor(filled(spans, longest), device=self.drafter.device)
-        feature = self.draft.read(verified.aux[:, :longest], verified.last_hidden[:, :longest])
+        feature = self.draft.read(verified.aux_hidden_states[:, :longest], verified.last_hidden_state[:, :longest])
         visible = None
         if self.cache.ragged:
             visible = self.cache.visible(feature.new_ones(1, longest, longest, dtype=torch.bool).tril())
@@ -165,7 +167,7 @@ class _EagleDrafting:
 
 
 class _Frontier:
-    """See :class:`nemo_speculative.decoding.growth.Frontier`; the levels lie in the cache behind the sequences."""
+    """See :class:`.tree_builder.DraftCursor`; the levels lie in the cache behind the sequences."""
 
     def __init__(self, drafting: _EagleDrafting, root: torch.Tensor, output: torch.Tensor):
         self.draft, self.cache, self.rotation = drafting.draft, drafting.cache, drafting.drafter.rotation

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import one_hot
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Children(NamedTuple):
     """float32 [B, w, V_d], what they were drawn from; None: not left to chance."""
 
 
-class Verdict(NamedTuple):
+class Accepted(NamedTuple):
     """What a verification makes of one tree."""
 
     path: list[int]
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     """What it emits: the tokens of the accepted draft nodes, and one of the target's."""
 
 
-class Rule(ABC):
+class Verifier(ABC):
     """How children are chosen, and which of them the target keeps."""
 
     draws: ClassVar[bool]
@@ -48,11 +48,11 @@ class Rule(ABC):
         """k children of every node: the draft's logits [B, w, V_d]."""
 
     @abstractmethod
-    def verify(self, trees: Trees, logits: torch.Tensor) -> list[Verdict]:
+    def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
         """The target's logits at every node, [B, n, V]."""
 
 
-class _Following(Rule):
+class _Following(Verifier):
     """Takes one token of the target's at every node and follows it for as long as a child is that token.
 
     Exact for children that depend on nothing but what came before them (2406.16858, section 3; there q = 1): whichever
@@ -64,18 +64,18 @@ class _Following(Rule):
     def children(self, logits: torch.Tensor, k: int) -> Children:
         return Children(logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices, None)
 
-    def verify(self, trees: Trees, logits: torch.Tensor) -> list[Verdict]:
+    def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
         parents = trees.parents.expand_as(trees.tokens).tolist()
         rows = zip(trees.tokens.tolist(), parents, self.sample(logits).tolist(), strict=True)
         return [_follow(*row) for row in rows]
 
 
-def _follow(tokens: Sequence[int], parents: Sequence[int], chosen: Sequence[int]) -> Verdict:
+def _follow(tokens: Sequence[int], parents: Sequence[int], chosen: Sequence[int]) -> Accepted:
     child = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
     path = [0]
     while (node := child.get((path[-1], chosen[path[-1]]))) is not None:
         path.append(node)
-    return Verdict(path, [chosen[node] for node in path])
+    return Accepted(path, [chosen[node] for node in path])
 
 
 class Greedy(_Following):
@@ -98,7 +98,7 @@ class TargetOnly(_Following):
 
 
 @dataclass(frozen=True)
-class Rejection(Rule):
+class Rejection(Verifier):
     """Speculative sampling (2211.17192, algorithm 1), and over several children of a node (2402.14160, section 3).
 
     A child c drawn from q is accepted with probability min(1, p(c) / q(c)).  Otherwise p becomes norm(max(0, p - q)),
@@ -119,11 +119,11 @@ class Rejection(Rule):
         q = (self.draft_sampling or self.sampling).probabilities(logits)
         return Children(draw_distinct(q, k, self.generator), q)
 
-    def verify(self, trees: Trees, logits: torch.Tensor) -> list[Verdict]:
+    def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
         if trees.drawn is None:  # n-grams: q is 1 at the draft token, and then the two rules are one
             return TargetOnly(self.sampling, self.generator).verify(trees, logits)
-        everywhere = self.sampling.probabilities(logits)
-        p, q = everywhere[:, 0], trees.drawn.at(0, logits.shape[-1])
+        all_gather = self.sampling.probabilities(logits)
+        p, q = all_gather[:, 0], trees.drawn.at(0, logits.shape[-1])
         node = torch.zeros(len(p), 1, dtype=torch.long, device=p.device)
         accepted_at = []
         # In node order a node's children come after it, the first tried first: one pass walks all the paths.
@@ -137,7 +137,7 @@ class Rejection(Rule):
             p = torch.where(rejected, _normalized((p - q).clamp(min=0), p), p)
             q = torch.where(rejected, _normalized(q.scatter(1, token, 0), q), q)
             node = node.masked_fill(accepted, child)
-            p = torch.where(accepted, everywhere[:, child], p)
+            p = torch.where(accepted, all_gather[:, child], p)
             q = torch.where(accepted, trees.drawn.at(child, logits.shape[-1]), q)
             accepted_at.append(accepted)
         return _verdicts(trees.tokens, accepted_at, draw(p, self.generator))
@@ -152,16 +152,16 @@ def _normalized(mass: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     return torch.where(total > 0, mass / total, otherwise)
 
 
-def _verdicts(tokens: torch.Tensor, accepted_at: list[torch.Tensor], last: torch.Tensor) -> list[Verdict]:
+def _verdicts(tokens: torch.Tensor, accepted_at: list[torch.Tensor], last: torch.Tensor) -> list[Accepted]:
     accepted = torch.cat(accepted_at, dim=1).tolist() if accepted_at else [[] for _ in last]
     verdicts = []
     for row, taken, bonus in zip(tokens.tolist(), accepted, last.tolist(), strict=True):
         path = [0, *(node for node, yes in enumerate(taken, 1) if yes)]
-        verdicts.append(Verdict(path, [*(row[node] for node in path[1:]), bonus]))
+        verdicts.append(Accepted(path, [*(row[node] for node in path[1:]), bonus]))
     return verdicts
 
 
-def rule_for(sampling: Sampling, rejection: bool = False, generator: torch.Generator | None = None) -> Rule:
+def rule_for(sampling: Sampling, rejection: bool = False, generator: torch.Generator | None = None) -> Verifier:
     """Greedy at temperature 0; above it ``rejection`` chooses between the two sampling rules."""
     if sampling.temperature == 0:
         return Greedy()

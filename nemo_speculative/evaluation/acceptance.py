@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.config.schema import EvaluationConfig
-from nemo_speculative.data.chat import prompt_ids
-from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.data.chat_template import prompt_ids
+from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.generate import Generation, generate
-from nemo_speculative.decoding.growth import Growth, StaticTree, growth_for
+from nemo_speculative.decoding.engine import Generation, generate
 from nemo_speculative.decoding.sampling import Sampling
-from nemo_speculative.decoding.verification import Rule, rule_for
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.progress import Progress
-from nemo_speculative.speculative import Speculative
+from nemo_speculative.decoding.tree_builder import StaticTree, TreeBuilder, growth_for
+from nemo_speculative.decoding.verification import Verifier, rule_for
 from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.utils.progress import Progress
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Evaluation:
     draft: Measured
     plain: Measured
     ngram: Measured
-    settings: Speculative
+    settings: SpeculativeSettings
     sampled: bool = False
     """Whether the answers were sampled, at a temperature above 0."""
     conditions: str = ""
@@ -129,7 +129,7 @@ def evaluate_draft(
     target: HFTarget,
     draft: Draft,
     prompts: Sequence[Sequence[int]],
-    settings: Speculative,
+    settings: SpeculativeSettings,
     config: EvaluationConfig,
 ) -> Evaluation:
     """Answers every prompt three times, one way after the other, so that a noisy machine hits all alike.
@@ -168,12 +168,12 @@ def _how(config: EvaluationConfig) -> str:
     return f"temperature {config.temperature:g} ({rule})"
 
 
-def _grown(settings: Speculative, config: EvaluationConfig) -> tuple[Speculative, Growth]:
+def _grown(settings: SpeculativeSettings, config: EvaluationConfig) -> tuple[SpeculativeSettings, TreeBuilder]:
     """The settings that describe what is measured, and the way to grow it."""
     if not config.static_tree:
         return settings, growth_for(settings)
     tree = StaticTree()
-    return Speculative(max(map(len, tree.paths)), tree.widest, len(tree.paths) + 1), tree
+    return SpeculativeSettings(max(map(len, tree.paths)), tree.widest, len(tree.paths) + 1), tree
 
 
 def _at_once(batch_size: int) -> str:
@@ -184,7 +184,7 @@ def measure_tau(
     target: HFTarget,
     draft: Draft,
     prompts: Sequence[Sequence[int]],
-    settings: Speculative,
+    settings: SpeculativeSettings,
     config: EvaluationConfig,
 ) -> float:
     """τ of the draft alone: the figure by which a run chooses its best checkpoint."""
@@ -196,7 +196,7 @@ def measure_tau(
     return measured.tau
 
 
-def _rule(config: EvaluationConfig, target: HFTarget) -> Rule:
+def _rule(config: EvaluationConfig, target: HFTarget) -> Verifier:
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
     return rule_for(sampling, config.rejection_sampling, torch.Generator(target.device).manual_seed(config.seed))
 

@@ -7,16 +7,16 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from nemo_speculative.checkpoints.foreign.servable import as_servable
-from nemo_speculative.checkpoints.servable import Servable
+from nemo_speculative.checkpoint.adapters.servable import as_servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.config.schema import EvaluateJob, ModelConfig
-from nemo_speculative.data.conversations import read_jsonl
-from nemo_speculative.devices import choose_device
-from nemo_speculative.errors import UserError
+from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens
+from nemo_speculative.data.conversation import read_jsonl
 from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft, prompt_of
-from nemo_speculative.speculative import Speculative, default_draft_tokens
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.utils.devices import choose_device
+from nemo_speculative.utils.errors import UserError
 
 QUESTIONS = "questions.jsonl"
 CHAIN = 5
@@ -31,7 +31,7 @@ def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
     """
     if job.draft_class:
         get_class(job.draft_class)
-    settings = Speculative(CHAIN, 1, default_draft_tokens(CHAIN, 1))
+    settings = SpeculativeSettings(CHAIN, 1, default_draft_tokens(CHAIN, 1))
     servable, _ = as_servable(Path(job.checkpoint), job.target, settings, trust_remote_code=job.trust_remote_code)
     target = _target_of(servable, job)
     prompts = _prompts(job, servable, target)

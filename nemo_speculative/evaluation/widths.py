@@ -4,13 +4,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.config.schema import EvaluationConfig
+from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
 from nemo_speculative.decoding.drafters import EagleDrafter
-from nemo_speculative.decoding.generate import generate
-from nemo_speculative.decoding.growth import DynamicTree
-from nemo_speculative.drafts.base import Draft
+from nemo_speculative.decoding.engine import generate
+from nemo_speculative.decoding.tree_builder import DynamicTree
 from nemo_speculative.evaluation.acceptance import Measured, cpu_threads
-from nemo_speculative.speculative import Speculative, largest_tree
 from nemo_speculative.targets.hf import HFTarget
 
 WIDTHS = (8, 12, 16, 24, 32, 48, 64)
@@ -20,7 +20,7 @@ WIDTHS = (8, 12, 16, 24, 32, 48, 64)
 class Width:
     """A tree of so many tokens, and what it cost."""
 
-    settings: Speculative
+    settings: SpeculativeSettings
     measured: Measured
 
     @property
@@ -36,7 +36,7 @@ def measure_widths(
     """Every width on the same questions, one after the other on each, so that a noisy machine hits all alike."""
     most = largest_tree(num_steps, topk)
     sizes = sorted({min(width, most) for width in WIDTHS if width > topk})
-    widths = [Width(Speculative(num_steps, topk, size), Measured()) for size in sizes]
+    widths = [Width(SpeculativeSettings(num_steps, topk, size), Measured()) for size in sizes]
     drafters = [EagleDrafter(draft, target, DynamicTree(num_steps, topk, size)) for size in sizes]
     with cpu_threads(config.num_threads):
         for drafter in drafters:  # warm-up: the first call allocates

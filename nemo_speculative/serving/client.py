@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 HISTOGRAMS = ("spec_correct_drafts_histogram", "spec_accept_histogram")
 """What newer and older versions (0.5.9) call it."""

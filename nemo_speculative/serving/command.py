@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.checkpoints.contract import shape_of
-from nemo_speculative.checkpoints.servable import Provenance, check_whole, find_model, provenance_of, read_config
-from nemo_speculative.errors import UsageError
+from nemo_speculative.checkpoint.contract import shape_of
+from nemo_speculative.checkpoint.draft_checkpoint import Provenance, check_whole, find_model, provenance_of, read_config
+from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens, largest_tree, smallest_tree
 from nemo_speculative.serving.versions import NEWEST, check_servable, default_version, flag, require_supported
-from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree, smallest_tree
+from nemo_speculative.utils.errors import UsageError
 
 CPU_ENGINE = Path(__file__).parent / "cpu"
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
@@ -54,7 +54,7 @@ class ServeOptions:
     """A directory or a hub name."""
     algorithm: str
     dtype: str
-    speculative: Speculative
+    speculative: SpeculativeSettings
     device: str = "cuda"
     """cuda, or whatever accelerator SGLang finds; or cpu."""
     tp_size: int = 1
@@ -114,7 +114,7 @@ def _require(holds: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def _check_speculative(values: Speculative) -> None:
+def _check_speculative(values: SpeculativeSettings) -> None:
     steps, topk, tokens = values.num_steps, values.topk, values.num_draft_tokens
     for name, value in (("--num-steps", steps), ("--topk", topk), ("--num-draft-tokens", tokens)):
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -202,7 +202,7 @@ def read_remembered(model: Path) -> Remembered:
     return Remembered(contract.draft.ALGORITHM, shape, remembered)
 
 
-def _merge(remembered: Speculative, given: dict[str, Any]) -> Speculative:
+def _merge(remembered: SpeculativeSettings, given: dict[str, Any]) -> SpeculativeSettings:
     """Takes the speculative settings out of ``given``."""
     changed = given.keys() & {"num_steps", "topk"}
     steps, topk = given.pop("num_steps", remembered.num_steps), given.pop("topk", remembered.topk)
@@ -210,7 +210,7 @@ def _merge(remembered: Speculative, given: dict[str, Any]) -> Speculative:
     # Before a derived number of draft tokens can be blamed for them.
     _require(steps >= 1, f"--num-steps is {steps}: it must be at least 1")
     _require(topk >= 1, f"--topk is {topk}: it must be at least 1")
-    return Speculative(steps, topk, given.pop("num_draft_tokens", tokens))
+    return SpeculativeSettings(steps, topk, given.pop("num_draft_tokens", tokens))
 
 
 def serve_command(options: ServeOptions, python: str = "python") -> list[str]:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from nemo_speculative.errors import UsageError
 from nemo_speculative.serving.command import ServeOptions, serve_flags
 from nemo_speculative.serving.flags import parse_flags
+from nemo_speculative.utils.errors import UsageError
 
 
 def understood(options: ServeOptions) -> dict[str, Any]:

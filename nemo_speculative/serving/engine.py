@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nemo_speculative.data.chat import prompt_ids
-from nemo_speculative.errors import UserError
+from nemo_speculative.data.chat_template import prompt_ids
 from nemo_speculative.serving.command import ServeOptions, serve_environment, serve_flags
 from nemo_speculative.serving.process import STOP_SECONDS, SGLangProcess
+from nemo_speculative.utils.errors import UserError
 
 PIECE_BYTES = 1 << 16
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 from typing import Any
 
-from nemo_speculative.errors import UsageError
+from nemo_speculative.utils.errors import UsageError
 
 
 def parse_flags(flags: list[str], given_as: str) -> Any:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.errors import UsageError
 from nemo_speculative.serving.command import ServeOptions, read_remembered
-from nemo_speculative.targets.ends import target_fingerprint, text_config
+from nemo_speculative.targets.embedding_and_head import target_fingerprint, text_config
+from nemo_speculative.utils.errors import UsageError
 
 
 def check_target(options: ServeOptions, variant: bool = False) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 STOP_SECONDS = 20.0
 LAST_LINES = 30

@@ -10,9 +10,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.addresses import bound
-from nemo_speculative.errors import UsageError, named
 from nemo_speculative.serving.process import SGLangProcess
+from nemo_speculative.utils.errors import UsageError, named
+from nemo_speculative.utils.network import bound
 
 POLL_SECONDS = 0.5
 HEALTH_SECONDS = 5.0

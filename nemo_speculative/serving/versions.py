@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from nemo_speculative.errors import UsageError, UserError
+from nemo_speculative.utils.errors import UsageError, UserError
 
 OLDEST, NEWEST = "0.5.9", "0.5.23"
 EXPORTER_KEY = "exporter.sglang_version"

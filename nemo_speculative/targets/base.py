@@ -8,23 +8,23 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from nemo_speculative.context import Share
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.distributed.context_parallel import ContextShard
 
 
 @dataclass(frozen=True)
-class Supervision:
+class TargetOutput:
     """What the target computed for a batch of B rows of L tokens; of a share of m of them, B is 1 and L is m."""
 
-    aux: torch.Tensor
+    aux_hidden_states: torch.Tensor
     """[B, L, A * h]: outputs of the A aux layers, lowest first."""
-    last_hidden: torch.Tensor
-    """[B, L, h]: after the final norm, so that ``logits(last_hidden)`` predicts the next token."""
+    last_hidden_state: torch.Tensor
+    """[B, L, h]: after the final norm, so that ``logits(last_hidden_state)`` predicts the next token."""
 
-    def of(self, share: Share) -> "Supervision":
+    def of(self, share: ContextShard) -> "TargetOutput":
         """The share of what was computed for a whole batch."""
-        return Supervision(share.take(self.aux), share.take(self.last_hidden))
+        return TargetOutput(share.take(self.aux_hidden_states), share.take(self.last_hidden_state))
 
 
 class Target(Protocol):
@@ -63,7 +63,7 @@ class Target(Protocol):
         """
         ...
 
-    def supervise(self, batch: Batch) -> Supervision:
+    def compute_hidden_states(self, batch: Batch) -> TargetOutput:
         """Of the batch's share."""
         ...
 
@@ -72,14 +72,14 @@ class Target(Protocol):
         ...
 
     def compile(self) -> None:
-        """Compiles what it can of :meth:`supervise`."""
+        """Compiles what it can of :meth:`compute_hidden_states`."""
         ...
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """int64 [...] → [..., h], from the frozen embedding."""
         ...
 
-    def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
         """[..., h] → [..., V], through the frozen head."""
         ...
 

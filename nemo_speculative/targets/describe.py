@@ -7,9 +7,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from nemo_speculative.config.schema import ModelConfig, TinyModelConfig
-from nemo_speculative.targets.ends import load_tokenizer, stop_ids, text_config
+from nemo_speculative.targets.demo import directory_of, llama_config, make_tokenizer
+from nemo_speculative.targets.embedding_and_head import load_tokenizer, stop_ids, text_config
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.targets.tiny import directory_of, llama_config, make_tokenizer
 
 
 @dataclass(frozen=True)

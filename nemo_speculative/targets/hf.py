@@ -11,20 +11,20 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from nemo_speculative.context import WHOLE
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.errors import UserError
-from nemo_speculative.targets.base import Supervision
-from nemo_speculative.targets.ends import TargetEnds, decoder_layers, load_model
-from nemo_speculative.targets.packed_attention import BY_DOCUMENT, packed_documents
+from nemo_speculative.distributed.context_parallel import FULL_BATCH
+from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.targets.document_attention import BY_DOCUMENT, packed_documents
+from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead, decoder_layers, load_model
+from nemo_speculative.utils.errors import UserError
 
 
-class TransformersTarget(TargetEnds):
+class TransformersTarget(EmbeddingAndHead):
     """A frozen Hugging Face model in eval mode; see :class:`nemo_speculative.targets.base.Target`.
 
     Args:
         attn_implementation: transformers' name of its attention.
-        ends: those of :class:`nemo_speculative.targets.ends.TargetEnds`, and further options of transformers.
+        ends: those of :class:`.embedding_and_head.EmbeddingAndHead`, and further options of transformers.
 
     Raises:
         UserError: the directory holds no usable model or tokenizer, or the head does more to the last hidden state
@@ -140,24 +140,24 @@ class TransformersTarget(TargetEnds):
             if isinstance(mlp := getattr(layer, "mlp", None), nn.Module):
                 mlp.compile()
 
-    def supervise(self, batch: Batch) -> Supervision:
+    def compute_hidden_states(self, batch: Batch) -> TargetOutput:
         """
         Raises:
             UserError: ranks share the batch, and the model does not attend document by document.
         """
         if self._by_document:
             return self._supervise_by_document(batch)
-        if batch.share is not WHOLE:
+        if batch.share is not FULL_BATCH:
             raise UserError(
                 f"parallelism.context: {type(self.model).__name__} with {self._decoder.config._attn_implementation} "
                 "attention reads whole rows; use backend.attn_implementation=sdpa, or parallelism.context=1"
             )
-        return Supervision(*self.forward(batch.input_ids, batch.positions))
+        return TargetOutput(*self.forward(batch.input_ids, batch.positions))
 
-    def _supervise_by_document(self, batch: Batch) -> Supervision:
+    def _supervise_by_document(self, batch: Batch) -> TargetOutput:
         share = batch.share.beside()
         with self._attention(BY_DOCUMENT), packed_documents(batch.document_lengths(), share):
-            return Supervision(*self.forward(share.take(batch.input_ids), share.take(batch.positions)))
+            return TargetOutput(*self.forward(share.take(batch.input_ids), share.take(batch.positions)))
 
     def last_layers(self, count: int) -> Sequence[nn.Module]:
         return list(self.layers)[-count:]
@@ -184,19 +184,19 @@ class TransformersTarget(TargetEnds):
 
     def _check_packing(self) -> None:
         """A model that does not tell documents apart would leak silently."""
-        if not self._separates_documents(self.supervise):
+        if not self._separates_documents(self.compute_hidden_states):
             raise UserError(
                 f"{self.path}: {type(self.model).__name__} with {self.model.config._attn_implementation} attention "
                 "lets packed documents see each other; try backend.attn_implementation=eager"
             )
 
     @torch.no_grad()
-    def _separates_documents(self, supervise: Callable[[Batch], Supervision]) -> bool:
+    def _separates_documents(self, compute_hidden_states: Callable[[Batch], TargetOutput]) -> bool:
         """Whether the second of two packed documents gets the hidden states that it has alone."""
         place = torch.arange(8, device=self.device)[None]
         ids = place % self.config.vocab_size
         batch = Batch(ids, torch.zeros_like(ids, dtype=torch.bool), positions=place % 4, documents=place // 4)
-        packed = supervise(batch).last_hidden[:, 4:].float()
+        packed = compute_hidden_states(batch).last_hidden_state[:, 4:].float()
         alone = self.forward(ids[:, 4:])[1].float()
         return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True)
 

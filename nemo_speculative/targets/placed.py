@@ -17,21 +17,27 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.errors import UserError
-from nemo_speculative.progress import quiet_transformers
-from nemo_speculative.ranks import first_rank_only
-from nemo_speculative.targets.base import Supervision
+from nemo_speculative.distributed.collectives import on_first_rank
+from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.describe import stop_ids_of
-from nemo_speculative.targets.ends import UNSCALED, TargetEnds, decoder_layers, load_config, load_model
+from nemo_speculative.targets.embedding_and_head import (
+    UNSCALED,
+    EmbeddingAndHead,
+    decoder_layers,
+    load_config,
+    load_model,
+)
 from nemo_speculative.targets.hf import TransformersTarget
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.progress import quiet_transformers
 
 
 class PlacedTarget(TransformersTarget):
     """A frozen Hugging Face model divided over ranks of the process group, which run its forwards together.
 
-    They embed tokens together, too; and where :meth:`supervise` has not just made the head whole, they read it
-    together.  One process of the job reads the files, into the host's memory, and sends every tensor to the others,
-    which keep their parts of it: no device ever holds more than its parts and one whole tensor.
+    They embed tokens together, too; and where :meth:`compute_hidden_states` has not just made the head whole, they
+    read it together.  One process of the job reads the files, into the host's memory, and sends every tensor to the
+    others, which keep their parts of it: no device ever holds more than its parts and one whole tensor.
 
     Args:
         options: those of :class:`nemo_speculative.targets.hf.TransformersTarget`.
@@ -60,7 +66,7 @@ class PlacedTarget(TransformersTarget):
             model = AutoModelForCausalLM.from_config(config, **options).eval().requires_grad_(False)
         layers = decoder_layers(model.get_decoder(), self.config.num_hidden_layers)
         self._check(model, layers)
-        read = first_rank_only(lambda: _read(self.path, model, options))
+        read = on_first_rank(lambda: _read(self.path, model, options))
         _take_dtypes(model, read)
         mesh = self._mesh()
         self._embedding_rows = DividedRows(model.get_input_embeddings(), mesh)
@@ -85,7 +91,7 @@ class PlacedTarget(TransformersTarget):
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         """Makes the parameters of ``layers``, which have no storage yet, this rank's parts of them."""
 
-    def supervise(self, batch: Batch) -> Supervision:
+    def compute_hidden_states(self, batch: Batch) -> TargetOutput:
         self.release()
         supervision = self._compute(batch)
         self._embedding_rows.drop()
@@ -97,9 +103,9 @@ class PlacedTarget(TransformersTarget):
         self._embedding_rows.drop()
         self._head_rows.drop()
 
-    def _compute(self, batch: Batch) -> Supervision:
+    def _compute(self, batch: Batch) -> TargetOutput:
         """With all ranks that share a copy."""
-        return super().supervise(batch)
+        return super().compute_hidden_states(batch)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         embedded = super().embed(input_ids)
@@ -111,7 +117,7 @@ class PlacedTarget(TransformersTarget):
         return self._head_rows.gather()
 
     def last_layers(self, count: int) -> list[nn.Module]:
-        return list(TargetEnds.last_layers(self, count))
+        return list(EmbeddingAndHead.last_layers(self, count))
 
 
 class DividedRows:

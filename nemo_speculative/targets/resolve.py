@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from nemo_speculative.config.schema import ModelConfig
-from nemo_speculative.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, named
 
 DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 WEIGHTS = ["*.safetensors"]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from nemo_speculative.ranks import limited
+from nemo_speculative.distributed.collectives import limited
 from nemo_speculative.targets.placed import PlacedTarget
 
 

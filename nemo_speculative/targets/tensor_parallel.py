@@ -11,10 +11,10 @@ from transformers.integrations import tensor_parallel as transformers_tp
 
 from nemo_speculative.config.schema import TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.errors import UserError
-from nemo_speculative.ranks import gathered, limited
-from nemo_speculative.targets.base import Supervision
+from nemo_speculative.distributed.collectives import gathered, limited
+from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.placed import PlacedTarget
+from nemo_speculative.utils.errors import UserError
 
 
 class TensorParallelTarget(PlacedTarget):
@@ -51,7 +51,7 @@ class TensorParallelTarget(PlacedTarget):
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         transformers_tp.apply_tensor_parallelism(model, mesh, _plan(model, layers))
 
-    def _compute(self, batch: Batch) -> Supervision:
+    def _compute(self, batch: Batch) -> TargetOutput:
         host, own = batch.on_host, dist.get_rank(self.group)
         asked = gathered(torch.stack([host.input_ids, host.positions]), self.group)
         found = [
@@ -62,7 +62,7 @@ class TensorParallelTarget(PlacedTarget):
         assert supervision is not None
         return supervision.of(batch.share)
 
-    def _kept(self, batch: Batch, keep: bool) -> Supervision | None:
+    def _kept(self, batch: Batch, keep: bool) -> TargetOutput | None:
         """None, and no memory, for what another rank asked for."""
         supervision = super()._compute(batch)
         return supervision if keep else None

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_speculative.drafts.attention import Block, Piece, PieceBlock
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.drafts.unroll import EVERYTHING, Entry
-from nemo_speculative.objectives.head import LOGITS_ALIVE, LOGITS_JUDGED
-from nemo_speculative.objectives.schedule import LABEL_CHUNK, Schedule
+from nemo_speculative.algorithms.common.attention import Block, Piece, PieceBlock
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.linear_loss import LOGITS_ALIVE, LOGITS_JUDGED
+from nemo_speculative.algorithms.common.schedule import LABEL_CHUNK, Schedule
+from nemo_speculative.algorithms.common.ttt import EVERYTHING, Entry
 
 FLOAT32 = 4
 FORWARD_ATTENTION, BACKWARD_ATTENTION = 2, 5
@@ -32,7 +32,7 @@ class Amount:
 
     tokens: float
     """Of the rows, padding included; where ranks share them, of this one's share."""
-    everywhere: float
+    all_gather: float
     """Of the rows as a whole: whose keys and values are there."""
     slots: tuple[float, ...]
     """Of each step of the unroll."""
@@ -63,18 +63,18 @@ class Amount:
         largest = max(schedule.parts, key=lambda part: sum(part.slots.alive))
         layout = schedule.layout
         # The target's own, which the draft need not be told.
-        everywhere = layout.host_positions.double() + 1
-        pairs = everywhere[layout.share.flat(torch.arange(len(layout.positions)))]
+        all_gather = layout.host_positions.double() + 1
+        pairs = all_gather[layout.share.flat(torch.arange(len(layout.positions)))]
         return cls(
             tokens=len(schedule.layout.positions),
-            everywhere=schedule.batch.num_tokens,
+            all_gather=schedule.batch.num_tokens,
             slots=_by_step([part.slots.alive for part in schedule.parts]),
             scores=_by_step([list(map(_scores, part.slots.blocks)) for part in schedule.parts]),
             lower_scores=_scores(schedule.layout.block) if deeper else 0,
             rows=sum(len(part.rows.output) for part in schedule.parts),
             labels=sum(len(part.rows.labels) for part in schedule.parts),
             pairs=float(pairs.sum()),
-            pairs_everywhere=float(everywhere.sum()),
+            pairs_everywhere=float(all_gather.sum()),
             alive=_by_step([largest.slots.alive]),
             rows_alive=len(largest.rows.output),
             rows_at_once=max(rows.stop - rows.start for part in schedule.parts for rows, _ in part.rows.chunks),
@@ -96,7 +96,7 @@ class Amount:
     @property
     def of_whole_rows(self) -> "Amount":
         """What a target has to do that ranks which share rows ask for all of them."""
-        return replace(self, tokens=self.everywhere, pairs=self.pairs_everywhere)
+        return replace(self, tokens=self.all_gather, pairs=self.pairs_everywhere)
 
 
 def _by_step(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -158,7 +158,7 @@ class TargetCost:
         # The embeddings, what the layer reads, plain and normed, and the rotation.
         kept = amount.tokens * ((3 + aux_layers) * self.hidden + 2 * self.head_dim)
         # What is gathered, in its own order and then in the batch's; and a copy for every head of the queries.
-        gathered = (amount.everywhere - amount.tokens) * (4 * self.key_width + 2 * self.attention_width)
+        gathered = (amount.all_gather - amount.tokens) * (4 * self.key_width + 2 * self.attention_width)
         attention = width * (amount.tokens * 8 * self.attention_width + gathered)
         mlp = amount.tokens * max(width * 3 * self.intermediate + self.hidden, (aux_layers + 1) * self.hidden)
         return element * (kept + max(mlp, attention))
@@ -258,7 +258,7 @@ class DraftCost:
 
     def _gathered(self, amount: Amount) -> float:
         """Entries of the other ranks' keys and values."""
-        return (amount.everywhere - amount.tokens) * self.num_layers * 2 * self.narrow
+        return (amount.all_gather - amount.tokens) * self.num_layers * 2 * self.narrow
 
     def _of_steps(self, slots: Sequence[float], element: int) -> float:
         first = slots[0] * (2 * self.hidden + self._behind_projection(element) - self.wide)

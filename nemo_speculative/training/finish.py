@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.checkpoints.servable import Servable, find_model, read_servable, restate
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, find_model, read_servable, restate
+from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import TrainJob
-from nemo_speculative.drafts.base import Draft
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.distributed.collectives import on_first_rank
 from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
 from nemo_speculative.evaluation.checkpoint import QUESTIONS
 from nemo_speculative.evaluation.report import describe
 from nemo_speculative.evaluation.widths import cheapest, describe_widths, measure_widths
-from nemo_speculative.ranks import first_rank_only
 from nemo_speculative.serving.command import sglang_command
-from nemo_speculative.speculative import Speculative
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget
 
@@ -26,12 +26,12 @@ def save_questions(run: RunDirectory, prompts: Sequence[list[int]]) -> None:
     """Writes ``questions.jsonl``, before the first checkpoint: each of them can be measured while training goes on."""
     rows = [json.dumps({"input_ids": p, "loss_mask": [0] * len(p)}) + "\n" for p in prompts]
     if rows:
-        first_rank_only(lambda: (run.root / QUESTIONS).write_text("".join(rows)))
+        on_first_rank(lambda: (run.root / QUESTIONS).write_text("".join(rows)))
 
 
 def measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
     """Writes ``summary.json`` on the first rank and prints what it says."""
-    first_rank_only(lambda: _measure_and_summarize(job, target, run, prompts[: job.evaluation.num_questions]))
+    on_first_rank(lambda: _measure_and_summarize(job, target, run, prompts[: job.evaluation.num_questions]))
 
 
 def _measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, prompts: Sequence[list[int]]) -> None:
@@ -73,7 +73,7 @@ def _measure(
     return evaluate_draft(target, draft, prompts, settings, job.evaluation)
 
 
-def choose_width(job: TrainJob, target: HFTarget, draft: Draft, prompts: Sequence[list[int]]) -> Speculative:
+def choose_width(job: TrainJob, target: HFTarget, draft: Draft, prompts: Sequence[list[int]]) -> SpeculativeSettings:
     """The speculative settings whose trees cost the least time per token, and the table that says so."""
     exporter, questions = job.exporter, prompts[: job.evaluation.selection_questions]
     widths = measure_widths(target, draft, questions, exporter.num_steps, exporter.topk, job.evaluation)

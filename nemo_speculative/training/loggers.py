@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_speculative.config.schema import WandbMode
-from nemo_speculative.training import titan
+from nemo_speculative.distributed import titan
 
 
 def no_logger(output_dir: Path, run_config: dict[str, Any]) -> titan.BaseLogger:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from nemo_speculative.config.schema import READ_AHEAD, MuonConfig, OptimizerConfig
 from nemo_speculative.training.cost import FLOAT32, Amount, DraftCost, TargetCost
-from nemo_speculative.training.optimization import NOT_HIDDEN
+from nemo_speculative.training.optimizer import NOT_HIDDEN
 
 CPU_HEAP_SHARE, CPU_HEAP_BYTES = 0.25, 60e6
 """What a CPU's allocator leaves between blocks, as a share of what comes and goes, and libraries take at first use.

@@ -6,21 +6,20 @@ from typing import Any
 
 import torch
 
+from nemo_speculative.algorithms.common.draft import DraftShape
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
-from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.documents import Documents, preview
-from nemo_speculative.data.items import Items
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import Items
+from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.packing import pack
-from nemo_speculative.data.store import Tokenizing, stored_documents
-from nemo_speculative.data.stream import RowStream
-from nemo_speculative.data.vocabulary import build_vocabulary
-from nemo_speculative.devices import choose_device
-from nemo_speculative.drafts.base import DraftShape
-from nemo_speculative.ranks import started
-from nemo_speculative.targets import tiny
+from nemo_speculative.data.token_store import Tokenizing, stored_documents
+from nemo_speculative.data.tokenized_dataset import TokenizedDataset, preview
+from nemo_speculative.data.vocab_mapping import build_vocabulary
+from nemo_speculative.distributed.collectives import started
+from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.training.assembly import check_job, check_ranks, draft_shape, load_split
+from nemo_speculative.training.build import check_job, check_ranks, draft_shape, load_split
 from nemo_speculative.training.cost import TargetCost
 from nemo_speculative.training.peak import Memory
 from nemo_speculative.training.prediction import (
@@ -34,6 +33,7 @@ from nemo_speculative.training.prediction import (
     predict,
     trial_bytes,
 )
+from nemo_speculative.utils.devices import choose_device
 
 GB, MB = 1e9, 1e6
 
@@ -86,7 +86,7 @@ def _layout(job: TrainJob, target: TargetCost) -> str:
 def _held(job: TrainJob, target: TargetCost) -> str:
     """What a process holds of the target, beside what it gathers for a time."""
     layers = job.backend.share_of_layers(started())
-    ends = layers if job.backend.DIVIDES_ENDS else 1.0
+    ends = layers if job.backend.SHARDS_EMBEDDING_AND_HEAD else 1.0
     entries = layers * (target.parameters - target.end_parameters) + ends * target.end_parameters
     if not layers:
         part = "the target's embedding and head"
@@ -100,18 +100,18 @@ def _held(job: TrainJob, target: TargetCost) -> str:
 def _where(job: TrainJob) -> str:
     """The target's place; the embedded one need not exist yet."""
     if isinstance(job.model, TinyModelConfig):
-        directory = tiny.directory_of(job.model)
+        directory = demo.directory_of(job.model)
         return str(directory) if directory.exists() else "embedded, to be made"
     return str(resolve_target(job.model, weights=False))
 
 
-def _tokenized(job: TrainJob, items: Items, how: Tokenizing) -> Documents:
+def _tokenized(job: TrainJob, items: Items, how: Tokenizing) -> TokenizedDataset:
     if job.data.answers is Answers.target:  # those that have one already show what the others will be like
         return how([item for item in items if isinstance(item, TokenRow) or item.has_answer])
     return stored_documents(items, how, job.data, "tokenising")
 
 
-def _data_line(job: TrainJob, documents: Documents) -> str:
+def _data_line(job: TrainJob, documents: TokenizedDataset) -> str:
     if job.data.answers is Answers.target:
         return (
             f"the target answers them, at most {job.data.max_answer_tokens} tokens each; as given: {documents.report()}"
@@ -119,7 +119,7 @@ def _data_line(job: TrainJob, documents: Documents) -> str:
     return documents.report()
 
 
-def _steps_line(job: TrainJob, documents: Documents, row_tokens: int) -> str:
+def _steps_line(job: TrainJob, documents: TokenizedDataset, row_tokens: int) -> str:
     rows = len(pack(documents.lengths, row_tokens, job.seed))
     if not rows and not job.trainer.max_steps:
         return "as many steps as the answers give, not known before the target writes them"
@@ -133,7 +133,7 @@ def _steps_line(job: TrainJob, documents: Documents, row_tokens: int) -> str:
 
 
 def _cost_lines(
-    job: TrainJob, models: Models, config: Any, shape: DraftShape, documents: Documents, row_tokens: int,
+    job: TrainJob, models: Models, config: Any, shape: DraftShape, documents: TokenizedDataset, row_tokens: int,
     device: torch.device,
 ) -> list[str]:  # fmt: skip
     if not documents.rows:
@@ -153,9 +153,9 @@ def _cost_lines(
     return [*_time_lines(job, found, job.trainer.total_steps(len(stream.rows_of(0))), device), *lines]
 
 
-def _stream(job: TrainJob, documents: Documents, row_tokens: int) -> RowStream:
+def _stream(job: TrainJob, documents: TokenizedDataset, row_tokens: int) -> PackedLoader:
     """What the first rank would train on."""
-    return RowStream(
+    return PackedLoader(
         documents,
         row_tokens=row_tokens,
         global_batch_size=job.trainer.global_batch_size,

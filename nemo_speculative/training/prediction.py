@@ -8,16 +8,16 @@ import torch
 from hydra.utils import get_class
 from transformers import AutoModelForCausalLM
 
+from nemo_speculative.algorithms.common.draft import Draft, DraftShape
+from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
 from nemo_speculative.config.schema import TrainJob
-from nemo_speculative.context import Context
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.drafts.base import Draft, DraftShape
-from nemo_speculative.objectives.unroll import UnrollObjective
-from nemo_speculative.ranks import started
+from nemo_speculative.distributed.collectives import started
+from nemo_speculative.distributed.context_parallel import ContextGroup
+from nemo_speculative.distributed.parallelism import fast_float32_matmuls
 from nemo_speculative.training.cost import FLOAT32, Amount, DraftCost, TargetCost
-from nemo_speculative.training.parallelism import fast_float32_matmuls
 from nemo_speculative.training.peak import Memory, Placement, step_memory
-from nemo_speculative.training.trial import Rates, Trial
+from nemo_speculative.training.speed_probe import Rates, SpeedProbe
 
 BYTES = {"float32": 4, "bfloat16": 2}
 SAMPLE = 8
@@ -70,7 +70,7 @@ def count(job: TrainJob, models: Models, batches: list[Batch], device: torch.dev
     """What there is to compute on ``device`` in each of ``batches``."""
     objective: type[UnrollObjective] = get_class(job.draft.objective)
     alive = job.trainer.slots(models.draft.hidden, device.type)
-    context = Context.planned(job.parallelism.context)
+    context = ContextGroup.planned(job.parallelism.context)
     built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, slots_alive=alive, context=context)  # type: ignore[arg-type]
     return [Amount.of(built.schedule(batch), models.draft.num_layers > 1) for batch in batches[:SAMPLE]]
 
@@ -102,7 +102,7 @@ def predict(
 def measure(job: TrainJob, models: Models, config: Any, shape: DraftShape, batch: Batch, device: torch.device) -> Rates:
     """The speed of this machine at the job's parts, on a piece of ``batch``."""
     with fast_float32_matmuls(device):
-        return Trial(job, config, shape, batch, device).rates(models.target, models.draft)
+        return SpeedProbe(job, config, shape, batch, device).rates(models.target, models.draft)
 
 
 def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.device) -> Memory:
@@ -117,7 +117,7 @@ def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.d
         element=BYTES[job.trainer.dtype.value],
         device_type=device.type,
         target_share=job.backend.share_of_layers(ranks),
-        ends_divided=job.backend.DIVIDES_ENDS,
+        ends_divided=job.backend.SHARDS_EMBEDDING_AND_HEAD,
         target_width=job.backend.share_of_width(ranks),
         gathered_layers=job.backend.GATHERED_LAYERS,
         whole_rows=job.backend.WHOLE_ROWS,

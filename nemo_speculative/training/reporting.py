@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from nemo_speculative.progress import duration
-from nemo_speculative.training import titan
-from nemo_speculative.training.clock import peak_memory_gib
+from nemo_speculative.distributed import titan
 from nemo_speculative.training.loggers import MetricsFile
+from nemo_speculative.training.step_timer import peak_memory_gib
+from nemo_speculative.utils.progress import duration
 
 
 class Reporter:

@@ -16,24 +16,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.objective import LossSum, Objective
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.stream import RowStream
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.errors import UserError
-from nemo_speculative.objectives.base import LossSum, Objective
-from nemo_speculative.targets.base import Supervision, Target
-from nemo_speculative.training import titan
-from nemo_speculative.training.clock import Clock
+from nemo_speculative.data.loader import PackedLoader
+from nemo_speculative.distributed import titan
+from nemo_speculative.distributed.health import Place
+from nemo_speculative.distributed.parallelism import data_rank, exchange, gather_ahead, limit_waits, shard_draft
+from nemo_speculative.distributed.stragglers import StragglerDetector
+from nemo_speculative.targets.base import Target, TargetOutput
+from nemo_speculative.training.checkpointer import Checkpointer
 from nemo_speculative.training.ema import WeightAverage
-from nemo_speculative.training.feed import Feed, GlobalBatch, TargetAhead
-from nemo_speculative.training.heartbeat import Place
-from nemo_speculative.training.optimization import build_optimizers, build_schedules
-from nemo_speculative.training.pace import Pace
-from nemo_speculative.training.parallelism import data_rank, exchange, gather_ahead, limit_waits, shard_draft
+from nemo_speculative.training.optimizer import build_optimizers, build_schedules
+from nemo_speculative.training.prefetch import BatchPrefetcher, GlobalBatch, TargetPrefetcher
 from nemo_speculative.training.reporting import Reporter
-from nemo_speculative.training.saving import Saver
-from nemo_speculative.training.state import ResumeState
+from nemo_speculative.training.resume_state import ResumeState
+from nemo_speculative.training.step_timer import StepTimer
+from nemo_speculative.utils.errors import UserError
 
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}
 """Of a run that was asked to stop and has saved: a scheduler that takes its machine back starts it anew."""
@@ -48,7 +48,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.draft, self.objective, self.timed = draft, objective, timed
 
-    def forward(self, schedule: Any, supervision: Supervision, counts: torch.Tensor) -> LossSum:
+    def forward(self, schedule: Any, supervision: TargetOutput, counts: torch.Tensor) -> LossSum:
         with self.timed():
             return self.objective.loss(self.draft, schedule, supervision, counts)
 
@@ -81,9 +81,9 @@ class DraftTrainer:
     """Trains a draft against a frozen target; ``saver`` writes its checkpoints, ``reporter`` its metrics."""
 
     def __init__(
-        self, job: TrainJob, *, target: Target, draft: Draft, objective: Objective, stream: RowStream,
+        self, job: TrainJob, *, target: Target, draft: Draft, objective: Objective, stream: PackedLoader,
         validation: list[Batch], total_steps: int, parallel_dims: titan.ParallelDims, device: torch.device,
-        saver: Saver, reporter: Reporter,
+        saver: Checkpointer, reporter: Reporter,
     ):  # fmt: skip
         self.job, self.config, self.device = job, job.trainer, device
         self.target, self.objective, self.stream = target, objective, stream
@@ -95,7 +95,7 @@ class DraftTrainer:
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         dtype = getattr(torch, job.trainer.dtype.value)
-        self.clock, self.pace, self.learning_rate = Clock(device), Pace(reporter.say), 0.0
+        self.clock, self.pace, self.learning_rate = StepTimer(device), StragglerDetector(reporter.say), 0.0
         trainee = Trainee(draft.to(device), objective, self.clock.alone)
         self.trainee = shard_draft(trainee, parallel_dims, dtype, job.parallelism.offload)
         self.optimizers = build_optimizers(job.optimizer, self.trainee)
@@ -103,7 +103,10 @@ class DraftTrainer:
         self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
         self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average, device)
         self._stop, self._asked = threading.Event(), set[int]()
-        self.feed, self.ahead = Feed(stream, objective, device), TargetAhead(target, device, self.clock, self._stop)
+        self.feed, self.ahead = (
+            BatchPrefetcher(stream, objective, device),
+            TargetPrefetcher(target, device, self.clock, self._stop),
+        )
         self.position: GlobalBatch
         self._unchecked: list[Taken] = []
 

@@ -10,7 +10,7 @@ from benchmarks.training_step.controller import Pass, Worker, interleave
 from benchmarks.training_step.implementations.base import Implementation
 from benchmarks.training_step.table import figures, multiples
 from benchmarks.training_step.worker import Memory, measured, most_alive
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 TRIVIAL = """
 import json, sys

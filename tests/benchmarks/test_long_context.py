@@ -5,8 +5,8 @@ import pytest
 from benchmarks import long_context
 from benchmarks.long_context import answered, measured, strung, trained
 from nemo_speculative.config.schema import TinyModelConfig
+from nemo_speculative.targets.demo import prepare_tiny
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.tiny import prepare_tiny
 
 LENGTH, STEPS = 64, 120
 SMALLER = {"num_layers": 7, "hidden_size": 64, "intermediate_size": 192, "vocab_size": 512, "steps": 200}

@@ -29,14 +29,13 @@ from benchmarks.scaling import (
     shared,
     step,
 )
-from nemo_speculative import context
 from nemo_speculative.config.schema import Eagle3DraftConfig, ParallelismConfig, ShardedHFBackendConfig
-from nemo_speculative.context import Context
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.data.vocabulary import DraftVocabulary
+from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.distributed import context_parallel, parallelism, titan
+from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training import parallelism, titan
 from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
 from nemo_speculative.training.prediction import Models
 from nemo_speculative.training.trainer import Trainee
@@ -210,14 +209,14 @@ def exchanged(directory):
     for name, config in SHARED.items():
         seen = {"target": 0, "draft": 0, "gradients": 0}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(context, "_all_gather", gathered(seen, ranks))
-            patch.setattr(context, "_reduce_scatter", scattered(seen))
+            patch.setattr(context_parallel, "_all_gather", gathered(seen, ranks))
+            patch.setattr(context_parallel, "_reduce_scatter", scattered(seen))
             train(*tiny_draft(config, target, ranks), target, dims)
         found[name] = seen
     return found
 
 
-def gathered(seen, ranks, collective=context._all_gather):
+def gathered(seen, ranks, collective=context_parallel._all_gather):
     def counted(out, given, group):
         seen["target" if group is ranks.group_beside else "draft"] += out.nbytes
         assert given.nbytes * group.size() == out.nbytes
@@ -226,7 +225,7 @@ def gathered(seen, ranks, collective=context._all_gather):
     return counted
 
 
-def scattered(seen, collective=context._reduce_scatter):
+def scattered(seen, collective=context_parallel._reduce_scatter):
     def counted(out, given, group):
         seen["gradients"] += given.nbytes
         collective(out, given, group=group)
@@ -236,19 +235,21 @@ def scattered(seen, collective=context._reduce_scatter):
 
 def train(draft, objective, target, dims):
     """A step, as the trainer takes it."""
-    draft.use_vocabulary(DraftVocabulary(torch.arange(48), TINY.vocab_size, 1.0))
+    draft.set_vocab_mapping(VocabMapping(torch.arange(48), TINY.vocab_size, 1.0))
     trainee = parallelism.shard_draft(Trainee(draft.attach(target), objective), dims, torch.bfloat16)
     schedules = [objective.schedule(tiny_batch()) for _ in range(MICRO_BATCHES)]
     assert all(len(schedule.parts) > 1 for schedule in schedules)
     for schedule in schedules:
-        trainee(schedule, target.supervise(schedule.batch), sum(s.counts for s in schedules)).loss.backward()
+        trainee(
+            schedule, target.compute_hidden_states(schedule.batch), sum(s.counts for s in schedules)
+        ).loss.backward()
 
 
 def tiny_work(config):
-    draft, objective = tiny_draft(config, None, Context.planned(2))
+    draft, objective = tiny_draft(config, None, ContextGroup.planned(2))
     with torch.device("meta"):
         target = TargetCost(LlamaForCausalLM(TINY))
-        cost = DraftCost(tiny_draft(config, None, Context.planned(2))[0], aux_layers=3, target_hidden=64)
+        cost = DraftCost(tiny_draft(config, None, ContextGroup.planned(2))[0], aux_layers=3, target_hidden=64)
     amount = Amount.of(objective.schedule(tiny_batch()), len(draft.stack) > 1)
     return Work(Models(target, cost), amount, MICRO_BATCHES)
 
@@ -300,7 +301,7 @@ def test_the_others_wait_for_the_first_of_the_gpus_that_share_a_row(monkeypatch)
 
     def flops(rank):
         group = SimpleNamespace(size=lambda: 4, rank=lambda: rank)
-        monkeypatch.setattr(Context, "planned", classmethod(lambda cls, ranks: cls(group)))
+        monkeypatch.setattr(ContextGroup, "planned", classmethod(lambda cls, ranks: cls(group)))
         work = training.work(row, 1, 4)
         return work.target + work.draft
 

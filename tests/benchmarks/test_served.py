@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import served
 from nemo_speculative.config.app import to_job
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import composed
 
 

@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from nemo_speculative.config.app import CONF, to_job
-from nemo_speculative.data.documents import Documents
-from nemo_speculative.errors import UserError
-from nemo_speculative.targets import tiny
-from nemo_speculative.targets.ends import text_config
+from nemo_speculative.data.tokenized_dataset import TokenizedDataset
+from nemo_speculative.targets import demo
+from nemo_speculative.targets.embedding_and_head import text_config
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training import assembly
-from nemo_speculative.training.optimization import build_optimizers, build_schedules
+from nemo_speculative.training import build
+from nemo_speculative.training.optimizer import build_optimizers, build_schedules
+from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import GROUPS, composed
 from tests.target_servers import serving
 from tests.training.ranks import on_ranks
@@ -50,7 +50,7 @@ def data_dir(tmp_path):
 def test_model(option, target_dir, monkeypatch):
     job = job_of(f"model={option}", *([] if option == "tiny" else ["data=tiny"]))
     if option == "tiny":
-        config = tiny.llama_config(job.model)
+        config = demo.llama_config(job.model)
     else:
         local = job.model.path == "somewhere"
         if not local:  # a hub name: not to be had here, and said so
@@ -71,9 +71,9 @@ def test_backend_hf(target_dir):
 def test_backend_sglang(target_dir, monkeypatch):
     """tests/sglang builds it with SGLang; here what it is asked with."""
     asked = []
-    monkeypatch.setattr("nemo_speculative.serving.model_runner._check_version", lambda: "0.5.23")
-    monkeypatch.setattr("nemo_speculative.serving.model_runner._make_importable", lambda device: None)
-    monkeypatch.setattr("nemo_speculative.serving.model_runner.parse_flags", lambda flags, _: asked.extend(flags))
+    monkeypatch.setattr("nemo_speculative.targets.sglang_runner._check_version", lambda: "0.5.23")
+    monkeypatch.setattr("nemo_speculative.targets.sglang_runner._make_importable", lambda device: None)
+    monkeypatch.setattr("nemo_speculative.targets.sglang_runner.parse_flags", lambda flags, _: asked.extend(flags))
     job = job_of("backend=sglang", "data=tiny", "data.answers=given", "backend.flags=[--quantization,fp8]")
     with pytest.raises(InstantiationException, match="not as expected from inside"):  # there is no SGLang to ask
         instantiate(job.backend, path=target_dir, aux_layers=None)
@@ -94,13 +94,13 @@ def asked_and_planned(target_dir, folder):
     ranks = dist.get_world_size()
     with pytest.MonkeyPatch.context() as patch, serving(HFTarget(target_dir, aux_layers=None)) as server:
         patch.setenv("RANK", str(dist.get_rank()))  # the first one alone keeps other trainings out of a directory
-        patch.setattr("nemo_speculative.serving.model_runner.Runner", lambda *_, **__: None)
-        patch.setattr("nemo_speculative.serving.sglang_target.SGLangTarget._check_head", lambda self: None)
+        patch.setattr("nemo_speculative.targets.sglang_runner.Runner", lambda *_, **__: None)
+        patch.setattr("nemo_speculative.targets.sglang.SGLangTarget._check_head", lambda self: None)
         needs = {
             "features": [f"backend.directory={folder}", "backend.fill=true"],
             "remote": [f"backend.urls=[{server.url},{server.url}/other]"],
         }
-        patch.setattr("nemo_speculative.targets.remote.Servers.check", lambda self, identity: None)
+        patch.setattr("nemo_speculative.targets.remote.client.Servers.check", lambda self, identity: None)
         found = {}
         for option in options("backend"):
             if option == "hf_tp" and ranks == 1:
@@ -125,15 +125,15 @@ def test_a_target_is_asked_as_the_plan_counts_it(ranks, target_dir, tmp_path):
 def test_draft(option, target):
     entries = 50 if "eagle3" in option else target.config.vocab_size
     job = job_of(f"draft={option}", *(["draft.vocab_size=50"] if entries == 50 else []))
-    rows = Documents(300)
-    draft = assembly.build_draft(job, target, assembly.build_draft_vocabulary(job, target, rows))
+    rows = TokenizedDataset(300)
+    draft = build.build_draft(job, target, build.build_draft_vocabulary(job, target, rows))
     assert isinstance(draft, get_class(job.draft._target_)) and len(draft.draft_ids) == entries
-    assert assembly.build_objective(job, target).num_steps == job.draft.num_steps
+    assert build.build_objective(job, target).num_steps == job.draft.num_steps
 
 
 @pytest.mark.parametrize("option", options("loss"))
 def test_loss(option, target):
-    distance = assembly.build_objective(job_of(f"loss={option}"), target).distance
+    distance = build.build_objective(job_of(f"loss={option}"), target).distance
     logits = torch.zeros(2, 5)
     assert distance(logits, logits.softmax(-1)).shape == (2,)
 
@@ -147,7 +147,7 @@ def test_data(option, data_dir):
             source.path = str(data_dir / "train.jsonl")
     elif job.data.path == "somewhere":
         job.data.path = str(data_dir / "train.jsonl")
-    split = assembly.load_split(job)
+    split = build.load_split(job)
     assert split.training and split.held_out
 
 

@@ -16,8 +16,8 @@ from nemo_speculative.config.schema import (
     TrainerConfig,
     TrainJob,
 )
-from nemo_speculative.errors import UserError
-from nemo_speculative.shapes import VocabularySize
+from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
+from nemo_speculative.utils.errors import UserError
 
 
 def data(**values) -> DataConfig:

@@ -38,7 +38,7 @@ REFUSED = {
     ("serve_target", "backend", "hf_fsdp2"), ("serve_target", "backend", "hf_tp"),
     ("capture_features", "backend", "features"),
 }  # fmt: skip
-"""Options of a group that a root with that group has no use for: tests/test_serve_target.py, tests/features."""
+"""Options of a group that a root with that group has no use for: tests/test_serve_target.py, tests/targets/cached."""
 CASES = [
     (root, group, option)
     for group, option in GROUPS
@@ -121,7 +121,7 @@ def test_the_schema_of_every_group_is_in_force(group, option):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("tiny", {"data.answers": "target", "model._target_": "nemo_speculative.targets.tiny.prepare_tiny"}),
+        ("tiny", {"data.answers": "target", "model._target_": "nemo_speculative.targets.demo.prepare_tiny"}),
         ("llama31_8b", {"data.split": "train_sft", "model.dtype": "bfloat16", "trainer.dtype": "bfloat16"}),
         ("local", {"data.answers": "given", "data._target_": "nemo_speculative.data.sources.load_jsonl"}),
     ],

@@ -8,7 +8,7 @@ import pytest
 from nemo_speculative.config.app import to_job
 from nemo_speculative.config.published import filled
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import composed
 
 OFFICIAL = {

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from nemo_speculative.config.app import CONF, explain, run_program, to_job
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 from tests import programs
 
 REPOSITORY = CONF.parent

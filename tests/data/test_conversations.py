@@ -1,148 +1,123 @@
-"""Data files, line by line."""
+"""Items that stay on the disk, beside the same ones in memory."""
 
 import json
+import pickle
+import random
+import shutil
+import tracemalloc
 
 import pytest
 
-from nemo_speculative.data.conversations import Conversation, TokenRow, read_jsonl
-from nemo_speculative.errors import UserError
-
-GOOD = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-TOKENS = {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}
+from nemo_speculative.data.conversation import TokenRow, read_jsonl
+from nemo_speculative.data.conversations import SIDE, JsonLines, Listed, share_of, shuffled, split_by_share
+from nemo_speculative.utils.errors import UserError
 
 
-def turns(*messages) -> dict:
-    return {"conversations": list(messages)}
+def line(number: int, text: str = "hello") -> dict:
+    messages = [{"role": "user", "content": f"{number} {text}"}, {"role": "assistant", "content": text}]
+    return {"id": f"c{number}", "conversations": messages}
 
 
-MALFORMED = [
-    ('{"conversations": [', "not JSON (", "expected one object a line"),
-    ("[1, 2]", "found a list", "expected a JSON object"),
-    ("7", "found a int", "expected a JSON object"),
-    ({"text": "hello", "id": 4}, "found the keys ['id', 'text']", '"input_ids" and "loss_mask"'),
-    (turns(), "[]", '"conversations" must be a list of messages'),
-    ({"conversations": "hello"}, "'hello'", '"conversations" must be a list of messages'),
-    (turns("hello"), "message 0 is 'hello'", "expected a role among system, user, assistant, tool"),
-    (turns({"role": "user", "content": "q"}, {"role": "bot", "content": "a"}), "message 1 is {'role': 'bot'", "role"),
-    (turns({"from": "human", "value": "q"}), "message 0 is {'from': 'human'", "expected a role among"),
-    (turns({"role": "user"}), "message 0 has the content None", "expected text"),
-    (turns({"role": "user", "content": ["q"]}), "message 0 has the content ['q']", "expected text"),
-    ({"input_ids": [], "loss_mask": []}, '"input_ids"', "must be a list of token ids"),
-    ({"input_ids": "5 6", "loss_mask": [1]}, '"input_ids"', "must be a list of token ids"),
-    ({"input_ids": [5, -1], "loss_mask": [0, 1]}, '"input_ids"', "must be a list of token ids"),
-    ({"input_ids": [5, 1.5], "loss_mask": [0, 1]}, '"input_ids"', "must be a list of token ids"),
-    ({"input_ids": [True, False], "loss_mask": [0, 1]}, '"input_ids"', "must be a list of token ids"),
-    ({"input_ids": [5, 6]}, '"loss_mask"', 'as long as "input_ids" (2)'),
-    ({"input_ids": [5, 6], "loss_mask": [1]}, '"loss_mask"', 'as long as "input_ids" (2)'),
-    ({"input_ids": [5, 6], "loss_mask": [0, 2]}, '"loss_mask"', "a list of 0 and 1"),
-    ({"input_ids": [5, 6], "loss_mask": 1}, '"loss_mask"', "a list of 0 and 1"),
-    (turns({"role": "user", "content": None, "tool_calls": [{}]}), "message 0 has the content None", "expected text"),
-    (turns({"role": "assistant", "content": None, "tool_calls": []}), "message 0 has the content None", "text"),
-    (turns({"role": "assistant", "content": "a", "tool_calls": "f()"}), '"tool_calls"', "must be a list"),
-    (turns({"role": "assistant", "content": "a", "reasoning_content": 7}), '"reasoning_content"', "must be text"),
-    (turns({"role": "user", "content": "q"}, *[{"role": "assistant", "content": "a"}] * 2), "message 2", "in a row"),
-    (turns({"role": "user", "content": "q"}, {"role": "system", "content": "s"}), "message 1", "expected first"),
-    (turns({"role": "user", "content": " \n"}), "message 0 of the user is empty", "expected text"),
-    (turns({"role": "user", "content": "q"}, {"role": "assistant", "content": ""}), "message 1", "is empty"),
-    (GOOD | {"tools": "search"}, "'search'", '"tools" must be a list of JSON objects'),
-    (GOOD | {"rows": []}, "[]", '"rows" must be a list of'),
-    (GOOD | {"rows": [{"input_ids": [5], "loss_mask": []}]}, '"loss_mask"', 'as long as "input_ids" (1)'),
-]
+def generated(number: int, turns: int) -> dict:
+    return line(number) | {"rows": [{"input_ids": [number, n], "loss_mask": [0, 1]} for n in range(turns)]}
 
 
-@pytest.mark.parametrize(("line", "found", "expected"), MALFORMED)
-def test_a_malformed_line_is_named_with_its_number(tmp_path, line, found, expected):
-    file = tmp_path / "data.jsonl"
-    bad = line if isinstance(line, str) else json.dumps(line)
-    file.write_text(f"{json.dumps(GOOD)}\n\n{bad}\n{json.dumps(GOOD)}\n")
-    with pytest.raises(UserError) as caught:
-        read_jsonl(file)
-    message = str(caught.value)
-    assert message.startswith(f"{file}:3: ")
-    assert "\n" not in message
-    assert found in message
-    assert expected in message
+def write(file, lines) -> str:
+    file.write_text("\n".join(json.dumps(one) if one else "" for one in lines) + "\n")
+    return str(file)
 
 
-def test_a_long_value_is_not_printed_whole(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps({"conversations": "x" * 10_000}))
-    with pytest.raises(UserError) as caught:
-        read_jsonl(file)
-    assert len(str(caught.value)) < 300
+@pytest.fixture
+def mixed(tmp_path) -> str:
+    """Conversations, generated rows, empty lines, and letters of several bytes."""
+    lines = [line(0), {}, line(1, "größer 漢字 🙂"), generated(2, 3), {}, {}, generated(3, 1), line(4)]
+    return write(tmp_path / "mixed.jsonl", lines)
 
 
-def test_a_line_that_is_not_utf8(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_bytes(json.dumps(GOOD).encode() + b"\n" + b'{"conversations": "caf\xe9"}\n')
-    with pytest.raises(UserError) as caught:
-        read_jsonl(file)
-    assert str(caught.value) == f"{file}:2: not UTF-8 (invalid continuation byte at byte 22); convert the file"
+def test_every_item_is_what_reading_the_whole_file_gives(mixed):
+    items, whole = JsonLines(mixed), read_jsonl(mixed)
+    assert list(items) == whole and len(items) == 7
+    assert [items[n] for n in reversed(range(7))] == whole[::-1]
+    assert items[-1] == whole[-1] and list(items[2:5]) == whole[2:5] and list(items[:-3:2]) == whole[:-3:2]
+    with pytest.raises(IndexError):
+        items[7]
 
 
-@pytest.mark.parametrize("content", ["", "\n \n\n"])
-def test_an_empty_file(tmp_path, content):
-    file = tmp_path / "data.jsonl"
-    file.write_text(content)
-    with pytest.raises(UserError) as caught:
-        read_jsonl(file)
-    assert str(caught.value) == f"data.path: {file} is empty; expected one JSON object a line"
+def test_another_process_reads_the_same(mixed):
+    items = JsonLines(mixed)
+    first = items[0]
+    copy = pickle.loads(pickle.dumps(items))
+    assert copy[0] == first and list(copy) == list(items)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "."])
-def test_a_file_that_is_missing_or_a_directory(tmp_path, name):
-    with pytest.raises(UserError) as caught:
-        read_jsonl(tmp_path / name)
-    assert str(caught.value) == f"data.path: {tmp_path / name} does not exist or is not a file; expected a JSONL file"
+def test_content_is_told_and_not_where_it_lies(mixed, tmp_path):
+    items = JsonLines(mixed)
+    moved = tmp_path / "elsewhere.jsonl"
+    shutil.copy(mixed, moved)
+    assert JsonLines(moved).fingerprint == items.fingerprint
+    moved.write_bytes(moved.read_bytes().replace(b"hello", b"hallo", 1))
+    assert JsonLines(moved).fingerprint != items.fingerprint
+    chosen = [shuffled(items, 0), shuffled(items, 1), items[:3], items[1:4], items[:]]
+    assert len({some.fingerprint for some in chosen}) == len(chosen)
+    assert shuffled(items, 0).fingerprint == chosen[0].fingerprint
 
 
-def test_what_a_file_holds_comes_back(tmp_path):
-    file = tmp_path / "data.jsonl"
-    umlaut = turns({"role": "system", "content": "Größe"}, {"role": "tool", "content": "\u2028"})
-    lines = [GOOD, umlaut | {"id": "named"}, TOKENS, TOKENS | {"id": 7}, GOOD | {"id": None}]
-    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    assert read_jsonl(file) == [
-        Conversation("1", GOOD["conversations"], f"{file}:1"),
-        Conversation("named", umlaut["conversations"], f"{file}:2"),
-        TokenRow("3", [5, 6, 7], [False, True, True], f"{file}:3"),
-        TokenRow("7", [5, 6, 7], [False, True, True], f"{file}:4"),
-        Conversation("5", GOOD["conversations"], f"{file}:5"),
-    ]
+@pytest.mark.parametrize("change", ["id", "source", "ids", "mask", "text", "tools"])
+def test_what_is_in_memory_is_told_by_all_of_it(change):
+    def items(**changed):
+        row = {"id": "a", "input_ids": [1, 2], "loss_mask": [False, True], "origin": "here", "source": ""} | changed
+        return Listed([TokenRow(**row)])
+
+    changes = {"id": {"id": "b"}, "source": {"source": "s"}, "ids": {"input_ids": [1, 3]},
+               "mask": {"loss_mask": [True, True]}}  # fmt: skip
+    if change in changes:
+        assert items(**changes[change]).fingerprint != items().fingerprint
+    else:
+        from nemo_speculative.data.conversation import Conversation
+
+        base = Conversation("a", [{"role": "user", "content": "q"}], "here")
+        other = Conversation("a", [{"role": "user", "content": "q" if change == "tools" else "r"}], "here",
+                             [{"name": "f"}] if change == "tools" else None)  # fmt: skip
+        assert Listed([base]).fingerprint != Listed([other]).fingerprint
+    assert items(origin="elsewhere").fingerprint == items().fingerprint
 
 
-def test_tools_and_what_a_target_generated(tmp_path):
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    messages = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]},
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": "a"},
-    ]
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    lines = [
-        {"id": "with tools", "conversations": messages, "tools": tools, "source": "calls"},
-        {"id": "one", **GOOD, "rows": [TOKENS]},
-        {"id": "two", **GOOD, "rows": [TOKENS, {"input_ids": [8], "loss_mask": [1]}], "source": "s"},
-    ]
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_jsonl(file) == [
-        Conversation("with tools", messages, f"{file}:1", tools, "calls"),
-        TokenRow("one", [5, 6, 7], [False, True, True], f"{file}:2"),
-        TokenRow("two#0", [5, 6, 7], [False, True, True], f"{file}:3", "s"),
-        TokenRow("two#1", [8], [True], f"{file}:3", "s"),
-    ]
+def test_what_one_conversation_became_lies_on_one_side(tmp_path):
+    items = JsonLines(write(tmp_path / "a.jsonl", [generated(n, 1 + n % 3) for n in range(300)]))
+    training, held_out = split_by_share(items, 0.2)
+    sides = [{row.id.split("#")[0] for row in side} for side in (training, held_out)]
+    assert not sides[0] & sides[1]
+    assert sides[1] == {f"c{n}" for n in range(300) if share_of(f"c{n}", SIDE) < 0.2}
+    assert len(training) + len(held_out) == len(items)
 
 
-def test_a_last_line_without_a_newline_counts(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text(f"{json.dumps(GOOD)}\r\n{json.dumps(TOKENS)}")
-    assert [type(row) for row in read_jsonl(file)] == [Conversation, TokenRow]
+def test_the_order_is_that_of_a_shuffled_list(tmp_path):
+    items = JsonLines(write(tmp_path / "a.jsonl", [line(n) for n in range(100)]))
+    listed = list(items)
+    random.Random(5).shuffle(listed)
+    assert list(shuffled(items, 5)) == listed
 
 
-@pytest.mark.parametrize(("length", "expected"), [(5, 3), (3, 3), (2, 2), (1, 1)])
-def test_cut(length, expected):
-    row = TokenRow("a", [5, 6, 7], [False, True, True], "here")
-    cut = row.cut(length)
-    assert cut == TokenRow("a", row.input_ids[:expected], row.loss_mask[:expected], "here")
-    assert (cut is row) == (expected == 3)
+def test_a_line_that_is_malformed_is_named_at_once(tmp_path):
+    file = tmp_path / "a.jsonl"
+    write(file, [line(n) for n in range(5)])
+    file.write_bytes(file.read_bytes() + b'{"id": 1\n' + b"\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:6: not JSON"):
+        JsonLines(file)
+    file.write_bytes(file.read_bytes().replace(b"hello", b"h\xffllo", 1))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: not UTF-8"):
+        JsonLines(file)
+
+
+def test_no_line_stays_in_memory(tmp_path):
+    """Ten times as much text in as many lines takes no byte more."""
+    taken = []
+    for length in (1_000, 10_000):
+        file = write(tmp_path / f"{length}.jsonl", [line(n, "x" * length) for n in range(300)])
+        JsonLines(file)[0]
+        tracemalloc.start()
+        kept = split_by_share(JsonLines(file), 0.1), shuffled(JsonLines(file), 0)
+        taken.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(kept[1]) == 300
+    assert taken[1] < taken[0] + 20_000 and taken[1] < 300 * 1_000

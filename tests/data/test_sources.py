@@ -8,10 +8,10 @@ import pytest
 
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import sources
-from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.items import Listed, shuffled
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import Listed, shuffled
 from nemo_speculative.data.sources import Split, load_jsonl, load_stdlib
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 
 def messages(number: int) -> list[dict[str, str]]:

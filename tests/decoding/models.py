@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.eagle.network import EagleDraft
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.config.schema import DraftConfig, Eagle3DraftConfig, EagleDraftConfig
-from nemo_speculative.data.vocabulary import DraftVocabulary
-from nemo_speculative.decoding.growth import MC_SIM_7B_63, Chain, DynamicTree, Growth, StaticTree
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.drafts.eagle import EagleDraft
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
+from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.decoding.tree_builder import MC_SIM_7B_63, Chain, DynamicTree, StaticTree, TreeBuilder
 from nemo_speculative.targets.hf import HFTarget
 from tests.conftest import make_target
 
@@ -26,7 +26,7 @@ DRAFTS: dict[str, tuple[type[Draft], DraftConfig]] = {
     "eagle3.1, one norm": (Eagle3Draft, Eagle3DraftConfig(norm_before_fc=True, norm_output=True)),
     "eagle3 of 2 layers": (Eagle3Draft, Eagle3DraftConfig(num_layers=2)),
 }
-GROWTHS: dict[str, Growth] = {
+GROWTHS: dict[str, TreeBuilder] = {
     "chain": Chain(4),
     "static": StaticTree(),
     "dynamic": DynamicTree(num_steps=4, topk=3, num_draft_tokens=12),
@@ -46,7 +46,7 @@ def random_draft(kind: str, target: HFTarget, seed: int = 0, draft_vocab: int = 
     draft = network(network.shape_for(config, target.config, target.aux_layers, draft_vocab)).attach(target)
     if isinstance(draft, Eagle3Draft):
         ids = torch.randperm(target.config.vocab_size)[:draft_vocab].sort().values
-        draft.use_vocabulary(DraftVocabulary(ids, target.config.vocab_size, 1.0))
+        draft.set_vocab_mapping(VocabMapping(ids, target.config.vocab_size, 1.0))
     for name, parameter in draft.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)

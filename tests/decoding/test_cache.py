@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from nemo_speculative.decoding.target import CachedTarget
+from nemo_speculative.algorithms.common.kv_cache import FIRST_POSITIONS, KVCache
+from nemo_speculative.decoding.cached_target import CachedTarget
 from nemo_speculative.decoding.trees import trees
-from nemo_speculative.drafts.cache import FIRST_POSITIONS, KVCache
 from tests.decoding.models import VOCAB_SIZE, prompts, small_target, tree_of
 
 HEADS, DIM = 2, 3
@@ -101,8 +101,12 @@ def test_a_tree_read_and_compacted_equals_its_path_read_anew(target):
         whole = torch.tensor([prompt + tokens[row, path].tolist()])
         aux, hidden = target.forward(whole)
         assert found.counts[row] == len(path)
-        torch.testing.assert_close(found.aux[row, : len(path)], aux[0, len(prompt) :], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found.last_hidden[row, : len(path)], hidden[0, len(prompt) :], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found.aux_hidden_states[row, : len(path)], aux[0, len(prompt) :], rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            found.last_hidden_state[row, : len(path)], hidden[0, len(prompt) :], rtol=1e-4, atol=1e-4
+        )
         anew = CachedTarget(target, 1)
         anew.prefill(whole.tolist())
         assert model._kv.lengths[row] == whole.shape[1]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.generate import generate
-from nemo_speculative.decoding.growth import Chain, DynamicTree, StaticTree
+from nemo_speculative.decoding.engine import generate
 from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
 from nemo_speculative.decoding.verification import Rejection, TargetOnly
 from nemo_speculative.targets.hf import HFTarget
 from tests.conftest import make_target

@@ -3,15 +3,15 @@ import itertools
 import pytest
 import torch
 
+from nemo_speculative.algorithms.common.kv_cache import KVCache
+from nemo_speculative.algorithms.common.slots import Layout, Slots
+from nemo_speculative.decoding.cached_target import CachedTarget
 from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.growth import Chain, DynamicTree, StaticTree
 from nemo_speculative.decoding.sampling import Sampling
-from nemo_speculative.decoding.target import CachedTarget
+from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
 from nemo_speculative.decoding.verification import Greedy, Rejection, TargetOnly
-from nemo_speculative.drafts.cache import KVCache
-from nemo_speculative.drafts.slots import Layout, Slots
-from nemo_speculative.errors import UserError
 from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.utils.errors import UserError
 from tests.decoding.models import DRAFTS, GROWTHS, VOCAB_SIZE, prompts, random_draft, small_target
 
 CPU = torch.device("cpu")
@@ -149,7 +149,7 @@ def test_a_dynamic_tree_cannot_be_verified_by_rejection(target):
 def test_eagle_needs_no_aux_layers(target):
     """It reads the last hidden state; a target may then be loaded without any."""
     bare = HFTarget(target.path, aux_layers=[])
-    assert states(bare, [[1, 2, 3]]).aux.shape == (1, 2, 0)
+    assert states(bare, [[1, 2, 3]]).aux_hidden_states.shape == (1, 2, 0)
     proposed = [
         EagleDrafter(random_draft("eagle", any_target), any_target, Chain(4))
         .start(1, Greedy())

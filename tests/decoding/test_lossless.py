@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.generate import generate
+from nemo_speculative.decoding.engine import generate
 from nemo_speculative.evaluation.acceptance import Measured
 from tests.decoding.models import DRAFTS, GROWTHS, NO_STOP, plain, prompts, random_draft, small_target
 

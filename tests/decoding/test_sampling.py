@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_speculative.decoding.sampling import Sampling, draw, draw_distinct
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 from tests.decoding.statistics import chi_square_p
 
 LOGITS = torch.randn(7, 11, generator=torch.Generator().manual_seed(3)) * 2

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from nemo_speculative.decoding.growth import Chain, DynamicTree, StaticTree
 from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
 from nemo_speculative.decoding.trees import chains, trees
 from nemo_speculative.decoding.verification import Children, Greedy, Rejection, TargetOnly, rule_for
 from tests.decoding.statistics import chi_square_p

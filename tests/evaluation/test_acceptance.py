@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import EvaluationConfig
-from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.decoding.generate import Generation
-from nemo_speculative.errors import UserError
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.decoding.engine import Generation
 from nemo_speculative.evaluation.acceptance import (
     Evaluation,
     Measured,
@@ -16,10 +16,10 @@ from nemo_speculative.evaluation.acceptance import (
     prompt_of,
     question_prompts,
 )
-from nemo_speculative.speculative import Speculative
+from nemo_speculative.utils.errors import UserError
 from tests.decoding.models import plain, prompts, random_draft, small_target
 
-CHAIN, TREE = Speculative(3, 1, 4), Speculative(3, 3, 8)
+CHAIN, TREE = SpeculativeSettings(3, 1, 4), SpeculativeSettings(3, 3, 8)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_an_evaluation_that_differs_says_so():
 def test_settings_that_cannot_be_measured_are_one_line(target):
     draft = random_draft("eagle3", target)
     for settings, values, said in [
-        (Speculative(3, 1, 3), {}, "num_draft_tokens is 3"),
-        (Speculative(2, 10, 12), {}, "topk is 10"),
+        (SpeculativeSettings(3, 1, 3), {}, "num_draft_tokens is 3"),
+        (SpeculativeSettings(2, 10, 12), {}, "topk is 10"),
         (TREE, {"temperature": 1.0, "rejection_sampling": True}, "rejection sampling is not lossless"),
     ]:
         for measure in (evaluate_draft, measure_tau):

@@ -3,16 +3,16 @@
 import pytest
 
 from nemo_speculative.config.schema import EvaluationConfig, ExporterConfig
-from nemo_speculative.decoding.generate import Generation
-from nemo_speculative.errors import UserError
+from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
+from nemo_speculative.decoding.engine import Generation
 from nemo_speculative.evaluation.acceptance import Measured
 from nemo_speculative.evaluation.widths import Width, cheapest, describe_widths, measure_widths
-from nemo_speculative.speculative import Speculative, largest_tree
+from nemo_speculative.utils.errors import UserError
 from tests.decoding.models import random_draft
 
 
 def width(tokens, seconds, size):
-    return Width(Speculative(5, 4, size), Measured([Generation([1] * tokens, [tokens])], seconds))
+    return Width(SpeculativeSettings(5, 4, size), Measured([Generation([1] * tokens, [tokens])], seconds))
 
 
 def test_the_cheapest_is_the_one_of_the_fewest_seconds_per_token():
@@ -38,7 +38,7 @@ def test_a_chain_has_no_width_to_choose():
     with pytest.raises(UserError, match=r"exporter\.num_draft_tokens is auto: a chain"):
         ExporterConfig(num_draft_tokens="auto")
     exporter = ExporterConfig(topk=4, num_draft_tokens="auto")
-    assert exporter.measure_width and exporter.speculative == Speculative(5, 4, 21)
+    assert exporter.measure_width and exporter.speculative == SpeculativeSettings(5, 4, 21)
 
 
 @pytest.mark.parametrize("value", ["many", 2.5, True, 0, -3])

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.generation.journal import Journal
-from nemo_speculative.objectives.unroll import UnrollObjective
+from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
+from nemo_speculative.checkpoint.run_dir import RunDirectory
+from nemo_speculative.distributed import stragglers
+from nemo_speculative.distributed.health import Heartbeat
+from nemo_speculative.generate_data.append_log import AppendLog
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training import pace
 from nemo_speculative.training import run as training
-from nemo_speculative.training.feed import Feed
-from nemo_speculative.training.heartbeat import Heartbeat
-from nemo_speculative.training.saving import Saver
+from nemo_speculative.training.checkpointer import Checkpointer
+from nemo_speculative.training.prefetch import BatchPrefetcher
 from nemo_speculative.training.trainer import DraftTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -33,13 +33,13 @@ def die(*_args, **_kwargs):
 
 def kill_in_answer(count):
     """Before any step: the target has answered so many questions but for the end of the last one's line."""
-    append, lines = Journal.append_line, []
+    append, lines = AppendLog.append_line, []
 
     def append_line(self, line):
         lines.append(line)
         append(self, line) if len(lines) < count else die(self._out.write(line[:-9]))
 
-    Journal.append_line = append_line
+    AppendLog.append_line = append_line
 
 
 def kill_in_step(step):
@@ -69,14 +69,14 @@ def kill_in_validation(step):
 
 def kill_in_measurement(step):
     """While the first rank decodes: the first itself, or another that waits for it."""
-    finish = Saver.finish
+    finish = Checkpointer.finish
 
     def finished(self, **how):
         if self.under_way.step == step:
             self.measure = die
         return die() if self.under_way.step == step and not self.first else finish(self, **how)
 
-    Saver.finish = finished
+    Checkpointer.finish = finished
 
 
 def terminate_in_step(step):
@@ -86,7 +86,7 @@ def terminate_in_step(step):
 
 def tarry_in_target(_step):
     """The target of this rank takes longer in every step."""
-    HFTarget.supervise = tarrying(HFTarget.supervise)
+    HFTarget.compute_hidden_states = tarrying(HFTarget.compute_hidden_states)
 
 
 def tarry_in_draft(_step):
@@ -108,28 +108,31 @@ def tarrying(call):
 
 def sleep_in_step(step):
     """The target of this rank answers late; the first rank waits a second before it says so."""
-    advance, supervise = DraftTrainer.train_step, HFTarget.supervise
+    advance, compute_hidden_states = DraftTrainer.train_step, HFTarget.compute_hidden_states
     HFTarget.at = 0
     DraftTrainer.train_step = lambda self: (setattr(HFTarget, "at", self.step + 1), advance(self))[1]
-    HFTarget.supervise = lambda self, batch: (time.sleep(10 * (self.at == step)), supervise(self, batch))[1]
+    HFTarget.compute_hidden_states = lambda self, batch: (
+        time.sleep(10 * (self.at == step)),
+        compute_hidden_states(self, batch),
+    )[1]
 
 
 def break_feed_at(step):
     """The thread that packs the batches meets rows that are gone."""
-    make = Feed._make
+    make = BatchPrefetcher._make
 
     def broken(self):
         if self.stream.rows_consumed == (step - 1) * self.stream.global_batch_size:
             raise KeyError("rows.arrow")
         return make(self)
 
-    Feed._make = broken
+    BatchPrefetcher._make = broken
 
 
 def kill_in_save(step):
     """Within a save: the resume state is on disk, the model is not."""
-    write = Saver._write_model
-    Saver._write_model = lambda self, at, state: (die if at == step else write)(self, at, state)
+    write = Checkpointer._write_model
+    Checkpointer._write_model = lambda self, at, state: (die if at == step else write)(self, at, state)
 
 
 def kill_after_rename(step):
@@ -173,22 +176,26 @@ def poison_from(step):
     """The target's features are NaN from ``step`` on."""
     import torch
 
-    from nemo_speculative.targets.base import Supervision
+    from nemo_speculative.targets.base import TargetOutput
 
-    advance, supervise = DraftTrainer.train_step, HFTarget.supervise
+    advance, compute_hidden_states = DraftTrainer.train_step, HFTarget.compute_hidden_states
     HFTarget.at = 0  # it is asked before the first step too: whether it keeps documents apart
     DraftTrainer.train_step = lambda self: (setattr(HFTarget, "at", self.step + 1), advance(self))[1]
 
     def poisoned(self, batch):
-        made = supervise(self, batch)
-        return Supervision(torch.full_like(made.aux, torch.nan), made.last_hidden) if self.at >= step else made
+        made = compute_hidden_states(self, batch)
+        return (
+            TargetOutput(torch.full_like(made.aux_hidden_states, torch.nan), made.last_hidden_state)
+            if self.at >= step
+            else made
+        )
 
-    HFTarget.supervise = poisoned
+    HFTarget.compute_hidden_states = poisoned
 
 
 if __name__ == "__main__":
     training.Heartbeat = partial(Heartbeat, beat=0.3, stall=1.0)
-    pace.STEPS, pace.SLOWER = 3, 1.2
+    stragglers.STEPS, stragglers.SLOWER = 3, 1.2
     moment, step, *overrides = sys.argv[1:]
     moment, _, rank = moment.partition(":")
     # What has happened once does not happen again to those that a launcher starts in their place.

@@ -8,14 +8,14 @@ from nemo_speculative.targets.hf import HFTarget
 
 if __name__ == "__main__":
     seconds, *overrides = sys.argv[1:]
-    supervise = HFTarget.supervise
+    compute_hidden_states = HFTarget.compute_hidden_states
 
     def slowly(self, batch):
         if batch.num_tokens > 8:  # what it is tried with when it is loaded
             print("reading", flush=True)
             time.sleep(float(seconds))
-        return supervise(self, batch)
+        return compute_hidden_states(self, batch)
 
-    HFTarget.supervise = slowly
+    HFTarget.compute_hidden_states = slowly
     sys.argv = ["serve_target", *overrides]
     runpy.run_module("nemo_speculative.serve_target", run_name="__main__", alter_sys=True)

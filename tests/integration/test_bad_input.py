@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from tests.conftest import PREFIX_TEMPLATE, make_target
 from tests.integration.conftest import drive, run, train
 from tests.integration.test_training import only_error
@@ -82,7 +82,7 @@ def test_a_nan_names_the_step_and_the_batch_and_keeps_the_last_good_checkpoint(s
 
 
 def test_resuming_as_another_run_is_refused(settings, finished, tmp_path):
-    """Which keys count is tested in tests/training/test_state.py."""
+    """Which keys count is tested in tests/training/test_resume_state.py."""
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
     kept = ("metrics.jsonl", "config.yaml")
     before = [(tmp_path / "run" / name).read_text() for name in kept]

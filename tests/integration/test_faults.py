@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_speculative.checkpoints.run import RunDirectory
-from nemo_speculative.checkpoints.servable import read_servable
-from nemo_speculative.errors import LostError
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
+from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import ShardedTarget
+from nemo_speculative.utils.errors import PeerLostError
 from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
 from tests.programs import Program, ranks_of
 
@@ -73,7 +73,7 @@ def test_one_of_two_ranks_killed_at_any_moment_ends_the_other_and_the_job_goes_o
     for moment, step, newest in faults:
         ended = drive(moment, step, settings, run, ranks=2, grace=ENDS_WITHIN)
         (line,) = errors(ended)
-        assert ended.returncode == (-signal.SIGKILL if moment[-1] == "0" else LostError.exit_code)
+        assert ended.returncode == (-signal.SIGKILL if moment[-1] == "0" else PeerLostError.exit_code)
         assert f"rank {moment[-1]}" in line and "is gone" in line and "resume=auto" in line, (moment, line)
         assert max(RunDirectory(run).steps(), default=None) in newest, moment
         assert all(read_servable(path).provenance for path in (run / "checkpoints").glob("step_*"))
@@ -169,9 +169,9 @@ def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, mom
 class AsDriven(ShardedTarget):
     """Ranks hold it together, and it does what the driver makes of one that each rank holds whole."""
 
-    def supervise(self, batch):
+    def compute_hidden_states(self, batch):
         time.sleep(10 * (getattr(HFTarget, "at", 0) == 5))
-        return super().supervise(batch)
+        return super().compute_hidden_states(batch)
 
 
 def test_a_rank_that_does_not_answer_for_the_target_of_both_is_waited_for_no_longer(settings, tmp_path):

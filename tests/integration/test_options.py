@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from nemo_speculative.checkpoints.servable import read_servable
-from nemo_speculative.data.items import JsonLines
-from nemo_speculative.generation.answers import answer
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
+from nemo_speculative.data.conversations import JsonLines
+from nemo_speculative.generate_data.answers import answer
 from tests.integration.conftest import drive, metrics, run, train
 
 

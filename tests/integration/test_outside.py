@@ -6,8 +6,8 @@ from tests.integration.conftest import run
 
 MODULE = '''
 import torch
-from nemo_speculative.checkpoints.contract import Eagle3Contract, register
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
+from nemo_speculative.checkpoint.contract import Eagle3Contract, register
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 
 
 class GatedDraft(Eagle3Draft):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load
 
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.wire import Identity, pack_batch
+from nemo_speculative.targets.remote.protocol import Identity, pack_batch
 from tests.integration.conftest import ENVIRONMENT, metrics, run, train
 from tests.integration.test_training import only_error
 from tests.programs import Program
@@ -157,7 +157,9 @@ def test_sigterm_answers_what_was_taken_on_and_takes_nothing_more(target_dir):
             ask(one.url, target, batches[0])
         for answer, batch in zip(asked, batches, strict=True):
             found = load(answer.result().content)["aux"]
-            torch.testing.assert_close(found, target.supervise(batch).aux, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found, target.compute_hidden_states(batch).aux_hidden_states, rtol=1e-4, atol=1e-4
+            )
         assert one.process.wait(30) == 0
         assert "every request taken on was answered" in "".join(one.process.stdout)
 

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from tests.integration.conftest import drive, metrics, run, torchrun, train
 
 

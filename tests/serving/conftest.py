@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from nemo_speculative import addresses
-from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
-from nemo_speculative.data.vocabulary import DraftVocabulary
-from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
-from nemo_speculative.targets.ends import target_fingerprint
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.checkpoint.draft_checkpoint import Provenance, SpeculativeSettings, write_servable
+from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.targets.embedding_and_head import target_fingerprint
+from nemo_speculative.utils import network
 
 FAKE_VERSION = "0.5.23"
 FAKE_SERVER = """
@@ -139,11 +139,11 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def _write(run: Path, shape: Eagle3Shape, fingerprint: str) -> None:
-    provenance = Provenance("org/target", fingerprint, "bfloat16", Speculative(5, 1, 6), step=3)
+    provenance = Provenance("org/target", fingerprint, "bfloat16", SpeculativeSettings(5, 1, 6), step=3)
     ids = {"bos_token_id": 0, "eos_token_id": 1}
     draft = Eagle3Draft(shape)
     if shape.draft_vocab_size:
-        draft.use_vocabulary(DraftVocabulary(torch.arange(shape.draft_vocab_size), shape.vocab_size, coverage=1.0))
+        draft.set_vocab_mapping(VocabMapping(torch.arange(shape.draft_vocab_size), shape.vocab_size, coverage=1.0))
     model = run / "checkpoints" / "step_3" / "model"
     write_servable(model, Eagle3Draft, draft.state_dict(), shape, provenance, torch.float32, ids)
 
@@ -208,4 +208,4 @@ def fake_sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def free_port() -> int:
-    return addresses.free_port()
+    return network.free_port()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative.errors import UsageError
 from nemo_speculative.serve_sglang import main
 from nemo_speculative.serving import command, versions
 from nemo_speculative.serving.command import CPU_ENGINE, from_checkpoint, serve_command, sglang_command
+from nemo_speculative.utils.errors import UsageError
 
 
 @pytest.fixture

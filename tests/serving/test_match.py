@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
-from nemo_speculative.drafts.eagle import EagleDraft, EagleShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
+from nemo_speculative.checkpoint.draft_checkpoint import Provenance, SpeculativeSettings, write_servable
 from nemo_speculative.serve_sglang import main
-from nemo_speculative.targets.ends import target_fingerprint
+from nemo_speculative.targets.embedding_and_head import target_fingerprint
 from tests.serving.conftest import SHAPE
 
 
@@ -74,7 +74,7 @@ def test_another_architecture_of_the_same_shape_is_refused(printed, edit_target)
 def test_an_eagle1_draft_reads_no_aux_layers(printed, edit_target, model_dir, target):
     edit_target(num_hidden_layers=1)
     shape = EagleShape(**{field.name: getattr(SHAPE, field.name) for field in fields(EagleShape)})
-    provenance = Provenance("org/target", target_fingerprint(target), "bfloat16", Speculative(5, 1, 6), step=3)
+    provenance = Provenance("org/target", target_fingerprint(target), "bfloat16", SpeculativeSettings(5, 1, 6), step=3)
     write_servable(model_dir, EagleDraft, EagleDraft(shape).state_dict(), shape, provenance, torch.float32, {})
     code, said = printed()
     assert code == 0 and "--speculative-algorithm EAGLE " in said

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative.errors import UsageError
 from nemo_speculative.serve_sglang import main
 from nemo_speculative.serving.command import from_checkpoint, serve_command
 from nemo_speculative.serving.process import ServerError
 from nemo_speculative.serving.server import Server, require_free
+from nemo_speculative.utils.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("fake_sglang")
 

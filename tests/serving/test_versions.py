@@ -2,10 +2,10 @@
 
 import pytest
 
-from nemo_speculative.drafts.eagle import EagleShape
-from nemo_speculative.drafts.eagle3 import Eagle3Shape
-from nemo_speculative.errors import UserError
+from nemo_speculative.algorithms.eagle.network import EagleShape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Shape
 from nemo_speculative.serving.versions import NEWEST, check_servable, parse_version
+from nemo_speculative.utils.errors import UserError
 
 NUMBERS = {
     "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "rms_norm_eps": 1e-6,

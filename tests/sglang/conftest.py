@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from nemo_speculative.addresses import free_port
 from nemo_speculative.serving.command import (
     ServeOptions,
     from_checkpoint,
@@ -26,6 +25,7 @@ from nemo_speculative.serving.command import (
     sglang_installed,
 )
 from nemo_speculative.serving.server import Server
+from nemo_speculative.utils.network import free_port
 
 RUN = os.environ.get("NEMO_RUN")
 NUM_QUESTIONS = int(os.environ.get("NEMO_QUESTIONS", "20"))
@@ -56,7 +56,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Questions:
+class PromptFile:
     """What a target is asked."""
 
     prompts: list[list[int]]
@@ -65,7 +65,7 @@ class Questions:
 
 
 CommandFor = Callable[[ServeOptions], list[str]]
-Ask = Callable[[CommandFor, ServeOptions, Questions], Future[list[Answer]]]
+Ask = Callable[[CommandFor, ServeOptions, PromptFile], Future[list[Answer]]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,7 +101,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     asked: dict[tuple[tuple[str, ...], str], Future[list[Answer]]] = {}
     pool = ThreadPoolExecutor(SERVERS)
 
-    def submit(command_for: CommandFor, options: ServeOptions, questions: Questions) -> Future[list[Answer]]:
+    def submit(command_for: CommandFor, options: ServeOptions, questions: PromptFile) -> Future[list[Answer]]:
         key = tuple(command_for(options)), repr(questions)
         if key not in asked:
             log = tmp_path_factory.mktemp("server") / "log"
@@ -112,7 +112,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     pool.shutdown(cancel_futures=True)
 
 
-def _answers(command_for: CommandFor, options: ServeOptions, questions: Questions, log: Path) -> list[Answer]:
+def _answers(command_for: CommandFor, options: ServeOptions, questions: PromptFile, log: Path) -> list[Answer]:
     """One question after the other."""
     options = replace(options, port=free_port())
     with Server(command_for(options), serve_environment(options), options.host, options.port, log) as server:
@@ -131,7 +131,7 @@ def without_draft(options: ServeOptions) -> list[str]:
     return [w for i, w in enumerate(command) if not w.startswith(dropped) and not command[i - 1].startswith(dropped)]
 
 
-def _generate(url: str, prompt: list[int], questions: Questions) -> Answer:
+def _generate(url: str, prompt: list[int], questions: PromptFile) -> Answer:
     limits = {"max_new_tokens": questions.max_new_tokens, "stop_token_ids": list(questions.stop_ids)}
     body = json.dumps({"input_ids": prompt, "sampling_params": {"temperature": 0, **limits}}).encode()
     request = urllib.request.Request(f"{url}/generate", body, {"Content-Type": "application/json"})

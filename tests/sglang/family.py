@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_speculative.checkpoints.servable import Provenance, Servable, Speculative, write_servable
-from nemo_speculative.data.vocabulary import DraftVocabulary
-from nemo_speculative.drafts.base import Draft, DraftShape
-from nemo_speculative.drafts.eagle import EagleDraft, EagleShape
-from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.common.draft import Draft, DraftShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Servable, SpeculativeSettings, write_servable
+from nemo_speculative.data.vocab_mapping import VocabMapping
 
 VOCAB, DRAFT_VOCAB = 120, 72
 LENGTH, STEPS = 9, 4
@@ -72,8 +72,8 @@ class Ends:
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embedding[input_ids]
 
-    def logits(self, last_hidden: torch.Tensor) -> torch.Tensor:
-        return last_hidden @ self.head.T
+    def logits(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        return last_hidden_state @ self.head.T
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def write_family(root: Path, target: Path) -> None:
     torch.manual_seed(0)
     for name, shape in FAMILY.items():
         draft = _random_draft(shape)
-        provenance = Provenance(str(target), "none", "float32", Speculative(STEPS, 1, STEPS + 1), step=1)
+        provenance = Provenance(str(target), "none", "float32", SpeculativeSettings(STEPS, 1, STEPS + 1), step=1)
         ids = {"bos_token_id": None, "eos_token_id": None}
         model = root / name / "model"
         write_servable(model, type(draft), draft.state_dict(), shape, provenance, torch.float32, ids)
@@ -128,7 +128,7 @@ def _random_draft(shape: DraftShape) -> Draft:
         else:
             weight.normal_(std=weight.shape[1] ** -0.5)
     if (entries := getattr(shape, "draft_vocab_size", None)) is not None:
-        draft.use_vocabulary(DraftVocabulary(torch.randperm(VOCAB)[:entries].sort().values, VOCAB, coverage=1.0))
+        draft.set_vocab_mapping(VocabMapping(torch.randperm(VOCAB)[:entries].sort().values, VOCAB, coverage=1.0))
     return draft
 
 

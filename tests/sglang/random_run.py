@@ -14,20 +14,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nemo_speculative.checkpoints.servable import Provenance, Speculative, write_servable
-from nemo_speculative.data.vocabulary import DraftVocabulary
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.drafts.eagle import EagleDraft
-from nemo_speculative.drafts.eagle3 import Eagle3Draft, Eagle3Shape
-from nemo_speculative.drafts.slots import Layout, Slots
-from nemo_speculative.targets.ends import target_fingerprint
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.slots import Layout, Slots
+from nemo_speculative.algorithms.eagle.network import EagleDraft
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.checkpoint.draft_checkpoint import Provenance, SpeculativeSettings, write_servable
+from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.targets.embedding_and_head import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget
 
 NAMES = ("eagle3", "eagle3_1", "eagle1")
 VOCAB, DRAFT_VOCAB, CONTEXT = 256, 200, 512
 SPREAD, DAMPING = 0.15, 0.03
 ROWS, LENGTH, BATCH, EPOCHS, UNROLL = 96, 48, 16, 12, 3
-SETTINGS = Speculative(num_steps=5, topk=1, num_draft_tokens=6)
+SETTINGS = SpeculativeSettings(num_steps=5, topk=1, num_draft_tokens=6)
 
 
 def make_runs(root: Path, num_questions: int, max_new_tokens: int) -> dict[str, Path]:
@@ -51,7 +51,7 @@ def _random_drafts(target: HFTarget) -> dict[str, Draft]:
     eagle3 = Eagle3Draft(Eagle3Shape.like_target(*like))
     eagle3_1 = Eagle3Draft(Eagle3Shape.like_target(*like, num_layers=2, fc_norm=True, norm_output=True))
     for draft in (eagle3, eagle3_1):
-        draft.use_vocabulary(DraftVocabulary(torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values, VOCAB, coverage=1.0))
+        draft.set_vocab_mapping(VocabMapping(torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values, VOCAB, coverage=1.0))
     return dict(zip(NAMES, (eagle3, eagle3_1, EagleDraft(EagleDraft.shape_for(None, target.config))), strict=True))
 
 

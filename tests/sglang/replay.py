@@ -12,7 +12,7 @@ from sglang.srt.speculative.eagle_info import EagleDraftExtendInput, EagleDraftI
 from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from tests.sglang.family import LENGTH, STEPS, Ends, Given
 
 

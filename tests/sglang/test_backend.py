@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative.features.upkeep import opened
+from nemo_speculative.targets.cached.upkeep import opened
 from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
-from tests.targets.test_ends import quantised
+from tests.targets.test_embedding_and_head import quantised
 
 ROUNDING = {"aux": 1e-4, "last_hidden": 1e-4}
 """Of float32, where a number is at most some hundreds."""
@@ -36,7 +36,9 @@ def run(*command: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("ranks", "aux_layers"), [(1, [1, 3, 4]), (1, []), (2, [1, 3, 4])])
 def test_supervision_equals_that_of_transformers(target_dir, tmp_path, ranks, aux_layers):
-    done = run("-m", "tests.sglang.supervise", str(target_dir), json.dumps(aux_layers), str(tmp_path), ranks=ranks)
+    done = run(
+        "-m", "tests.sglang.compute_hidden_states", str(target_dir), json.dumps(aux_layers), str(tmp_path), ranks=ranks
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(ranks):
         for found in json.loads((tmp_path / f"{rank}.json").read_text()):
@@ -50,13 +52,13 @@ READ = """
 import json, sys
 from pathlib import Path
 import torch
-from nemo_speculative.serving import model_runner
+from nemo_speculative.targets import sglang_runner
 device = torch.device("cpu")
-model_runner._make_importable(device)
+sglang_runner._make_importable(device)
 from sglang.srt.configs.model_config import ModelConfig
 for path, *given in json.loads(sys.argv[1]):
-    flags = model_runner._own_flags(Path(path), [1], torch.bfloat16, device, 64)
-    arguments = model_runner.parse_flags([*flags, *given], "backend.flags")
+    flags = sglang_runner._own_flags(Path(path), [1], torch.bfloat16, device, 64)
+    arguments = sglang_runner.parse_flags([*flags, *given], "backend.flags")
     arguments.resolve_once()
     print("read:", ModelConfig.from_server_args(arguments).quantization)
 """

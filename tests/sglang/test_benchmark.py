@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from nemo_speculative.benchmarking.endpoints import split
-from nemo_speculative.benchmarking.figures import Figures
-from nemo_speculative.benchmarking.measure import Conversation, converse, measure
-from nemo_speculative.benchmarking.suites import Prompt, Suite
+from nemo_speculative.evaluation.server_benchmark.endpoints import split
+from nemo_speculative.evaluation.server_benchmark.measure import Conversation, converse, measure
+from nemo_speculative.evaluation.server_benchmark.metrics import Figures
+from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite
 from nemo_speculative.serving.client import Client
 from nemo_speculative.serving.command import serve_command, serve_environment
 from nemo_speculative.serving.server import Server

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_speculative.checkpoints.servable import Servable, read_servable
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.drafts.cache import KVCache
-from nemo_speculative.drafts.slots import Layout, Slots
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.kv_cache import KVCache
+from nemo_speculative.algorithms.common.slots import Layout, Slots
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
 from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, expected_ids, ignored, never_loaded, write_family
 
 

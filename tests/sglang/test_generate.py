@@ -10,9 +10,9 @@ import pytest
 
 from nemo_speculative.config.schema import EndpointConfig, EngineConfig, GenerateJob, HFEngineConfig, ModelConfig
 from nemo_speculative.config.schema import ReasoningConfig as Reasoning
-from nemo_speculative.generation import servers
-from nemo_speculative.generation.part import Outcome
-from nemo_speculative.generation.run import generate_data
+from nemo_speculative.generate_data import servers
+from nemo_speculative.generate_data.run import generate_data
+from nemo_speculative.generate_data.shard_dir import Outcome
 from nemo_speculative.serving.command import serve_command, serve_environment
 from nemo_speculative.serving.server import Server
 from tests.sglang.conftest import START_SECONDS, chatting
@@ -52,7 +52,7 @@ def url(options, tmp_path_factory) -> Iterator[str]:
 
 
 def generated(options, questions: Path, output: Path, engine: EngineConfig, **sampling: Any) -> Outcome:
-    keep = Reasoning("nemo_speculative.generation.reasoning.Keep")
+    keep = Reasoning("nemo_speculative.generate_data.reasoning.Keep")
     model = ModelConfig(path=str(options.target))
     job = GenerateJob(model=model, engine=engine, path=str(questions), output=str(output), reasoning=keep,
                       max_new_tokens=MAX_NEW_TOKENS, **sampling)  # fmt: skip

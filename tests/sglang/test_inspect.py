@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from nemo_speculative.addresses import free_port
-from nemo_speculative.benchmarking.endpoints import split
-from nemo_speculative.data.conversations import Conversation
-from nemo_speculative.inspection import causes
-from nemo_speculative.inspection.comparison import ByTemplate, Comparison
-from nemo_speculative.inspection.server import RunningServer
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.evaluation.server_benchmark.endpoints import split
+from nemo_speculative.inspect_data import causes
+from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison
+from nemo_speculative.inspect_data.server import RunningServer
 from nemo_speculative.serving.client import Refused
 from nemo_speculative.serving.command import ServeOptions, serve_command, serve_environment
 from nemo_speculative.serving.server import Server
-from nemo_speculative.speculative import Speculative
+from nemo_speculative.utils.network import free_port
 from tests.conftest import make_target
 from tests.sglang.conftest import START_SECONDS
 
@@ -65,7 +65,7 @@ def target(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(target, tmp_path_factory) -> Iterator[RunningServer]:
-    none = Speculative(num_steps=1, topk=1, num_draft_tokens=2)
+    none = SpeculativeSettings(num_steps=1, topk=1, num_draft_tokens=2)
     options = ServeOptions(target, str(target), "EAGLE3", "float32", none, device="cpu", port=free_port())
     command, _ = split(serve_command(options, sys.executable))
     log = tmp_path_factory.mktemp("server") / "log"

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from nemo_speculative.checkpoints.servable import Servable, read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.decoding.drafters import EagleDrafter
-from nemo_speculative.decoding.generate import Generation, generate
-from nemo_speculative.decoding.growth import growth_for
+from nemo_speculative.decoding.engine import Generation, generate
+from nemo_speculative.decoding.tree_builder import growth_for
 from nemo_speculative.serving.command import ServeOptions
-from nemo_speculative.speculative import Speculative
 from nemo_speculative.targets.hf import HFTarget
 from tests.sglang.conftest import (
     MAX_NEW_TOKENS,
@@ -22,14 +22,14 @@ from tests.sglang.conftest import (
     RUN,
     Answer,
     Ask,
-    Questions,
+    PromptFile,
     with_draft,
     without_draft,
 )
 from tests.sglang.family import expected_ids, ignored, never_loaded
 from tests.sglang.random_run import NAMES, make_runs
 
-TREE = Speculative(num_steps=3, topk=4, num_draft_tokens=8)
+TREE = SpeculativeSettings(num_steps=3, topk=4, num_draft_tokens=8)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
     name: str
     options: ServeOptions
     servable: Servable
-    questions: Questions
+    questions: PromptFile
 
     @property
     def target(self) -> HFTarget:
@@ -54,7 +54,7 @@ def cases(tmp_path_factory, options_for) -> dict[str, Case]:
 
 def _case(name: str, run: Path, options: ServeOptions) -> Case:
     lines = (run / "questions.jsonl").read_text().splitlines()[:NUM_QUESTIONS]
-    case = Case(name, options, read_servable(run), Questions([json.loads(line)["input_ids"] for line in lines], ()))
+    case = Case(name, options, read_servable(run), PromptFile([json.loads(line)["input_ids"] for line in lines], ()))
     return replace(case, questions=replace(case.questions, stop_ids=tuple(sorted(case.target.stop_ids))))
 
 
@@ -64,11 +64,11 @@ def case(request, cases) -> Case:
 
 
 @pytest.fixture(scope="session", params=["as_remembered", "tree"])
-def speculative(request, case) -> Speculative:
+def speculative(request, case) -> SpeculativeSettings:
     return _settings_called(request.param, case)
 
 
-def _settings_called(name: str, case: Case) -> Speculative:
+def _settings_called(name: str, case: Case) -> SpeculativeSettings:
     """A dynamic tree, or what the checkpoint was written with: a chain, as a rule."""
     return TREE if name == "tree" else case.options.speculative
 
@@ -89,7 +89,7 @@ def _ask_plain(ask: Ask, case: Case) -> Future[list[Answer]]:
     return ask(without_draft, case.options, case.questions)
 
 
-def _ask_served(ask: Ask, case: Case, speculative: Speculative) -> Future[list[Answer]]:
+def _ask_served(ask: Ask, case: Case, speculative: SpeculativeSettings) -> Future[list[Answer]]:
     return ask(with_draft, replace(case.options, speculative=speculative), case.questions)
 
 
@@ -122,7 +122,7 @@ def decoded(case, speculative) -> list[Generation]:
     return decode(case, speculative)
 
 
-def decode(case: Case, speculative: Speculative) -> list[Generation]:
+def decode(case: Case, speculative: SpeculativeSettings) -> list[Generation]:
     """Our own decoder, all questions of a case at once."""
     target, asked = case.target, case.questions
     drafter = EagleDrafter(case.servable.build(), target, growth_for(speculative))

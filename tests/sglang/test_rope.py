@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_speculative.checkpoints.contract import contract_of, fields_of
-from nemo_speculative.drafts.base import numbers_for
-from nemo_speculative.drafts.eagle import EagleDraft, EagleShape
-from nemo_speculative.drafts.layers import Rotary, rotate
+from nemo_speculative.algorithms.common.draft import numbers_for
+from nemo_speculative.algorithms.common.layers import Rotary, rotate
+from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
+from nemo_speculative.checkpoint.contract import contract_of, fields_of
 from nemo_speculative.serving.command import CPU_ENGINE, CPU_ENVIRONMENT
 from tests.sglang.conftest import ROOT
 

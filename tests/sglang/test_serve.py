@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from nemo_speculative import addresses
-from nemo_speculative.checkpoints.servable import read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.decoding.drafters import EagleDrafter
-from nemo_speculative.decoding.generate import Generation, generate
-from nemo_speculative.decoding.growth import growth_for
+from nemo_speculative.decoding.engine import Generation, generate
+from nemo_speculative.decoding.tree_builder import growth_for
 from nemo_speculative.serving.command import from_checkpoint
 from nemo_speculative.serving.server import require_free
-from nemo_speculative.speculative import Speculative
 from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.utils import network
 from tests.sglang.conftest import ROOT, START_SECONDS
 from tests.sglang.random_run import make_runs
 
@@ -41,7 +41,7 @@ class Served:
     """A run, and how it is served."""
 
     run: Path
-    speculative: Speculative
+    speculative: SpeculativeSettings
 
     @property
     def command(self) -> list[str]:
@@ -82,13 +82,13 @@ def all_or(*some: str) -> list[str]:
 def served(request, runs) -> Served:
     """EAGLE-2 is EAGLE-1's draft, grown to trees."""
     if request.param == "eagle2":
-        return Served(runs["eagle1"], Speculative(num_steps=3, topk=4, num_draft_tokens=8))
-    return Served(runs[request.param], Speculative(num_steps=5, topk=1, num_draft_tokens=6))
+        return Served(runs["eagle1"], SpeculativeSettings(num_steps=3, topk=4, num_draft_tokens=8))
+    return Served(runs[request.param], SpeculativeSettings(num_steps=5, topk=1, num_draft_tokens=6))
 
 
 @pytest.fixture
 def free_port() -> int:
-    return addresses.free_port()
+    return network.free_port()
 
 
 @pytest.fixture

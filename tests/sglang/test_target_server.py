@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.remote import RemoteTarget
+from nemo_speculative.targets.remote.client import RemoteTarget
+from tests.sglang.compute_hidden_states import difference, make_batch
 from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
-from tests.sglang.supervise import difference, make_batch
 
 ROUNDING = 1e-4
 """Of float32, where a number is at most some hundreds."""
@@ -44,7 +44,7 @@ def test_what_it_serves_equals_what_transformers_computes_and_it_ends_on_sigterm
             remote = RemoteTarget(target_dir, aux_layers=AUX_LAYERS, urls=[line.split(" on ")[1].split()[0]])
             batch = make_batch(0)
             local = HFTarget(target_dir, aux_layers=AUX_LAYERS)
-            found = difference(remote.supervise(batch), local.supervise(batch), batch)
+            found = difference(remote.compute_hidden_states(batch), local.compute_hidden_states(batch), batch)
             assert set(found) == {"aux", "last_hidden"} and max(found.values()) <= ROUNDING
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0, log.read_text()[-3000:]

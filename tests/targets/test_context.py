@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_speculative.context import Context
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.packing import collate
-from nemo_speculative.errors import UserError
-from nemo_speculative.targets import packed_attention
+from nemo_speculative.distributed.context_parallel import ContextGroup
+from nemo_speculative.targets import document_attention
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import ShardedTarget
 from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
+from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_tokenizer
-from tests.targets.test_packed_attention import FAMILIES, draw
+from tests.targets.test_document_attention import FAMILIES, draw
 from tests.training.ranks import on_ranks
 
 WHICH = ["llama", "qwen2", "mistral", "gemma3", "learned positions"]
@@ -46,22 +46,22 @@ def batch_of(rows: str) -> Batch:
     return collate(draw(lengths), width, pad_id=1)
 
 
-def world() -> Context:
-    return Context(dist.group.WORLD, dist.new_group())
+def world() -> ContextGroup:
+    return ContextGroup(dist.group.WORLD, dist.new_group())
 
 
 def shares(directories, scores):
     """What this rank computes of each batch, and which tokens these are."""
-    packed_attention.MASKED_SCORES["cpu"] = scores
+    document_attention.MASKED_SCORES["cpu"] = scores
     context, found = world(), {}
     for name, directory in directories.items():
         target = HFTarget(directory, aux_layers=[0, 1, 2])
         for rows in ROWS:
             batch = batch_of(rows)
             share = context.share(batch.num_tokens, HALO)
-            made = target.supervise(replace(batch, share=share))
-            places = share.flat(torch.arange(made.aux.shape[1]))
-            found[f"{name}, {rows}"] = made.aux[0], made.last_hidden[0], places
+            made = target.compute_hidden_states(replace(batch, share=share))
+            places = share.flat(torch.arange(made.aux_hidden_states.shape[1]))
+            found[f"{name}, {rows}"] = made.aux_hidden_states[0], made.last_hidden_state[0], places
     return found
 
 
@@ -76,10 +76,10 @@ def found(directories):
 def test_hidden_states_are_those_of_one_rank(found, directories, name, ranks):
     target = HFTarget(directories[name], aux_layers=[0, 1, 2])
     for rows in ROWS:
-        whole = target.supervise(batch_of(rows))
-        seen = torch.zeros(whole.aux.shape[:2].numel(), dtype=torch.bool)
-        for aux, last_hidden, places in (rank[f"{name}, {rows}"] for rank in found[ranks]):
-            for mine, its in ((aux, whole.aux), (last_hidden, whole.last_hidden)):
+        whole = target.compute_hidden_states(batch_of(rows))
+        seen = torch.zeros(whole.aux_hidden_states.shape[:2].numel(), dtype=torch.bool)
+        for aux, last_hidden_state, places in (rank[f"{name}, {rows}"] for rank in found[ranks]):
+            for mine, its in ((aux, whole.aux_hidden_states), (last_hidden_state, whole.last_hidden_state)):
                 expected = its.flatten(0, 1)[places]
                 torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
             seen[places] = True
@@ -91,26 +91,34 @@ def of_divided_targets(directory):
     context, batch, found = world(), batch_of("documents across the borders of chunks"), []
     for placement in (ShardedTarget, TensorParallelTarget):
         share = context.share(batch.num_tokens, HALO)
-        made = placement(Path(directory), aux_layers=[0, 1, 2]).supervise(replace(batch, share=share))
-        found.append((made.aux[0], made.last_hidden[0], share.flat(torch.arange(made.aux.shape[1]))))
+        made = placement(Path(directory), aux_layers=[0, 1, 2]).compute_hidden_states(replace(batch, share=share))
+        found.append(
+            (
+                made.aux_hidden_states[0],
+                made.last_hidden_state[0],
+                share.flat(torch.arange(made.aux_hidden_states.shape[1])),
+            )
+        )
     return found
 
 
 def test_a_divided_target_gives_each_rank_its_share(directories):
-    whole = HFTarget(directories["llama"], aux_layers=[0, 1, 2]).supervise(
+    whole = HFTarget(directories["llama"], aux_layers=[0, 1, 2]).compute_hidden_states(
         batch_of("documents across the borders of chunks")
     )
     for of_rank in on_ranks(2, of_divided_targets, directories["llama"]):
-        for aux, last_hidden, places in of_rank:
-            torch.testing.assert_close(aux, whole.aux.flatten(0, 1)[places], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(last_hidden, whole.last_hidden.flatten(0, 1)[places], rtol=1e-4, atol=1e-4)
+        for aux, last_hidden_state, places in of_rank:
+            torch.testing.assert_close(aux, whole.aux_hidden_states.flatten(0, 1)[places], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                last_hidden_state, whole.last_hidden_state.flatten(0, 1)[places], rtol=1e-4, atol=1e-4
+            )
 
 
 def refusal(directory):
     target = HFTarget(directory, aux_layers=[0], attn_implementation="eager")
     batch = batch_of("one document")
     try:
-        target.supervise(replace(batch, share=world().share(batch.num_tokens, HALO)))
+        target.compute_hidden_states(replace(batch, share=world().share(batch.num_tokens, HALO)))
     except UserError as error:
         return str(error)
     return ""

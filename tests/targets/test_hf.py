@@ -5,14 +5,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nemo_speculative.config.schema import ModelConfig
+from nemo_speculative.config.vocab_and_aux_layers import aux_layers_for
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.errors import UserError
-from nemo_speculative.shapes import aux_layers_for
-from nemo_speculative.targets.ends import target_fingerprint
+from nemo_speculative.targets.embedding_and_head import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_target, make_tokenizer
 
 
@@ -35,21 +35,21 @@ def reference(target, row):
 def test_supervision_of_packed_rows_equals_each_document_alone(target):
     documents = rows([11, 7, 19, 4])
     batch = collate([documents[:3], documents[3:]], 40, pad_id=1)
-    supervision = target.supervise(batch)
+    supervision = target.compute_hidden_states(batch)
     places = [(0, 0), (0, 11), (0, 18), (1, 0)]
     for row, (r, start) in zip(documents, places, strict=True):
         aux, last, logits = reference(target, row)
         span = slice(start, start + len(row.input_ids))
-        torch.testing.assert_close(supervision.aux[r, span], aux, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(supervision.last_hidden[r, span], last, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(target.logits(supervision.last_hidden[r, span]), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(supervision.aux_hidden_states[r, span], aux, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(supervision.last_hidden_state[r, span], last, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target.logits(supervision.last_hidden_state[r, span]), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_document_of_a_row_does_not_see_the_others(target):
     first, second, other = rows([11, 9, 9])[0], rows([11, 9], seed=1)[1], rows([11, 9], seed=2)[1]
-    one, two = (target.supervise(collate([[first, x]], 20, pad_id=1)) for x in (second, other))
-    assert torch.equal(one.last_hidden[0, :11], two.last_hidden[0, :11])
-    assert not torch.equal(one.last_hidden[0, 11:], two.last_hidden[0, 11:])
+    one, two = (target.compute_hidden_states(collate([[first, x]], 20, pad_id=1)) for x in (second, other))
+    assert torch.equal(one.last_hidden_state[0, :11], two.last_hidden_state[0, :11])
+    assert not torch.equal(one.last_hidden_state[0, 11:], two.last_hidden_state[0, 11:])
 
 
 def test_cached_forward_equals_the_whole(target):
@@ -122,9 +122,9 @@ def test_supervision_runs_the_decoder_without_the_head(target):
     calls = []
     handle = target._head.register_forward_hook(lambda *_: calls.append(1))
     try:
-        supervision = target.supervise(collate([rows([11, 7])], 20, pad_id=1))
+        supervision = target.compute_hidden_states(collate([rows([11, 7])], 20, pad_id=1))
         assert not calls
-        target.logits(supervision.last_hidden)
+        target.logits(supervision.last_hidden_state)
         assert calls
     finally:
         handle.remove()
@@ -185,7 +185,7 @@ def test_an_architecture_with_soft_capped_logits_is_reproduced(tmp_path):
 
 def test_config_of_the_embedded_target_has_layers_enough():
     from nemo_speculative.config.schema import TinyModelConfig
-    from nemo_speculative.targets.tiny import llama_config
+    from nemo_speculative.targets.demo import llama_config
 
     config = llama_config(TinyModelConfig())
     assert isinstance(config, LlamaConfig) and len(set(aux_layers_for(config.num_hidden_layers, None))) == 3
@@ -212,6 +212,6 @@ def test_a_compiled_target_computes_the_same(target, target_dir):
     compiled, batch = HFTarget(target_dir, aux_layers=None), collate([rows([11, 7])], 20, pad_id=1)
     compiled.compile()
     assert all(layer.mlp._compiled_call_impl is not None for layer in compiled.layers)
-    expected, found = target.supervise(batch), compiled.supervise(batch)
-    torch.testing.assert_close(found.last_hidden, expected.last_hidden, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.aux, expected.aux, rtol=1e-5, atol=1e-5)
+    expected, found = target.compute_hidden_states(batch), compiled.compute_hidden_states(batch)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.aux_hidden_states, expected.aux_hidden_states, rtol=1e-5, atol=1e-5)

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OPTConfig, OPTForCausalLM
 
 from nemo_speculative.config.schema import ModelConfig, TensorParallelHFBackendConfig, TrainJob
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.errors import UserError
 from nemo_speculative.targets import placed
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import ShardedTarget
 from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
-from nemo_speculative.training.assembly import check_target
+from nemo_speculative.training.build import check_target
+from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_target, make_tokenizer
 from tests.training.ranks import on_ranks
 
@@ -60,10 +60,11 @@ def batch_of(rank):
 
 def numbers_of(target):
     """What a target gives for a rank's rows, and what a draft reads of it otherwise."""
-    made = target.supervise(batch_of(dist.get_rank() if dist.is_initialized() else 0))
+    made = target.compute_hidden_states(batch_of(dist.get_rank() if dist.is_initialized() else 0))
     norms = torch.cat([p.float().flatten() for layer in target.last_layers(2) for p in layer.parameters()])
     return {
-        "aux": made.aux, "last hidden": made.last_hidden, "logits": target.logits(made.last_hidden),
+        "aux": made.aux_hidden_states, "last hidden": made.last_hidden_state,
+        "logits": target.logits(made.last_hidden_state),
         "embedded": target.embed(IDS), "head": target.head_weight, "norm": target.final_norm.weight, "layers": norms,
     }  # fmt: skip
 
@@ -82,7 +83,7 @@ def bytes_of_ends_over_time(target):
     """While a layer computes, behind that, and when tokens have been embedded besides."""
     found = []
     hook = target.layers[1].register_forward_hook(lambda *_: found.append(bytes_of_ends(target)))
-    target.supervise(batch_of(dist.get_rank()))
+    target.compute_hidden_states(batch_of(dist.get_rank()))
     hook.remove()
     behind = bytes_of_ends(target)
     target.embed(IDS)

@@ -11,15 +11,13 @@ import pytest
 import torch
 import urllib3
 
-from nemo_speculative.addresses import free_port
 from nemo_speculative.config.schema import RemoteBackendConfig
-from nemo_speculative.context import Context
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.errors import LostError, UserError
+from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.remote import RemoteTarget, Server, Servers
-from nemo_speculative.targets.wire import (
+from nemo_speculative.targets.remote.client import RemoteTarget, Server, Servers
+from nemo_speculative.targets.remote.protocol import (
     TOKEN_VARIABLE,
     Identity,
     Layout,
@@ -27,11 +25,13 @@ from nemo_speculative.targets.wire import (
     frame_supervision,
     pack_batch,
 )
+from nemo_speculative.utils.errors import PeerLostError, UserError
+from nemo_speculative.utils.network import free_port
 from tests.target_servers import HIDDEN, Gated, StandIn, batch_of, same, serving, until
 
 ASKED = batch_of(*range(12))
 IDENTITY = Identity.of(StandIn())
-FRAME = b"".join(frame_supervision(StandIn().supervise(ASKED)))
+FRAME = b"".join(frame_supervision(StandIn().compute_hidden_states(ASKED)))
 
 
 def servers_at(*urls, timeout=20.0, attempts=2, rest=0.05):
@@ -44,7 +44,7 @@ def ask(servers, batch=ASKED):
 
 
 def right(found, batch=ASKED):
-    return same(found, StandIn().supervise(batch))
+    return same(found, StandIn().compute_hidden_states(batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,13 +57,17 @@ def test_packed_rows_are_supervised_as_in_process_bit_by_bit(target_dir, dtype, 
     local = HFTarget(target_dir, aux_layers=aux_layers, dtype=dtype)
     with serving(HFTarget(target_dir, aux_layers=aux_layers, dtype=dtype)) as server:
         remote = RemoteTarget(target_dir, aux_layers=aux_layers, dtype=dtype, urls=[server.url])
-        found, expected = remote.supervise(batch), local.supervise(batch)
-        share = Context.planned(2).share(batch.num_tokens, halo=3)
-        assert same(remote.supervise(replace(batch, share=share)), expected.of(share))
-    assert same(found, expected) and found.aux.dtype == dtype and found.aux.shape[-1] == 32 * len(local.aux_layers)
+        found, expected = remote.compute_hidden_states(batch), local.compute_hidden_states(batch)
+        share = ContextGroup.planned(2).share(batch.num_tokens, halo=3)
+        assert same(remote.compute_hidden_states(replace(batch, share=share)), expected.of(share))
+    assert (
+        same(found, expected)
+        and found.aux_hidden_states.dtype == dtype
+        and found.aux_hidden_states.shape[-1] == 32 * len(local.aux_layers)
+    )
     ids = batch.input_ids
     assert torch.equal(remote.embed(ids), local.embed(ids)) and remote.fingerprint == local.fingerprint
-    assert torch.equal(remote.logits(found.last_hidden), local.logits(expected.last_hidden))
+    assert torch.equal(remote.logits(found.last_hidden_state), local.logits(expected.last_hidden_state))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +174,7 @@ def test_requests_at_once_are_spread_over_the_servers():
         servers = servers_at(one.url, two.url)
         batches = [batch_of(*range(n, n + 12)) for n in range(4)]
         asked = [threads.submit(ask, servers, batch) for batch in batches]
-        until(lambda: [one.supervise.inside, two.supervise.inside] == [2, 2])
+        until(lambda: [one.compute_hidden_states.inside, two.compute_hidden_states.inside] == [2, 2])
         for target in targets:
             target.gate.set()
         assert all(right(a.result(), b) for a, b in zip(asked, batches, strict=True))
@@ -197,7 +201,7 @@ def test_a_slow_server_is_asked_less():
 
 def test_full_queues_are_waited_for_and_nothing_is_lost(monkeypatch):
     """Six clients of a server with room for one."""
-    monkeypatch.setattr("nemo_speculative.serving.target_server.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("nemo_speculative.targets.remote.server.RETRY_SECONDS", 0.02)
     target, batches = StandIn(), [batch_of(*range(n, n + 12)) for n in range(30)]
     with serving(target, queue=1) as server, ThreadPoolExecutor(6) as threads:
         clients = [servers_at(server.url, attempts=1) for _ in range(6)]
@@ -206,7 +210,7 @@ def test_full_queues_are_waited_for_and_nothing_is_lost(monkeypatch):
 
 
 def test_a_queue_that_stays_full_ends_the_run(monkeypatch):
-    monkeypatch.setattr("nemo_speculative.serving.target_server.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("nemo_speculative.targets.remote.server.RETRY_SECONDS", 0.05)
     target = Gated()
     with serving(target, queue=1) as server, ThreadPoolExecutor(1) as threads:
         held = threads.submit(ask, servers_at(server.url))
@@ -218,11 +222,11 @@ def test_a_queue_that_stays_full_ends_the_run(monkeypatch):
 
 
 class FailsOnce(StandIn):
-    def supervise(self, batch):
+    def compute_hidden_states(self, batch):
         self.read.append(None)
         if len(self.read) == 1:
             raise RuntimeError("CUDA out of memory")
-        return StandIn().supervise(batch)
+        return StandIn().compute_hidden_states(batch)
 
 
 def test_a_request_that_fails_is_asked_elsewhere():
@@ -237,7 +241,7 @@ def test_what_the_target_refuses_ends_the_run_at_once():
     """As any other server of the same kind would refuse it."""
 
     class Refuses(StandIn):
-        def supervise(self, batch):
+        def compute_hidden_states(self, batch):
             self.read.append(None)
             raise UserError("backend.max_tokens: a document has 9 tokens")
 
@@ -263,7 +267,9 @@ def test_a_server_that_died_is_asked_again_when_it_is_back(capsys):
 
 def test_when_all_are_dead_there_is_one_line_that_names_them():
     urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
-    with pytest.raises(LostError, match=f"no target server answers any more .{urls[0]}, {urls[1]}.*resume=auto") as end:
+    with pytest.raises(
+        PeerLostError, match=f"no target server answers any more .{urls[0]}, {urls[1]}.*resume=auto"
+    ) as end:
         ask(servers_at(*urls))
     assert "\n" not in str(end.value)
 

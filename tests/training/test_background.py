@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from nemo_speculative.errors import UserError
 from nemo_speculative.training.background import beside
+from nemo_speculative.utils.errors import UserError
 from tests.integration.conftest import data_file, run, settings  # noqa: F401
 from tests.integration.test_bad_input import GOOD, SILENT, conversations
 
@@ -80,19 +80,19 @@ def test_work_that_is_done_leaves_the_main_thread_alone():
 
 PROGRAM = """
 import os, pathlib, runpy, sys, time
-from nemo_speculative.data import store
+from nemo_speculative.data import token_store
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training import assembly
-cache, load, make = pathlib.Path(sys.argv.pop(1)), HFTarget.__init__, store._make
+from nemo_speculative.training import build
+cache, load, make = pathlib.Path(sys.argv.pop(1)), HFTarget.__init__, token_store._make
 def loads(self, *given, **settings):
     until = time.monotonic() + 60
     while len(list(cache.glob("tokens/*/meta.json"))) < 2 and time.monotonic() < until:
         time.sleep(0.02)
     print("rows were there" if time.monotonic() < until else "rows were not there", flush=True)
-    store._make = None  # what is asked for later is what was made
+    token_store._make = None  # what is asked for later is what was made
     load(self, *given, **settings)
 HFTarget.__init__ = loads
-assembly.announce = lambda *_: sys.exit(0)
+build.announce = lambda *_: sys.exit(0)
 runpy.run_path("recipes/train_eagle3.py", run_name="__main__")
 """
 """A training whose target is not loaded before both sides of the data are tokenised, until it has its rows."""

@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training_step.worker import peak_of_tensors
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import (
     READ_AHEAD,
     DepthSampling,
@@ -35,20 +37,19 @@ from nemo_speculative.config.schema import (
     TensorParallelHFBackendConfig,
     TrainJob,
 )
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.drafts.eagle3 import Eagle3Draft
-from nemo_speculative.objectives.eagle3 import Eagle3Objective
-from nemo_speculative.targets.base import Supervision
-from nemo_speculative.training import prediction, titan
+from nemo_speculative.distributed import titan
+from nemo_speculative.distributed.parallelism import context, gather_ahead, mesh, shard_draft
+from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.training import prediction
 from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
 from nemo_speculative.training.ema import WeightAverage
-from nemo_speculative.training.optimization import build_optimizers
-from nemo_speculative.training.parallelism import context, gather_ahead, mesh, shard_draft
+from nemo_speculative.training.optimizer import build_optimizers
 from nemo_speculative.training.peak import Memory, Placement, step_memory
 from nemo_speculative.training.prediction import Models, Prediction, count, predict
+from nemo_speculative.training.speed_probe import Rates, piece_of
 from nemo_speculative.training.trainer import Trainee
-from nemo_speculative.training.trial import Rates, piece_of
 from tests.conftest import make_target
 from tests.training.ranks import on_ranks
 
@@ -158,7 +159,7 @@ def target_cost(of=CONFIG):
 
 def states_of(batch, aux, of=CONFIG):
     rows, h = batch.input_ids.shape, of.hidden_size
-    return Supervision(torch.randn(*rows, aux * h), torch.randn(*rows, h))
+    return TargetOutput(torch.randn(*rows, aux * h), torch.randn(*rows, h))
 
 
 def amount_of(objective, batch, cost):
@@ -365,13 +366,13 @@ HEAVY = dataclasses.replace(EAGLE3, num_steps=1, intermediate_size=1024)
 FLAT = dataclasses.replace(EAGLE3, num_steps=1, intermediate_size=64)
 NARROW = dataclasses.replace(EAGLE3, intermediate_size=128)
 SHARED = ParallelismConfig(shard=-1, context=2)
-WHOLE, DIVIDED, SHARDED = HFBackendConfig(), TensorParallelHFBackendConfig(), ShardedHFBackendConfig()
+FULL_BATCH, DIVIDED, SHARDED = HFBackendConfig(), TensorParallelHFBackendConfig(), ShardedHFBackendConfig()
 WAYS: dict[str, tuple[str, ParallelismConfig, Any, Any, int, float]] = {
-    "FSDP2": ("states", ParallelismConfig(shard=-1), WHOLE, HEAVY, 16, 0.6),
-    "DDP": ("states", ParallelismConfig(replicate=-1), WHOLE, HEAVY, 16, 0.6),
-    "averaged": ("states", ParallelismConfig(replicate=-1), WHOLE, HEAVY, 16, 0.6),
-    "shared": ("MLP", SHARED, WHOLE, NARROW, 2048, 0.6),
-    "shared, few slots": ("MLP", SHARED, WHOLE, NARROW, 2048, 0.02),
+    "FSDP2": ("states", ParallelismConfig(shard=-1), FULL_BATCH, HEAVY, 16, 0.6),
+    "DDP": ("states", ParallelismConfig(replicate=-1), FULL_BATCH, HEAVY, 16, 0.6),
+    "averaged": ("states", ParallelismConfig(replicate=-1), FULL_BATCH, HEAVY, 16, 0.6),
+    "shared": ("MLP", SHARED, FULL_BATCH, NARROW, 2048, 0.6),
+    "shared, few slots": ("MLP", SHARED, FULL_BATCH, NARROW, 2048, 0.02),
     "shared, divided": ("MLP", SHARED, DIVIDED, NARROW, 2048, 0.6),
     "shared, divided, few slots": ("MLP", SHARED, DIVIDED, NARROW, 2048, 0.02),
     "divided ends": ("vocabulary", ParallelismConfig(shard=-1), DIVIDED, FLAT, 16, 0.6),
@@ -404,7 +405,7 @@ def planned_and_found(name, folder):
 
     def step():
         gather_ahead(trainee)
-        supervision = target.supervise(schedule.batch)
+        supervision = target.compute_hidden_states(schedule.batch)
         trainee(schedule, supervision, schedule.counts).loss.backward()
         optimizers.step()
         optimizers.zero_grad()

@@ -4,8 +4,8 @@ import pytest
 from transformers import LlamaConfig
 
 from nemo_speculative.config.app import to_job
-from nemo_speculative.errors import UserError
 from nemo_speculative.training.plan import describe
+from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import composed
 from tests.conftest import make_tokenizer
 from tests.integration.conftest import data_file, settings  # noqa: F401

@@ -12,17 +12,17 @@ from benchmarks.textbook import textbook_loss
 from benchmarks.training_step.case import SEED, STEP_DECAY, Setup
 from benchmarks.training_step.implementations.base import Implementation, Trainer, copy_weights
 from benchmarks.training_step.setup import draft_config, new_draft
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.objective import LossSum, Objective
+from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
 from nemo_speculative.config.schema import DepthSampling, ParallelismConfig, TrainerConfig
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate, pack
-from nemo_speculative.data.vocabulary import DraftVocabulary
-from nemo_speculative.drafts.base import Draft
-from nemo_speculative.objectives.base import LossSum, Objective
-from nemo_speculative.objectives.unroll import UnrollObjective
-from nemo_speculative.targets.base import Supervision
+from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.distributed.parallelism import context, fast_float32_matmuls, process_group, shard_draft
+from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training.parallelism import context, fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.training.trainer import Trainee
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ class Target(Implementation):
         self.batches = packed_batches(setup)
 
     def step(self, batch: Batch) -> None:
-        self.target.supervise(batch)
+        self.target.compute_hidden_states(batch)
 
 
 class Ours(Trainer):
@@ -74,7 +74,7 @@ class Ours(Trainer):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         schedule = self.objective.schedule(batch, CPU)
-        return self.trainee(schedule, self.target.supervise(schedule.batch), schedule.counts).loss
+        return self.trainee(schedule, self.target.compute_hidden_states(schedule.batch), schedule.counts).loss
 
 
 class Textbook(Ours):
@@ -101,7 +101,7 @@ class _Dense:
     def schedule(self, batch: Batch, device: torch.device, training: bool = True) -> "_Whole":
         return _Whole(batch, torch.zeros(self.num_steps, dtype=torch.float64))
 
-    def loss(self, draft: Any, schedule: "_Whole", supervision: Supervision, counts: torch.Tensor) -> LossSum:
+    def loss(self, draft: Any, schedule: "_Whole", supervision: TargetOutput, counts: torch.Tensor) -> LossSum:
         return LossSum(textbook_loss(draft, self.target, schedule.batch, supervision, self.num_steps, STEP_DECAY), {})
 
     def metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -116,7 +116,7 @@ def load_target(setup: Setup) -> HFTarget:
 def load_draft(setup: Setup, target: HFTarget) -> Draft:
     """The draft with the set-up's weights and vocabulary."""
     draft = new_draft(setup.case, target.config).attach(target)
-    draft.use_vocabulary(DraftVocabulary(setup.draft_ids, setup.case.size.vocab_size, 1.0))
+    draft.set_vocab_mapping(VocabMapping(setup.draft_ids, setup.case.size.vocab_size, 1.0))
     copy_weights(draft, setup.draft_weights, {})
     return draft
 

@@ -60,9 +60,10 @@ class SpecForge(Trainer):
         return draft
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        aux, last_hidden = self.target(batch["input_ids"], batch["attention_mask"])
+        aux, last_hidden_state = self.target(batch["input_ids"], batch["attention_mask"])
         sample = SimpleNamespace(
-            tensors={**batch, "hidden_state": aux, "target": last_hidden}, metadata={"target_repr": "hidden_state"}
+            tensors={**batch, "hidden_state": aux, "target": last_hidden_state},
+            metadata={"target_repr": "hidden_state"},
         )
         return self.strategy.forward_loss(sample).loss
 

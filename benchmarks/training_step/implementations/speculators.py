@@ -36,8 +36,8 @@ class Speculators(Trainer):
         self.train(self.draft.parameters())
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        aux, last_hidden = self.target(batch["input_ids"], batch["attention_mask"])
-        rows = [self._shifted(batch, aux, last_hidden, r) for r in range(len(aux))]
+        aux, last_hidden_state = self.target(batch["input_ids"], batch["attention_mask"])
+        rows = [self._shifted(batch, aux, last_hidden_state, r) for r in range(len(aux))]
         packed = {name: torch.cat([row[name] for row in rows])[None] for name in rows[0] if name != "lengths"}
         documents = torch.cat([torch.full((len(row["input_ids"]),), r) for r, row in enumerate(rows)])[None]
         low = self.setup.dtype == torch.bfloat16
@@ -48,7 +48,7 @@ class Speculators(Trainer):
             )  # fmt: skip
         return loss
 
-    def _shifted(self, batch: dict[str, torch.Tensor], aux: torch.Tensor, last_hidden: torch.Tensor, r: int):
+    def _shifted(self, batch: dict[str, torch.Tensor], aux: torch.Tensor, last_hidden_state: torch.Tensor, r: int):
         """A row as its data set has it, which drops the first token."""
         length = aux.shape[1]
         return shift_batch(
@@ -56,7 +56,7 @@ class Speculators(Trainer):
                 "input_ids": batch["input_ids"][r],
                 "loss_mask": batch["loss_mask"][r],
                 "hidden_states": aux[r],
-                "verifier_last_hidden_states": last_hidden[r],
+                "verifier_last_hidden_states": last_hidden_state[r],
                 "lengths": torch.tensor([length]),
                 "position_ids": torch.arange(length),
             }

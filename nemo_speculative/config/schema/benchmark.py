@@ -24,9 +24,9 @@ class SuiteConfig:
     split: str = "test"
     """Its split there."""
     reader: dict[str, Any] = MISSING
-    """How a row becomes a prompt: a class by `_target_`, see `nemo_speculative/benchmarking/suites.py`."""
+    """How a row becomes a prompt: a class by `_target_`, see `evaluation/server_benchmark/suites.py`."""
     scorer: Optional[dict[str, Any]] = None
-    """What makes an answer right: a class by `_target_`, see `nemo_speculative/benchmarking/scoring.py`; null: nothing
+    """What makes an answer right: a class by `_target_`, see `evaluation/server_benchmark/scoring.py`; null: nothing
     does."""
     max_new_tokens: int = 1024
     """Longest answer to one turn, in tokens."""

@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import Any
 
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 
 class Dtype(Enum):

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from nemo_speculative.config.schema.common import require, require_not_negative, require_positive
 from nemo_speculative.config.schema.loss import LossConfig
-from nemo_speculative.shapes import VocabularySize, aux_layers_for, parse_vocab_size
+from nemo_speculative.config.vocab_and_aux_layers import VocabularySize, aux_layers_for, parse_vocab_size
 
 
 class MaskConvention(Enum):
@@ -120,8 +120,8 @@ class DraftConfig:
 class Eagle3DraftConfig(DraftConfig):
     """EAGLE-3, and EAGLE-3.1 by its three switches."""
 
-    _target_: str = "nemo_speculative.drafts.eagle3.Eagle3Draft"
-    objective: str = "nemo_speculative.objectives.eagle3.Eagle3Objective"
+    _target_: str = "nemo_speculative.algorithms.eagle3.network.Eagle3Draft"
+    objective: str = "nemo_speculative.algorithms.eagle3.training.Eagle3Objective"
     hidden_size: Optional[int] = None
     """Where it is not the target's, the draft trains an embedding of its own."""
     aux_layers: Optional[list[int]] = None
@@ -164,8 +164,8 @@ class Eagle3DraftConfig(DraftConfig):
 class EagleDraftConfig(DraftConfig):
     """EAGLE-1 and EAGLE-2: feature autoregression under the target's own head."""
 
-    _target_: str = "nemo_speculative.drafts.eagle.EagleDraft"
-    objective: str = "nemo_speculative.objectives.eagle.EagleObjective"
+    _target_: str = "nemo_speculative.algorithms.eagle.network.EagleDraft"
+    objective: str = "nemo_speculative.algorithms.eagle.training.EagleObjective"
     num_steps: int = 1
     """Aligned passes over the draft's own features (HASS); 1 is EAGLE's."""
     vloss_w: float = 1.0

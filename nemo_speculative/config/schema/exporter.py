@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from nemo_speculative.config.schema.common import Dtype, require, require_positive
-from nemo_speculative.speculative import Speculative, default_draft_tokens, largest_tree, smallest_tree
+from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens, largest_tree, smallest_tree
 
 
 @dataclass
@@ -54,28 +54,28 @@ class ExporterConfig:
         return self.num_draft_tokens == "auto"
 
     @property
-    def speculative(self) -> Speculative:
+    def speculative(self) -> SpeculativeSettings:
         """The settings; where they are yet to be measured, a full beam's."""
         tokens = default_draft_tokens(self.num_steps, self.topk) if self.measure_width else self.num_draft_tokens
-        return Speculative(self.num_steps, self.topk, tokens)
+        return SpeculativeSettings(self.num_steps, self.topk, tokens)
 
 
 @dataclass
 class FormConfig:
     """The form that a draft is converted into: what SGLang serves and every program of this project reads."""
 
-    _target_: str = "nemo_speculative.checkpoints.exports.sglang.SGLangExport"
+    _target_: str = "nemo_speculative.checkpoint.exports.sglang.SGLangExport"
 
 
 @dataclass
 class SpeculatorsFormConfig(FormConfig):
     """The format of speculators, which vLLM serves (EAGLE-3)."""
 
-    _target_: str = "nemo_speculative.checkpoints.exports.speculators.SpeculatorsExport"
+    _target_: str = "nemo_speculative.checkpoint.exports.speculators.SpeculatorsExport"
 
 
 @dataclass
 class TransformersFormConfig(FormConfig):
     """What transformers loads with the code that lies beside it (trust_remote_code)."""
 
-    _target_: str = "nemo_speculative.checkpoints.exports.remote_code.RemoteCodeExport"
+    _target_: str = "nemo_speculative.checkpoint.exports.remote_code.RemoteCodeExport"

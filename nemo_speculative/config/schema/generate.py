@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from nemo_speculative.config.schema.common import require, require_not_negative, require_positive
 from nemo_speculative.config.schema.model import ModelConfig, require_servers
-from nemo_speculative.errors import UserError
+from nemo_speculative.utils.errors import UserError
 
 
 @dataclass
@@ -22,7 +22,7 @@ class EngineConfig:
 class HFEngineConfig(EngineConfig):
     """The target in this process, through transformers."""
 
-    _target_: str = "nemo_speculative.generation.local.HFEngine"
+    _target_: str = "nemo_speculative.generate_data.local.HFEngine"
     batch_size: int = 64
     """Answers decoded at once; their keys and values share the device's memory with the target."""
     attn_implementation: str = "sdpa"
@@ -41,7 +41,7 @@ class EndpointConfig(EngineConfig):
     The variable SGLANG_API_KEY or OPENAI_API_KEY holds their token.
     """
 
-    _target_: str = "nemo_speculative.generation.endpoint.EndpointEngine"
+    _target_: str = "nemo_speculative.generate_data.endpoint.EndpointEngine"
     urls: list[str] = field(default_factory=list)
     """Where they listen, without /v1; requests go to the one with the fewest under way."""
     model: Optional[str] = None

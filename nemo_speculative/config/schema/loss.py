@@ -10,21 +10,21 @@ from nemo_speculative.config.schema.common import require
 class LossConfig:
     """Between the target's distribution p and the draft's q: soft cross-entropy."""
 
-    _target_: str = "nemo_speculative.objectives.losses.SoftCrossEntropy"
+    _target_: str = "nemo_speculative.algorithms.common.losses.SoftCrossEntropy"
 
 
 @dataclass
 class HardCrossEntropyConfig(LossConfig):
     """Cross-entropy against the target's likeliest token."""
 
-    _target_: str = "nemo_speculative.objectives.losses.HardCrossEntropy"
+    _target_: str = "nemo_speculative.algorithms.common.losses.HardCrossEntropy"
 
 
 @dataclass
 class KLDivergenceConfig(LossConfig):
     """KL divergence of p from q, both softened by a temperature."""
 
-    _target_: str = "nemo_speculative.objectives.losses.KLDivergence"
+    _target_: str = "nemo_speculative.algorithms.common.losses.KLDivergence"
     temperature: float = 1.0
     """Above 1, unlikely tokens weigh more."""
 
@@ -39,21 +39,21 @@ class KLDivergenceConfig(LossConfig):
 class TotalVariationConfig(LossConfig):
     """Total variation: the probability that a drafted token is rejected."""
 
-    _target_: str = "nemo_speculative.objectives.losses.TotalVariation"
+    _target_: str = "nemo_speculative.algorithms.common.losses.TotalVariation"
 
 
 @dataclass
 class LKAlphaConfig(LossConfig):
     """LK^alpha: minus the logarithm of the probability that a drafted token is accepted."""
 
-    _target_: str = "nemo_speculative.objectives.losses.LKAlpha"
+    _target_: str = "nemo_speculative.algorithms.common.losses.LKAlpha"
 
 
 @dataclass
 class LKLambdaConfig(LossConfig):
     """LK^lambda: from KL divergence towards total variation, the more is accepted."""
 
-    _target_: str = "nemo_speculative.objectives.losses.LKLambda"
+    _target_: str = "nemo_speculative.algorithms.common.losses.LKLambda"
     eta: float = 3.0
     """How fast: KL weighs exp(-eta * acceptance); 0 is KL alone."""
 

@@ -30,7 +30,7 @@ class ModelConfig:
 class TinyModelConfig(ModelConfig):
     """The embedded target: made on first use from the standard library's documentation, then cached."""
 
-    _target_: str = "nemo_speculative.targets.tiny.prepare_tiny"
+    _target_: str = "nemo_speculative.targets.demo.prepare_tiny"
     path: str = "embedded"
     cache_dir: str = "cache/targets"
     """Where it is kept."""
@@ -78,7 +78,7 @@ class BackendConfig:
     """Whether it continues texts: answers questions, and measures drafts."""
     GATHERED_LAYERS: ClassVar[int] = 0
     """Whole layers that lie on a device, beside its share, while it computes."""
-    DIVIDES_ENDS: ClassVar[bool] = False
+    SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = False
     """Whether embedding and head are divided as the layers are, and gathered where they are used."""
     WHOLE_ROWS: ClassVar[bool] = False
     """Whether it gives each of the ranks that share rows all of them, to keep its part."""
@@ -133,7 +133,7 @@ class ShardedHFBackendConfig(BackendConfig):
     """transformers, the weights sharded over all ranks (FSDP2); each rank computes its own batches."""
 
     GATHERED_LAYERS: ClassVar[int] = 2  # the one that computes, and the buffer that the next one arrives in
-    DIVIDES_ENDS: ClassVar[bool] = True
+    SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.sharded.ShardedTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
@@ -149,7 +149,7 @@ class ShardedHFBackendConfig(BackendConfig):
 class TensorParallelHFBackendConfig(BackendConfig):
     """transformers, tensor-parallel by its own plan; the ranks of a group compute their batches one after the other."""
 
-    DIVIDES_ENDS: ClassVar[bool] = True
+    SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.tensor_parallel.TensorParallelTarget"
     attn_implementation: str = "sdpa"
@@ -202,7 +202,7 @@ class SGLangBackendConfig(BackendConfig):
     """SGLang's own kernels in this process, tensor-parallel over all ranks (needs SGLang beside the trainer)."""
 
     WHOLE_ROWS: ClassVar[bool] = True
-    _target_: str = "nemo_speculative.serving.sglang_target.SGLangTarget"
+    _target_: str = "nemo_speculative.targets.sglang.SGLangTarget"
     max_tokens: int = 16384
     """Tokens in one forward; no document may be longer."""
     flags: list[str] = field(default_factory=list)
@@ -226,7 +226,7 @@ class RemoteBackendConfig(BackendConfig):
     """Target servers on other GPUs or machines; see docs/target_server.md."""
 
     WHOLE_ROWS: ClassVar[bool] = True
-    _target_: str = "nemo_speculative.targets.remote.RemoteTarget"
+    _target_: str = "nemo_speculative.targets.remote.client.RemoteTarget"
     urls: list[str] = field(default_factory=list)
     """Where they listen; micro-batches are spread over them."""
     timeout: float = 300.0
@@ -259,7 +259,7 @@ class FeaturesBackendConfig(BackendConfig):
     """Hidden states on disk, that recipes/capture_features.py or an epoch with fill=true left there."""
 
     WHOLE_ROWS: ClassVar[bool] = True
-    _target_: str = "nemo_speculative.features.target.FeaturesTarget"
+    _target_: str = "nemo_speculative.targets.cached.target.FeaturesTarget"
     directory: str = MISSING
     """Where they are."""
     fill: bool = False

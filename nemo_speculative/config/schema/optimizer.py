@@ -18,7 +18,7 @@ class DecayType(Enum):
 class OptimizerConfig:
     """AdamW with torchtitan's warm-up, stable and decay schedule."""
 
-    _target_: str = "nemo_speculative.training.optimization.adamw"
+    _target_: str = "nemo_speculative.training.optimizer.adamw"
     lr: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
@@ -65,7 +65,7 @@ class OptimizerConfig:
 class MuonConfig(OptimizerConfig):
     """Muon for the matrices; AdamW for norms, biases, embedding and head."""
 
-    _target_: str = "nemo_speculative.training.optimization.muon"
+    _target_: str = "nemo_speculative.training.optimizer.muon"
     muon_lr: Optional[float] = None
     """Learning rate of the matrices, whose updates are scaled to the size of AdamW's; null: lr."""
     momentum: float = 0.95

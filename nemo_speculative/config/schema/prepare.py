@@ -16,7 +16,7 @@ CACHE = "cache/dataset"
 class DatasetConfig(DataConfig):
     """A dataset in any known shape: prepared once, by recipes/prepare_data.py or the first training that wants it."""
 
-    _target_: str = "nemo_speculative.preparation.load.load_prepared"
+    _target_: str = "nemo_speculative.prepare_data.load.load_prepared"
     path: Optional[str] = None
     """A file or folder that holds it; null: repository."""
     repository: str = MISSING
@@ -52,7 +52,7 @@ class SourceConfig:
 class MixDataConfig(DataConfig):
     """Several sources, interleaved by weight."""
 
-    _target_: str = "nemo_speculative.preparation.load.load_prepared"
+    _target_: str = "nemo_speculative.prepare_data.load.load_prepared"
     path: Optional[str] = None
     sources: list[SourceConfig] = MISSING
     """Of each: name, weight, and path if it is not to be had by its name."""

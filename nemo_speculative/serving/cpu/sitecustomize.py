@@ -1,4 +1,4 @@
-"""Leaves out torchvision's operator descriptions, see :mod:`nemo_speculative.torchvision`.
+"""Leaves out torchvision's operator descriptions, see :mod:`nemo_speculative.utils.torchvision_stub`.
 
 For the processes that SGLang starts, which import nothing of this package.
 """

@@ -1,0 +1,203 @@
+"""The EAGLE-3 draft network (2503.01840), and EAGLE-3.1 (2605.09992) by three switches.
+
+Notable choices:
+- layers and fc have no bias; the first layer's q, k and v read [embedding ; feature], the embedding first, and only
+  that layer sees the token;
+- the residual is the un-normed feature; the next step is fed the layer's output before the final norm, or with
+  ``norm_output`` after it (the head reads the normed state either way);
+- the embedding is the target's, frozen and held outside: a server overwrites it with the target's anyway, unless the
+  hidden sizes differ; then the draft trains its own;
+- d2t holds offsets (target id = j + d2t[j]), t2d is a mask over the target's vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from nemo_speculative.algorithms.common.draft import Draft, DraftShape, numbers_for
+from nemo_speculative.algorithms.common.layers import DraftLayer, rms_norm
+from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.utils.errors import UserError
+
+if TYPE_CHECKING:  # a served command needs no Hydra
+    from nemo_speculative.config.schema import DraftConfig
+
+LOW_AUX_SCALE = 0.2
+"""The random weights of fc are shrunk to this share where fc starts as the identity on the highest aux state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Shape(DraftShape):
+    """Every number and switch that shapes the network."""
+
+    draft_vocab_size: int | None
+    """None: no head of its own; the target's gives the logits."""
+    aux_layers: tuple[int, ...]
+    target_hidden_size: int
+    fc_norm: bool = False
+    """EAGLE-3.1: an RMSNorm over each aux state before fc."""
+    norm_before_fc: bool = False
+    """The other form: one RMSNorm over all of them together."""
+    norm_output: bool = False
+    """EAGLE-3.1: the next step is fed the state after the final norm."""
+
+    @classmethod
+    def like_target(
+        cls, target_config: Any, aux_layers: Sequence[int], draft_vocab_size: int | None,
+        config: "DraftConfig | None" = None, **switches: Any,
+    ) -> "Eagle3Shape":  # fmt: skip
+        """A draft whose layer has the shape of one of the target's, unless ``config`` or ``switches`` say otherwise."""
+        return cls(
+            **{**numbers_for(config, target_config), **switches},
+            draft_vocab_size=draft_vocab_size,
+            aux_layers=tuple(aux_layers),
+            target_hidden_size=target_config.hidden_size,
+        )
+
+    @property
+    def own_embedding(self) -> bool:
+        """Whether the draft has an embedding of its own."""
+        return self.hidden_size != self.target_hidden_size
+
+    @property
+    def fc_width(self) -> int:
+        return len(self.aux_layers) * self.target_hidden_size
+
+
+class Eagle3FirstLayer(DraftLayer):
+    """The layer that reads [embedding ; feature]."""
+
+    def __init__(self, shape: Eagle3Shape):
+        super().__init__(shape, 2 * shape.hidden_size, "hidden_norm")
+        self.input_layernorm = rms_norm(shape)
+
+
+class Eagle3Entry:
+    """q, k and v of [embedding ; feature]; see :class:`nemo_speculative.algorithms.common.ttt.Entry`."""
+
+    def __init__(self, layer: Eagle3FirstLayer):
+        self.layer, h = layer, layer.feature_size
+        self.of_token, self.of_feature = layer.qkv_weight(slice(0, h)), layer.qkv_weight(slice(h, None))
+
+    def token(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return linear(self.layer.input_layernorm(embeddings), self.of_token)
+
+    def project(self, token: torch.Tensor, feature: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.addmm(token[:, rows], self.layer.normed(feature), self.of_feature[rows].T), feature
+
+
+class Eagle3Draft(Draft):
+    """See the module's text."""
+
+    ARCHITECTURE = "LlamaForCausalLMEagle3"
+    ALGORITHM = "EAGLE3"
+    READS_LAST_HIDDEN = False
+
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+
+    def __init__(self, shape: Eagle3Shape):
+        super().__init__(shape)
+        self.shape = shape
+        self.fc = nn.Linear(shape.fc_width, shape.hidden_size, bias=False)
+        if shape.fc_norm:
+            self.fc_norm = nn.ModuleList(rms_norm(shape, shape.target_hidden_size) for _ in shape.aux_layers)
+        if shape.norm_before_fc:
+            self.input_norm = rms_norm(shape, shape.fc_width)
+        self._add_layers(shape)
+        self.norm = rms_norm(shape)
+        if shape.own_embedding:
+            self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        own_head = shape.draft_vocab_size is not None
+        entries = shape.draft_vocab_size or shape.vocab_size
+        if own_head:
+            self.lm_head = nn.Linear(shape.hidden_size, entries, bias=False)
+        self.register_buffer("d2t", torch.zeros(entries, dtype=torch.long), persistent=own_head)
+        self.register_buffer("t2d", torch.ones(shape.vocab_size, dtype=torch.bool), persistent=own_head)
+
+    @classmethod
+    def shape_for(
+        cls, config: "DraftConfig", target_config: Any, aux_layers: Sequence[int], vocabulary_size: int | None
+    ) -> Eagle3Shape:
+        names = ("fc_norm", "norm_before_fc", "norm_output")
+        switches = {name: getattr(config, name) for name in names}
+        return Eagle3Shape.like_target(target_config, aux_layers, vocabulary_size, config, **switches)
+
+    def _add_layers(self, shape: Eagle3Shape) -> None:
+        """One layer is ``midlayer``, which every version of SGLang loads; several are ``layers.N``."""
+        first = Eagle3FirstLayer(shape)
+        if shape.num_layers == 1:
+            self.midlayer = first
+        else:
+            deeper = (DraftLayer(shape, shape.hidden_size, "hidden_norm") for _ in range(shape.num_layers - 1))
+            self.layers = nn.ModuleList([first, *deeper])
+
+    @property
+    def stack(self) -> Sequence[Any]:
+        return [self.midlayer] if self.shape.num_layers == 1 else list(self.layers)
+
+    @property
+    def draft_ids(self) -> torch.Tensor:
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids) if self.shape.own_embedding else super().embed(input_ids)
+
+    def read(self, aux: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        aux = aux.to(self.fc.weight.dtype)
+        if self.shape.norm_before_fc:
+            aux = self.input_norm(aux)
+        if self.shape.fc_norm:
+            parts = zip(self.fc_norm, aux.chunk(len(self.fc_norm), dim=-1), strict=True)
+            aux = torch.cat([norm(part) for norm, part in parts], dim=-1)
+        return self.fc(aux)
+
+    def token_input(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return self.stack[0].input_layernorm(embeddings)
+
+    def enter(self, token: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat((token, self.stack[0].normed(feature)), dim=-1), feature
+
+    def entry(self) -> "Eagle3Entry":
+        return Eagle3Entry(self.stack[0])
+
+    def feed_back(self, output: torch.Tensor) -> torch.Tensor:
+        return self.norm(output) if self.shape.norm_output else output
+
+    def head_input(self, output: torch.Tensor) -> torch.Tensor:
+        return self.norm(output)
+
+    @property
+    def head_weight(self) -> torch.Tensor | None:
+        return self.lm_head.weight if self.shape.draft_vocab_size else None
+
+    def set_vocab_mapping(self, vocabulary: VocabMapping) -> None:
+        self.d2t.copy_(vocabulary.d2t)
+        self.t2d.copy_(vocabulary.t2d)
+
+    def start_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
+        """The final norm, and the head's rows of the draft vocabulary."""
+        if self.shape.hidden_size != head.shape[1]:
+            raise UserError(
+                f"draft.init_from_target.head: the target's head reads {head.shape[1]} features, the draft's "
+                f"{self.shape.hidden_size}; set draft.init_from_target.head=false"
+            )
+        if self.shape.draft_vocab_size:
+            self.lm_head.weight.copy_(head[self.draft_ids.to(head.device)])
+        if final_norm is not None:
+            self.norm.weight.copy_(final_norm)
+
+    def start_fc(self) -> None:
+        """The identity on the highest aux state."""
+        if self.shape.hidden_size != self.shape.target_hidden_size:
+            raise UserError(
+                f"draft.init_from_target.fc: fc is no identity from {self.shape.target_hidden_size} to "
+                f"{self.shape.hidden_size} features; set draft.init_from_target.fc=false"
+            )
+        h = self.shape.hidden_size
+        self.fc.weight.mul_(LOW_AUX_SCALE)
+        self.fc.weight[:, -h:] += torch.eye(h, device=self.fc.weight.device)

@@ -1,0 +1,97 @@
+"""A smaller draft vocabulary for a trained draft: rows of its head are left out, nothing is trained anew."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra.utils import get_method
+
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_config, read_servable, write_servable
+from nemo_speculative.config.schema import ModelConfig, PruneJob
+from nemo_speculative.config.vocab_and_aux_layers import VocabularySize, parse_vocab_size
+from nemo_speculative.data.token_store import Tokenizing, stored_documents
+from nemo_speculative.data.vocab_mapping import entries_for
+from nemo_speculative.targets.describe import describe_target
+from nemo_speculative.utils.errors import UserError
+
+SMALLEST = 256
+
+
+def prune_checkpoint(job: PruneJob) -> str:
+    """Writes ``<output>/model`` and returns the coverage table.
+
+    Raises:
+        UserError: no such checkpoint, an output that exists, bad data, or a vocabulary that cannot be pruned so.
+    """
+    servable, output = read_servable(job.checkpoint), Path(job.output).expanduser()
+    if output.exists():
+        raise UserError(f"output: {output} exists; choose another directory")
+    counts = _counts(job, servable.provenance.target)
+    kept = kept_entries(servable, counts, parse_vocab_size(job.vocab_size, servable.shape.vocab_size))
+    write_servable(
+        output / "model",
+        servable.contract.draft,
+        pruned_tensors(servable, kept),
+        dataclasses.replace(servable.shape, draft_vocab_size=len(kept)),
+        servable.provenance,
+        servable.tensors["fc.weight"].dtype,
+        {key: read_config(servable.directory).get(key) for key in ("bos_token_id", "eos_token_id")},
+    )
+    return coverage_table(servable, counts, len(kept))
+
+
+def _counts(job: PruneJob, target: str) -> torch.Tensor:
+    described = describe_target(ModelConfig(path=target))
+    split = get_method(job.data._target_)(job.data, seed=0)
+    max_length, _ = job.data.lengths(described.config.max_position_embeddings)
+    how = Tokenizing(described.tokenizer, described.stop_ids, max_length, described.config.vocab_size)
+    sides = [stored_documents(items, how, job.data, "tokenising") for items in (split.training, split.held_out)]
+    return torch.stack([side.all_counts for side in sides]).sum(0)
+
+
+def kept_entries(servable: Servable, counts: torch.Tensor, size: VocabularySize) -> torch.Tensor:
+    """int64 [n]: the draft ids to keep, ascending: those whose target ids were counted most.
+
+    Args:
+        counts: int64 [V], how often each target id was written by the assistant.
+
+    Raises:
+        UserError: the draft has no vocabulary of its own, or a smaller one already.
+    """
+    if "d2t" not in servable.tensors:
+        raise UserError(f"{servable.directory}: the draft has no vocabulary of its own; there is nothing to prune")
+    own = counts[_target_ids(servable)]
+    entries = size.entries if size.entries is not None else entries_for(own, size.coverage)
+    if entries > len(own):
+        raise UserError(f"vocab_size is {entries}: {servable.directory} has {len(own)} entries; choose fewer")
+    return own.sort(descending=True, stable=True).indices[:entries].sort().values
+
+
+def _target_ids(servable: Servable) -> torch.Tensor:
+    d2t = servable.tensors["d2t"]
+    return torch.arange(len(d2t)) + d2t
+
+
+def pruned_tensors(servable: Servable, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The draft's tensors with the entries ``kept`` alone."""
+    ids, t2d = _target_ids(servable)[kept], torch.zeros_like(servable.tensors["t2d"])
+    t2d[ids] = True
+    head = servable.tensors["lm_head.weight"][kept]
+    return servable.tensors | {"lm_head.weight": head, "d2t": ids - torch.arange(len(ids)), "t2d": t2d}
+
+
+def coverage_table(servable: Servable, counts: torch.Tensor, marked: int) -> str:
+    """The share of the assistant's tokens that the best 256, 512, … entries of the draft's vocabulary cover."""
+    own = counts[_target_ids(servable)].sort(descending=True).values
+    total = max(int(counts.sum()), 1)
+    covered = own.cumsum(0)
+    lines = ["  entries  coverage"]
+    for entries in _sizes(len(own), marked):
+        lines.append(f"{entries:9}  {int(covered[entries - 1]) / total:8.2%}{'  <-' if entries == marked else ''}")
+    return "\n".join(lines)
+
+
+def _sizes(whole: int, marked: int) -> Sequence[int]:
+    doubled = [SMALLEST << n for n in range(whole.bit_length()) if SMALLEST << n < whole]
+    return sorted({*doubled, marked, whole})

@@ -1,0 +1,136 @@
+"""A conversation through the tokenizer's own chat template: token ids, and which of them the assistant wrote.
+
+Training must see what serving renders, so the template alone decides.  A template with ``{% generation %}`` marks the
+assistant's part itself; otherwise prefixes of the conversation are rendered, and what an assistant turn adds to the
+prompt before it is the assistant's.  Where a prefix is not a prefix in token ids, the template is refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any
+
+from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.utils.errors import UserError
+
+Message = dict[str, Any]
+
+
+def tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -> TokenRow:
+    """Token ids and assistant mask of one conversation.
+
+    An assistant span ends with its first stop token where it has one: what the template prints behind it (a newline,
+    say) is never generated.
+
+    Raises:
+        UserError: no chat template, a conversation that the template rejects, or one that cannot be masked.
+    """
+    if "{% generation" in template_of(tokenizer) or "{%- generation" in template_of(tokenizer):
+        ids, mask = _by_generation_tag(tokenizer, conversation)
+    else:
+        ids, mask = _by_prefixes(tokenizer, conversation)
+    return TokenRow(conversation.id, ids, _end_at_stop(ids, mask, stop_ids), conversation.origin, conversation.source)
+
+
+def template_of(tokenizer) -> str:
+    """The tokenizer's chat template.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to it, or give data that is "
+            'tokenised already ({"input_ids", "loss_mask"} a line)'
+        )
+    return tokenizer.chat_template
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Of all that decides how a conversation becomes ids: :func:`rules_digest` and the chat template."""
+    said = [rules_digest(tokenizer), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def rules_digest(tokenizer) -> str:
+    """Of all that decides how a text becomes ids; not of padding and truncation, which calls change."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(fast.to_str()) if fast else {"vocabulary": tokenizer.get_vocab()}
+    kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    described = [type(tokenizer).__name__, kept, tokenizer.get_added_vocab()]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prompt_ids(tokenizer, messages: list[Message], origin: str, tools: list[Message] | None = None) -> list[int]:
+    """The ids after which the assistant's answer to ``messages`` begins."""
+    return render(tokenizer, messages, origin, tools=tools, add_generation_prompt=True)["input_ids"]
+
+
+def render(tokenizer, messages: list[Message], origin: str, **options) -> dict[str, list[int]]:
+    """``messages`` by the chat template, with its ``options``: ``input_ids`` and what else was asked for.
+
+    Raises:
+        UserError: no chat template, or messages that it rejects.
+    """
+    template_of(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(as_served(messages), tokenize=True, return_dict=True, **options)
+    except Exception as error:  # jinja2 and the templates' own raise_exception
+        said = " ".join(str(error).split())
+        raise UserError(f"{origin}: the chat template rejects this conversation: {said}") from error
+
+
+def as_served(messages: list[Message]) -> list[Message]:
+    """``messages`` as chat servers hand them to the template, which data files are not written for.
+
+    No null values, empty text for none, and the arguments of tool calls as objects, which OpenAI writes as text.
+    """
+    seen = [{k: v for k, v in m.items() if v is not None} | {"content": m.get("content") or ""} for m in messages]
+    for message in seen:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
+    return seen
+
+
+def _with_object(call: Message) -> Message:
+    function = call.get("function", {})
+    if not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
+    except json.JSONDecodeError:
+        return call
+
+
+def _by_generation_tag(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    rendered = render(
+        tokenizer, conversation.messages, conversation.origin, tools=conversation.tools,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    return rendered["input_ids"], [bool(m) for m in rendered["assistant_masks"]]
+
+
+def _by_prefixes(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
+    messages, origin, tools = conversation.messages, conversation.origin, conversation.tools
+    whole = render(tokenizer, messages, origin, tools=tools)["input_ids"]
+    mask = [False] * len(whole)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = prompt_ids(tokenizer, messages[:turn], origin, tools)
+            after = render(tokenizer, messages[: turn + 1], origin, tools=tools)["input_ids"]
+            if whole[: len(after)] != after or after[: len(before)] != before:
+                raise UserError(
+                    f"{origin}: the chat template of {tokenizer.name_or_path} renders message {turn} differently "
+                    "within the whole conversation and at its end, so the assistant's tokens cannot be told; add "
+                    "{% generation %} to the template, or give input_ids and loss_mask (recipes/generate_data.py does)"
+                )
+            mask[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return whole, mask
+
+
+def _end_at_stop(ids: list[int], mask: list[bool], stop_ids: Collection[int]) -> list[bool]:
+    ended, stopped = list(mask), False
+    for i, inside in enumerate(mask):
+        ended[i] = inside and not stopped
+        stopped = inside and (stopped or ids[i] in stop_ids)
+    return ended

@@ -1,0 +1,156 @@
+"""The target while decoding: it reads a prompt once, verifies trees, and keeps what was accepted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from transformers import Cache
+
+from nemo_speculative.algorithms.common.kv_cache import KVCache
+from nemo_speculative.decoding.trees import Trees, trees
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class States:
+    """What the target computed for B sequences, ``counts[b]`` positions of row b; behind them lies anything."""
+
+    aux_hidden_states: torch.Tensor
+    """[B, n, A * h]."""
+    last_hidden_state: torch.Tensor
+    """[B, n, h]."""
+    counts: list[int]
+
+    def last(self) -> torch.Tensor:
+        """[B, 1, h]: the last hidden state at each row's last position."""
+        return last_of(self.last_hidden_state, self.counts)
+
+    def at(self, paths: Sequence[Sequence[int]]) -> "States":
+        """The positions ``paths`` of each row."""
+        counts = [len(path) for path in paths]
+        longest = max(counts)
+        if all(path[-1] < n for path, n in zip(paths, counts, strict=True)):
+            return States(self.aux_hidden_states[:, :longest], self.last_hidden_state[:, :longest], counts)
+        index = torch.tensor(filled(paths, longest), device=self.aux_hidden_states.device)
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        return States(self.aux_hidden_states[rows, index], self.last_hidden_state[rows, index], counts)
+
+    def select(self, rows: Sequence[int]) -> "States":
+        """The sequences ``rows``, in this order."""
+        index = list(rows)
+        return States(self.aux_hidden_states[index], self.last_hidden_state[index], [self.counts[row] for row in index])
+
+
+def filled(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Rows of one length: zeros behind the shorter ones, which nothing sees."""
+    return [[*row, *[0] * (length - len(row))] for row in rows]
+
+
+def last_of(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Each row's last entry: [B, n, h], row b holding ``counts[b]`` → [B, 1, h]."""
+    if min(counts) == x.shape[1]:
+        return x[:, -1:]
+    at = torch.tensor(counts, device=x.device)[:, None, None] - 1
+    return x.gather(1, at.expand(-1, -1, x.shape[-1]))
+
+
+class _Rows(Cache):
+    """A :class:`KVCache` behind the interface that transformers' models write to."""
+
+    def __init__(self, kv: KVCache) -> None:
+        super().__init__(layers=[])
+        self.kv = kv
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kv.append(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.kv.longest
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.kv.longest + query_length, 0
+
+
+class CachedTarget:
+    """A target and what it remembers of B sequences.
+
+    Raises:
+        UserError: the model cannot verify trees.
+    """
+
+    def __init__(self, target: HFTarget, batch_size: int):
+        _check_trees(target)
+        self.target, self.context = target, target.config.max_position_embeddings
+        self._kv = KVCache(batch_size)
+        self._cache = _Rows(self._kv)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
+        """Reads the prompts, which may differ in length."""
+        counts = [len(prompt) for prompt in prompts]
+        ids = torch.tensor(filled(prompts, max(counts)), device=self.target.device)
+        aux, hidden = self.target.forward(ids, cache=self._cache)
+        self._kv.advance(counts)
+        return States(aux, hidden, counts)
+
+    def read(self, tree: Trees) -> States:
+        """Every node of the trees; nothing is kept yet."""
+        n = tree.tokens.shape[1]
+        if self._kv.ragged:
+            positions = torch.tensor(self._kv.lengths, device=tree.tokens.device)[:, None] + tree.depths
+        else:
+            positions = (tree.depths + self._kv.longest).expand_as(tree.tokens)
+        if self._kv.longest + tree.levels >= self.context:  # only nodes that are out of reach
+            positions = positions.clamp(max=self.context - 1)
+        ancestors = tree.ancestors
+        if ancestors is None and self._kv.ragged:
+            ancestors = torch.ones(1, n, n, dtype=torch.bool, device=tree.tokens.device).tril()
+        visible = None if ancestors is None else self._kv.visible(ancestors)
+        aux, hidden = self.target.forward(tree.tokens, positions, self._cache, visible)
+        return States(aux, hidden, [n] * len(tree.tokens))
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """The accepted nodes of each row, as if they alone had been read."""
+        self._kv.keep(paths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """The other sequences are done."""
+        self._kv.select(rows)
+
+    def join(self, other: "CachedTarget") -> None:
+        """Takes over the sequences of ``other``, of the same target, behind its own."""
+        self._kv.join(other._kv)
+
+
+_CHECKED: WeakSet[HFTarget] = WeakSet()
+
+
+@torch.no_grad()
+def _check_trees(target: HFTarget) -> None:
+    """A path through a tree must be to the model what the sequence is; one that keeps a running state, e.g., fails."""
+    if target in _CHECKED:
+        return
+    _CHECKED.add(target)
+    ids = [i % target.config.vocab_size for i in range(8)]
+    tree = trees(
+        torch.tensor([ids[4:]], device=target.device), torch.tensor([[-1, 0, 0, 2]], device=target.device), levels=2
+    )
+    path = [0, 2, 3]
+    whole = target.forward(torch.tensor([[*ids[:4], *(ids[4 + i] for i in path)]], device=target.device))[1][:, 4:]
+    try:
+        cached = CachedTarget(target, 1)
+        cached.prefill([ids[:4]])
+        found = cached.read(tree).at([path]).last_hidden_state
+        same = torch.allclose(found.float(), whole.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
+        same = False
+    if not same:
+        _CHECKED.discard(target)
+        raise UserError(
+            f"{target.path}: {type(target.model).__name__} gives other states for a path of a tree than for the "
+            "sequence, so it cannot be decoded speculatively; its attention must take a mask and keep keys and values"
+        )

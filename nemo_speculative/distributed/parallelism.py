@@ -1,0 +1,191 @@
+"""Processes, devices and the sharding of the draft."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from nemo_speculative.config.schema import ParallelismConfig
+from nemo_speculative.distributed import titan
+from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, limited, limited_groups, started, waiting_group
+from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, collect_on
+
+LARGEST_MATMUL_ERROR = 2e-6
+"""Relative to the largest entry; float32 itself has about 4e-7."""
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[titan.ParallelDims]:
+    """torchtitan's mesh over the processes that torchrun started; a single process makes a group of its own.
+
+    Raises:
+        UserError: the sizes of ``config`` do not multiply to the number of processes, a restart would hang, or there
+            is no word of where the other processes are.
+    """
+    check_restarts()
+    titan.bind_device(device.type)
+    config.sizes(_world_size())  # before anybody waits for the others
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _join(device)
+    try:
+        with waiting_group():
+            yield mesh(config)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_restarts() -> None:
+    """A launcher that starts a group again gives it a store of its own.
+
+    torch's agent keeps one store over its restarts (pytorch issue 135712): gloo then finds the addresses of the ranks
+    that are gone, and waits for them.
+
+    Raises:
+        UserError: it would not.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and FRESH_STORE not in os.environ:
+        raise UserError(
+            f"torchrun --max-restarts={restarts}: ranks that are started again would wait for those that are gone; "
+            "start with python -m nemo_speculative.launch, or set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+        )
+
+
+def _world_size() -> int:
+    """Of the job that this process was started for; a process that nobody launched is a job by itself.
+
+    Raises:
+        UserError: it is said to be one of several, which it could not find.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    ranks = started()
+    if ranks > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE={ranks}, but MASTER_ADDR is not set: start with torchrun or python -m nemo_speculative.launch"
+            ", or unset WORLD_SIZE"
+        )
+    return ranks
+
+
+def _join(device: torch.device) -> None:
+    """The process group of the job, which listens to this machine only if all its processes are here."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        collect_on(LOOPBACK)
+    on_cuda = device.type == "cuda"
+    if os.environ["WORLD_SIZE"] != "1":
+        comm = titan.CommConfig(init_timeout_seconds=int(FIRST_RANK_TIMEOUT.total_seconds()), trace_buf_size=0)
+        titan.init_distributed(comm, enable_cpu_backend=on_cuda)
+    else:  # with a store in memory: nobody has to find this process by a port
+        backend = "cuda:nccl,cpu:gloo" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def mesh(config: ParallelismConfig) -> titan.ParallelDims:
+    """torchtitan's mesh over the ranks of the process group."""
+    ranks = dist.get_world_size()
+    replicate, shard = config.sizes(ranks)
+    dims = titan.ParallelDims(
+        dp_replicate=replicate, dp_shard=shard, cp=config.context, tp=1, pp=1, ep=1, world_size=ranks,
+        spmd_backend="partial_dtensor",
+    )  # fmt: skip
+    dims.build_mesh()
+    return dims
+
+
+def limit_waits(dims: titan.ParallelDims, seconds: float) -> None:
+    """From now on an exchange in which a rank is missing for ``seconds`` fails, on every rank that waits for it.
+
+    Until then the groups have the patience of a set-up, in which one rank may make what the others wait for.
+    """
+    dist.all_reduce(torch.zeros(1))  # nobody is left in the set-up
+    axes = dims.get_all_one_dimensional_meshes().values()
+    for group in (None, *(axis.get_group() for axis in axes), *limited_groups()):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextlib.contextmanager
+def fast_float32_matmuls(device: torch.device) -> Iterator[None]:
+    """On a CPU, sends float32 matrix products to oneDNN where it is as exact as torch's own path.
+
+    "medium" allows bfloat16 inside, which some CPUs really use: the error is probed, and the setting left alone there.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")
+        a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+        exact = a.double() @ b.double()
+        if float(((a @ b).double() - exact).abs().max() / exact.abs().max()) > LARGEST_MATMUL_ERROR:
+            torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def data_rank(dims: titan.ParallelDims) -> tuple[int, int]:
+    """Which share of a global batch's rows this rank reads, and into how many it is split.
+
+    Ranks that share rows are neighbours: context is the innermost axis of the mesh.
+    """
+    return dist.get_rank() // dims.cp, dims.world_size // dims.cp
+
+
+def context(dims: titan.ParallelDims) -> ContextGroup:
+    """The ranks that share the tokens of this one's rows."""
+    if dims.cp == 1:
+        return NO_CONTEXT_PARALLELISM
+    group = dims.get_mesh("cp").get_group()
+    beside = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    return ContextGroup(group, limited(beside))
+
+
+def shard_draft(
+    module: nn.Module, dims: titan.ParallelDims, compute_dtype: torch.dtype, offload: bool = False
+) -> nn.Module:
+    """FSDP2 over ``module`` as one unit: float32 shards and reductions, ``compute_dtype`` in between.
+
+    One unit, gathered once per step, because the unroll runs the same layer at every step of its own: sharded by
+    itself, it would be gathered and reduced T times.  Replicas are its second mesh axis; with shards of one rank
+    that is DDP, in the same layout on disk.  Left alone where a single process computes in float32.
+
+    Args:
+        offload: keep the shards, and what the optimizer knows of them, in the host's memory.
+    """
+    if dims.world_size == 1 and compute_dtype == torch.float32 and not offload:
+        return module
+    names = ["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else "fsdp"
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(
+        module,
+        mesh=dims.get_mesh(names),
+        mp_policy=precision,
+        offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+        reshard_after_forward=False,
+    )
+    titan.disable_fsdp_gradient_division(module)
+    assert isinstance(module, FSDPModule)
+    # gloo has no PREMUL_SUM, which a divide factor of 1 would choose.
+    module.set_force_sum_reduction_for_comms(True)
+    return module
+
+
+def exchange(module: nn.Module, last: bool) -> None:
+    """Before a micro-batch of a step: ranks exchange weights before the first one, and gradients after the ``last``."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        module.set_reshard_after_backward(last)
+
+
+def gather_ahead(module: nn.Module) -> None:
+    """Begins to gather the weights; the target's work comes in between."""
+    if isinstance(module, FSDPModule):
+        module.unshard(async_op=True)

@@ -1,0 +1,286 @@
+"""What is measured: a server that is started for it, or one that runs already."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from nemo_speculative.checkpoint.draft_checkpoint import find_model
+from nemo_speculative.config.schema import BenchmarkJob
+from nemo_speculative.evaluation.server_benchmark.results_log import accelerator, setting_name
+from nemo_speculative.serving.client import Client, api_key
+from nemo_speculative.serving.command import ServeOptions, from_checkpoint, serve_command, serve_environment
+from nemo_speculative.serving.match import check_target
+from nemo_speculative.serving.server import Server, require_free
+from nemo_speculative.targets.embedding_and_head import target_fingerprint
+from nemo_speculative.utils.errors import UsageError, UserError
+
+VERSION = "from importlib.metadata import version; print(version('sglang'))"
+NUM_PROGRAM_WORDS = 3
+"""python -m sglang.launch_server"""
+SPECULATIVE = "--speculative-"
+REPORTED = ("model_path", "version", "dtype", "tp_size", "dp_size", "attention_backend", "quantization")
+"""What of a running server's settings its figures depend on, beside the speculative ones."""
+PASSING = frozenset({
+    "internal_states", "startup_time", "status", "launch_command", "kv_events", "random_seed", "host", "dist_init_addr",
+    "max_total_num_tokens", "max_req_input_len",
+})  # fmt: skip
+"""What a server reports beside its settings, and those that are drawn or found anew at each start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint(ABC):
+    """A server with one setting."""
+
+    server: dict[str, Any]
+    """What it has in common with the baseline beside it; a part of each cell's identity."""
+    draft: dict[str, Any] | None
+    """Its draft and settings; None: a baseline."""
+
+    @property
+    @abstractmethod
+    def target(self) -> str:
+        """Directory or hub name of its target, where the tokenizer is."""
+
+    @abstractmethod
+    def up(self) -> AbstractContextManager[str]:
+        """Its url, while it runs.
+
+        Raises:
+            ServerError: it does not come up.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched(Endpoint):
+    """A server that is started, and stopped again."""
+
+    options: ServeOptions
+    python: str
+    timeout: float
+    """Seconds until it must be healthy."""
+    logs: Path
+
+    @property
+    def target(self) -> str:
+        return self.options.target
+
+    @contextmanager
+    def up(self) -> Iterator[str]:
+        options, command = self.options, serve_command(self.options, self.python)
+        require_free(options.host, options.port, f"server.port={options.port}")
+        if self.draft is None:
+            command, _ = split(command)
+        log = next(file for n in count(1) if not (file := self.logs / f"{self._name}-{n}.log").exists())
+        server = Server(command, serve_environment(options), options.host, options.port, log)
+        try:
+            server.wait_until_healthy(self.timeout)
+            yield server.url
+        finally:
+            with uninterrupted():
+                server.stop()
+
+    @property
+    def _name(self) -> str:
+        return f"server-{setting_name(self.options.speculative if self.draft else None)}"
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the block is done: half a stop would leave processes behind."""
+    came: list[int] = []
+
+    def hold(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Endpoint):
+    """A server that somebody else runs."""
+
+    url: str
+    model: str
+
+    @property
+    def target(self) -> str:
+        return self.model
+
+    @contextmanager
+    def up(self) -> Iterator[str]:
+        yield self.url
+
+
+def endpoints_of(job: BenchmarkJob) -> list[Endpoint]:
+    """Everything that ``job`` measures, the baseline first.
+
+    Raises:
+        UserError: neither or both of checkpoint and url are given, one of them is no good, or a setting is impossible.
+    """
+    if (job.checkpoint is None) == (job.url is None):
+        raise UsageError(
+            "checkpoint and url: expected one of them, checkpoint=RUN to start a server or url=http://HOST:PORT"
+        )
+    return _running(job) if job.url else _launched(job)
+
+
+def _launched(job: BenchmarkJob) -> list[Endpoint]:
+    python = job.server.python or sys.executable
+    version, model = sglang_version(python), find_model(job.checkpoint or "")
+    with (model / "model.safetensors").open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()[:16]
+    logs = Path(job.results)
+    logs.mkdir(parents=True, exist_ok=True)
+    found: list[Endpoint] = []
+    for setting in job.sweep or [[]]:
+        options = _options(job, setting, version)
+        common, speculative = split(serve_command(options, python)[NUM_PROGRAM_WORDS:])
+        server = {
+            "target": _fingerprint(options.target), "sglang": version, "flags": without(common, "--port"),
+            "accelerator": accelerator(),
+        }  # fmt: skip
+        flags = without(speculative, "--speculative-draft-model-path")
+        draft = {"weights": digest, "speculative": asdict(options.speculative), "flags": flags}
+        one = Launched(
+            server=server, draft=draft, options=options, python=python, timeout=job.server.timeout, logs=logs
+        )
+        if job.baseline and not found:
+            found.append(replace(one, draft=None))
+        found.append(one)
+    return found
+
+
+def _options(job: BenchmarkJob, setting: Sequence[int], version: str) -> ServeOptions:
+    server = job.server
+    single = {"num_steps": job.num_steps, "topk": job.topk, "num_draft_tokens": job.num_draft_tokens}
+    chosen = dict(zip(single, setting, strict=False)) if setting else single
+    overrides = {
+        "target": job.target, "dtype": server.dtype, "device": server.device, "tp_size": server.tp_size,
+        "port": server.port, "trust_remote_code": server.trust_remote_code, "extra": tuple(server.flags),
+        "sglang_version": version,
+    }  # fmt: skip
+    try:
+        options = from_checkpoint(job.checkpoint or "", {**overrides, **chosen})
+    except UsageError as error:
+        raise UsageError(f"sweep={list(setting)}: {error}" if setting else str(error)) from None
+    if options.api_key:
+        raise UsageError("server.flags: --api-key would be written into the results; leave it out, or use url=")
+    try:
+        check_target(options, server.target_variant)
+    except UserError as error:
+        raise UsageError(f"{error} (here: target=, server.target_variant=true)") from None
+    return options
+
+
+def _fingerprint(target: str) -> str:
+    """Of a directory's contents; a hub name stands for itself."""
+    return target_fingerprint(Path(target)) if (Path(target) / "config.json").is_file() else target
+
+
+def sglang_version(python: str) -> str:
+    """The version of SGLang beside ``python``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        return subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        raise UsageError(
+            f"server.python: {python} has no SGLang; give the python of an environment that does (docs/serving.md), or "
+            "url= for a running server"
+        ) from None
+
+
+def split(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command without its speculative flags, and these flags, each with its value."""
+    common: list[str] = []
+    speculative: list[str] = []
+    words = common
+    for word in command:
+        if word.startswith("--"):
+            words = speculative if word.startswith(SPECULATIVE) else common
+        words.append(word)
+    return common, speculative
+
+
+def without(words: Sequence[str], flag: str) -> list[str]:
+    """``words`` without ``flag`` and its value."""
+    return [word for before, word in zip(["", *words], words, strict=False) if flag not in (before, word)]
+
+
+def _running(job: BenchmarkJob) -> list[Endpoint]:
+    if job.sweep or job.num_steps or job.topk or job.num_draft_tokens or job.write_back:
+        raise UsageError(
+            "url: the settings of a running server are its own; leave out sweep, num_steps, topk, num_draft_tokens and "
+            "write_back, or give checkpoint= in its place"
+        )
+    urls = [url for url in (job.baseline_url, job.url) if url is not None]
+    infos = [asyncio.run(_info(url)) for url in urls]
+    if job.baseline_url and infos[0].get("speculative_algorithm"):
+        raise UserError(f"baseline_url: {job.baseline_url} speculates; expected a server without a draft")
+    _require_alike(urls, infos)
+    common = {
+        "urls": [job.baseline_url, job.url], **{name: infos[-1].get(name) for name in REPORTED},
+        "target": _fingerprint(str(infos[-1].get("model_path"))), "settings": [settings_digest(info) for info in infos],
+    }  # fmt: skip
+    return [
+        Running(
+            server=common,
+            draft=_draft(info),
+            url=url,
+            model=str(job.target or info["tokenizer_path"] or info["model_path"]),
+        )
+        for url, info in zip(urls, infos, strict=True)
+    ]
+
+
+def _require_alike(urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a baseline whose figures would differ for more than its missing draft."""
+    for name in REPORTED:
+        base, own = infos[0].get(name), infos[-1].get(name)
+        if base != own:
+            raise UserError(
+                f"baseline_url: {name} of {urls[0]} is {base}, expected {own} as of {urls[-1]}; start both alike "
+                "but for the draft"
+            )
+
+
+def settings_digest(info: Mapping[str, Any]) -> str:
+    """Of a server's ``/server_info``, as far as it is equal when the same server is started again."""
+    lasting = {name: value for name, value in info.items() if name not in PASSING and not name.endswith("port")}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:16]
+
+
+async def _info(url: str) -> dict[str, Any]:
+    async with Client(url, api_key()) as client:
+        return await client.server_info()
+
+
+def _draft(info: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not info.get("speculative_algorithm"):
+        return None
+    names = {"num_steps": "num_steps", "topk": "eagle_topk", "num_draft_tokens": "num_draft_tokens"}
+    return {
+        "weights": _fingerprint(str(info.get("speculative_draft_model_path"))),
+        "speculative": {ours: info.get(f"speculative_{theirs}") for ours, theirs in names.items()},
+        "flags": [info["speculative_algorithm"]],
+    }

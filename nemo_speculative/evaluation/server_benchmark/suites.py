@@ -1,0 +1,167 @@
+"""Suites of prompts: published files and datasets as what they are, each by the reader of its shape."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any, Protocol
+
+from hydra.utils import instantiate
+
+from nemo_speculative.config.schema import SuiteConfig
+from nemo_speculative.evaluation.server_benchmark.scoring import Scorer
+from nemo_speculative.utils.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+class Reader(Protocol):
+    """Makes a row of a suite's file a prompt."""
+
+    def turns(self, row: Row, origin: str) -> list[str]:
+        """What the user says, turn by turn.
+
+        Raises:
+            UserError: the row has another shape; ``origin`` is named.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation to be had: each turn is asked when the one before is answered."""
+
+    turns: tuple[str, ...]
+    row: Row
+    """The row it was read from; a scorer finds its reference there."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Prompts, and what makes an answer right."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int
+    scorer: Scorer | None
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what is asked and what counts as right."""
+        said = [prompt.row if self.scorer else prompt.turns for prompt in self.prompts]
+        asked = [prompt.turns for prompt in self.prompts]
+        return hashlib.sha256(json.dumps([asked, said, repr(self.scorer)], default=str).encode()).hexdigest()[:16]
+
+
+class Turns:
+    """A column of texts, one a turn; a lone text is a lone turn, and of chat messages the user's are asked.
+
+    Args:
+        columns: its possible names; the first one that a row has counts.
+    """
+
+    def __init__(self, columns: Sequence[str]):
+        self._columns = list(columns)
+
+    def turns(self, row: Row, origin: str) -> list[str]:
+        name = next((name for name in self._columns if name in row), None)
+        if name is None:
+            raise _other_shape(origin, row, " or ".join(self._columns))
+        found = row[name] if isinstance(row[name], list) else [row[name]]
+        turns: list[Any] = [turn.get("content") if isinstance(turn, dict) else turn for turn in found if _of_user(turn)]
+        if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+            raise UserError(f"{origin}: {name!r} is {row[name]!r:.60}, expected a text, a list of texts, or messages")
+        return turns
+
+
+def _of_user(turn: Any) -> bool:
+    return not isinstance(turn, dict) or turn.get("role") == "user"
+
+
+class Template:
+    """One turn, made of a row's columns; a column that is a list is put in line by line.
+
+    Args:
+        template: with the columns' names in braces, and braces that are meant as such doubled.
+    """
+
+    def __init__(self, template: str):
+        self._template = template
+        self._columns = [name for _, name, _, _ in Formatter().parse(template) if name]
+
+    def turns(self, row: Row, origin: str) -> list[str]:
+        if not all(name in row for name in self._columns):
+            raise _other_shape(origin, row, ", ".join(self._columns))
+        values = {name: row[name] for name in self._columns}
+        for name, value in values.items():
+            values[name] = "\n".join(map(str, value)) if isinstance(value, list) else value
+        return [self._template.format(**values).strip()]
+
+
+def _other_shape(origin: str, row: Row, expected: str) -> UserError:
+    return UserError(
+        f"{origin}: found the keys {sorted(row)}, expected {expected}; prompts of your own go with suite=jsonl"
+    )
+
+
+def load_suite(config: SuiteConfig) -> Suite:
+    """The suite's prompts, from its file or from the hub.
+
+    Raises:
+        UserError: they cannot be had, or a row has another shape than the suite.
+    """
+    reader: Reader = instantiate(config.reader)
+    scorer: Scorer | None = instantiate(config.scorer) if config.scorer else None
+    prompts: list[Prompt] = []
+    for row, origin in _rows(config):
+        if len(prompts) == config.num_prompts:
+            break
+        prompts.append(Prompt(tuple(reader.turns(row, origin)), row))
+        missing = [name for name in (scorer.columns if scorer else ()) if name not in row]
+        if missing:
+            raise _other_shape(origin, row, ", ".join(missing))
+    if not prompts:
+        raise UserError(f"suite.path: {config.path or config.repository} is empty; expected one JSON object a line")
+    return Suite(config.name, tuple(prompts), config.max_new_tokens, scorer)
+
+
+def _rows(config: SuiteConfig) -> Iterator[tuple[Row, str]]:
+    """Rows, and where each comes from for error messages."""
+    if config.path is not None:
+        return _file_rows(Path(config.path).expanduser())
+    return _hub_rows(config)
+
+
+def _file_rows(file: Path) -> Iterator[tuple[Row, str]]:
+    if not file.is_file():
+        raise UserError(f"suite.path: {file} does not exist or is not a file; expected a JSONL file")
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _object(line, f"{file}:{number}"), f"{file}:{number}"
+
+
+def _object(line: bytes, origin: str) -> Row:
+    try:
+        row = json.loads(line.decode())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UserError(f"{origin}: cannot be read ({error}); expected one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{origin}: found a {type(row).__name__}, expected a JSON object")
+    return row
+
+
+def _hub_rows(config: SuiteConfig) -> Iterator[tuple[Row, str]]:
+    try:
+        import datasets  # slow to import, needed here only, and not in an environment of SGLang's
+
+        table = datasets.load_dataset(config.repository, config.subset, split=config.split)
+    except Exception as error:  # one class per way in which a hub can fail
+        said = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"suite.repository: {config.repository} cannot be loaded ({type(error).__name__}: {said:.100}); give a "
+            "file of it with suite.path=FILE"
+        ) from None
+    return ((row, f"{config.repository}:{config.split}:{number}") for number, row in enumerate(table))

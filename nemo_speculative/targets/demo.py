@@ -1,0 +1,195 @@
+"""The embedded target: a small Llama that answers questions on the standard library, made on the spot.
+
+It exists so that the whole way from conversations to a served draft runs on a machine without a GPU, an account
+or a download.  It is an ordinary Hugging Face directory; nothing downstream knows that it is special.
+
+Notable choices:
+- rows of packed conversations, attended across like a pre-training corpus: it is the mechanics that count;
+- Muon for the matrices, AdamW for the rest: at this budget AdamW alone never learns to copy the name asked for;
+- stopped by steps, never by seconds, so that two machines make the same target.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_speculative.config.schema import TinyModelConfig
+from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.stdlib import stdlib_conversations
+from nemo_speculative.utils.progress import Progress, quiet_transformers
+
+SPECIAL = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SAMPLE_QUESTIONS = 3
+NOT_SHAPING = {"cache_dir", "path", "revision", "dtype", "trust_remote_code"}
+RECIPE_VERSION = 1
+"""Raised when the conversations or the training change, so that no stale target is taken from the cache."""
+
+
+def prepare_tiny(config: TinyModelConfig) -> Path:
+    """The directory of the embedded target, made on first use and cached by everything that shapes it."""
+    directory = directory_of(config)
+    if directory.exists():
+        print(f"embedded target: {directory} (made before)", flush=True)
+        return directory
+    training, held_out = stdlib_conversations(held_out=False), stdlib_conversations(held_out=True)
+    print(f"embedded target: made once, on {len(training)} conversations from the standard library", flush=True)
+    tokenizer = make_tokenizer(config)
+    model = train_tiny(config, _rows(tokenizer, training, config.row_tokens, config.seed))
+    held_out_loss = _held_out_loss(model, _rows(tokenizer, held_out, config.row_tokens, config.seed))
+    print(f"embedded target: held-out loss {held_out_loss:.3f} nats/token", flush=True)
+    _print_samples(model, tokenizer, held_out)
+    _save(model, tokenizer, directory)
+    return directory
+
+
+def directory_of(config: TinyModelConfig) -> Path:
+    """Where the target of this configuration, Python version and template is cached."""
+    shape = {k: v for k, v in asdict(config).items() if k not in NOT_SHAPING}
+    recipe = json.dumps([shape, TEMPLATE, RECIPE_VERSION, sys.version_info[:2]], sort_keys=True, default=str)
+    return Path(config.cache_dir) / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+
+
+def make_tokenizer(config: TinyModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of the embedded target."""
+    return train_tokenizer(stdlib_conversations(held_out=False), config.vocab_size)
+
+
+def train_tokenizer(conversations: list[Conversation], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template that marks what the assistant says."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator((m["content"] for c in conversations for m in c.messages), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        extra_special_tokens=SPECIAL[2:],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _rows(tokenizer, conversations: list[Conversation], length: int, seed: int) -> torch.Tensor:
+    """All conversations, shuffled once and cut into rows: int64 [rows, length]."""
+    order = list(conversations)
+    random.Random(seed).shuffle(order)
+    texts = tokenizer.apply_chat_template([c.messages for c in order], tokenize=False)
+    ids = [i for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in text]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def llama_config(config: TinyModelConfig) -> LlamaConfig:
+    """The architecture of the embedded target."""
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.hidden_size // config.head_dim,
+        num_key_value_heads=1,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def _optimizers(model: LlamaForCausalLM, config: TinyModelConfig) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def train_tiny(config: TinyModelConfig, rows: torch.Tensor) -> LlamaForCausalLM:
+    """Trains on ``rows`` [R, L] for ``config.steps`` steps of next-token cross-entropy, in the faster of float32 and
+    bf16 autocast."""
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(llama_config(config))
+    optimizers = _optimizers(model, config)
+    factor = lambda step: min((step + 1) / config.warmup_steps, (config.steps - step) / config.steps)  # noqa: E731
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.empty(0, dtype=torch.long)
+    progress = Progress("embedded target", config.steps)
+    low = _multiplies_bfloat16()
+    for _ in range(config.steps):
+        if len(order) < config.rows_per_step:
+            order = torch.randperm(len(rows), generator=generator)
+        batch, order = rows[order[: config.rows_per_step]], order[config.rows_per_step :]
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = model(batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        progress.advance(partial(_loss_note, loss.detach()))
+    progress.close()
+    return model.eval()
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has units for it; without them float32 is the faster."""
+    units = torch.cpu.get_capabilities()
+    return any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _loss_note(loss: torch.Tensor) -> str:
+    return f"loss {loss.item():.3f}"
+
+
+@torch.no_grad()
+def _held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
+    losses = [model(batch, labels=batch, use_cache=False).loss.item() for batch in rows.split(16)]
+    return sum(losses) / max(len(losses), 1)
+
+
+@torch.no_grad()
+def _print_samples(model: Any, tokenizer: Any, held_out: list[Conversation]) -> None:
+    asked = [c for c in held_out if c.id.endswith("/doc")]
+    for conversation in random.Random(0).sample(asked, min(SAMPLE_QUESTIONS, len(asked))):
+        prompt = tokenizer.apply_chat_template(
+            conversation.messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        answer = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        print(f"  Q: {conversation.messages[0]['content']}\n  A: {text.strip()}", flush=True)
+
+
+def _save(model: LlamaForCausalLM, tokenizer, directory: Path) -> None:
+    """Written beside its place and renamed, so that an interrupted run leaves no half of a target."""
+    quiet_transformers()
+    unfinished = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(directory)

@@ -1,0 +1,49 @@
+"""``draft.init_from``: a draft that starts from one that was trained before, here or by another project."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+
+from nemo_speculative.checkpoint.adapters.format import ForeignDraft
+from nemo_speculative.checkpoint.adapters.read import read_foreign
+from nemo_speculative.config.published import with_numbers
+from nemo_speculative.config.schema import DraftConfig
+from nemo_speculative.utils.errors import UserError
+
+NUMBERS = (
+    "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "num_layers", "fc_norm",
+    "norm_before_fc", "norm_output",
+)  # fmt: skip
+
+
+def read_start(config: DraftConfig, target_config: Any) -> ForeignDraft | None:
+    """The draft that ``draft.init_from`` names; None where it names none.
+
+    Raises:
+        UserError: it cannot be read, or is another algorithm's.
+    """
+    if config.init_from is None:
+        return None
+    found = read_foreign(Path(config.init_from).expanduser(), target_config, getattr(config, "aux_layers", None))
+    wanted: type = get_class(config._target_)
+    if not issubclass(wanted, found.draft):
+        raise UserError(
+            f"draft.init_from: {found.directory} is a {found.draft.__name__}, and draft._target_ a {wanted.__name__}; "
+            "choose the draft group of its algorithm"
+        )
+    return found
+
+
+def with_its_shape(config: DraftConfig, start: ForeignDraft) -> DraftConfig:
+    """``config`` with the shape of ``start``.
+
+    Raises:
+        UserError: it says something else itself.
+    """
+    known = {name: getattr(start.shape, name) for name in NUMBERS if hasattr(config, name)}
+    numbers = {name: value for name, value in known.items() if value is not False}
+    if hasattr(start.shape, "aux_layers"):
+        entries = start.shape.draft_vocab_size
+        numbers |= {"aux_layers": list(start.shape.aux_layers), "vocab_size": entries or "target_head"}
+    return with_numbers(config, numbers, f"draft.init_from ({start.directory})")

@@ -1,0 +1,168 @@
+"""Head and loss chunk by chunk, against autograd over all logits at once."""
+
+import pytest
+import torch
+
+from nemo_speculative.algorithms.common import linear_loss as head_module
+from nemo_speculative.algorithms.common import schedule as schedule_module
+from nemo_speculative.algorithms.common.linear_loss import LOGITS_ALIVE, FrozenHead, LinearHead, head_loss
+from nemo_speculative.algorithms.common.losses import SoftCrossEntropy
+from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
+from tests.algorithms.objectives import cases
+from tests.algorithms.objectives.cases import (
+    HIDDEN,
+    STEPS,
+    VOCAB,
+    eagle,
+    eagle3,
+    lay_out,
+    make_documents,
+    unroll_settings,
+)
+from tests.algorithms.objectives.test_losses import LOSSES
+from tests.observing import LargestTensor
+
+CHUNKS = {
+    "at once": ({}, {}),
+    "few labels": ({"LABEL_CHUNK": {"cpu": 5}}, {}),
+    "few rows": ({}, {"LOGITS_ALIVE": {"cpu": 0}}),
+    "few rows judged": ({}, {"LOGITS_ALIVE": {"cpu": 200 * VOCAB}, "LOGITS_JUDGED": {"cpu": 0}}),
+    "few of all": ({"LABEL_CHUNK": {"cpu": 33}}, {"LOGITS_ALIVE": {"cpu": 0}, "LOGITS_JUDGED": {"cpu": 0}}),
+}
+
+
+@pytest.fixture(params=CHUNKS.values(), ids=CHUNKS)
+def chunks(request, monkeypatch):
+    for module, limits in zip((schedule_module, head_module), request.param, strict=True):
+        for name, limit in limits.items():
+            monkeypatch.setattr(module, name, limit)
+
+
+class SpeedProbe:
+    """Rows of a few documents, states in front of a head, and what the loss should be."""
+
+    def __init__(self, loss=None, draft_vocab=VOCAB, dtype=torch.float32):
+        self.draft = eagle3(draft_vocab).make_draft()
+        self.target, self.distance = cases.FrozenStandIn(), loss or SoftCrossEntropy()
+        self.goal = Eagle3Objective(self.target, loss=self.distance, **unroll_settings(STEPS))
+        batch, supervision = lay_out([make_documents([40, 40]), make_documents([70], seed=1)], 80)
+        self.rows, self.last_hidden_state = (
+            self.goal.schedule(batch).parts[0].rows,
+            supervision.last_hidden_state.flatten(0, 1),
+        )
+        random = torch.Generator().manual_seed(3)
+        rows = len(self.rows.weight)
+        self.states = torch.randn(rows, HIDDEN, generator=random).to(dtype).requires_grad_()
+        self.weight = torch.randn(len(self.draft.draft_ids), HIDDEN, generator=random).to(dtype).requires_grad_()
+        self.row_weight = torch.rand(rows, generator=random) * self.rows.weight
+        self.judge = self.goal.judge(self.draft, self.last_hidden_state, self.rows, self.row_weight)
+
+    def chunked(self, head):
+        return head_loss(self.states, head, self.judge, self.rows, self.row_weight, len(self.weight))
+
+    def at_once(self, project):
+        """Loss, values and hits: logits of all rows, labels of all rows, autograd."""
+        logits = project(self.states)
+        target = self.target.logits(self.last_hidden_state)[self.rows.labels[self.rows.label]]
+        best, ids = target.argmax(-1), self.draft.draft_ids
+        inside = torch.isin(best, ids)
+        values = self.distance(logits, target[:, ids].softmax(-1)) * inside
+        return (values * self.row_weight).sum(), values, ids[logits.argmax(-1)] == best
+
+
+def capped(trial):
+    return lambda states: 3 * torch.tanh(states @ trial.weight.detach().T / 3)
+
+
+def squashed(trial):
+    return lambda states: torch.tanh(states @ trial.weight.detach().T)
+
+
+HEADS = {
+    "own": (lambda trial: LinearHead(trial.weight), lambda trial: lambda x: x @ trial.weight.T),
+    "frozen": (lambda trial: FrozenHead(trial.target.logits), lambda trial: trial.target.logits),
+    "frozen, soft-capped": (lambda trial: FrozenHead(capped(trial)), capped),
+    "frozen, its logits needed to go back": (lambda trial: FrozenHead(squashed(trial)), squashed),
+}
+
+
+@pytest.mark.parametrize("upstream", [1.0, -3.7])
+@pytest.mark.parametrize(("head", "project"), HEADS.values(), ids=HEADS)
+def test_chunks_equal_autograd_over_all_logits(chunks, head, project, upstream):
+    trial = SpeedProbe()
+    expected, values, hits = trial.at_once(project(trial))
+    wanted = torch.autograd.grad(expected * upstream, (trial.states, trial.weight), materialize_grads=True)
+    loss, found_values, found_hits = trial.chunked(head(trial))
+    gradients = torch.autograd.grad(loss * upstream, (trial.states, trial.weight), materialize_grads=True)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found_values["loss"], values)
+    assert torch.equal(found_hits, hits) and hits.any() and not hits.all()
+    for found, gradient in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
+    assert gradients[1].any() == (head is HEADS["own"][0])
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("draft_vocab", [VOCAB, 9])
+def test_every_loss_in_chunks(chunks, loss, draft_vocab):
+    trial = SpeedProbe(loss, draft_vocab)
+    expected, _, hits = trial.at_once(lambda x: x @ trial.weight.T)
+    wanted = torch.autograd.grad(expected, (trial.states, trial.weight))
+    found, _, found_hits = trial.chunked(LinearHead(trial.weight))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found_hits, hits)
+    for one, two in zip(torch.autograd.grad(found, (trial.states, trial.weight)), wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_without_gradients_the_values_are_the_same_and_nothing_is_pulled_back(chunks, name, monkeypatch):
+    trial, head = SpeedProbe(), HEADS[name][0]
+    loss, values, hits = trial.chunked(head(trial))
+    made = head(trial)
+    monkeypatch.setattr(made, "pull_back", None)  # called, it would fail
+    with torch.no_grad():
+        again, same_values, same_hits = trial.chunked(made)
+    assert not again.requires_grad and torch.equal(again, loss.detach())
+    assert torch.equal(same_values["loss"], values["loss"]) and torch.equal(same_hits, hits)
+
+
+def test_bfloat16_is_close_to_float32(chunks):
+    half, exact = SpeedProbe(dtype=torch.bfloat16), SpeedProbe()
+    with torch.no_grad():
+        exact.states.copy_(half.states)
+        exact.weight.copy_(half.weight)
+    pairs = []
+    for trial in (half, exact):
+        loss, _, _ = trial.chunked(LinearHead(trial.weight))
+        gradients = torch.autograd.grad(loss, (trial.states, trial.weight))
+        assert all(gradient.dtype == trial.states.dtype for gradient in gradients)
+        pairs.append([loss.detach(), *gradients])
+    for one, two in zip(*pairs, strict=True):
+        assert (one.double() - two).norm() <= 0.01 * two.double().norm()
+
+
+def test_chunks_of_a_bfloat16_head_add_up_in_float32():
+    """1 and 256 times 1/256: in bfloat16 the sum would stay 1."""
+    head = LinearHead(torch.ones(1, 1, dtype=torch.bfloat16))
+    head.start(1, True)
+    for share in [1.0, *[1 / 256] * 256]:
+        head.logits(torch.ones(1, 1, dtype=torch.bfloat16))
+        head.pull_back(torch.full((1, 1), share, dtype=torch.bfloat16), torch.empty(1, 1, dtype=torch.bfloat16))
+    assert head.finish().item() == 2
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle1"])
+def test_no_tensor_of_a_step_grows_with_tokens_and_vocabulary(name, monkeypatch):
+    """The whole of a step, forward and back: logits are alive a chunk at a time."""
+    vocab, length = 1 << 14, 400
+    monkeypatch.setattr(cases, "VOCAB", vocab)
+    monkeypatch.setitem(cases.NUMBERS, "vocab_size", vocab)
+    case = eagle3(vocab) if name == "eagle3" else eagle()
+    draft, goal = case.make_draft(), case.make_objective()
+    batch, supervision = lay_out([make_documents([length], seed) for seed in range(3)], length)
+    with LargestTensor() as mode:
+        schedule = goal.schedule(batch)
+        goal.loss(draft, schedule, supervision, schedule.counts).loss.backward()
+    assert sum(int(part.supervised.sum()) for part in schedule.parts) > 3 * length / 2
+    assert mode.elements <= LOGITS_ALIVE["cpu"] < batch.num_tokens * vocab / 2

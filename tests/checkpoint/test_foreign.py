@@ -1,0 +1,478 @@
+"""Other projects' drafts: read as published, computing what their own networks compute, or refused in one line."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_speculative.algorithms.common.kv_cache import KVCache
+from nemo_speculative.algorithms.eagle.network import EagleDraft
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+from nemo_speculative.checkpoint.adapters.read import detect, read_foreign, stated_target
+from nemo_speculative.checkpoint.draft_checkpoint import Provenance, write_servable
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.targets.embedding_and_head import text_config
+from nemo_speculative.utils.errors import UserError
+from tests.checkpoint import layouts
+from tests.checkpoint.layouts import DRAFT_IDS, HIDDEN, VOCAB
+
+
+@pytest.fixture
+def target(target_dir):
+    """The configuration of the tests' target: 8 layers of 32 features, 300 ids, 256 positions."""
+    return text_config(target_dir)
+
+
+def refusal(call) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    """Every weight in a directory, in float64, under the names of the files."""
+    tensors = {}
+    for file in directory.rglob("*"):
+        if file.suffix == ".safetensors":
+            tensors |= load_file(file)
+        elif file.name in ("pytorch_model.bin", "draft_model.pt"):
+            tensors |= torch.load(file, weights_only=True)
+    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def outputs(draft, embeddings: torch.Tensor, aux: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
+    """What the built draft computes over a causal sequence: [n, h]."""
+    features = draft.read(aux[None], last_hidden_state[None])
+    rotation = draft.rotary(torch.arange(len(embeddings))[None], draft.dtype)
+    return draft.extend(embeddings[None], features, rotation, KVCache())[0]
+
+
+def inputs(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return tuple(torch.randn(5, width, dtype=torch.float64) for width in (HIDDEN, 3 * HIDDEN, HIDDEN))
+
+
+EAGLE3 = [
+    ("EAGLE (SafeAILab)", layouts.safeailab_eagle3, "midlayer.", "", 10000.0, (1, 3, 4)),
+    ("SpecForge", layouts.specforge, "midlayer.", "", 1000000.0, (0, 3, 5)),
+    ("NeMo AutoModel", layouts.automodel, "layers.0.", "model.", 500000.0, (0, 2, 4)),
+    ("NeMo AutoModel", layouts.automodel_bare, "layers.0.", "model.", 500000.0, (1, 3, 4)),
+    ("speculators (vLLM)", layouts.speculators, "layers.0.", "", 500000.0, (1, 3, 4)),
+]
+"""Each with what its published network is: the layer's name, the prefix, theta, and the outputs that it reads."""
+IDS = ["safeailab", "specforge", "automodel", "automodel-bare", "speculators"]
+
+
+@pytest.mark.parametrize(("name", "make", "layer", "outer", "theta", "aux_layers"), EAGLE3, ids=IDS)
+def test_an_eagle3_draft_computes_what_its_own_network_does(
+    tmp_path, target, name, make, layer, outer, theta, aux_layers
+):
+    source = make(tmp_path / "draft")
+    before = snapshot(source)
+    assert detect(source) == name
+    found = read_foreign(source, target)
+    assert (found.format, found.draft, found.shape.aux_layers) == (name, Eagle3Draft, aux_layers)
+    draft = found.build(dtype=torch.float64)
+    embeddings, aux, last_hidden_state = inputs()
+    logits, output = layouts.naive_eagle3(stored(source), embeddings, aux, theta, layer, outer)
+    got = outputs(draft, embeddings, aux, last_hidden_state)
+    assert torch.allclose(got, output, atol=1e-6)
+    assert torch.allclose(draft.logits(got), logits, atol=1e-6)
+    assert draft.draft_ids.tolist() == DRAFT_IDS
+    assert snapshot(source) == before
+
+
+@pytest.mark.parametrize("make", [layouts.specforge, layouts.automodel])
+def test_norm_output_is_fed_back_as_its_server_feeds_it(tmp_path, target, make):
+    source = make(tmp_path / "draft")
+    draft = read_foreign(source, target).build(dtype=torch.float64)
+    weights = stored(source)
+    output = inputs()[0]
+    expected = layouts.norm(output, weights.get("norm.weight", weights.get("model.norm.weight")))
+    assert torch.allclose(draft.feed_back(output), expected)
+    config = json.loads(next(source.rglob("config.json")).read_text()) | {"norm_output": False}
+    next(source.rglob("config.json")).write_text(json.dumps(config))
+    assert torch.equal(read_foreign(source, target).build(dtype=torch.float64).feed_back(output), output)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_eagle1_draft_computes_what_its_own_network_does(tmp_path, target, bias):
+    source = layouts.safeailab_eagle(tmp_path / "draft", bias=bias)
+    if not bias:
+        change_tensors(source, lambda tensors: tensors.pop("fc.bias"))
+    found = read_foreign(source, target)
+    assert (detect(source), found.draft, found.shape.num_layers) == ("EAGLE (SafeAILab)", EagleDraft, 1)
+    draft = found.build(dtype=torch.float64)
+    embeddings, aux, last_hidden_state = inputs()
+    expected = layouts.naive_eagle(stored(source), embeddings, last_hidden_state, 500000.0)
+    assert torch.allclose(outputs(draft, embeddings, aux, last_hidden_state), expected, atol=1e-6)
+    assert any("no bias" in note for note in found.notes) is not bias
+
+
+@pytest.mark.parametrize("inner", [".", "model", "model/consolidated"])
+def test_automodel_is_read_from_the_outer_and_the_inner_directory(tmp_path, target, inner):
+    source = layouts.automodel(tmp_path / "epoch_1_step_70") / inner
+    found = read_foreign(source, target)
+    assert (found.shape.aux_layers, found.step) == ((0, 2, 4), 70)
+    assert stated_target(source) == "org/target"
+
+
+def test_automodel_whose_layers_follow_no_recipe_has_eagles_own(tmp_path, target):
+    source = layouts.automodel(tmp_path / "draft")
+    (source / "config.yaml").unlink()
+    assert read_foreign(source, target).shape.aux_layers == (1, 3, 4)
+
+
+def test_automodel_takes_the_layers_from_the_weights_not_from_the_configuration(tmp_path, target):
+    found = read_foreign(layouts.automodel(tmp_path / "draft"), target)
+    assert found.shape.num_layers == 1
+    assert "num_hidden_layers is 8: the weights hold 1, which counts" in found.notes
+
+
+def test_speculators_name_the_input_of_a_layer(tmp_path, target):
+    """vLLM appends what goes INTO the layers that are listed; SGLang, given explicit ids, what comes out of them."""
+    source = layouts.speculators(tmp_path / "draft", eagle_aux_hidden_state_layer_ids=[1, 4, 7])
+    assert read_foreign(source, target).shape.aux_layers == (0, 3, 6)
+    assert stated_target(source) == "org/target"
+
+
+def test_every_assumption_is_noted(tmp_path, target):
+    assert read_foreign(layouts.safeailab_eagle3(tmp_path / "draft"), target).notes == (
+        "rope_theta is not stated: 10000, which its own project and SGLang take then",
+        "aux layers are not stated: [1, 3, 4], EAGLE's [1, N//2 - 1, N - 4] for 8 layers",
+        "embed_tokens.weight is left out: a server uses the target's",
+    )
+    assert any("pull request 879" in note for note in read_foreign(layouts.specforge(tmp_path / "b"), target).notes)
+
+
+def test_a_shorter_context_than_the_targets_is_raised_where_it_changes_no_rotation(tmp_path, target):
+    plain = layouts.safeailab_eagle3(tmp_path / "a", max_position_embeddings=64)
+    found = read_foreign(plain, target)
+    assert found.shape.max_positions == 256
+    assert any(note.startswith("max_position_embeddings is 64: raised to the target's 256") for note in found.notes)
+    scaled = {"type": "dynamic", "factor": 2.0}
+    dynamic = layouts.safeailab_eagle3(tmp_path / "b", max_position_embeddings=64, rope_scaling=scaled)
+    assert read_foreign(dynamic, target).shape.max_positions == 64
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"rope_theta": 500.0}, {"rope_type": "default", "rope_theta": 500.0}),
+        (
+            {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        ),
+        (
+            {"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            {"rope_type": "default", "rope_theta": 7.0},
+        ),
+    ],
+)  # fmt: skip
+def test_old_and_new_forms_of_rope(tmp_path, target, stated, expected):
+    source = layouts.safeailab_eagle3(tmp_path / "draft", **stated)
+    assert read_foreign(source, target).shape.rope_parameters == expected
+
+
+def test_what_the_user_says_of_aux_layers_is_believed_before_the_file(tmp_path, target):
+    found = read_foreign(layouts.specforge(tmp_path / "draft"), target, aux_layers=[1, 2, 6])
+    assert found.shape.aux_layers == (1, 2, 6)
+    assert "aux layers are [1, 2, 6], as given, in place of its own [0, 3, 5]" in found.notes
+
+
+def test_an_eagle1_draft_reads_no_aux_layers(tmp_path, target):
+    source = layouts.safeailab_eagle(tmp_path / "draft")
+    message = refusal(lambda: read_foreign(source, target, aux_layers=[1]))
+    assert message == f"aux_layers is [1]; {source} is EAGLE-1, which reads none"
+
+
+def test_a_vocabulary_out_of_order_is_sorted_with_the_heads_rows(tmp_path, target):
+    source = layouts.specforge(tmp_path / "draft")
+    order = torch.tensor([5, 0, 3, 1, 2, 4, 11, 6, 7, 10, 9, 8])
+    ids = torch.tensor(DRAFT_IDS)[order]
+
+    def shuffle(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
+        tensors["d2t"] = ids - torch.arange(len(ids))
+
+    plain = read_foreign(source, target)
+    change_tensors(source, shuffle)
+    found = read_foreign(source, target)
+    assert {name for name, t in found.tensors.items() if not torch.equal(t, plain.tensors[name])} == set()
+    assert any("lm_head's rows were sorted" in note for note in found.notes)
+
+
+def test_a_draft_of_the_whole_vocabulary_needs_no_maps(tmp_path, target):
+    source = layouts.specforge(tmp_path / "draft", draft_vocab_size=VOCAB)
+
+    def whole(tensors):
+        tensors["lm_head.weight"] = torch.randn(VOCAB, HIDDEN)
+        del tensors["d2t"], tensors["t2d"]
+
+    change_tensors(source, whole)
+    draft = read_foreign(source, target).build()
+    assert draft.draft_ids.tolist() == list(range(VOCAB))
+    assert draft.t2d.all()
+
+
+def test_t2d_follows_from_d2t(tmp_path, target):
+    source = layouts.specforge(tmp_path / "draft")
+    change_tensors(source, lambda tensors: tensors.pop("t2d"))
+    assert read_foreign(source, target).tensors["t2d"].nonzero().flatten().tolist() == DRAFT_IDS
+
+
+def test_a_draft_narrower_than_its_target_keeps_its_embedding(tmp_path, target):
+    source = layouts.safeailab_eagle3(tmp_path / "draft")
+    wide = SimpleNamespace(hidden_size=96, vocab_size=VOCAB, num_hidden_layers=8, max_position_embeddings=256)
+    found = read_foreign(source, wide, aux_layers=[3])
+    assert torch.equal(found.tensors["embed_tokens.weight"], load_torch(source)["embed_tokens.weight"])
+    assert not any("embed_tokens" in note for note in found.notes)
+
+
+def test_buffers_of_old_versions_are_passed_over(tmp_path, target):
+    source = layouts.safeailab_eagle(tmp_path / "draft")
+    change_tensors(source, lambda t: t.update({"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert "rotary" not in "".join(read_foreign(source, target).tensors)
+
+
+def test_this_projects_own(tmp_path, target):
+    plain = read_foreign(layouts.specforge(tmp_path / "draft"), target)
+    provenance = Provenance("org/target", "f00d", "float32", SpeculativeSettings(5, 1, 6), step=9)
+    write_servable(tmp_path / "own/model", Eagle3Draft, plain.tensors, plain.shape, provenance, torch.float32, {})
+    found = read_foreign(tmp_path / "own", target)
+    assert (detect(tmp_path / "own"), found.format) == ("nemo_speculative", "nemo_speculative")
+    assert (found.shape, found.step, found.provenance) == (plain.shape, 9, provenance)
+    assert stated_target(tmp_path / "own") == "org/target"
+    assert all(torch.equal(found.tensors[name], t) for name, t in plain.tensors.items())
+    assert "[1, 2, 3]" in refusal(lambda: read_foreign(tmp_path / "own", target, [1, 2, 3]))
+    target.vocab_size = 301
+    assert "made for a target with 300 ids and 32 features" in refusal(lambda: read_foreign(tmp_path / "own", target))
+
+
+def load_torch(source: Path) -> dict[str, torch.Tensor]:
+    return torch.load(source / "pytorch_model.bin", weights_only=True)
+
+
+def change_tensors(source: Path, change) -> None:
+    """Rewrites the one file of weights in ``source``."""
+    file = next(source.rglob("model.safetensors"), None) or next(
+        f for name in ("pytorch_model.bin", "draft_model.pt") for f in source.rglob(name)
+    )
+    plain = file.suffix != ".safetensors"
+    tensors = torch.load(file, weights_only=True) if plain else load_file(file)
+    change(tensors)
+    if plain:
+        torch.save(tensors, file)
+    else:
+        save_file(tensors, file)
+
+
+SINGLE_FILE = [
+    layouts.safeailab_eagle,
+    layouts.safeailab_eagle3,
+    layouts.specforge,
+    layouts.automodel_bare,
+    layouts.speculators,
+]
+
+
+@pytest.mark.parametrize("make", SINGLE_FILE)
+def test_every_missing_and_surplus_tensor_is_named_in_one_line(tmp_path, target, make):
+    source = make(tmp_path / "draft")
+
+    def spoil(tensors):
+        gone = [name for name in sorted(tensors) if name.endswith(("o_proj.weight", "up_proj.weight"))]
+        for name in gone:
+            del tensors[name]
+        tensors |= {"extra.weight": torch.ones(2), "mask_hidden": torch.ones(2)}
+        expected.extend([*(f"{name} is missing" for name in gone), "extra.weight is unknown", "mask_hidden is unknown"])
+
+    expected: list[str] = []
+    change_tensors(source, spoil)
+    message = refusal(lambda: read_foreign(source, target))
+    assert message.startswith(str(source / "")[:-1])
+    assert message.split(": ", 1)[1].split("; ") == expected
+
+
+@pytest.mark.parametrize("make", SINGLE_FILE)
+def test_each_missing_tensor_is_named(tmp_path, target, make):
+    source = make(tmp_path / "draft")
+    optional = {"t2d", "fc.bias", "embed_tokens.weight", "model.embed_tokens.weight"}
+    for name in sorted(stored(source).keys() - optional):
+        if not name.startswith("verifier"):
+            spoiled = tmp_path / "spoiled"
+            shutil.copytree(source, spoiled)
+            change_tensors(spoiled, lambda tensors, name=name: tensors.pop(name))
+            if (spoiled / "eagle3_meta.pt").exists() and name == "d2t":
+                continue
+            assert f"{name} is missing" in refusal(lambda spoiled=spoiled: read_foreign(spoiled, target))
+            shutil.rmtree(spoiled)
+
+
+BIASES = {f"layers.0.self_attn.{name}_proj.bias": torch.zeros(2) for name in "qkv"}
+EAGLE = layouts.safeailab_eagle
+FORGE, VLLM = layouts.specforge, layouts.speculators
+REFUSED = [
+    (EAGLE, {}, BIASES, "q_proj.bias is unknown; layers.0.self_attn.v_proj.bias is unknown"),
+    (EAGLE, {"hidden_act": "gelu"}, {}, "hidden_act is 'gelu', expected silu"),
+    (EAGLE, {"vocab_size": 301}, {}, "vocab_size is 301, expected the target's 300"),
+    (EAGLE, {"num_attention_heads": 0}, {}, "num_attention_heads is 0, expected a number above 0"),
+    (EAGLE, {"hidden_size": "32"}, {}, "hidden_size is '32', expected a number above 0"),
+    (EAGLE, {"hidden_size": 64}, {}, "hidden_size is 64, expected the target's hidden size, 32"),
+    (EAGLE, {"head_dim": 16}, {}, "q_proj.weight is [32, 32], expected [64, 32]"),
+    (EAGLE, {"rms_norm_eps": "x"}, {}, "rms_norm_eps is 'x', expected a number above 0"),
+    (EAGLE, {"rope_scaling": {"type": "mrope"}}, {}, "expected a rope_type among"),
+    (EAGLE, {"rope_scaling": 3}, {}, "rope_scaling is 3, expected one set of parameters"),
+    (EAGLE, {"rope_parameters": {"full": {"rope_theta": 1.0}}}, {}, "expected one set of parameters"),
+    (EAGLE, {"rope_scaling": {"type": "linear"}}, {}, "are none that transformers can use"),
+    (EAGLE, {"num_key_value_heads": 3}, {}, "num_key_value_heads is 3, expected a divisor of 4"),
+    (EAGLE, {"head_dim": 7}, {}, "head_dim is 7, expected an even number"),
+    (EAGLE, {"rope_theta": "big"}, {}, "rope_theta is 'big', expected a number above 0"),
+    (FORGE, {"rope_parameters": {"partial_rotary_factor": 0.5}}, {}, "expected a rotation of the whole head"),
+    (FORGE, {"eagle_config": {"use_aux_hidden_state": False}}, {}, "use_aux_hidden_state=false"),
+    (FORGE, {"target_hidden_size": 64}, {}, "target_hidden_size is 64, expected the target's hidden size, 32"),
+    (FORGE, {"draft_vocab_size": 301}, {}, "draft_vocab_size is 301, expected a number from 1 to vocab_size"),
+    (FORGE, {"norm_output": "x"}, {}, "norm_output is 'x', expected true or false"),
+    (FORGE, {"hidden_size": 10**12}, {}, "hidden_size is 1000000000000, expected a number above 0, at most"),
+    (FORGE, {"draft_vocab_size": "12"}, {}, "draft_vocab_size is '12', expected a number"),
+    (FORGE, {"draft_vocab_size": 11}, {}, "lm_head.weight is [12, 32], expected [11, 32]"),
+    (FORGE, {}, {"fc.bias": torch.zeros(HIDDEN)}, "fc.bias is unknown"),
+    (FORGE, {}, {"lm_head.weight": torch.full((12, HIDDEN), torch.nan)}, "lm_head.weight holds NaN"),
+    (FORGE, {}, {"d2t": torch.tensor(DRAFT_IDS)}, "d2t does not give ascending target ids as offsets"),
+    (FORGE, {}, {"d2t": torch.zeros(12, dtype=torch.long)}, "t2d does not mark the ids of d2t"),
+    (FORGE, {}, {"fc.weight": torch.zeros(HIDDEN, 64)}, "fc.weight is [32, 64], which is not what the 3 aux"),
+    *[
+        (FORGE, {"eagle_config": {"eagle_aux_hidden_state_layer_ids": layers}}, {}, "expected ascending layers from 0")
+        for layers in ([5, 3, 0], [1, 1, 2], [-1, 3, 5], [1, 3, 7], ["1", 3, 5], [], "135", 3)
+    ],
+    (VLLM, {"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}, {}, "expected ascending layers from 0 to 6"),
+    (VLLM, {"eagle_aux_hidden_state_layer_ids": "all"}, {}, "expected a list of layers"),
+    (VLLM, {"speculators_model_type": "peagle"}, {}, "speculators_model_type is 'peagle', expected 'eagle3'"),
+    (VLLM, {"norm_before_residual": True}, {}, "norm_before_residual is True, expected False"),
+    (VLLM, {"layer": {"model_type": "qwen3"}}, {}, "transformer_layer_config.model_type is 'qwen3'"),
+]
+
+
+@pytest.mark.parametrize(("make", "config", "tensors", "expected"), REFUSED)
+def test_what_cannot_be_served_is_refused(tmp_path, target, make, config, tensors, expected):
+    source = make(tmp_path / "draft", **config)
+    change_tensors(source, lambda found: found.update(tensors))
+    message = refusal(lambda: read_foreign(source, target))
+    assert message.startswith(f"{source}/")
+    assert expected in message
+
+
+def test_automodels_eagle1_has_norms_that_no_server_has_a_place_for(tmp_path, target):
+    source = layouts.automodel_eagle(tmp_path / "draft")
+    assert detect(source) == "NeMo AutoModel"
+    assert refusal(lambda: read_foreign(source, target)).endswith(
+        "layers.0.input_layernorm.weight is unknown; norm.weight is unknown"
+    )
+
+
+def test_a_target_too_shallow_for_eagles_default(tmp_path, target):
+    target.num_hidden_layers = 6
+    message = refusal(lambda: read_foreign(layouts.safeailab_eagle3(tmp_path / "draft"), target))
+    assert "aux layers are not stated, and EAGLE's default is [1, 2, 2]; expected ascending layers" in message
+    assert message.endswith("say which they are with aux_layers")
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, file: Path):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["draft_model.pt", "eagle3_meta.pt"])
+@pytest.mark.parametrize("save", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value, protocol=2))])
+def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, target, name, save):
+    source = layouts.automodel_bare(tmp_path / "draft")
+    save({"fc.weight": Touch(tmp_path / "touched")}, source / name)
+    message = refusal(lambda: read_foreign(source, target))
+    assert message.startswith(f"{source / name}: not read: damaged, or a pickle of more than tensors")
+    assert not (tmp_path / "touched").exists()
+    torch.load(source / name, weights_only=False) if save is torch.save else pickle.loads((source / name).read_bytes())
+    assert (tmp_path / "touched").exists()  # so the file was one that would have
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"model": {"fc.weight": torch.ones(2)}}, torch.ones(2)])
+def test_a_file_of_other_things_than_named_tensors(tmp_path, target, content):
+    source = layouts.automodel_bare(tmp_path / "draft")
+    torch.save(content, source / "draft_model.pt")
+    assert "expected names and their tensors" in refusal(lambda: read_foreign(source, target))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (layouts.safeailab_eagle, "pytorch_model.bin"),
+        (layouts.specforge, "model.safetensors"),
+        (layouts.automodel_bare, "eagle3_meta.pt"),
+        (layouts.automodel, "model/consolidated/model-00002-of-00002.safetensors"),
+        (layouts.automodel, "model/consolidated/model.safetensors.index.json"),
+        (layouts.speculators, "config.json"),
+    ],
+)
+@pytest.mark.parametrize("kept", [0, 9, 100])
+def test_a_file_that_is_cut_off(tmp_path, target, make, name, kept):
+    source = make(tmp_path / "draft")
+    (source / name).write_bytes((source / name).read_bytes()[:kept])
+    assert refusal(lambda: read_foreign(source, target)).startswith(f"{source / name}: ")
+
+
+@pytest.mark.parametrize("elsewhere", ["../../../secret.safetensors", "/etc/passwd", 3])
+def test_an_index_names_files_beside_it_only(tmp_path, target, elsewhere):
+    source = layouts.automodel(tmp_path / "draft")
+    index = source / "model/consolidated/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = elsewhere
+    index.write_text(json.dumps(content))
+    assert "expected files that lie beside it" in refusal(lambda: read_foreign(source, target))
+
+
+def test_a_recipe_that_is_no_plain_yaml(tmp_path, target):
+    source = layouts.automodel(tmp_path / "draft")
+    (source / "config.yaml").write_text("a: !!python/object/apply:os.mkdir [" + str(tmp_path / "touched") + "]\n")
+    assert "config.yaml: not plain YAML" in refusal(lambda: read_foreign(source, target))
+    assert not (tmp_path / "touched").exists()
+    assert read_foreign(source, target, aux_layers=[1, 3, 4]).shape.aux_layers == (1, 3, 4)
+
+
+KNOWN = "nemo_speculative, speculators (vLLM), NeMo AutoModel, SpecForge, EAGLE (SafeAILab)"
+
+
+def test_what_is_no_draft_is_refused_with_what_was_found_and_what_is_known(target_dir):
+    message = refusal(lambda: detect(target_dir))
+    assert message == (
+        f"{target_dir}: no known draft: architectures is ['LlamaForCausalLM'], with lm_head.weight, "
+        f"model.embed_tokens.weight, model.layers.0.input_layernorm.weight; expected one of {KNOWN}"
+    )
+
+
+def test_a_directory_without_a_draft(tmp_path):
+    message = refusal(lambda: detect(tmp_path))
+    assert message.startswith(f"{tmp_path} holds no draft; expected config.json and one of model.safetensors")
+    assert (
+        refusal(lambda: detect(tmp_path / "no"))
+        == f"{tmp_path / 'no'} does not exist; expected the directory of a draft"
+    )
+
+
+def test_automodels_shards_alone_are_named_as_what_they_are(tmp_path):
+    (tmp_path / "epoch_0_step_5/model/.hf_metadata").mkdir(parents=True)
+    assert "holds NeMo AutoModel's shards only" in refusal(lambda: detect(tmp_path / "epoch_0_step_5"))

@@ -1,0 +1,260 @@
+"""Tokenised rows on disk, beside the same made in memory."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_speculative.config.schema import DataConfig
+from nemo_speculative.data import token_store
+from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import JsonLines, Listed, shuffled
+from nemo_speculative.data.packing import pack
+from nemo_speculative.data.token_store import Tokenizing, stored_documents
+from nemo_speculative.utils.errors import UserError
+from tests.conftest import PREFIX_TEMPLATE, make_tokenizer
+from tests.programs import ROOT, run_program
+from tests.target_servers import until
+
+END = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def how(tokenizer):
+    return Tokenizing(tokenizer, frozenset({END}), 24, 300)
+
+
+def lines(count):
+    for n in range(count):
+        if n % 7 == 3:
+            mask = [0] * 9 if n % 2 else [0, *[1] * 8]
+            yield {"id": f"r{n}", "input_ids": [(n + i) % 300 for i in range(9)], "loss_mask": mask, "source": "ids"}
+        else:
+            words = "ab " * (1 + n % 12)
+            messages = [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": words}]
+            yield {"id": f"c{n} ü", "conversations": messages, "source": "" if n % 2 else "text"}
+
+
+@pytest.fixture
+def items(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines(40)))
+    return JsonLines(file)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DataConfig(path="x", cache_dir=str(tmp_path / "cache"), workers=1)
+
+
+def assert_equal(stored, made):
+    assert [dataclasses.replace(row, origin="") for row in stored.rows] == [
+        dataclasses.replace(row, origin="") for row in made.rows
+    ]
+    assert list(stored.lengths) == list(made.lengths)
+    assert list(stored.counts) == list(made.counts) == ["", "ids", "text"]
+    assert all(torch.equal(stored.counts[source], made.counts[source]) for source in made.counts)
+    assert (stored.unsupervised, stored.truncated, stored.supervised_tokens_cut) == (
+        made.unsupervised, made.truncated, made.supervised_tokens_cut
+    )  # fmt: skip
+    assert stored.unsupervised and stored.truncated
+    assert stored.report() == made.report() and stored.fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_what_is_stored_is_what_is_made_in_memory(items, how, config, monkeypatch, chunk):
+    monkeypatch.setattr(token_store, "CHUNK", chunk)
+    made = how(list(items))
+    assert_equal(stored_documents(items, how, config, "t"), made)
+    again = stored_documents(items, how, config, "t")
+    assert_equal(again, made)
+    assert again.rows[-1].id == made.rows[-1].id and [row.id for row in again.rows[2:9:3]] == [
+        row.id for row in made.rows[2:9:3]
+    ]
+    with pytest.raises(IndexError):
+        again.rows[len(again.rows)]
+    assert list(pack(again.lengths, 48, 0)) == list(pack(made.lengths, 48, 0))
+
+
+def test_other_processes_make_the_same(items, how, config, monkeypatch):
+    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
+    monkeypatch.setattr(token_store, "CHUNK", 4)
+    assert_equal(stored_documents(items, how, dataclasses.replace(config, workers=2), "t"), how(list(items)))
+
+
+def test_what_was_made_is_not_made_again(items, how, config, monkeypatch):
+    stored_documents(items, how, config, "t")
+    monkeypatch.setattr(token_store, "to_documents", lambda *_: pytest.fail("tokenised again"))
+    stored_documents(items, how, config, "t")
+
+
+def test_everything_that_shapes_the_rows_is_noticed(items, how, config, tokenizer, tmp_path):
+    other = make_tokenizer(PREFIX_TEMPLATE)
+    with_token = make_tokenizer()
+    with_token.add_tokens(["zebra"])
+    keys = {
+        how.key(given)
+        for given in (items, items[:39], Listed(list(items)[1:]), Listed([TokenRow("a", [1], [True], "")]))
+    } | {
+        dataclasses.replace(how, **change).key(items)
+        for change in ({"max_length": 23}, {"stop_ids": {3}}, {"vocab_size": 301}, {"tokenizer": other},
+                       {"tokenizer": with_token})
+    }  # fmt: skip
+    assert len(keys) == 9
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(items.path, moved)
+    assert how.key(JsonLines(moved)) == how.key(items)
+    assert Tokenizing(make_tokenizer(), frozenset({END}), 24, 300).key(items) == how.key(items)
+
+
+@pytest.mark.parametrize("file", [token_store.ROWS, token_store.COUNTS, token_store.META])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_what_is_damaged_is_made_again(items, how, config, file, damage):
+    stored_documents(items, how, config, "t")
+    (directory,) = (file for file in (items.path.parent / "cache/tokens").iterdir())
+    if damage == "gone":
+        (directory / file).unlink()
+    else:
+        (directory / file).write_bytes((directory / file).read_bytes()[:-20])
+    assert_equal(stored_documents(items, how, config, "t"), how(list(items)))
+
+
+def test_nothing_at_all(how, config):
+    empty = stored_documents(Listed([]), how, config, "t")
+    assert len(empty.rows) == 0 and empty.tokens == 0 and list(pack(empty.lengths, 8, 0)) == []
+    assert empty.report() == "0 conversations, 0 tokens, 0% supervised"
+
+
+def left_in(items):
+    """The files of the cache, but for those that say who writes."""
+    return [file for file in (items.path.parent / "cache/tokens").glob("*/*") if file.name != ".lock"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_refused_leaves_nothing(items, how, config, monkeypatch, workers):
+    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
+    silent = Listed([*items, Conversation("x", [{"role": "user", "content": "q"}], "somewhere:7")])
+    with pytest.raises(UserError, match="somewhere:7: the conversation has no assistant turn"):
+        stored_documents(silent, how, dataclasses.replace(config, workers=workers), "t")
+    assert left_in(items) == []
+
+
+class KilledAt(Listed):
+    """Kills the process that reads its last item."""
+
+    def _item(self, index):
+        if index == len(self) - 1:
+            subprocess.run(["sh", "-c", "kill -9 $PPID"])
+        return super()._item(index)
+
+
+def test_a_process_that_is_killed_is_one_line(items, how, config, monkeypatch):
+    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
+    monkeypatch.setattr(token_store, "CHUNK", 8)
+    with pytest.raises(UserError, match=r"data\.workers: a process that tokenised was killed"):
+        stored_documents(KilledAt(list(items)), how, dataclasses.replace(config, workers=2), "t")
+    assert left_in(items) == []
+
+
+class Endless(Listed):
+    """Keeps whoever reads its last item."""
+
+    def _item(self, index):
+        if index == len(self) - 1:
+            time.sleep(60)
+        return super()._item(index)
+
+
+LEAVES = """
+import os, sys
+from multiprocessing import active_children
+from nemo_speculative.config.schema import DataConfig
+from nemo_speculative.data import token_store
+from tests.conftest import make_tokenizer
+from tests.data.test_token_store import END, Endless, TokenRow
+rows = [TokenRow(str(n), [5, 6], [False, True], "") for n in range(9)]
+token_store.ITEMS_FOR_WORKERS, token_store.CHUNK = 1, 4
+def go_on():
+    if len(active_children()) == 2:
+        print(*(child.pid for child in active_children()), flush=True)
+        os._exit(3)
+if __name__ == "__main__":
+    how = token_store.Tokenizing(make_tokenizer(), frozenset({END}), 24, 300)
+    token_store.stored_documents(Endless(rows), how, DataConfig(path="x", cache_dir=sys.argv[1], workers=2), "t", go_on)
+"""
+
+
+def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
+    program = tmp_path / "leaves.py"
+    program.write_text(LEAVES)
+    done = run_program(str(program), str(tmp_path / "cache"), environment=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 3, done.stderr
+    for process in map(int, done.stdout.split()):
+        until(lambda process=process: not running(process), seconds=40)
+
+
+def running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_nobody_wants_any_more_ends_at_once(items, how, config, monkeypatch):
+    """Also while a chunk is waited for."""
+    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
+    monkeypatch.setattr(token_store, "CHUNK", 40)
+    calls = iter(range(3))
+
+    def go_on():
+        if next(calls, None) is None:
+            raise LookupError
+
+    endless = Endless(list(items))
+    with pytest.raises(LookupError):
+        stored_documents(endless, how, dataclasses.replace(config, workers=2), "t", go_on)
+    assert left_in(items) == []
+
+
+def test_the_order_asked_for_is_none_of_its_content(items, how, config):
+    one, two = (stored_documents(shuffled(items, seed), how, config, "t") for seed in (0, 1))
+    assert one.fingerprint == two.fingerprint == how(list(items)).fingerprint
+    assert len(list((items.path.parent / "cache/tokens").iterdir())) == 1
+    some = stored_documents(shuffled(items, 0)[:9], how, config, "t")
+    assert [row.id for row in some.rows] == [
+        row.id for row in how(sorted(shuffled(items, 0)[:9], key=list(items).index)).rows
+    ]
+
+
+def test_processes_that_want_the_same_at_once_make_it_once(items, how, config, monkeypatch):
+    made = []
+    make = token_store._make
+    monkeypatch.setattr(token_store, "_make", lambda *given: (made.append(1), time.sleep(0.2), make(*given))[-1])
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: stored_documents(items, how, config, "t").fingerprint, range(4)))
+    assert made == [1] and set(found) == {how(list(items)).fingerprint}
+
+
+def test_a_full_disk_names_the_place_and_leaves_nothing(items, how, config, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_store, "save_file", full)
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*cache/tokens/\w+ cannot be written \(.*No space left"):
+        stored_documents(items, how, config, "t")
+    assert left_in(items) == []
+    monkeypatch.undo()
+    assert_equal(stored_documents(items, how, config, "t"), how(list(items)))

@@ -1,0 +1,89 @@
+"""The draft vocabulary beside the rows, against the counts themselves."""
+
+import dataclasses
+import errno
+from collections import Counter
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
+from nemo_speculative.data import vocab_selection
+from nemo_speculative.data.token_store import stored_documents
+from nemo_speculative.data.vocab_selection import chosen_vocabulary
+from nemo_speculative.utils.errors import UserError
+from tests.data.test_token_store import config, how, items, tokenizer  # noqa: F401
+
+SIZE = VocabularySize(20)
+
+
+@pytest.fixture
+def documents(items, how, config):  # noqa: F811
+    return stored_documents(items, how, config, "t")
+
+
+def most_frequent(documents, entries):
+    counts = Counter(i for row in documents.rows for i, m in zip(row.input_ids, row.loss_mask, strict=True) if m)
+    return sorted(sorted(range(documents.vocab_size), key=lambda i: (-counts[i], i))[:entries])
+
+
+def test_it_lies_beside_the_rows_as_checkpoints_have_it(documents):
+    found = chosen_vocabulary(documents, SIZE)
+    (file,) = documents.directory.glob("vocabulary*")
+    stored = load_file(file)
+    ids = (stored["d2t"] + torch.arange(20)).tolist()
+    assert file.name == "vocabulary-20.safetensors"
+    assert ids == found.ids.tolist() == most_frequent(documents, 20)
+    assert stored["t2d"].nonzero()[:, 0].tolist() == ids and stored["t2d"].dtype == torch.bool
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    assert (said["rows"], said["size"], said["entries"]) == (documents.fingerprint, "20", "20")
+    assert float(said["coverage"]) == pytest.approx(found.coverage, abs=1e-6)
+
+
+def test_the_same_is_found_and_another_is_chosen(documents, monkeypatch):
+    sizes = [SIZE, VocabularySize(40), VocabularySize(None, 0.9)]
+    first = [chosen_vocabulary(documents, size) for size in sizes]
+    assert len(list(documents.directory.glob("vocabulary*"))) == 3
+    monkeypatch.setattr(vocab_selection, "build_vocabulary", lambda *_: pytest.fail("chosen again"))
+    for size, before in zip(sizes, first, strict=True):
+        found = chosen_vocabulary(documents, size)
+        assert torch.equal(found.ids, before.ids) and found.coverage == before.coverage
+    monkeypatch.undo()
+    other = dataclasses.replace(documents, rows=documents.rows[:3])
+    assert chosen_vocabulary(other, SIZE).ids.tolist() == most_frequent(other, 20) != first[0].ids.tolist()
+
+
+@pytest.mark.parametrize("damage", ["cut", "no header", "other ids", "ids outside"])
+def test_what_is_damaged_is_chosen_anew(documents, damage):
+    expected = chosen_vocabulary(documents, SIZE)
+    (file,) = documents.directory.glob("vocabulary*")
+    content, d2t = file.read_bytes(), expected.d2t.numpy().tobytes()
+    damaged = {
+        "cut": content[:-20],
+        "no header": b"",
+        "other ids": content.replace(d2t, (expected.d2t + 1).numpy().tobytes()),
+        "ids outside": content.replace(d2t, (expected.d2t + 10_000).numpy().tobytes()),
+    }[damage]
+    assert damaged != content
+    file.write_bytes(damaged)
+    assert torch.equal(chosen_vocabulary(documents, SIZE).ids, expected.ids)
+    assert torch.equal(load_file(file)["d2t"], expected.d2t)
+
+
+def test_nothing_is_left_where_nothing_is_stored_or_the_targets_head_serves(documents, items, how):  # noqa: F811
+    chosen_vocabulary(documents, VocabularySize(300, own_head=False))
+    in_memory = chosen_vocabulary(how(list(items)), SIZE)
+    assert not list(documents.directory.glob("vocabulary*"))
+    assert in_memory.ids.tolist() == most_frequent(documents, 20)
+
+
+def test_a_full_disk_is_one_line(documents, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(vocab_selection, "atomic_write", full)
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*vocabulary-20.safetensors cannot be written \(No space"):
+        chosen_vocabulary(documents, SIZE)

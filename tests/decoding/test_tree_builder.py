@@ -1,0 +1,199 @@
+"""Trees grown by a draft that is a table: its logits depend on the path alone, so an oracle can look them up."""
+
+import random
+
+import pytest
+import torch
+
+from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
+from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.tree_builder import MC_SIM_7B_63, Chain, DynamicTree, StaticTree, growth_for
+from nemo_speculative.decoding.trees import ancestors_of, chains, trees
+from nemo_speculative.decoding.verification import Greedy, Rejection
+from nemo_speculative.utils.errors import UserError
+from tests.decoding.models import tree_of
+
+IDS = torch.tensor([2, 3, 5, 7, 11, 13])
+"""The draft's tokens, as the target numbers them."""
+
+
+def table(seed: int, path: tuple[int, ...]) -> torch.Tensor:
+    """The draft's logits behind a path of its tokens; now and then it is certain, and log q is 0."""
+    chance = random.Random(repr((seed, path)))
+    logits = [chance.gauss(0, 2) for _ in IDS]
+    if chance.random() < 0.25:
+        logits[chance.randrange(len(IDS))] = 1000.0
+    return torch.tensor(logits)
+
+
+class TableFrontier:
+    """A draft for trees with one table each."""
+
+    def __init__(self, seeds):
+        self.seeds, self.ids, self.runs = seeds, IDS, 0
+        self.root = torch.full((len(seeds), 1), 99)
+        self._paths = [[()] for _ in seeds]
+
+    @property
+    def logits(self):
+        rows = zip(self.seeds, self._paths, strict=True)
+        return torch.stack([torch.stack([table(seed, path) for path in paths]) for seed, paths in rows])
+
+    def descend(self, tokens, parents):
+        self.runs += 1
+        chosen = torch.zeros_like(tokens) if parents is None else parents.expand(len(tokens), -1)
+        self._paths = [
+            [(*paths[p], int((t == IDS).nonzero())) for t, p in zip(row, at, strict=True)]
+            for paths, row, at in zip(self._paths, tokens, chosen.tolist(), strict=True)
+        ]
+
+
+def paths_of(grown, row):
+    """The nodes of a tree as paths of the draft's own token numbers, in node order."""
+    tokens = grown.tokens[row].tolist()
+    found = [()]
+    for node, parent in list(enumerate(grown.parents.expand_as(grown.tokens)[row].tolist()))[1:]:
+        assert 0 <= parent < node, "parents come before children"
+        found.append((*found[parent], IDS.tolist().index(tokens[node])))
+    return found[1:]
+
+
+def best_first(seed, path, k):
+    """The k likeliest children with their log q."""
+    log_q = table(seed, path).log_softmax(0)
+    return [(i, log_q[i]) for i in sorted(range(len(IDS)), key=lambda i: -log_q[i])[:k]]
+
+
+def eagle2(seed, num_steps, topk, num_draft_tokens):
+    """EAGLE-2's expansion and reranking on a dictionary; of equal scores the shallower, then the earlier."""
+    scores: dict[tuple[int, ...], torch.Tensor] = {}
+    frontier = [()]
+    for _ in range(num_steps):
+        level = {
+            (*path, token): scores.get(path, 0.0) + log_q
+            for path in frontier
+            for token, log_q in best_first(seed, path, topk)
+        }
+        scores |= level
+        frontier = sorted(level, key=lambda path: -level[path])[:topk]
+    return sorted(scores, key=lambda path: -scores[path])[: num_draft_tokens - 1]
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 5])
+def test_a_chain_takes_the_likeliest_token_each_time(num_steps):
+    frontier = TableFrontier([1, 2])
+    grown = Chain(num_steps).grow(frontier, Greedy())
+    for row, seed in enumerate((1, 2)):
+        expected = ()
+        for _ in range(num_steps):
+            expected = (*expected, best_first(seed, expected, 1)[0][0])
+        assert paths_of(grown, row) == [expected[: n + 1] for n in range(num_steps)]
+    assert grown.levels == num_steps and grown.depths.tolist() == [list(range(num_steps + 1))]
+    assert frontier.runs == num_steps - 1, "the draft has run on the root already"
+
+
+@pytest.mark.parametrize(
+    "num_steps, topk, num_draft_tokens",
+    [(1, 3, 4), (1, 4, 5), (2, 2, 7), (3, 4, 8), (3, 4, 37), (5, 2, 6), (6, 6, 40), (4, 1, 5), (4, 5, 6)],
+)
+def test_a_dynamic_tree_is_eagle2s(num_steps, topk, num_draft_tokens):
+    seeds = list(range(12))
+    frontier = TableFrontier(seeds)
+    grown = DynamicTree(num_steps, topk, num_draft_tokens).grow(frontier, Greedy())
+    assert grown.tokens.shape == (12, num_draft_tokens) and frontier.runs == num_steps - 1
+    for row, seed in enumerate(seeds):
+        found = paths_of(grown, row)
+        assert set(found) == set(eagle2(seed, num_steps, topk, num_draft_tokens))
+        assert grown.depths[row].tolist() == [0, *(len(path) for path in found)]
+
+
+def test_topk_1_is_the_chain():
+    dynamic, chain = (
+        DynamicTree(4, 1, 5).grow(TableFrontier([3]), Greedy()),
+        Chain(4).grow(TableFrontier([3]), Greedy()),
+    )
+    assert dynamic.tokens.tolist() == chain.tokens.tolist()
+    assert dynamic.parents.tolist() == chain.parents.tolist()
+
+
+@pytest.mark.parametrize("paths", [MC_SIM_7B_63, ((0,),), ((0,), (0, 0), (0, 1), (0, 1, 0)), ((0,), (1,), (1, 0))])
+def test_a_static_tree_has_its_structure_and_the_likeliest_tokens(paths):
+    frontier, seeds = TableFrontier([4, 5]), (4, 5)
+    grown = StaticTree(paths).grow(frontier, Greedy())
+    assert grown.parents.tolist() == [tree_of(paths)]
+    assert frontier.runs == max(map(len, paths)) - 1
+    for row, seed in enumerate(seeds):
+        expected = []
+        for path in sorted(paths, key=lambda path: (len(path), path)):
+            tokens = ()
+            for child in path:
+                tokens = (*tokens, best_first(seed, tokens, child + 1)[child][0])
+            expected.append(tokens)
+        assert paths_of(grown, row) == expected
+
+
+def test_the_published_static_tree():
+    assert len(set(MC_SIM_7B_63)) == 25, "26 nodes with the root"
+    assert [sum(len(path) == depth for path in MC_SIM_7B_63) for depth in range(1, 6)] == [4, 8, 8, 3, 2]
+    assert StaticTree().widest == 4
+
+
+@pytest.mark.parametrize("growth", [Chain(3), StaticTree(((0,), (1,), (1, 0), (1, 1), (0, 0)))], ids=["chain", "tree"])
+def test_drawn_children_come_with_what_they_were_drawn_from(growth):
+    """At every inner node q is that node's own distribution, placed at the target's ids; its children are distinct."""
+    sampling = Sampling(1.3)
+    grown = growth.grow(TableFrontier([7, 8]), Rejection(sampling, torch.Generator().manual_seed(0)))
+    parents = grown.parents[0].tolist()
+    for row, seed in enumerate((7, 8)):
+        paths = [(), *paths_of(grown, row)]
+        for node in set(parents) - {-1}:
+            expected = torch.zeros(20).scatter(0, IDS, (table(seed, paths[node]) / 1.3).softmax(0))
+            torch.testing.assert_close(grown.drawn.at(node, 20)[row], expected)
+            children = [paths[i] for i, parent in enumerate(parents) if parent == node]
+            assert len(set(children)) == len(children)
+
+
+def test_ancestors_and_cuts_by_hand():
+    #      0
+    #    1   2
+    #   3   4 5
+    #         6
+    parents = torch.tensor([[-1, 0, 0, 1, 2, 2, 5]])
+    expected = [{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 2, 4}, {0, 2, 5}, {0, 2, 5, 6}]
+    assert [set(row.nonzero().flatten().tolist()) for row in ancestors_of(parents, 3)[0]] == expected
+    grown = trees(torch.arange(14).view(2, 7), parents, levels=3)
+    assert grown.depths.tolist() == [[0, 1, 1, 2, 2, 2, 3]]
+    assert grown.cut([3, 5]) is grown
+    assert grown.cut([1, 2]).parents.tolist() == [[-1, 0, 0, -1, -1, -1, -1], [-1, 0, 0, 1, 2, 2, -1]]
+    assert chains(torch.zeros(2, 4, dtype=torch.long)).cut([0, 2]).parents.tolist() == [[-1] * 4, [-1, 0, 1, -1]]
+
+
+def test_settings_become_what_sglang_grows():
+    assert growth_for(SpeculativeSettings(5, 1, 6)) == Chain(5)
+    assert growth_for(SpeculativeSettings(3, 4, 8)) == DynamicTree(3, 4, 8)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ((5, 1, 5), "num_draft_tokens is 5: a chain (topk=1) of num_steps=5 has num_steps + 1 = 6"),
+        ((5, 4, 1), "num_draft_tokens is 1: a tree of num_steps=5 and topk=4 has 5 to 69 nodes"),
+        ((2, 2, 8), "num_draft_tokens is 8: a tree of num_steps=2 and topk=2 has 3 to 7 nodes"),
+        ((0, 2, 2), "num_steps=0"),
+        ((0, 1, 1), "num_steps=0"),
+    ],
+)
+def test_settings_that_make_no_tree_are_one_line(settings, said):
+    with pytest.raises(UserError) as error:
+        growth_for(SpeculativeSettings(*settings))
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert largest_tree(5, 4) == 69
+
+
+@pytest.mark.parametrize(
+    "paths", [(), ((),), ((1,),), ((0,), (0, 1)), ((0,), (1, 0)), ((0,), (0, 0, 0)), ((-1,),), ((0,), (0,))]
+)
+def test_a_static_tree_with_a_gap_is_one_line(paths):
+    with pytest.raises(UserError, match="static tree") as error:
+        StaticTree(paths)
+    assert "\n" not in str(error.value)

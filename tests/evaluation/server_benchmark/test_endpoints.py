@@ -1,0 +1,44 @@
+"""Parts of starting servers that a whole benchmark does not show."""
+
+import os
+import signal
+
+import pytest
+
+from nemo_speculative.evaluation.server_benchmark.endpoints import settings_digest, split, uninterrupted, without
+from nemo_speculative.serving.command import from_checkpoint, serve_command
+
+
+def test_a_baseline_is_the_same_command_without_its_speculative_flags(run_dir):
+    extra = ("--speculative-attention-mode", "decode", "--enable-metrics", "--speculative-some-switch")
+    command = serve_command(from_checkpoint(run_dir, {"device": "cpu", "sglang_version": "0.5.23", "extra": extra}))
+    common, speculative = split(command)
+    assert not [word for word in common if "speculative-" in word] and "EAGLE3" not in common and "decode" not in common
+    assert "--enable-metrics" in common and common[:3] == command[:3]
+    assert sorted([*common, *speculative]) == sorted(command)
+    assert {"--speculative-num-steps", "5", "--speculative-attention-mode", "decode"} < set(speculative)
+
+
+def test_words_without_a_flag():
+    assert without(["--a", "1", "--port", "2", "--b"], "--port") == ["--a", "1", "--b"]
+
+
+def test_a_servers_settings_are_the_same_after_another_start():
+    info = {"version": "0.5.23", "max_running_requests": 8, "port": 1, "startup_time": 1.5, "random_seed": 3}
+    again = {**info, "port": 2, "nccl_port": 7, "startup_time": 2.5, "random_seed": 4, "internal_states": [{"load": 1}]}
+    assert settings_digest(again) == settings_digest(info)
+    assert settings_digest({**info, "max_running_requests": 4}) != settings_digest(info)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_the_block_is_done(number):
+    before = signal.signal(number, signal.default_int_handler)
+    done = []
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            done.append("the block")
+        assert done == ["the block"] and signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)

@@ -1,0 +1,198 @@
+"""An input that changes between runs: answers belong to questions, not to numbers of lines."""
+
+import json
+import random
+from itertools import count
+
+import pytest
+
+from nemo_speculative.config.schema import MergeJob
+from nemo_speculative.generate_data import append_log, moves, shard_dir
+from nemo_speculative.generate_data.merge import merge
+from nemo_speculative.generate_data.rollout import Rollout
+from nemo_speculative.generate_data.run import generate_data
+from nemo_speculative.generate_data.table import table
+from nemo_speculative.utils.errors import UserError
+from tests.generate_data.conftest import conversation, read, write
+
+LIVELY = {"temperature": 1.0}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The ids of the conversations that are answered, turn by turn."""
+    seen, add = [], Rollout.add
+    monkeypatch.setattr(Rollout, "add", lambda self, *given: (seen.append(self.item.id), add(self, *given))[1])
+    return seen
+
+
+def changed(records):
+    """Lines reordered, some removed, one with other words, and new ones in front and behind."""
+    kept = [r for r in records if r["id"] not in ("c2", "c7")]
+    random.Random(0).shuffle(kept)
+    other = [conversation("c5", "something else", "OLD") if r["id"] == "c5" else r for r in kept]
+    return [conversation("first", "the quick"), *other, conversation("last", "brown fox", "OLD", "jumps")]
+
+
+@pytest.fixture
+def fresh(job, tmp_path):
+    """The bytes that one run of a file gives."""
+
+    numbers = count()
+
+    def answer(file):
+        outcome = generate_data(job(path=str(file), output=str(tmp_path / f"fresh{next(numbers)}"), **LIVELY))
+        return (outcome.directory / "answers.jsonl").read_bytes()
+
+    return answer
+
+
+def test_lines_may_be_added_removed_changed_and_moved(job, questions, asked, fresh, capsys):
+    generate_data(job(**LIVELY))
+    before = {r["id"]: r for r in read(questions)}
+    records = changed(list(before.values()))
+    write(questions, records)
+    asked.clear()
+    outcome = generate_data(job(**LIVELY))
+    assert set(asked) == {"first", "last", "c5"}
+    assert "9 answers are to questions that it still has, 3 to others (set_aside.jsonl)" in capsys.readouterr().out
+    assert (outcome.asked, outcome.answered) == (len(records), len(records))
+    found = (outcome.directory / "answers.jsonl").read_bytes()
+    assert found == fresh(questions)
+    # And back again: what had been set aside is not answered twice.
+    write(questions, list(before.values()))
+    asked.clear()
+    assert generate_data(job(**LIVELY)).answered == 12 and not asked
+
+
+def test_a_run_cut_short_goes_on_with_a_changed_input(job, questions, asked, fresh, monkeypatch):
+    append, written = append_log.AppendLog.append, []
+
+    def until_five(self, *given):
+        if len(written) == 5:
+            raise RuntimeError("stopped")
+        written.append(given[2]["id"])
+        append(self, *given)
+
+    monkeypatch.setattr(append_log.AppendLog, "append", until_five)
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate_data(job(**LIVELY))
+    monkeypatch.setattr(append_log.AppendLog, "append", append)
+    records = changed(read(questions))
+    write(questions, records)
+    asked.clear()
+    outcome = generate_data(job(**LIVELY))
+    assert set(asked) == {r["id"] for r in records} - (set(written) - {"c5"})
+    assert (outcome.directory / "answers.jsonl").read_bytes() == fresh(questions)
+
+
+@pytest.mark.parametrize("at", ["_set_aside", "put", "manifest"])
+def test_ended_while_numbers_change_it_loses_nothing_and_is_not_merged(
+    job, questions, asked, fresh, monkeypatch, tmp_path, at
+):
+    generate_data(job(**LIVELY))
+    original = read(questions)
+    write(questions, changed(original))
+    replaced = []
+
+    def stop(*_):
+        raise RuntimeError("stopped")
+
+    def replace_one(file, lines):
+        if replaced:
+            stop()
+        replaced.append(file)
+        append_log.replace(file, lines)
+
+    if at == "_set_aside":
+        monkeypatch.setattr(moves.Moves, "_set_aside", stop)
+    elif at == "put":
+        monkeypatch.setattr(moves, "replace", replace_one)
+    else:
+        atomic_write_text = shard_dir.atomic_write_text
+        monkeypatch.setattr(
+            shard_dir, "atomic_write_text", lambda *given: stop() if replaced else atomic_write_text(*given)
+        )
+        monkeypatch.setattr(moves, "replace", lambda *given: (replaced.append(1), append_log.replace(*given)))
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate_data(job(**LIVELY))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="out/0-end was left while it took over a changed input; start its"):
+        merge(MergeJob(parts=[str(tmp_path / "out")], output=str(tmp_path / "merged.jsonl")))
+    # Whichever input it is now: that of before, or the changed one.
+    for records in (original, changed(original)):
+        write(questions, records)
+        found = (generate_data(job(**LIVELY)).directory / "answers.jsonl").read_bytes()
+        assert found == fresh(questions)
+
+
+def test_ranges_follow_their_lines_and_are_merged_to_what_one_run_gives(job, questions, asked, fresh, tmp_path):
+    for lines in ("0:5", "5:"):
+        generate_data(job(**LIVELY, range=lines))
+    records = read(questions)
+    write(questions, [*records[:3], conversation("new", "lazy dog"), *records[3:]])
+    asked.clear()
+    generate_data(job(**LIVELY, range="5:"))
+    with pytest.raises(UserError, match=r"made with input \(the content of path\)="):
+        merge(MergeJob(parts=[str(tmp_path / "out")], output=str(tmp_path / "merged.jsonl")))
+    generate_data(job(**LIVELY, range="0:5"))
+    # The line that crossed the border is answered where it is now, as it was before.
+    assert set(asked) == {"new", "c4"}
+    merge(MergeJob(parts=[str(tmp_path / "out")], output=str(tmp_path / "merged.jsonl")))
+    assert (tmp_path / "merged.jsonl").read_bytes() == fresh(questions)
+
+
+def test_what_was_skipped_stays_so_until_its_words_change(job, tmp_path, asked):
+    silent = {"id": "s", "conversations": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "?"}]}
+    file = write(tmp_path / "mixed.jsonl", [silent, conversation("a", "hello")])
+    assert generate_data(job(path=str(file))).skipped.total() == 1
+    write(file, [conversation("b", "dog"), conversation("a", "hello"), silent])
+    outcome = generate_data(job(path=str(file)))
+    assert (outcome.answered, outcome.skipped.total()) == (2, 1)
+    (left,) = read(outcome.directory / "left_out.jsonl")
+    assert (left["index"], left["id"]) == (2, "s")
+    write(file, [conversation("a", "hello"), conversation("s", "now it asks")])
+    asked.clear()
+    outcome = generate_data(job(path=str(file)))
+    assert (outcome.answered, outcome.skipped.total(), asked) == (2, 0, ["s"])
+    assert read(outcome.directory / "left_out.jsonl") == []
+
+
+def test_equal_lines_and_equal_ids_keep_an_answer_each(job, tmp_path, asked, fresh):
+    twin, namesake = conversation("a", "the fox"), conversation("a", "the dog")
+    file = write(tmp_path / "same.jsonl", [twin, namesake, twin])
+    outcome = generate_data(job(path=str(file), **LIVELY))
+    assert outcome.namesakes == 2 and "have the id of an earlier line (a)" in table(outcome)
+    write(file, [conversation("b", "wizards"), twin, twin, namesake])
+    asked.clear()
+    outcome = generate_data(job(path=str(file), **LIVELY))
+    assert asked == ["b"] and outcome.answered == 4
+    assert (outcome.directory / "answers.jsonl").read_bytes() == fresh(file)
+    write(file, [twin])
+    assert generate_data(job(path=str(file), **LIVELY)).answered == 1
+
+
+def test_a_line_is_about_the_number_that_it_is_given(tmp_path):
+    written = append_log.AppendLog(tmp_path / "j.jsonl")
+    written.append(7, 255, {"id": '{"index": 7, ', "conversations": []})
+    written.close()
+    (entry,) = append_log.entries(tmp_path / "j.jsonl")
+    assert (entry.index, entry.asked) == (7, 255)
+    assert json.loads(entry.at(12)) == json.loads(entry.line) | {"index": 12}
+
+
+def test_what_is_read_beside_a_writer_is_no_mixture_of_two_lines(tmp_path):
+    """One line was cut off by a kill, and while the one before it is read another comes in its place."""
+    file, long = tmp_path / "j.jsonl", append_log.CHUNK * 3
+    written = append_log.AppendLog(file)
+    for asked in (1, 2):
+        written.append(0, asked, {"rows": str(asked) * long})
+    written.close()
+    file.write_bytes(file.read_bytes()[: -long // 2])
+    whole = append_log.entries(file)
+    assert next(whole).record()["rows"] == "1" * long
+    again = append_log.AppendLog(file)
+    again.append(0, 3, {"rows": "3" * long})
+    again.close()
+    assert list(whole) == []
+    assert [entry.asked for entry in append_log.entries(file)] == [1, 3]

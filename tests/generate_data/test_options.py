@@ -1,0 +1,31 @@
+"""Every option of the groups that choose who answers, and what becomes of reasoning."""
+
+import pytest
+from hydra.utils import instantiate
+
+from nemo_speculative.config.app import CONF, to_job
+from nemo_speculative.generate_data.engine import Engine
+from nemo_speculative.generate_data.reasoning import Reasoning
+from nemo_speculative.generate_data.run import engine_of
+from nemo_speculative.targets.hf import HFTarget
+from tests.config.test_groups import composed
+
+
+def options(group):
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", options("engine"))
+def test_engine(option, target_dir):
+    job = to_job(composed("generate_data", f"engine={option}", "model=local", f"model.path={target_dir}"))
+    engine = engine_of(job)
+    assert isinstance(engine, Engine) and engine.concurrency > 0
+    loaded = HFTarget(target_dir, aux_layers=[])
+    assert (engine.stop_ids, engine.context) == (loaded.stop_ids, loaded.config.max_position_embeddings)
+
+
+@pytest.mark.parametrize("option", options("reasoning"))
+def test_reasoning(option):
+    job = to_job(composed("generate_data", f"reasoning={option}"))
+    reasoning = instantiate(job.reasoning)
+    assert isinstance(reasoning, Reasoning) and type(reasoning).__name__.lower() == option

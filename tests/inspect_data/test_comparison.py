@@ -1,0 +1,253 @@
+"""Training beside a chat server: templates and servers that agree, and one for each way in which they do not."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from nemo_speculative.data.chat_template import tokenize
+from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.inspect_data import causes
+from nemo_speculative.inspect_data.causes import as_served, thinking
+from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison, agreement, mask_offset
+from nemo_speculative.serving.client import Refused
+from nemo_speculative.utils.errors import UserError
+from tests.conftest import PREFIX_TEMPLATE, TEMPLATE, make_tokenizer
+from tests.inspect_data.conftest import END, dialogue
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|system|>You help.<|end|>{% endif %}"
+SYSTEM = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" + DEFAULT_SYSTEM)
+STRIPS = TEMPLATE.replace(
+    "{{ m['content'] }}<|end|>{% endgeneration %}",
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|end|>{% endgeneration %}",
+)
+"""Renders the thinking of the last message only."""
+THINKS = TEMPLATE.replace("%}<|assistant|>{%", "%}<|assistant|><think>{%")
+CALLS = TEMPLATE.replace(
+    "{{ m['content'] }}<|end|>{% endgeneration %}",
+    "{{ m['content'] or '' }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}<|end|>"
+    "{% endgeneration %}",
+)
+TALKS = [
+    dialogue("u:the quick fox", "a:jumps over"),
+    dialogue("s:be brief", "u:hello", "a:hi", "u:again", "a:hi again"),
+    dialogue("u:größer é 🦊", "a:🦊 naïve  two  spaces", "t:42", "a:so 42"),
+]
+
+
+def compared(template: str, *items: Conversation | TokenRow, server=None, max_length=10_000, most=100, **reads):
+    tokenizer = make_tokenizer(template)
+    comparison = Comparison(tokenizer, server or ByTemplate(tokenizer), max_length, most)
+    for item in items:
+        row = item
+        if isinstance(item, Conversation):
+            try:
+                row = tokenize(tokenizer, item, {END})
+            except UserError:
+                row = None
+        comparison.add(item, row)
+    assert comparison.equal + comparison.causes.total() == comparison.turns
+    return comparison
+
+
+def only_cause(comparison: Comparison) -> str:
+    (cause,) = comparison.causes
+    assert {one.cause for one in comparison.differences} == {cause}
+    return cause
+
+
+@dataclass
+class Renders:
+    """A server with a template of its own, and what it does to the ids."""
+
+    template: str
+    change: object = staticmethod(lambda ids: ids)
+
+    def prompt_ids(self, messages, tools):
+        tokenizer = make_tokenizer(self.template)
+        rendered = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=True)
+        return self.change(rendered["input_ids"])
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, PREFIX_TEMPLATE, CHATML, LLAMA3, SYSTEM])
+def test_templates_that_training_and_serving_render_alike(template):
+    comparison = compared(template, *TALKS)
+    assert (comparison.turns, comparison.equal, comparison.conversations) == (5, 5, 3)
+    assert comparison.differences == []
+
+
+def test_the_first_difference_is_where_a_naive_search_finds_it():
+    """A server that injects a system prompt that the data lacks."""
+    tokenizer, talk = make_tokenizer(), dialogue("u:the quick", "a:fox", identity="it")
+    comparison = compared(TEMPLATE, talk, server=Renders(SYSTEM))
+    trained = tokenizer.apply_chat_template(talk.messages)["input_ids"]
+    served = make_tokenizer(SYSTEM).apply_chat_template(talk.messages[:1], add_generation_prompt=True)["input_ids"]
+    position = next(n for n in range(len(served)) if trained[n] != served[n])
+    (found,) = comparison.differences
+    assert (found.id, found.message, found.position) == ("it", 1, position)
+    assert found.before == [tokenizer.decode([i]) for i in trained[:position]]
+    assert found.trained == [tokenizer.decode([i]) for i in trained[position : position + 8]]
+    assert found.served == [tokenizer.decode([i]) for i in served[position : position + 8]]
+    assert "default system prompt" in found.cause
+
+
+def without_merges(ids: list[int]) -> list[int]:
+    """The same text, a byte a token."""
+    tokenizer = make_tokenizer()
+    pieces = [[i] if tokenizer.decode([i]).startswith("<|") else _bytes(tokenizer, i) for i in ids]
+    return [i for piece in pieces for i in piece]
+
+
+def _bytes(tokenizer, i: int) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(list(tokenizer.convert_ids_to_tokens(i)))
+
+
+@pytest.mark.parametrize(
+    ("template", "server", "cause"),
+    [
+        (TEMPLATE, Renders(SYSTEM), "something else before the first question"),
+        (SYSTEM, Renders(TEMPLATE), "something else before the first question"),
+        (TEMPLATE, Renders(TEMPLATE, lambda ids: [0, *ids]), "the start token is doubled"),
+        (TEMPLATE, Renders(TEMPLATE, without_merges), "the same text in other tokens"),
+        (THINKS, None, "the generation prompt is not how the answer begins"),
+        (TEMPLATE, Renders(TEMPLATE.replace("m['content']", "m['content'] | upper")), causes.UNKNOWN),
+    ],
+)
+def test_the_usual_causes(template, server, cause):
+    assert only_cause(compared(template, dialogue("u:the quick fox", "a:ok"), server=server)).startswith(cause)
+
+
+def test_tools_that_the_server_writes_otherwise():
+    ours = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ tools | tojson if tools }}")
+    talk = dialogue("u:weather?", "a:sun", tools=[{"name": "f"}])
+    assert compared(ours, talk).equal == 1
+    theirs = Renders(ours.replace("tools | tojson", "'TOOLS ' + tools | tojson"))
+    assert only_cause(compared(ours, talk, server=theirs)) == "tools are written otherwise"
+
+
+def test_thinking_that_a_template_drops_once_more_turns_follow():
+    talk = dialogue("u:a", "a:<think>hm</think>one", "u:b", "a:<think>so</think>two")
+    comparison = compared(STRIPS, talk)
+    assert (comparison.turns, comparison.equal) == (2, 1)
+    assert only_cause(comparison) == causes.ANSWER_CHANGES
+    assert comparison.differences[0].message == 1
+    assert "".join(comparison.differences[0].served).startswith("<think>hm")
+
+
+def test_thinking_of_earlier_turns_that_only_the_server_drops():
+    talk = dialogue("u:a", "a:<think>hm</think>one", "u:b", "a:two")
+    comparison = compared(TEMPLATE, talk, server=Renders(STRIPS))
+    assert only_cause(comparison) == "the thinking of earlier turns is on one side only"
+    assert comparison.differences[0].message == 3
+
+
+def called(arguments) -> Conversation:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    talk = dialogue("u:do", "a:", "t:done", "a:fine")
+    talk.messages[1] |= {"content": None, "tool_calls": [call]}
+    return talk
+
+
+@pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}, "no JSON"])
+def test_calls_of_tools_and_messages_without_text(arguments):
+    assert compared(CALLS, called(arguments)).equal == 2
+
+
+def test_two_answers_in_a_row_and_one_before_any_question():
+    comparison = compared(TEMPLATE, dialogue("u:a", "a:one", "a:two"), dialogue("a:hello", "u:a", "a:b"))
+    assert set(comparison.causes) == {next(iter(causes.CAUSES)), causes.NO_QUESTION}
+    assert (comparison.turns, comparison.equal) == (4, 2)
+
+
+def test_a_mask_that_begins_elsewhere_than_the_model():
+    late = TEMPLATE.replace("{% generation %}{{ m['content'] }}", "{{ m['content'] }}{% generation %}")
+    comparison = compared(late, dialogue("u:a", "a:xyz"))
+    assert only_cause(comparison) == causes.MASK
+    assert comparison.differences[0].note == "later by 3"
+
+
+@pytest.mark.parametrize(
+    ("mask", "start", "said"),
+    [
+        ("0011", 2, ""), ("0111", 2, "earlier by 1"), ("1111", 2, "earlier by 2"), ("0001", 2, "later by 1"),
+        ("1000", 2, "nothing behind it is supervised"), ("00", 2, "nothing behind it is supervised"), ("111", 0, ""),
+    ],
+)  # fmt: skip
+def test_how_far_a_mask_is_off(mask, start, said):
+    assert mask_offset([c == "1" for c in mask], start) == said
+
+
+def test_a_conversation_that_training_refuses_is_compared_all_the_same():
+    forgets = PREFIX_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '…' }}", 1)
+    talk = dialogue("u:a", "a:one", "u:b", "a:two")
+    with pytest.raises(UserError):
+        tokenize(make_tokenizer(forgets), talk, {END})
+    comparison = compared(forgets, talk)
+    assert comparison.turns == 2 and only_cause(comparison) == causes.ANSWER_CHANGES
+
+
+def test_turns_behind_the_longest_length_are_never_trained():
+    comparison = compared(TEMPLATE, TALKS[1], max_length=20)
+    assert (comparison.turns, comparison.cut_off) == (1, 1)
+
+
+def test_only_so_many_are_compared_and_rows_of_ids_cannot_be():
+    row = TokenRow("r", [1, 2], [True, True], "f:1")
+    comparison = compared(TEMPLATE, row, *TALKS, most=2)
+    assert (comparison.not_comparable, comparison.conversations) == (1, 1)
+    broken = compared("{{ raise_exception('no') }}", *TALKS)
+    assert (broken.not_comparable, broken.turns) == (3, 0)
+
+
+def test_a_prompt_that_the_server_refuses_is_a_difference():
+    class Refuses:
+        def prompt_ids(self, messages, tools):
+            raise Refused("HTTP 400: roles must alternate")
+
+    comparison = compared(TEMPLATE, TALKS[0], server=Refuses())
+    assert only_cause(comparison) == causes.REFUSED
+    assert comparison.differences[0].note == "HTTP 400: roles must alternate"
+
+
+def test_only_the_first_differences_of_a_cause_are_kept():
+    comparison = compared(THINKS, *TALKS * 10, dialogue("a:first"))
+    assert comparison.turns == comparison.causes.total() == 51
+    assert len(comparison.differences) == 5 + 1
+
+
+def test_messages_as_a_server_hands_them_on():
+    talk = called('{"x": [1]}')
+    talk.messages[1]["name"] = None
+    served = as_served([*talk.messages[:2], {"role": "user", "content": "u"}])
+    assert served[1]["content"] == "" and "name" not in served[1]
+    assert served[1]["tool_calls"][0]["function"]["arguments"] == {"x": [1]}
+    assert json.loads(talk.messages[1]["tool_calls"][0]["function"]["arguments"]) == {"x": [1]}, "left as it was"
+    assert as_served(dialogue("u:a", "a:b").messages)[-1] == {"role": "user", "content": "b"}
+    assert as_served(called("no JSON").messages)[1]["tool_calls"] == called("no JSON").messages[1]["tool_calls"]
+
+
+@pytest.mark.parametrize(
+    ("message", "thought"),
+    [
+        ({"content": "<think>hm\n</think>yes"}, "hm"),
+        ({"content": "yes", "reasoning_content": "why"}, "why"),
+        ({"content": "yes"}, ""),
+        ({"content": None}, ""),
+    ],
+)
+def test_what_was_thought(message, thought):
+    assert thinking(message) == thought
+
+
+@pytest.mark.parametrize(("one", "other", "length"), [("abc", "abd", 2), ("ab", "abc", 2), ("", "a", 0), ("x", "y", 0)])
+def test_how_far_two_agree(one, other, length):
+    assert agreement(list(map(ord, one)), list(map(ord, other))) == length

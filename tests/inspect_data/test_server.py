@@ -1,0 +1,109 @@
+"""A running server as it is asked, and every way in which it does not answer."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from nemo_speculative.inspect_data.comparison import Comparison
+from nemo_speculative.inspect_data.server import RunningServer
+from nemo_speculative.serving.client import Refused, Unreachable
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.network import free_port
+from tests.conftest import make_tokenizer
+from tests.inspect_data.conftest import dialogue
+
+GOOD = b'{"tokens": [1, 2, 3], "count": 3, "max_model_len": 9}'
+
+
+@contextmanager
+def answering(answer, asked=None) -> Iterator[str]:
+    """The url of a server that answers each request by ``answer(body) -> (status, bytes)``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if asked is not None:
+                asked.append((self.path, self.headers.get("Authorization"), body))
+            status, said = answer(body)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_what_it_is_asked_and_answers():
+    asked, talk = [], dialogue("u:hello")
+    with answering(lambda _: (200, GOOD), asked) as url, RunningServer(url + "/", "secret") as server:
+        server.check()
+        assert server.prompt_ids(talk.messages, None) == [1, 2, 3]
+        assert server.prompt_ids(talk.messages, [{"type": "function"}]) == [1, 2, 3]
+    assert {(path, token) for path, token, _ in asked} == {("/tokenize", "Bearer secret")}
+    assert asked[1][2] == {"messages": talk.messages}
+    assert asked[2][2] == {"messages": talk.messages, "tools": [{"type": "function"}]}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(404, b"{}"), (422, b'{"detail": "prompt: Field required"}'), (200, b"<html>"), (200, b"[]"),
+     (200, b'{"tokens": "all"}'), (200, b'{"tokens": [[1]]}'), (500, b"")],
+)  # fmt: skip
+def test_a_server_that_cannot_say_what_it_renders(answer):
+    with answering(lambda _: answer) as url, RunningServer(url) as server, pytest.raises(UserError) as caught:
+        server.check()
+    said = str(caught.value)
+    assert said.startswith(f"url: {url}/tokenize: HTTP {answer[0]}") and "expected an SGLang server" in said
+    assert "\n" not in said
+
+
+def test_another_token_is_wanted():
+    said = r"url: .* refuses the token; give the server's as the variable SGLANG_API_KEY"
+    with answering(lambda _: (401, b"{}")) as url, RunningServer(url) as server, pytest.raises(UserError, match=said):
+        server.check()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:PORT", "nowhere", "http://["])
+def test_nobody_there(url):
+    url = url.replace("PORT", str(free_port()))
+    with RunningServer(url) as server, pytest.raises(Unreachable) as caught:
+        server.check()
+    assert str(caught.value).startswith(f"url: {url} cannot be reached")
+    assert "\n" not in str(caught.value)
+
+
+def test_one_prompt_that_it_refuses_does_not_end_the_comparison():
+    tokenizer = make_tokenizer()
+
+    def render(body):
+        if any("bad" in m["content"] for m in body["messages"]):
+            return 400, b'{"message": "no such content"}'
+        ids = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
+        return 200, json.dumps({"tokens": ids}).encode()
+
+    with answering(render) as url, RunningServer(url) as server:
+        comparison = Comparison(tokenizer, server, 100, 10)
+        for talk in (dialogue("u:bad", "a:x"), dialogue("u:good", "a:x", "u:more", "a:y")):
+            comparison.add(talk, None)
+    assert (comparison.turns, comparison.equal) == (3, 2)
+    assert "HTTP 400" in comparison.differences[0].note
+
+
+def test_a_refusal_is_not_the_servers_end():
+    with answering(lambda _: (400, b"{}")) as url, RunningServer(url) as server, pytest.raises(Refused):
+        server.prompt_ids(dialogue("u:a").messages, None)

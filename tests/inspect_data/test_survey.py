@@ -1,0 +1,121 @@
+"""One pass over the data: what is refused, kept, told apart, and how little of it is remembered."""
+
+import tracemalloc
+from collections.abc import Sequence
+
+import pytest
+
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.sources import Split
+from nemo_speculative.data.token_store import Tokenizing
+from nemo_speculative.inspect_data import survey as surveys
+from nemo_speculative.inspect_data.survey import Survey
+from nemo_speculative.utils.errors import UserError
+from tests.conftest import make_tokenizer
+from tests.inspect_data.conftest import END, VOCAB, dialogue, random_rows
+
+NOTHING = lambda item, row: None  # noqa: E731
+
+
+def surveyed(how, training, held_out=(), show=(), look=NOTHING) -> Survey:
+    survey = Survey(how, show)
+    survey.read(Split(list(training), list(held_out)), look)
+    return survey
+
+
+def test_the_sides_and_sources_are_told_apart(how):
+    rows = random_rows(50)
+    supervised = [row for row in rows if any(row.loss_mask)]
+    survey = surveyed(how, rows[:40], rows[40:])
+    for held_out, part in ((False, rows[:40]), (True, rows[40:]), (None, rows)):
+        for source in (None, "", "code", "math"):
+            expected = [r for r in part if r in supervised and source in (None, r.source)]
+            found = survey.total(held_out=held_out, source=source)
+            assert sorted(found.lengths) == sorted(len(r.input_ids) for r in expected)
+    assert survey.sources == ["", "code", "math"]
+    assert survey.unsupervised.count == len(rows) - len(supervised) > 0
+
+
+def test_sources_without_end_do_not_fill_the_memory(how):
+    rows = [TokenRow(f"r{n}", [5], [True], f"f:{n}", f"source {n}") for n in range(100)]
+    survey = surveyed(how, rows)
+    assert len(survey.sources) == surveys.MOST_SOURCES + 1
+    assert survey.total(source=surveys.OTHERS).conversations == 100 - surveys.MOST_SOURCES
+    assert survey.total().conversations == 100
+
+
+def test_what_a_training_refuses_is_counted_by_reason_and_the_rest_goes_on(how):
+    good = dialogue("u:a", "a:b", identity="good")
+    silent = [dialogue("u:a", identity=f"silent{n}", origin=f"data.jsonl:{n}") for n in range(8)]
+    outside = TokenRow("outside", [VOCAB], [True], "data.jsonl:9")
+    seen = []
+    survey = surveyed(how, [*silent, outside, good], look=lambda item, row: seen.append((item.id, row is None)))
+    assert survey.refused.count == 9
+    reasons = survey.refused.reasons.most_common()
+    assert [n for _, n in reasons] == [8, 1]
+    assert "has no assistant turn" in reasons[0][0] and "data.jsonl" not in reasons[0][0]
+    assert f"token id {VOCAB} lies outside" in reasons[1][0]
+    assert len(survey.refused.examples) == surveys.MOST_EXAMPLES
+    assert "data.jsonl:0" in survey.refused.examples[0]
+    assert survey.total().conversations == 1
+    assert seen == [(c.id, True) for c in (*silent, outside)] + [("good", False)]
+
+
+def test_reasons_without_end_are_summed_up():
+    left_out = surveys.LeftOut()
+    for n in range(50):
+        left_out.add(f"id {n}", f"reason {n}")
+    assert left_out.count == sum(left_out.reasons.values()) == 50
+    assert left_out.reasons[surveys.OTHERS] == 50 - surveys.MOST_REASONS
+
+
+def test_shown_are_the_first_three_or_those_named(how):
+    talks = [dialogue("u:q", f"a:{n}", identity=f"id{n}", origin=f"data.jsonl:{n + 10}") for n in range(6)]
+    assert [row.id for row in surveyed(how, talks).shown] == ["id0", "id1", "id2"]
+    assert [row.id for row in surveyed(how, talks[:4], talks[4:], show=["12", "id5"]).shown] == ["id2", "id5"]
+
+
+def test_nothing_of_that_name_to_show(how):
+    with pytest.raises(UserError) as caught:
+        surveyed(how, [dialogue("u:q", "a:b")], show=["c", "nowhere"])
+    assert str(caught.value).startswith("show: no conversation among 1 has the id 'nowhere'")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_asked_for_and_refused_is_named(how):
+    survey = surveyed(how, [dialogue("u:q", "a:b"), dialogue("u:q", identity="silent")], show=["silent"])
+    assert (survey.shown, survey.not_shown) == ([], ["silent"])
+
+
+def test_a_tokenizer_without_a_template_ends_it_at_once():
+    how = Tokenizing(make_tokenizer(template=None), {END}, 256, VOCAB)
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        surveyed(how, [dialogue("u:q", "a:b")])
+    assert surveyed(how, [TokenRow("r", [4], [True], "f:1")]).total().conversations == 1
+
+
+class Made(Sequence[TokenRow]):
+    """Rows that are made when they are asked for."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, n):
+        if not 0 <= n < self.count:
+            raise IndexError(n)
+        return TokenRow(str(n), [n % VOCAB] * 200, [True] * 200, f"f:{n}")
+
+
+def test_memory_does_not_grow_with_the_rows(how):
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        Survey(how).read(Split(Made(count), []), NOTHING)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(10)
+    assert (peak(3000) - peak(300)) / 2700 < 64, "bytes a row of 200 tokens"

@@ -1,0 +1,32 @@
+"""A set like Python's own, in less memory."""
+
+import random
+
+from nemo_speculative.prepare_data.digests import FIRST_SLOTS, Digests, digest
+
+
+def test_it_is_a_set():
+    rng = random.Random(0)
+    # Many of the same low bits: they collide where slots are chosen.
+    values = [rng.choice([rng.randrange(1, 50), rng.getrandbits(64) or 1, rng.getrandbits(20) << 44 | 1])
+              for _ in range(5 * FIRST_SLOTS)]  # fmt: skip
+    mine, own = Digests(), set()
+    for value in values:
+        assert (value in mine) == (value in own)
+        mine.add(value)
+        own.add(value)
+    assert len(mine) == len(own) > FIRST_SLOTS
+    assert all(value in mine for value in own)
+
+
+def test_it_is_small():
+    values = Digests()
+    for n in range(100_000):
+        values.add(digest(str(n)))
+    assert len(values) == 100_000
+    assert 8 * len(values._slots) <= 32 * 100_000
+
+
+def test_digests_of_different_kinds_differ():
+    assert digest("a") != digest("a", b"name") and digest("a") == digest("a") != digest("b")
+    assert digest("half a character \ud800")

@@ -1,0 +1,93 @@
+"""What is left out of the features is read by no loss."""
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from nemo_speculative.algorithms.common.supervision_mask import supervision_mask
+from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.targets.cached.manifest import Manifest
+from nemo_speculative.targets.cached.positions import Positions, key_of, key_of_lists
+from nemo_speculative.targets.cached.writer import stored_hidden
+from tests.targets.cached.cases import assert_same, batches_of, eagle1, eagle3, loss_of
+
+CONVENTIONS = list(MaskConvention)
+
+
+def read_by_hand(mask, steps, convention):
+    """(features, labels) that the slots of a document read, slot by slot."""
+    row = mask[None]
+    supervised = supervision_mask(row, torch.zeros_like(row, dtype=torch.long), steps, convention)[:, 0]
+    features, labels = set(), set()
+    for step, slot in itertools.product(range(steps), range(len(mask))):
+        if supervised[step, slot]:
+            features |= set(range(slot + 1))
+            labels.add(slot + 1 + step)
+    return features, labels
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
+def test_every_step_reads_what_the_first_one_does(convention):
+    draw = random.Random(0)
+    for length in (1, 2, 3, 5, 12):
+        for _ in range(60):
+            mask = torch.tensor([draw.random() < 0.6 for _ in range(length)])
+            positions = Positions.of(mask, convention)
+            for steps in (1, 2, 4, 7):
+                features, labels = read_by_hand(mask, steps, convention)
+                assert set(range(positions.attended)) == features and set(positions.labels.tolist()) == labels
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
+@pytest.mark.parametrize("make", [eagle3, eagle1])
+def test_no_loss_and_no_gradient_depends_on_what_is_not_stored(make, convention, online_of, documents):
+    algorithm = make(convention)
+    target = online_of(algorithm)
+    manifest = Manifest.of(target, convention, algorithm.name)
+    batches = batches_of(documents, seed=3)
+
+    def poisoned(batch, supervision):
+        """1e4 wherever nothing is stored.  Not NaN: attention multiplies what it masks with 0."""
+        aux, hidden = (
+            torch.full_like(supervision.aux_hidden_states, 1e4),
+            torch.full_like(supervision.last_hidden_state, 1e4),
+        )
+        for span in batch.spans:
+            place = slice(span.start, span.end)
+            positions = Positions.of(batch.loss_mask[span.row, place], convention)
+            kept = stored_hidden(positions, manifest) + span.start
+            hidden[span.row, kept] = supervision.last_hidden_state[span.row, kept]
+            front = slice(span.start, span.start + positions.attended)
+            aux[span.row, front] = supervision.aux_hidden_states[span.row, front]
+        return TargetOutput(aux, hidden)
+
+    assert_same(loss_of(algorithm, target, batches, poisoned), loss_of(algorithm, target, batches))
+
+
+def test_labels_may_be_nan_where_nothing_is_stored(target, documents):
+    algorithm, batches = eagle3(), batches_of(documents)
+
+    def poisoned(batch, supervision):
+        hidden = torch.full_like(supervision.last_hidden_state, float("nan"))
+        for span in batch.spans:
+            place = slice(span.start, span.end)
+            kept = Positions.of(batch.loss_mask[span.row, place], algorithm.config.mask_convention).labels + span.start
+            hidden[span.row, kept] = supervision.last_hidden_state[span.row, kept]
+        return TargetOutput(supervision.aux_hidden_states, hidden)
+
+    assert_same(loss_of(algorithm, target, batches, poisoned), loss_of(algorithm, target, batches))
+
+
+def test_a_document_is_named_by_its_ids_and_its_mask():
+    ids, mask = [5, 6, 7], [False, True, True]
+    key = key_of_lists(ids, mask)
+    assert key == key_of(torch.tensor(ids), torch.tensor(mask)) and len(key) == 16
+    assert (
+        len(
+            {key, key_of_lists([5, 6, 8], mask), key_of_lists(ids, [True, True, True]), key_of_lists(ids[:2], mask[:2])}
+        )
+        == 4
+    )

@@ -1,0 +1,70 @@
+"""The embedded target in small: the same code, a few steps."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemo_speculative.config.schema import TinyModelConfig
+from nemo_speculative.data import stdlib
+from nemo_speculative.data.chat_template import tokenize
+from nemo_speculative.targets import demo
+
+
+def small(tmp_path, **changed):
+    values = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 48, "num_layers": 7, "vocab_size": 400}
+    return TinyModelConfig(cache_dir=str(tmp_path), steps=8, rows_per_step=2, row_tokens=64, **(values | changed))
+
+
+def test_is_made_once_deterministically_and_is_an_ordinary_directory(tmp_path, capsys, monkeypatch):
+    real = stdlib.stdlib_conversations
+    monkeypatch.setattr(demo, "stdlib_conversations", lambda held_out: real(held_out)[:120])
+    monkeypatch.setattr(demo, "directory_of", lambda config: tmp_path / config.cache_dir / "made")
+    first = demo.prepare_tiny(small(tmp_path / "a"))
+    said = capsys.readouterr().out
+    assert "held-out loss" in said and said.count("Q: ") == 3 and said.count("A: ") == 3
+    second = demo.prepare_tiny(small(tmp_path / "b"))
+    one, two = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    capsys.readouterr()
+    assert demo.prepare_tiny(small(tmp_path / "a")) == first
+    assert "made before" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    row = tokenize(tokenizer, real(held_out=True)[0], {tokenizer.eos_token_id})
+    assert row.loss_mask[-1] and not row.loss_mask[0]
+
+
+def test_everything_that_shapes_it_is_in_its_name(tmp_path):
+    base = demo.directory_of(small(tmp_path))
+    assert demo.directory_of(small(tmp_path)) == base
+    assert demo.directory_of(small(tmp_path, hidden_size=64)) != base
+    assert demo.directory_of(small(tmp_path, seed=1)) != base
+
+
+def test_an_interrupted_making_leaves_no_target(tmp_path, monkeypatch):
+    directory = tmp_path / "made"
+
+    class Model:
+        def save_pretrained(self, path):
+            path.mkdir(parents=True)
+            raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        demo._save(Model(), None, directory)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", "bf16", None])
+def test_it_is_trained_in_bfloat16_where_the_cpu_multiplies_it(tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, unit: True})
+    real, seen = demo.LlamaForCausalLM.forward, []
+
+    def forward(self, *given, **named):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(demo.LlamaForCausalLM, "forward", forward)
+    config = dataclasses.replace(small(tmp_path), steps=1)
+    demo.train_tiny(config, torch.zeros(2, 8, dtype=torch.long))
+    assert seen == [unit is not None]
