@@ -4,8 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from transformers.utils.logging import disable_progress_bar
-
 BAR_WIDTH = 24
 REFRESH_SECONDS = {True: 0.5, False: 15.0}
 """On a terminal one line is redrawn; in a log file a line is added now and then."""
@@ -56,8 +54,10 @@ class Progress:
 
 
 def quiet_transformers() -> None:
-    """No progress bars of transformers in log files, where they would be lines between ours."""
+    """Turns the progress bars of transformers off where standard error is a log file."""
     if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar  # late: costs seconds, which --help need not wait
+
         disable_progress_bar()
 
 
