@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.training_step.controller import worker_environment
-from nemo_speculative.utils.errors import UserError, report
+from nemo_speculative.utils.errors import UserError, print_error
 
 
 def last_line_of(module: str, arguments: Sequence[str], threads: int, ranks: int = 1) -> str:
@@ -30,6 +30,6 @@ def exit_status(program: Callable[[], None]) -> int:
     try:
         program()
     except UserError as error:
-        report(error)
+        print_error(error)
         return error.exit_code
     return 0

@@ -39,8 +39,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UsageError, UserError, report
-from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, address_of, bound, collect_on
+from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UsageError, UserError, print_error
+from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, bind_collectives_to, bind_socket, ipv4_address
 
 BACKEND = "one-interface"
 PORT = 29500
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="nemo_speculative_") as folder:
             return Launcher(args, Path(folder) / "hopeless").run()
     except UserError as error:
-        report(error)
+        print_error(error)
         return error.exit_code
 
 
@@ -83,7 +83,7 @@ class Launcher:
             LostError: the nodes did not find each other, or one of them is gone.
             UserError: a worker failed.
         """
-        collect_on(self._args.interface)
+        bind_collectives_to(self._args.interface)
         os.environ.update({FRESH_STORE: "1", NO_RESTART_FILE: str(self._hopeless)})
         rendezvous_handler_registry.register(BACKEND, self._meet)
         status = 0
@@ -172,7 +172,7 @@ def settle(args: argparse.Namespace) -> None:
     if alone:
         args.nnodes, args.node_rank = "1", 0
     args.interface = args.interface or LOOPBACK
-    args.local_addr = address_of(args.interface, "--interface")
+    args.local_addr = ipv4_address(args.interface, "--interface")
     host, port = (args.local_addr, args.master_port or 0) if alone else (args.master_addr, args.master_port or PORT)
     if args.node_rank == 0:
         _check_master(host, args)
@@ -234,7 +234,7 @@ class FixedNodes(RendezvousHandler):
     def _serve(self, port: int) -> dist.TCPStore:
         """A store that listens on this node's own address; torch's alone would listen on all."""
         address = cast(str, self._parameters.local_addr)
-        with bound(address, port, f"--master-port {port} of {address}") as listener:
+        with bind_socket(address, port, f"--master-port {port} of {address}") as listener:
             listener.listen()
             taken = listener.getsockname()[1]
             return dist.TCPStore(

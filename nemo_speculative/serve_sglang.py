@@ -28,7 +28,7 @@ from nemo_speculative.serving.match import check_target
 from nemo_speculative.serving.process import ServerError
 from nemo_speculative.serving.server import Server, require_free
 from nemo_speculative.serving.versions import NEWEST, OLDEST, installed_version
-from nemo_speculative.utils.errors import UsageError, UserError, report
+from nemo_speculative.utils.errors import UsageError, UserError, print_error
 
 MAX_NEW_TOKENS = 256
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: UserError, code: int) -> int:
-    report(error)
+    print_error(error)
     return code
 
 

@@ -18,7 +18,7 @@ from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.remote.protocol import TOKEN_VARIABLE, bearer_token
 from nemo_speculative.utils.devices import choose_device
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.network import bound
+from nemo_speculative.utils.network import bind_socket
 
 NEEDS = ("starlette", "uvicorn", "prometheus_client")
 KEEP_ALIVE_SECONDS = 600
@@ -34,7 +34,7 @@ def main(job: ServeTargetJob) -> None:
     require_packages()
     token = bearer_token()
     device = choose_device(job.device, "device")
-    with bound(job.host, job.port, f"host={job.host} port={job.port}") as listener, fast_float32_matmuls(device):
+    with bind_socket(job.host, job.port, f"host={job.host} port={job.port}") as listener, fast_float32_matmuls(device):
         serve(job, build_target(job, device), token, listener)
 
 

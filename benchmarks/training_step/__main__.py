@@ -21,7 +21,7 @@ from benchmarks.training_step.cli import Comparison, parse
 from benchmarks.training_step.controller import Worker, interleave, worker_environment
 from benchmarks.training_step.registry import Chosen
 from benchmarks.training_step.table import figures, footnote, heading, machine, multiples
-from nemo_speculative.utils.errors import UserError, report
+from nemo_speculative.utils.errors import UserError, print_error
 from nemo_speculative.utils.progress import Progress, quiet_transformers
 
 
@@ -81,7 +81,7 @@ def start(chosen: Chosen, comparison: Comparison, folder: Path) -> Worker:
 
 
 def _fail(error: UserError) -> int:
-    report(error)
+    print_error(error)
     return error.exit_code
 
 

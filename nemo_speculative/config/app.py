@@ -24,7 +24,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from nemo_speculative.config import expressions, groups, schema
 from nemo_speculative.config.published import filled
-from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UserError, report
+from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UserError, print_error
 
 CONF = Path(__file__).parents[2] / "conf"
 INTERRUPTED = 130
@@ -166,7 +166,7 @@ def _refuse(error: UserError) -> None:
 
 
 def _fail(line: str, code: int) -> None:
-    report(line)
+    print_error(line)
     _leave(code)
 
 

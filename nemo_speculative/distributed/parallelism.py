@@ -15,7 +15,7 @@ from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, limited, limited_groups, started, waiting_group
 from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, collect_on
+from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, bind_collectives_to
 
 LARGEST_MATMUL_ERROR = 2e-6
 """Relative to the largest entry; float32 itself has about 4e-7."""
@@ -79,7 +79,7 @@ def _world_size() -> int:
 def _join(device: torch.device) -> None:
     """The process group of the job, which listens to this machine only if all its processes are here."""
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        collect_on(LOOPBACK)
+        bind_collectives_to(LOOPBACK)
     on_cuda = device.type == "cuda"
     if os.environ["WORLD_SIZE"] != "1":
         comm = titan.CommConfig(init_timeout_seconds=int(FIRST_RANK_TIMEOUT.total_seconds()), trace_buf_size=0)

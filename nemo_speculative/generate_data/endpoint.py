@@ -13,7 +13,7 @@ from nemo_speculative.generate_data.rollout import Completion, Request
 from nemo_speculative.generate_data.servers import Broken, Busy, Down, NoAnswer, Server
 from nemo_speculative.targets.demo import prepare_tiny
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.utils.errors import UserError, report
+from nemo_speculative.utils.errors import UserError, print_error
 
 POLL_SECONDS = 0.05
 
@@ -62,7 +62,7 @@ class EndpointEngine(Engine):
             await self._identified(server)
         except Down as error:
             server.failed()
-            report(f"{server.url}: cannot be asked yet ({error})")
+            print_error(f"{server.url}: cannot be asked yet ({error})")
             return error
         server.succeeded()
         return None

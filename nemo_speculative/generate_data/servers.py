@@ -11,7 +11,7 @@ from nemo_speculative.generate_data.engine import Failed
 from nemo_speculative.generate_data.protocols import Chat, CompletionIds, CompletionLogprobs, Protocol, SGLangGenerate
 from nemo_speculative.generate_data.rollout import Completion, Request
 from nemo_speculative.serving.client import API_KEY, CONNECT_SECONDS, WRONG_TOKEN, Unauthorized
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 
 OPENAI_API_KEY = "OPENAI_API_KEY"
 BUSY = (429, 503)
@@ -171,14 +171,14 @@ class Server:
         try:
             return protocol.read(reply.json())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise NoAnswer(f"what was answered is none ({named(error, 100)})") from None
+            raise NoAnswer(f"what was answered is none ({describe_error(error, 100)})") from None
 
     async def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         try:
             reply = await self._http.request(method, self.url + path, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             self.protocol = None  # who comes back may be another
-            raise (Down if isinstance(error, NOT_TAKEN) else Broken)(named(error, 100)) from None
+            raise (Down if isinstance(error, NOT_TAKEN) else Broken)(describe_error(error, 100)) from None
         if reply.status_code in WRONG_TOKEN:
             raise Unauthorized(
                 f"{self.url}: refuses the token (HTTP {reply.status_code}); give the server's as the variable "

@@ -7,7 +7,7 @@ import httpx
 
 from nemo_speculative.data.chat_template import Message
 from nemo_speculative.serving.client import API_KEY, WRONG_TOKEN, Refused, Unauthorized, Unreachable
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 
 TIMEOUT_SECONDS = 60.0
 PROBE: list[Message] = [{"role": "user", "content": "Hello"}]
@@ -56,7 +56,7 @@ class RunningServer:
             reply = self._http.post(f"{self.url}/tokenize", json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Unreachable(
-                f"url: {self.url} cannot be reached ({named(error)}); is an SGLang server running there?"
+                f"url: {self.url} cannot be reached ({describe_error(error)}); is an SGLang server running there?"
             ) from None
         if reply.status_code in WRONG_TOKEN:
             raise Unauthorized(f"url: {self.url} refuses the token; give the server's as the variable {API_KEY}")

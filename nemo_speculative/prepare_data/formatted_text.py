@@ -7,7 +7,7 @@ from typing import Any
 from nemo_speculative.data.chat_template import template_of
 from nemo_speculative.prepare_data import reasons
 from nemo_speculative.prepare_data.reasons import LeftOut
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 
 QUESTION, ANSWER = "a question", "an answer"
 
@@ -32,7 +32,9 @@ class FormattedText:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except Exception as error:  # one class per way in which a hub can fail
-            raise UserError(f"tokenizer: {path} cannot be had here ({named(error, 100)}); give a directory") from None
+            raise UserError(
+                f"tokenizer: {path} cannot be had here ({describe_error(error, 100)}); give a directory"
+            ) from None
         asked, prompt, answered = _rendered(tokenizer)
         before, behind = prompt.removeprefix(asked).strip(), answered.rpartition(ANSWER)[2].strip()
         if not prompt.startswith(asked) or not before or not behind:

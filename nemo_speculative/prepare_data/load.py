@@ -6,7 +6,7 @@ from dataclasses import replace
 from nemo_speculative.config.schema import DatasetConfig, MixDataConfig, PrepareJob
 from nemo_speculative.data.sources import Split, load_jsonl
 from nemo_speculative.distributed.collectives import is_first
-from nemo_speculative.prepare_data.output import finished, prepared_from
+from nemo_speculative.prepare_data.output import finished, requested_values
 from nemo_speculative.prepare_data.run import prepare
 from nemo_speculative.prepare_data.sources import asked_for, sources_of
 from nemo_speculative.prepare_data.table import table
@@ -38,7 +38,7 @@ def _check_same(job: PrepareJob) -> None:
     Raises:
         UserError: what is prepared is of another dataset.
     """
-    before = prepared_from(job.directory)
+    before = requested_values(job.directory)
     asked = asked_for(sources_of(job), job.data.held_out_share)
     for key, value in asked.items():
         if key not in before or before[key] != value:

@@ -1,47 +1,51 @@
-"""What a preparation leaves: rows, those left out with their reasons, and a manifest; nothing half done under a name.
+"""The result of a preparation: rows, rows left out with their reasons, and a manifest.
 
-Rows go to ``.<name>.partial``; ``state.json`` says now and then how far they are good, and from there a later run goes
-on.  At the end they get their names, and the manifest comes last: a directory that has one is whole.
+Rows go to ``.<name>.partial``; from time to time ``state.json`` records how many bytes of them are good, and a later
+run resumes from there.  At the end they get their names, and the manifest is written last: a directory that has one is
+complete.
 """
 
 import contextlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nemo_speculative.prepare_data.reasons import LeftOut
-from nemo_speculative.utils.files import atomic_write_text, room_or
+from nemo_speculative.utils.append_log import AppendLog
+from nemo_speculative.utils.files import disk_full_error
+from nemo_speculative.utils.manifest import file_sizes, read_manifest, write_manifest
 
 TRAIN, HELD_OUT, LEFT_OUT = "train", "held_out", "left_out"
 FILES = (TRAIN, HELD_OUT, LEFT_OUT)
+MANIFEST, STATE = "manifest.json", "state.json"
 ROWS_BETWEEN_STATES = 1000
 
 
 @dataclass
 class Counts:
-    """What became of the rows of a stream."""
+    """How many rows of a stream were read, kept and left out."""
 
     read: int = 0
     train: int = 0
     held_out: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    """By reason."""
 
     @property
-    def taken(self) -> int:
+    def kept(self) -> int:
         return self.train + self.held_out
 
     @property
     def reasons(self) -> list[str]:
-        """How many were left out, and why; the most first."""
+        """``12 duplicate``: how many were left out for each reason, the most frequent first."""
         return [f"{number} {reason}" for reason, number in Counter(self.left_out).most_common()]
 
 
 def total(counts: Mapping[str, Counts]) -> Counts:
-    """Of all streams."""
+    """The sum over all streams."""
     every = list(counts.values())
     return Counts(
         read=sum(each.read for each in every),
@@ -52,141 +56,125 @@ def total(counts: Mapping[str, Counts]) -> Counts:
 
 
 class Output:
-    """The directory of a preparation while it is written; used in a ``with``.
+    """The directory of a preparation while it is written; a context manager.
 
     Raises:
-        UserError: the disk is full.  What was written stays, and a later run goes on from there.
+        UserError: the disk is full.  What was written stays, and a later run resumes from there.
     """
 
     def __init__(self, directory: Path, fingerprint: str, labels: list[str]):
         self.directory, self.fingerprint = directory, fingerprint
         self.counts = {label: Counts() for label in labels}
-        self._rows_since = 0
-        self._files: dict[str, IO[bytes]] = {}
+        self._rows_since_state = 0
+        self._logs: dict[str, AppendLog] = {}
 
     def __enter__(self) -> "Output":
-        sizes = self._resumable()
-        for name in FILES:
-            file = self._partial(name).open("r+b" if sizes else "wb")
-            if sizes:
-                file.truncate(sizes[name])
-                file.seek(0, os.SEEK_END)
-            self._files[name] = file
+        sizes = dict.fromkeys(FILES, 0)
+        state = read_manifest(self.directory / STATE) or {}
+        partial_files_exist = all(self._partial(name).is_file() for name in FILES)
+        if state.get("fingerprint") == self.fingerprint and partial_files_exist:
+            sizes = state["bytes"]
+            self.counts = {label: Counts(**counts) for label, counts in state["counts"].items()}
+        self._logs = {name: AppendLog(self._partial(name), size=sizes[name]) for name in FILES}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # what was not flushed lies behind the last state, and is read again
-                file.close()
-
-    @property
-    def _full(self) -> str:
-        return f"output: {self.directory}: the disk is full; make room and run again: it goes on where it stopped"
+        for log in self._logs.values():
+            with contextlib.suppress(OSError):  # what is not on disk comes after the last state, and is read again
+                log.close()
 
     @property
     def rows_before(self) -> int:
         """Rows that an interrupted run read."""
         return sum(counts.read for counts in self.counts.values())
 
-    def kept(self) -> Iterator[dict[str, Any]]:
-        """The rows that are there."""
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows kept so far."""
         for name in (TRAIN, HELD_OUT):
-            with self._partial(name).open("rb") as rows:
-                yield from map(json.loads, rows)
+            with self._partial(name).open("rb") as lines:
+                yield from map(json.loads, lines)
 
     def keep(self, label: str, side: str, row: dict[str, Any]) -> None:
+        """Writes a row of the stream ``label`` to ``side``, train or held_out."""
         self._write(side, row)
         counts = self.counts[label]
         setattr(counts, side, getattr(counts, side) + 1)
-        self._read(counts)
+        self._count_read(counts)
 
     def leave_out(self, label: str, identity: str, origin: str, left_out: LeftOut) -> None:
+        """Records why a row of the stream ``label`` is left out."""
         row = {"id": identity, "source": label, "origin": origin, "reason": left_out.reason, "found": left_out.found}
         self._write(LEFT_OUT, row)
         counts = self.counts[label]
         counts.left_out[left_out.reason] = counts.left_out.get(left_out.reason, 0) + 1
-        self._read(counts)
+        self._count_read(counts)
 
-    def finish(self, **described: Any) -> None:
-        """Gives the files their names, and writes the manifest."""
+    def finish(self, **description: Any) -> None:
+        """Gives the files their names, and writes the manifest with ``description``."""
         for label, counts in self.counts.items():
-            assert counts.read == counts.taken + sum(counts.left_out.values()), f"{label}: {counts}"
+            assert counts.read == counts.kept + sum(counts.left_out.values()), f"{label}: {counts}"
         self._save_state()
-        (self.directory / "manifest.json").unlink(missing_ok=True)
+        (self.directory / MANIFEST).unlink(missing_ok=True)
         for name in FILES:
             self._partial(name).replace(self.directory / f"{name}.jsonl")
-        sizes = {name: (self.directory / f"{name}.jsonl").stat().st_size for name in FILES}
-        manifest = {"fingerprint": self.fingerprint, "bytes": sizes, **described, "counts": self._counts_plain()}
-        with room_or(self._full):
-            atomic_write_text(self.directory / "manifest.json", _as_text(manifest))
-        (self.directory / "state.json").unlink()
-
-    def _read(self, counts: Counts) -> None:
-        counts.read += 1
-        self._rows_since += 1
-        if self._rows_since == ROWS_BETWEEN_STATES:
-            self._save_state()
+        self._save(MANIFEST, description)
+        (self.directory / STATE).unlink()
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        with room_or(self._full):
-            self._files[name].write(line.encode(errors="replace"))
+        with self._disk_full_error():
+            self._logs[name].append_line(line.encode(errors="replace"))
+
+    def _count_read(self, counts: Counts) -> None:
+        counts.read += 1
+        self._rows_since_state += 1
+        if self._rows_since_state == ROWS_BETWEEN_STATES:
+            self._save_state()
 
     def _save_state(self) -> None:
-        self._rows_since = 0
-        with room_or(self._full):
-            for file in self._files.values():
-                file.flush()
-            sizes = {name: file.tell() for name, file in self._files.items()}
-            state = {"fingerprint": self.fingerprint, "bytes": sizes, "counts": self._counts_plain()}
-            atomic_write_text(self.directory / "state.json", _as_text(state))
+        self._rows_since_state = 0
+        self._save(STATE, {})
 
-    def _resumable(self) -> dict[str, int]:
-        """How far each file is good, if an interrupted run of the same job left them."""
-        state = _json(self.directory / "state.json")
-        if state.get("fingerprint") != self.fingerprint or not all(self._partial(name).is_file() for name in FILES):
-            return {}
-        self.counts = {label: Counts(**counts) for label, counts in state["counts"].items()}
-        return state["bytes"]
+    def _save(self, name: str, description: dict[str, Any]) -> None:
+        values = {"fingerprint": self.fingerprint, "bytes": {name: log.size for name, log in self._logs.items()}}
+        counts = {label: asdict(counts) for label, counts in self.counts.items()}
+        with self._disk_full_error():
+            write_manifest(self.directory / name, values | description | {"counts": counts})
 
-    def _counts_plain(self) -> dict[str, Any]:
-        return {label: asdict(counts) for label, counts in self.counts.items()}
+    def _disk_full_error(self) -> contextlib.AbstractContextManager[None]:
+        return disk_full_error(
+            f"output: {self.directory}: the disk is full; make room and run again: it resumes where it stopped"
+        )
 
     def _partial(self, name: str) -> Path:
         return self.directory / f".{name}.partial"
 
 
 def finished(directory: Path, fingerprint: str | None = None) -> dict[str, Counts] | None:
-    """The counts of a whole preparation in ``directory``, of that fingerprint if one is given; None: there is none."""
-    manifest = _json(directory / "manifest.json")
+    """The counts of the complete preparation in ``directory``; None if there is none (with that ``fingerprint``)."""
+    manifest = read_manifest(directory / MANIFEST)
     if not manifest or fingerprint not in (None, manifest["fingerprint"]):
         return None
-    files = {name: directory / f"{name}.jsonl" for name in FILES}
-    if any(not file.is_file() or file.stat().st_size != manifest["bytes"][name] for name, file in files.items()):
+    sizes = {f"{name}.jsonl": size for name, size in manifest["bytes"].items()}
+    if file_sizes(directory, sizes) != sizes:
         return None
     return {label: Counts(**counts) for label, counts in manifest["counts"].items()}
 
 
-def prepared_from(directory: Path) -> dict[str, Any]:
-    """What the whole preparation in ``directory`` was asked for, by the keys of the configuration."""
-    return _json(directory / "manifest.json").get("asked", {})
+def requested_values(directory: Path) -> dict[str, Any]:
+    """The configuration that the complete preparation in ``directory`` was requested with, by key."""
+    return (read_manifest(directory / MANIFEST) or {}).get("asked", {})
 
 
-def decided_by(directory: Path) -> dict[str, Any]:
-    """All that decided about the rows of the whole preparation in ``directory``, by its keys; empty: there is none."""
-    return by_key(_json(directory / "manifest.json")) if finished(directory) else {}
+def determining_values(directory: Path) -> dict[str, Any]:
+    """Every value that determined the rows of the preparation in ``directory``, by key; empty if there is none."""
+    return by_key(read_manifest(directory / MANIFEST) or {}) if finished(directory) else {}
 
 
-def by_key(described: Mapping[str, Any]) -> dict[str, Any]:
-    """What :meth:`Output.finish` is given, each value by its full key."""
-    values = {key: value for part in ("asked", "fetched", "options") for key, value in described.get(part, {}).items()}
+def by_key(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description given to :meth:`Output.finish` as one flat mapping with full keys."""
+    values = {
+        key: value for part in ("asked", "fetched", "options") for key, value in description.get(part, {}).items()
+    }
     filters = values.pop("filters", {})
     return values | {f"filters.{key}": value for key, value in filters.items()}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _as_text(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Protocol
 
 from nemo_speculative.prepare_data import reasons
 from nemo_speculative.prepare_data.reasons import LeftOut
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 BATCH_ROWS = 256
@@ -97,8 +97,8 @@ def hub_parts(repository: str, split: str, subset: str | None, revision: str | N
         table = datasets.load_dataset(repository, subset, split=split, revision=revision)
     except Exception as error:  # one class per way in which a hub can fail
         raise UserError(
-            f"data.repository: {repository} cannot be had here ({named(error, 100)}); fetch it elsewhere and give "
-            "data.path=FILE_OR_FOLDER"
+            f"data.repository: {repository} cannot be had here ({describe_error(error, 100)}); fetch it elsewhere and "
+            "give data.path=FILE_OR_FOLDER"
         ) from None
     return [Table(f"{repository}:{split}", table)]
 
@@ -114,7 +114,9 @@ def _saved(place: Path, key: str, split: str | None) -> list[Part]:
     try:
         saved = datasets.load_from_disk(str(place))
     except Exception as error:  # whatever of it is broken
-        raise UserError(f"{key}: {place}: what `datasets` saved there cannot be read ({named(error, 100)})") from None
+        raise UserError(
+            f"{key}: {place}: what `datasets` saved there cannot be read ({describe_error(error, 100)})"
+        ) from None
     if isinstance(saved, datasets.Dataset):
         return [Table(str(place), saved)]
     if split is not None and split not in saved:
@@ -166,7 +168,9 @@ class ParquetFile(OneFile):
                 size = self.path.stat().st_size // max(file.metadata.num_rows, 1)
                 yield from _numbered(self.name, file.iter_batches(BATCH_ROWS), size)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: cannot be read as Parquet ({named(error, 100)}); fetch it anew") from None
+            raise UserError(
+                f"{self.path}: cannot be read as Parquet ({describe_error(error, 100)}); fetch it anew"
+            ) from None
 
 
 def _numbered(name: str, batches: Iterable[Any], size: int) -> Iterator[Row]:
@@ -197,7 +201,9 @@ class JsonFile(OneFile):
                 start = stream.peek(CHUNK_CHARACTERS).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
                 yield from self._measured(self._elements(stream) if start == b"[" else self._lines(stream), file)
             except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-                raise UserError(f"{self.path}: cannot be unzipped ({named(error, 100)}); fetch it anew") from None
+                raise UserError(
+                    f"{self.path}: cannot be unzipped ({describe_error(error, 100)}); fetch it anew"
+                ) from None
 
     @staticmethod
     def _measured(found: Iterator[tuple[str, Any]], file: BinaryIO) -> Iterator[Row]:

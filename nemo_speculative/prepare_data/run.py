@@ -15,7 +15,16 @@ from nemo_speculative.prepare_data import reasons
 from nemo_speculative.prepare_data.digests import Digests, digest
 from nemo_speculative.prepare_data.filters import check
 from nemo_speculative.prepare_data.formatted_text import FormattedText
-from nemo_speculative.prepare_data.output import HELD_OUT, TRAIN, Counts, Output, by_key, decided_by, finished, total
+from nemo_speculative.prepare_data.output import (
+    HELD_OUT,
+    TRAIN,
+    Counts,
+    Output,
+    by_key,
+    determining_values,
+    finished,
+    total,
+)
 from nemo_speculative.prepare_data.reasons import LeftOut
 from nemo_speculative.prepare_data.shapes import Item
 from nemo_speculative.prepare_data.sources import asked_for, sources_of
@@ -55,7 +64,7 @@ def prepare(job: PrepareJob, *, wait: bool = False) -> Prepared:
         with dir_lock(job.directory, "output", wait=wait):
             prepared = preparation.run()
     every = total(prepared.counts)
-    if not every.taken:
+    if not every.kept:
         raise UserError(
             f"data: none of {every.read} rows can be used ({', '.join(every.reasons) or 'there are none'}); "
             f"{prepared.directory}/left_out.jsonl says why of each"
@@ -93,15 +102,15 @@ class _Preparation:
         self._say_what_changes(described)
         with Output(self.directory, fingerprint, [s.label for s in self.streams]) as output:
             if output.rows_before:
-                print(f"{self.directory}: going on behind row {output.rows_before}", flush=True)
-            for row in output.kept():
+                print(f"{self.directory}: resuming after row {output.rows_before}", flush=True)
+            for row in output.rows():
                 self._remember(row, row["id"])
             self._write(output)
             output.finish(**described)
         return Prepared(self.directory, output.counts)
 
     def _say_what_changes(self, described: dict[str, Any]) -> None:
-        before, now = decided_by(self.directory), by_key(described)
+        before, now = determining_values(self.directory), by_key(described)
         if changed := [key for key in {**before, **now} if before and before.get(key) != now.get(key)]:
             values = [json.dumps(side.get(changed[0])) for side in (before, now)]
             more = f", nor with the same {', '.join(changed[1:])}" if changed[1:] else ""
@@ -129,7 +138,7 @@ class _Preparation:
     def _write(self, output: Output) -> None:
         progress = Progress("prepare, kB", self._bytes() // PROGRESS_BYTES, quiet=True)
         read = 0
-        rows = interleaved(self.streams, lambda s: output.counts[s.label].read, lambda s: output.counts[s.label].taken)
+        rows = interleaved(self.streams, lambda s: output.counts[s.label].read, lambda s: output.counts[s.label].kept)
         for stream, found in rows:
             if self._enough(output):
                 break

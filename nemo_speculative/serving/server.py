@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_speculative.serving.process import SGLangProcess
-from nemo_speculative.utils.errors import UsageError, named
-from nemo_speculative.utils.network import bound
+from nemo_speculative.utils.errors import UsageError, describe_error
+from nemo_speculative.utils.network import bind_socket
 
 POLL_SECONDS = 0.5
 HEALTH_SECONDS = 5.0
@@ -37,7 +37,7 @@ def require_free(host: str, port: int, given_as: str | None = None) -> None:
     Raises:
         UsageError: the port is busy, or the host is not one of this machine's.
     """
-    with bound(host, port, given_as or f"--host {host} --port {port}", UsageError):
+    with bind_socket(host, port, given_as or f"--host {host} --port {port}", UsageError):
         pass
 
 
@@ -81,7 +81,7 @@ class Server(SGLangProcess):
             info = self._generate(timeout, api_key)["meta_info"]
             found = Smoke(info["completion_tokens"], info.get("spec_verify_ct", 0))
         except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-            raise self.failed(f"SGLang is up but does not answer /generate ({named(error)})") from None
+            raise self.failed(f"SGLang is up but does not answer /generate ({describe_error(error)})") from None
         if found.tokens < 1:
             raise self.failed("SGLang is up but answers with no token")
         if found.verifications < 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from nemo_speculative.config.schema import ModelConfig
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 
 DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 WEIGHTS = ["*.safetensors"]
@@ -32,5 +32,5 @@ def resolve_target(config: ModelConfig, weights: bool = True, key: str = "model.
     except Exception as error:  # one class per way in which a hub can fail
         raise UserError(
             f"{key}: the weights of {config.path} are not on this machine and the hub could not give them "
-            f"({named(error, 100)}); point {key} at a directory that holds them: {key}=/path/to/model"
+            f"({describe_error(error, 100)}); point {key} at a directory that holds them: {key}=/path/to/model"
         ) from None

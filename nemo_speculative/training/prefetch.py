@@ -23,7 +23,7 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.training.step_timer import StepTimer
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 
 LOOK_SECONDS = 0.2
 """How often who waits for a target elsewhere looks whether to stop."""
@@ -76,7 +76,8 @@ class BatchPrefetcher:
         except Exception as error:
             *_, last = traceback.extract_tb(error.__traceback__)
             raise UserError(
-                f"data: the next batch could not be made ({named(error)}, {Path(last.filename).name}:{last.lineno}); "
+                f"data: the next batch could not be made ({describe_error(error)}, "
+                f"{Path(last.filename).name}:{last.lineno}); "
                 "if the data changed on the disk, put it back, and start again with resume=auto"
             ) from error
 

@@ -1,15 +1,16 @@
-"""The one kind of error that a user is meant to read."""
+"""Errors that a user is meant to read, each one line."""
 
 import sys
 
 NO_RESTART_FILE = "NEMO_HOPELESS"
-"""Environment variable of a launcher's workers: a file for the numbers of those that no new start would help."""
+"""Environment variable of a launcher's workers: the file in which ranks list themselves whose failure a restart would
+only repeat."""
 
 
 class UserError(Exception):
     """Bad input.  One line: the key or file, what was found, what was expected, what to do.
 
-    Entry points print it without a traceback and exit with ``exit_code``.  To start again does not help, but for
+    Entry points print it without a traceback and exit with ``exit_code``.  Restarting does not help, except after a
     :class:`PeerLostError`.
     """
 
@@ -23,17 +24,17 @@ class UsageError(UserError):
 
 
 class PeerLostError(UserError):
-    """Somebody whom this program needs is gone: another rank, a node, a server.  To start again may help."""
+    """A peer (rank, node or server) is gone.  Restarting may help."""
 
     exit_code = 138
-    """128 + SIGUSR1: schedulers that go by the status take 128 and more for an end that is worth another try."""
+    """128 + SIGUSR1: schedulers that go by the status take 128 and more for a failure that is worth a retry."""
 
 
-def named(error: Exception, most: int = 200) -> str:
-    """``error`` of somebody else's as a part of one line: its class and so many letters of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+def describe_error(error: Exception, max_length: int = 200) -> str:
+    """A library's ``error`` as part of one line: its class and the first ``max_length`` characters of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:max_length]}"
 
 
-def report(error: Exception | str) -> None:
+def print_error(error: Exception | str) -> None:
     """Prints ``error`` to stderr as one line."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

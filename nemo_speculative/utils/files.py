@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all, and the line that a full disk gets."""
+"""Files and directories that exist whole or not at all, and the one-line error of a full disk."""
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,10 @@ from nemo_speculative.utils.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only when all of it is on the disk; one that was there stays until then.
+    """Opens a temporary file that replaces ``path`` once all of it is on disk; until then an old file stays.
 
     Raises:
-        OSError: there is no room, or no right to write; named by ``path``.
+        OSError: no space or no permission to write; names ``path``.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -37,14 +38,34 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def room_or(said: str) -> Iterator[None]:
-    """
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty directory ``.<name>.partial`` next to ``path``, which becomes ``path`` at the end.
+
+    What a killed run left is removed first, and the partial directory is removed on any error.
+
     Raises:
-        UserError: the disk is full; ``said`` is the line.
+        OSError: ``path`` exists and is not empty.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def disk_full_error(message: str) -> Iterator[None]:
+    """Turns "no space left" within the block into a one-line error.
+
+    Raises:
+        UserError: ``message``, if the disk or the quota is full.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(said) from None
+        raise UserError(message) from None

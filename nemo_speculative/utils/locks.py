@@ -1,43 +1,48 @@
-"""One process, or the processes of one job, write into a directory at a time."""
+"""Locks on directories: one process, or the processes of one job, writes at a time.
+
+``fcntl.flock`` rather than the ``filelock`` library: both release the lock when the process is killed, but
+:class:`JobLock` needs a lock that many processes share and that the last one turns into an exclusive one, which
+``filelock.FileLock`` does not offer (its read-write lock is a SQLite database).
+"""
 
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from nemo_speculative.distributed.collectives import is_first
 from nemo_speculative.utils.errors import UserError
 
 
 @contextmanager
 def dir_lock(directory: str | Path, key: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds ``directory``, which is made if it is not there, for this process alone; a kill lets go of it.
+    """Holds ``directory`` exclusively, creating it if need be; killing the process releases it.
 
     Args:
-        key: what named the directory, for the error.
-        wait: until another process is done, instead of refusing.
+        key: configuration key that named the directory, for the error.
+        wait: wait until the other process is done, instead of refusing.
 
     Raises:
         UserError: another process holds it.
     """
     Path(directory).mkdir(parents=True, exist_ok=True)
-    with (Path(directory) / ".lock").open("a") as held:
-        if not _taken(held):
+    with (Path(directory) / ".lock").open("a") as file:
+        if not _try_exclusive(file):
             if not wait:
-                raise _refusal(directory, key)
-            if is_first():  # the others of a job wait for each other, a moment each
+                raise _busy(directory, key)
+            if os.environ.get("RANK", "0") == "0":  # the other ranks of a job wait for each other, briefly
                 print(f"{key}: another process writes into {directory}; waiting for it", flush=True)
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 class JobLock:
-    """Holds a directory, which is made if it is not there, for all processes of a job; a kill lets go of it.
+    """Holds a directory for all processes of a job, creating it if need be; killing them releases it.
 
     Args:
-        key: what named the directory, for the error.
-        first: whether this process is the one that keeps other jobs out; the others :meth:`join` it later.
+        key: configuration key that named the directory, for the error.
+        first: whether this process keeps other jobs out; the job's other processes :meth:`join` later.
 
     Raises:
         UserError: another process holds it.
@@ -45,26 +50,26 @@ class JobLock:
 
     def __init__(self, directory: Path, key: str, *, first: bool):
         directory.mkdir(parents=True, exist_ok=True)
-        self._held = (directory / ".lock").open("a")
+        self._file = (directory / ".lock").open("a")
         if first:
-            if not _taken(self._held):
-                self._held.close()
-                raise _refusal(directory, key)
+            if not _try_exclusive(self._file):
+                self._file.close()
+                raise _busy(directory, key)
             self.join()
 
     def join(self) -> None:
-        """Holds it too, from now on."""
-        fcntl.flock(self._held, fcntl.LOCK_SH)
+        """Shares the lock with the job's other processes."""
+        fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def leave(self, last: Callable[[], None]) -> None:
-        """Lets go of it; the last one to leave calls ``last`` while nobody else can come in."""
-        with self._held:
-            if _taken(self._held):
+        """Releases the lock; the last process to leave calls ``last`` while no other job can take it."""
+        with self._file:
+            if _try_exclusive(self._file):
                 last()
 
 
-def _taken(file: IO[str]) -> bool:
-    """Whether nobody else held ``file``; who did not get it holds nothing."""
+def _try_exclusive(file: IO[str]) -> bool:
+    """Takes ``file`` exclusively if no other process holds it; on failure this process holds nothing."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -72,5 +77,5 @@ def _taken(file: IO[str]) -> bool:
     return True
 
 
-def _refusal(directory: str | Path, key: str) -> UserError:
+def _busy(directory: str | Path, key: str) -> UserError:
     return UserError(f"{key}: another process writes into {directory}; wait for it, or name another directory")

@@ -1,4 +1,4 @@
-"""Addresses of this machine to listen on."""
+"""Sockets, ports and interfaces of this machine."""
 
 import fcntl
 import os
@@ -11,57 +11,63 @@ from nemo_speculative.utils.errors import UserError
 
 LOOPBACK = "lo"
 COLLECTIVES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables of the interface on which torch's collectives listen and connect."""
+"""Environment variables that name the interface on which torch's collectives listen and connect."""
 FRESH_STORE = "NEMO_FRESH_STORE"
-"""Environment variable of workers whose launcher gives them an empty store at every start; torchrun does not."""
+"""Environment variable of workers whose launcher gives them an empty store at every start, unlike torchrun."""
 SIOCGIFADDR = 0x8915
-"""Linux's request for an interface's IPv4 address, which it writes behind 20 bytes."""
+"""The ioctl of Linux for an interface's IPv4 address, which it writes after 20 bytes."""
 
 
 @contextmanager
-def bound(host: str, port: int, given_as: str, refusal: type[UserError] = UserError) -> Iterator[socket.socket]:
-    """A socket of that address that nobody can connect to yet; ``given_as`` is what the user calls it.
+def bind_socket(
+    host: str, port: int, given_as: str, error_class: type[UserError] = UserError
+) -> Iterator[socket.socket]:
+    """Yields a socket that is bound to the address but does not listen yet.
+
+    Args:
+        given_as: what the user calls the address, for the error.
 
     Raises:
-        UserError: the port is busy, or the host is not one of this machine's; of the class ``refusal``.
+        UserError: the port is busy, or the host is not an address of this machine; of ``error_class``.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        # As servers do it: a port that is only cooling down after a close is free.
+        # As servers do: a port in TIME_WAIT after a close counts as free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise refusal(f"{given_as}: cannot listen there ({error.strerror}); choose another port") from None
+        raise error_class(f"{given_as}: cannot listen there ({error.strerror}); choose another port") from None
     with listener:
         yield listener
 
 
 def free_port() -> int:
-    """One of 127.0.0.1 that nobody listens on."""
+    """A port of 127.0.0.1 on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def address_of(interface: str, given_as: str) -> str:
-    """The IPv4 address of a network interface; ``given_as`` is what the user calls it.
+def ipv4_address(interface: str, given_as: str) -> str:
+    """The IPv4 address of a network interface; ``given_as`` is what the user calls it, for the error.
 
     Raises:
-        UserError: this machine has no such interface, or that has no such address.
+        UserError: this machine has no such interface, or the interface has no IPv4 address.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
             answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError:
-            there = ", ".join(name for _, name in socket.if_nameindex())
+            interfaces = ", ".join(name for _, name in socket.if_nameindex())
             raise UserError(
-                f"{given_as} {interface}: no interface of this machine with an IPv4 address; expected one of {there}"
+                f"{given_as} {interface}: no interface of this machine with an IPv4 address; expected one of "
+                f"{interfaces}"
             ) from None
     return socket.inet_ntoa(answer[20:24])
 
 
-def collect_on(interface: str) -> None:
-    """Has collectives of this process and its children listen on ``interface``, where the environment names none."""
+def bind_collectives_to(interface: str) -> None:
+    """Has this process and its children use ``interface`` for collectives, unless the environment names another."""
     for variable in COLLECTIVES:
         os.environ.setdefault(variable, interface)

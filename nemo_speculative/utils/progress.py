@@ -1,4 +1,8 @@
-"""A progress bar for anything that takes more than a few seconds."""
+"""A progress bar for anything that takes more than a few seconds.
+
+Neither ``tqdm`` nor ``rich``: in a log file both either redraw with carriage returns or print nothing until the end,
+where this adds one line every 15 seconds.
+"""
 
 import sys
 import time
@@ -6,15 +10,15 @@ from collections.abc import Callable
 
 BAR_WIDTH = 24
 REFRESH_SECONDS = {True: 0.5, False: 15.0}
-"""On a terminal one line is redrawn; in a log file a line is added now and then."""
+"""By whether standard error is a terminal, where one line is redrawn, or a log file, where lines are added."""
 QUIET_SECONDS = 3.0
 
 
 class Progress:
-    """Counts towards ``total`` on standard error: share, rate and time left, plus a note of the caller's.
+    """Counts towards ``total`` on standard error: bar, time left, and a note of the caller's.
 
     Args:
-        quiet: says nothing at all unless it takes longer than a few seconds.
+        quiet: print nothing unless it takes longer than a few seconds.
     """
 
     def __init__(self, title: str, total: int, quiet: bool = False):
@@ -23,7 +27,7 @@ class Progress:
         self.interactive = sys.stderr.isatty()
 
     def advance(self, note: Callable[[], str] = str, by: int = 1) -> None:
-        """``note`` is called only when the line is drawn, so it may cost a synchronisation."""
+        """Counts ``by`` more; ``note`` is called only when the line is drawn, so it may cost a synchronization."""
         self.done += by
         now = time.monotonic()
         if self.quiet and now - self.started < QUIET_SECONDS:
@@ -45,7 +49,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Ends the line and says how long it took."""
+        """Ends the line with the time it took."""
         if self.quiet:
             return
         clear = "\r\x1b[K" if self.interactive else ""

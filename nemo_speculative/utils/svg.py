@@ -1,4 +1,4 @@
-"""The hand in which every picture of ours is drawn."""
+"""The style that all SVG pictures of this package share."""
 
 from html import escape
 
@@ -7,9 +7,9 @@ STYLE = (
     ".middle{text-anchor:middle}.end{text-anchor:end}"
 )
 GOOD, BAD = (38, 118, 130), (202, 90, 62)
-"""Red, green and blue of what is to be seen, and of what is in its way."""
+"""RGB of what is good or highlighted, and of what is bad."""
 
 
-def text(x: float, y: float, said: str, classes: str = "") -> str:
-    """``said`` at a place, in pixels."""
-    return f'<text x="{x:g}" y="{y:g}" class="{classes}">{escape(said)}</text>'
+def text(x: float, y: float, content: str, classes: str = "") -> str:
+    """A text element at ``x``, ``y`` in pixels."""
+    return f'<text x="{x:g}" y="{y:g}" class="{classes}">{escape(content)}</text>'

@@ -18,7 +18,7 @@ def test_a_mix_keeps_its_shares_at_every_moment_until_a_source_ends(tmp_path):
         write(tmp_path / f"{name}.jsonl", [chat(f"{name}{n}", "x") if n % 3 else {"foo": 1} for n in range(count)])
     sources = [SourceConfig(str(tmp_path / "a.jsonl"), weight=2), SourceConfig(str(tmp_path / "b.jsonl"))]
     counts = prepare(mix_job(tmp_path, sources)).counts
-    assert {name: (each.read, each.taken) for name, each in counts.items()} == {"a": (600, 400), "b": (200, 133)}
+    assert {name: (each.read, each.kept) for name, each in counts.items()} == {"a": (600, 400), "b": (200, 133)}
     order = [row["source"] for row in rows_of(tmp_path / "mix", "train")]
     for upto in range(1, 301):
         assert order[:upto].count("b") / upto == pytest.approx(1 / 3, abs=2.5 / upto + 0.03)  # some are held out
@@ -55,7 +55,7 @@ def test_a_mix_has_no_duplicates_and_ids_of_its_own(tmp_path):
             tmp_path / f"{name}.jsonl", [chat(f"{name}{n % 9}" if n < 9 else "same", "x", id=str(n)) for n in range(12)]
         )
     counts = prepare(mix_job(tmp_path, [SourceConfig(str(tmp_path / f"{name}.jsonl")) for name in "ab"])).counts
-    assert sum(each.taken for each in counts.values()) == 19
+    assert sum(each.kept for each in counts.values()) == 19
     ids = {row["id"] for row in rows_of(tmp_path / "mix")}
     assert len(ids) == 19 and {"a/0", "b/0"} < ids
 
@@ -63,7 +63,7 @@ def test_a_mix_has_no_duplicates_and_ids_of_its_own(tmp_path):
 def test_a_source_of_a_mix_may_be_an_option_of_conf(tmp_path):
     path = write(tmp_path / "copy.json", [{"question": f"q{n}", "answer": "a"} for n in range(20)])
     counts = prepare(mix_job(tmp_path, [SourceConfig("gsm8k", path=path), SourceConfig(path)])).counts
-    assert {name: (each.taken, each.left_out) for name, each in counts.items()} == {
+    assert {name: (each.kept, each.left_out) for name, each in counts.items()} == {
         "gsm8k": (10, {reasons.DUPLICATE: 10}), "copy": (10, {reasons.DUPLICATE: 10}),
     }  # fmt: skip
 

@@ -202,8 +202,8 @@ def test_a_killed_run_is_gone_on_with(tmp_path, at, monkeypatch, capsys):
     monkeypatch.setattr(run._Preparation, "_put", lambda *args: (seen.append(args[3].id), put(*args)))
     prepare(job_for(killed, MANY))
     assert seen == [f"r{n}" for n in range(at // 100 * 100, 1000)], "only what came after the last state"
-    said = [f"{killed}/out: going on behind row {at // 100 * 100}"] if at >= 100 else []
-    assert said == [line for line in capsys.readouterr().out.splitlines() if "going on" in line]
+    said = [f"{killed}/out: resuming after row {at // 100 * 100}"] if at >= 100 else []
+    assert said == [line for line in capsys.readouterr().out.splitlines() if "resuming" in line]
     results = [{**contents(d / "out"), "left_out.jsonl": b""} for d in (whole, killed)]  # holds the path
     assert results[0].keys() == results[1].keys()
     for name in ("train.jsonl", "held_out.jsonl"):
@@ -214,28 +214,28 @@ def test_a_killed_run_is_gone_on_with(tmp_path, at, monkeypatch, capsys):
 def test_what_was_begun_for_other_input_is_not_gone_on_with(tmp_path):
     _run_killed(tmp_path, 500)
     (counts,) = prepare(job_for(tmp_path, MANY[:300])).counts.values()
-    assert counts.read == counts.taken == 300
+    assert counts.read == counts.kept == 300
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "ROWS_BETWEEN_STATES", 100)
-    replace = output.atomic_write_text
+    write_manifest = output.write_manifest
     states = iter(range(100))
 
     def full(file, value):
         if next(states) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        replace(file, value)
+        write_manifest(file, value)
 
-    monkeypatch.setattr(output, "atomic_write_text", full)
+    monkeypatch.setattr(output, "write_manifest", full)
     with pytest.raises(UserError, match=r"^output: .*: the disk is full; make room and run again"):
         prepare(job_for(tmp_path, MANY))
     assert not (tmp_path / "out" / "manifest.json").exists()
     kept = (tmp_path / "out" / ".train.partial").read_text().splitlines()
     assert kept and all(json.loads(line) for line in kept)
-    monkeypatch.setattr(output, "atomic_write_text", replace)
+    monkeypatch.setattr(output, "write_manifest", write_manifest)
     (counts,) = prepare(job_for(tmp_path, MANY)).counts.values()
-    assert (counts.read, counts.taken) == (1000, 700)
+    assert (counts.read, counts.kept) == (1000, 700)
 
 
 def test_two_processes_do_not_write_the_same_output(tmp_path):
@@ -274,7 +274,7 @@ def test_nothing_to_train_on(tmp_path, records, expected):
 def test_columns_of_other_names(tmp_path):
     records = [{"talk": chat("q", f"a{n}")["conversations"]} for n in range(5)]
     (counts,) = prepare(job_for(tmp_path, records, columns={"talk": "messages"})).counts.values()
-    assert counts.taken == 5
+    assert counts.kept == 5
 
 
 def test_options_of_what_is_kept(tmp_path):

@@ -84,7 +84,7 @@ def test_a_run_that_is_ended_says_so_in_a_line_and_is_gone_on_with(tmp_path, num
         said = list(program.stderr)
     assert said == ["error: interrupted; start again with the same command (a training with resume=auto)\n"]
     done = run_program(*command, environment=ENVIRONMENT, timeout=120)
-    assert f"{tmp_path}/out: going on behind row 2000" in done.stdout and "| rows   | 3000 " in done.stdout, done.stdout
+    assert f"{tmp_path}/out: resuming after row 2000" in done.stdout and "| rows   | 3000 " in done.stdout, done.stdout
 
 
 def test_the_processes_of_a_job_prepare_once(tmp_path, path):

@@ -24,7 +24,7 @@ def test_descriptions_are_left_out_where_they_would_fail(monkeypatch, versions, 
 
     monkeypatch.setattr(torchvision_stub, "version", version)
     # setitem first, so that whatever was there comes back in the end.
-    monkeypatch.setitem(sys.modules, torchvision_stub.DESCRIPTIONS, object())
-    del sys.modules[torchvision_stub.DESCRIPTIONS]
+    monkeypatch.setitem(sys.modules, torchvision_stub.META_REGISTRATIONS, object())
+    del sys.modules[torchvision_stub.META_REGISTRATIONS]
     torchvision_stub.make_importable()
-    assert (torchvision_stub.DESCRIPTIONS in sys.modules) == left_out
+    assert (torchvision_stub.META_REGISTRATIONS in sys.modules) == left_out

@@ -22,7 +22,7 @@ from nemo_speculative.targets.cached.positions import key_of, key_of_lists
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.utils.devices import send
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 
 SAMPLE = 16
 """Files that are tried with the head."""
@@ -80,7 +80,8 @@ class EagleFiles(EmbeddingAndHead):
             sample = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # pickle, zipfile and torch have their own
             raise UserError(
-                f"{file}: cannot be read as tensors alone ({named(error, 120)}); what runs code is never loaded"
+                f"{file}: cannot be read as tensors alone ({describe_error(error, 120)}); "
+                "what runs code is never loaded"
             ) from None
         hidden = self.config.hidden_size
         widths = {"input_ids": None, "loss_mask": None, "hidden_state": hidden}

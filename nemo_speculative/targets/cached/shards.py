@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, Manifest
 from nemo_speculative.targets.cached.positions import KEY_BYTES
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.files import atomic_write, atomic_write_text, room_or
+from nemo_speculative.utils.files import atomic_write, atomic_write_text, disk_full_error
 
 KINDS = (AUX, LAST_HIDDEN)
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -75,7 +75,7 @@ def write_shard(directory: Path, documents: Sequence[Document]) -> Path:
     """
     digest = xxhash.xxh3_128(b"".join(document.key for document in documents)).hexdigest()
     shard, index = directory / f"{digest}.safetensors", directory / f"{digest}.json"
-    with room_or(
+    with disk_full_error(
         f"{directory}: the disk is full, and {shard.name} was not written; the shards before it are whole: free some "
         "space, and the same command goes on"
     ):

@@ -24,7 +24,7 @@ from nemo_speculative.targets.remote.protocol import (
     pack_batch,
 )
 from nemo_speculative.utils.devices import send
-from nemo_speculative.utils.errors import PeerLostError, UserError, named
+from nemo_speculative.utils.errors import PeerLostError, UserError, describe_error
 
 PIECE_BYTES = 1 << 20
 CONNECTIONS = 16
@@ -131,7 +131,7 @@ class Server:
                     frame[at : at + len(piece)] = piece
                     at += len(piece)
         except urllib3.exceptions.HTTPError as error:
-            raise Failed(named(error)) from None
+            raise Failed(describe_error(error)) from None
 
     def rest(self, seconds: float) -> None:
         """Leaves it alone for a while."""
@@ -160,7 +160,7 @@ class Server:
                 return answer
             said = " ".join(answer.data.decode(errors="replace").split())[:300]
         except urllib3.exceptions.HTTPError as error:
-            raise Failed(named(error)) from None
+            raise Failed(describe_error(error)) from None
         if answer.status in REFUSALS:
             raise UserError(f"backend.urls: {self.url} refuses: {said}{ADVICE.get(answer.status, '')}")
         if answer.status == 429:

@@ -37,7 +37,7 @@ from nemo_speculative.targets.remote.protocol import (
     frame_supervision,
     unpack_batch,
 )
-from nemo_speculative.utils.errors import UserError, named, report
+from nemo_speculative.utils.errors import UserError, describe_error, print_error
 
 PIECE_BYTES = 1 << 20
 """Sent at once: small enough that what a slow reader leaves lying is small."""
@@ -109,13 +109,13 @@ class Figures:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        named: dict[str, Any] = {"namespace": "nemo_target", "registry": self.registry}
-        self.requests = Counter("requests", "Requests to /supervise, by the status of the answer", ["code"], **named)
-        self.tokens = Counter("tokens", "Tokens that the target has read", **named)
-        self.seconds = Counter("busy_seconds", "Seconds that the target has run", **named)
-        self.received = Counter("received_bytes", "Bytes of requests", **named)
-        self.sent = Counter("sent_bytes", "Bytes of answers", **named)
-        self.queued = Gauge("queue_depth", "Requests that wait, run or are being answered", **named)
+        labels: dict[str, Any] = {"namespace": "nemo_target", "registry": self.registry}
+        self.requests = Counter("requests", "Requests to /supervise, by the status of the answer", ["code"], **labels)
+        self.tokens = Counter("tokens", "Tokens that the target has read", **labels)
+        self.seconds = Counter("busy_seconds", "Seconds that the target has run", **labels)
+        self.received = Counter("received_bytes", "Bytes of requests", **labels)
+        self.sent = Counter("sent_bytes", "Bytes of answers", **labels)
+        self.queued = Gauge("queue_depth", "Requests that wait, run or are being answered", **labels)
 
 
 class RequireToken:
@@ -285,8 +285,8 @@ class Supervise:
         except UserError as error:
             raise HTTPException(422, f"the target refuses the batch: {error}") from None
         except Exception as error:
-            said = f"the target failed: {named(error)}"
-            report(said)
+            said = f"the target failed: {describe_error(error)}"
+            print_error(said)
             raise HTTPException(500, said) from error
         finally:
             gone.cancel()

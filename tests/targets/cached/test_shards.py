@@ -19,7 +19,7 @@ from nemo_speculative.targets.cached.shards import Document, checksum, write_sha
 from nemo_speculative.targets.cached.store import Store
 from nemo_speculative.targets.cached.upkeep import merge, verify
 from nemo_speculative.training.capture_features import _together
-from nemo_speculative.utils.errors import UserError, named
+from nemo_speculative.utils.errors import UserError, describe_error
 from tests.targets.cached.cases import assert_same, batches_of, capture_into, eagle3, loss_of, make_documents, reading
 from tests.training.ranks import on_ranks
 
@@ -298,7 +298,7 @@ def failing_on_the_second_rank():
 
     with pytest.raises(UserError) as ended:
         _together(work)
-    return named(ended.value)
+    return describe_error(ended.value)
 
 
 def test_a_rank_that_fails_ends_the_others():
