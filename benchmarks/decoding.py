@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.engine import generate
-from nemo_speculative.decoding.tree_builder import DynamicTree, StaticTree, growth_for
+from nemo_speculative.decoding.tree_builder import DynamicTree, StaticTree, tree_builder_for
 from nemo_speculative.targets.hf import HFTarget
 
 NEW_TOKENS = 128
@@ -59,7 +59,7 @@ def make_ways(run: Path) -> dict[str, Way]:
     target = HFTarget(Path(servable.provenance.target), aux_layers=servable.aux_layers)
     draft, settings = servable.build(), servable.provenance.speculative
     trees = {
-        str(settings): growth_for(settings),
+        str(settings): tree_builder_for(settings),
         "dynamic tree 5-4-16": DynamicTree(5, 4, 16),
         "EAGLE-1's static tree": StaticTree(),
     }

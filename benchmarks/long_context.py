@@ -29,7 +29,7 @@ from nemo_speculative.data.stdlib import stdlib_conversations
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.decoding.drafters import EagleDrafter
 from nemo_speculative.decoding.engine import generate
-from nemo_speculative.decoding.tree_builder import growth_for
+from nemo_speculative.decoding.tree_builder import tree_builder_for
 from nemo_speculative.evaluation.acceptance import Measured
 from nemo_speculative.generate_data.answers import answer
 from nemo_speculative.targets.demo import prepare_tiny
@@ -107,7 +107,7 @@ def prompts(held_out: Sequence[TokenRow], length: int) -> list[list[int]]:
 
 def measured(target: HFTarget, draft: Eagle3Draft, held_out: Sequence[TokenRow], length: int) -> float:
     """τ on the last ``ANSWER`` tokens of texts of ``length``."""
-    drafter, found = EagleDrafter(draft, target, growth_for(SpeculativeSettings(5, 1, 6))), Measured()
+    drafter, found = EagleDrafter(draft, target, tree_builder_for(SpeculativeSettings(5, 1, 6))), Measured()
     asked = prompts(held_out, length - ANSWER)
     for start in range(0, QUESTIONS, AT_ONCE):
         found.generations += generate(target, drafter, asked[start : start + AT_ONCE], max_new_tokens=ANSWER)

@@ -34,7 +34,7 @@ class States:
         longest = max(counts)
         if all(path[-1] < n for path, n in zip(paths, counts, strict=True)):
             return States(self.aux_hidden_states[:, :longest], self.last_hidden_state[:, :longest], counts)
-        index = torch.tensor(filled(paths, longest), device=self.aux_hidden_states.device)
+        index = torch.tensor(pad_rows(paths, longest), device=self.aux_hidden_states.device)
         rows = torch.arange(len(index), device=index.device)[:, None]
         return States(self.aux_hidden_states[rows, index], self.last_hidden_state[rows, index], counts)
 
@@ -44,7 +44,7 @@ class States:
         return States(self.aux_hidden_states[index], self.last_hidden_state[index], [self.counts[row] for row in index])
 
 
-def filled(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+def pad_rows(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
     """Rows of one length: zeros behind the shorter ones, which nothing sees."""
     return [[*row, *[0] * (length - len(row))] for row in rows]
 
@@ -92,7 +92,7 @@ class CachedTarget:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
         """Reads the prompts, which may differ in length."""
         counts = [len(prompt) for prompt in prompts]
-        ids = torch.tensor(filled(prompts, max(counts)), device=self.target.device)
+        ids = torch.tensor(pad_rows(prompts, max(counts)), device=self.target.device)
         aux, hidden = self.target.forward(ids, cache=self._cache)
         self._kv.advance(counts)
         return States(aux, hidden, counts)

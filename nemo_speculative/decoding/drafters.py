@@ -7,10 +7,10 @@ import torch
 
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.kv_cache import KVCache
-from nemo_speculative.decoding.cached_target import States, filled, last_of
+from nemo_speculative.decoding.cached_target import States, last_of, pad_rows
 from nemo_speculative.decoding.tree_builder import TreeBuilder
 from nemo_speculative.decoding.trees import Trees, chains
-from nemo_speculative.decoding.verification import Verifier
+from nemo_speculative.decoding.verify import Verifier
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 
@@ -37,8 +37,8 @@ class Drafting(Protocol):
 class Drafter(Protocol):
     """Starts the drafting for a batch of sequences."""
 
-    def start(self, batch_size: int, rule: Verifier) -> Drafting:
-        """``rule`` says how draft tokens are chosen: the one that verifies them.
+    def start(self, batch_size: int, verifier: Verifier) -> Drafting:
+        """``verifier`` says how draft tokens are chosen: the one that verifies them.
 
         Raises:
             UserError: this drafter cannot draft for it.
@@ -49,7 +49,7 @@ class Drafter(Protocol):
 class _Stateless:
     """Drafts from the sequences alone, which are given whole each time."""
 
-    def start(self, batch_size: int, rule: Verifier) -> Any:
+    def start(self, batch_size: int, verifier: Verifier) -> Any:
         return self
 
     def select(self, rows: Sequence[int]) -> None:
@@ -73,7 +73,7 @@ class NgramDrafter(_Stateless):
         found = [self.lookup(tokens) for tokens in sequences]
         lengths = [len(x) for x in found]
         rows = [[tokens[-1], *x] for tokens, x in zip(sequences, found, strict=True)]
-        return chains(torch.tensor(filled(rows, max(lengths) + 1), device=verified.aux_hidden_states.device)).cut(
+        return chains(torch.tensor(pad_rows(rows, max(lengths) + 1), device=verified.aux_hidden_states.device)).cut(
             lengths
         )
 
@@ -91,29 +91,30 @@ class EagleDrafter:
     """A draft that reads the target's features where there are some, then its own outputs.
 
     Raises:
-        UserError: the draft has fewer tokens than ``growth`` asks for at one node.
+        UserError: the draft has fewer tokens than ``tree_builder`` asks for at one node.
         ValueError: the draft reads other layers than the target gives.
     """
 
-    def __init__(self, draft: Draft, target: HFTarget, growth: TreeBuilder):
+    def __init__(self, draft: Draft, target: HFTarget, tree_builder: TreeBuilder):
         wanted = getattr(draft.shape, "aux_layers", None)
         if wanted is not None and wanted != tuple(target.aux_layers):
             raise ValueError(f"the draft reads the layers {wanted}, the target gives {target.aux_layers}")
-        self.draft, self.growth, self.ids = draft.attach(target), growth, draft.draft_ids.to(target.device)
-        if growth.widest > len(self.ids):
+        self.draft, self.tree_builder, self.ids = draft.attach(target), tree_builder, draft.draft_ids.to(target.device)
+        if tree_builder.max_children > len(self.ids):
             raise UserError(
-                f"topk is {growth.widest}: the draft vocabulary has {len(self.ids)} tokens; lower topk to that or less"
+                f"topk is {tree_builder.max_children}: the draft vocabulary has {len(self.ids)} tokens; lower topk to "
+                "that or less"
             )
         self.device = target.device
         self._table = self._rotations(FIRST_POSITIONS)
 
-    def start(self, batch_size: int, rule: Verifier) -> "_EagleDrafting":
-        if rule.draws and self.growth.ranks:
+    def start(self, batch_size: int, verifier: Verifier) -> "_EagleDrafting":
+        if verifier.samples_children and self.tree_builder.prunes_by_score:
             raise UserError(
                 "a dynamic tree (topk above 1) keeps draft tokens for their score, and then rejection sampling is not "
                 "lossless: set topk=1, or leave rejection sampling off"
             )
-        return _EagleDrafting(self, batch_size, rule)
+        return _EagleDrafting(self, batch_size, verifier)
 
     def rotation(self, starts: Sequence[int], n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B or 1, 1, n, d] of the n positions from ``starts[b]`` on.
@@ -136,14 +137,14 @@ class EagleDrafter:
 class _EagleDrafting:
     """See :class:`EagleDrafter`: one batch of sequences, and the draft's cache of them."""
 
-    def __init__(self, drafter: EagleDrafter, batch_size: int, rule: Verifier):
-        self.drafter, self.draft, self.rule, self.cache = drafter, drafter.draft, rule, KVCache(batch_size)
+    def __init__(self, drafter: EagleDrafter, batch_size: int, verifier: Verifier):
+        self.drafter, self.draft, self.verifier, self.cache = drafter, drafter.draft, verifier, KVCache(batch_size)
 
     def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
         output = self._read(sequences, verified)
         root = torch.tensor([tokens[-1:] for tokens in sequences], device=self.drafter.device)
         lengths = self.cache.lengths
-        trees = self.drafter.growth.grow(_Frontier(self, root, output), self.rule)
+        trees = self.drafter.tree_builder.build(_EagleCursor(self, root, output), self.verifier)
         self.cache.crop(lengths)
         return trees
 
@@ -155,7 +156,7 @@ class _EagleDrafting:
         starts, counts = self.cache.lengths, verified.counts
         longest = max(counts)
         spans = [x[start + 1 : start + 1 + n] for x, start, n in zip(sequences, starts, counts, strict=True)]
-        tokens = torch.tensor(filled(spans, longest), device=self.drafter.device)
+        tokens = torch.tensor(pad_rows(spans, longest), device=self.drafter.device)
         feature = self.draft.read(verified.aux_hidden_states[:, :longest], verified.last_hidden_state[:, :longest])
         visible = None
         if self.cache.ragged:
@@ -166,7 +167,7 @@ class _EagleDrafting:
         return last_of(output, counts)
 
 
-class _Frontier:
+class _EagleCursor:
     """See :class:`.tree_builder.DraftCursor`; the levels lie in the cache behind the sequences."""
 
     def __init__(self, drafting: _EagleDrafting, root: torch.Tensor, output: torch.Tensor):
@@ -180,7 +181,7 @@ class _Frontier:
     def logits(self) -> torch.Tensor:
         return self.draft.logits(self._output)
 
-    def descend(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> None:
+    def advance(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> None:
         feature = self.draft.feed_back(self._output)
         visible = None
         if parents is not None:

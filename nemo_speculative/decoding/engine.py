@@ -8,7 +8,7 @@ import torch
 
 from nemo_speculative.decoding.cached_target import CachedTarget
 from nemo_speculative.decoding.drafters import Drafter
-from nemo_speculative.decoding.verification import Greedy, Verifier
+from nemo_speculative.decoding.verify import Greedy, Verifier
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 
@@ -77,7 +77,7 @@ def stream(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int] | None = None,
-    rule: Verifier | None = None,
+    verifier: Verifier | None = None,
 ) -> Iterator[Emission]:
     """The target's answers to ``prompts``, all decoded at once, a few tokens of one sequence at a time.
 
@@ -88,10 +88,10 @@ def stream(
             gives alone, and sampled ones have the target's distribution.
 
     Raises:
-        UserError: no room for a single token, an empty prompt, or a drafter that cannot draft for ``rule``.
+        UserError: no room for a single token, an empty prompt, or a drafter that cannot draft for ``verifier``.
     """
     rows = _rows(target, prompts, max_new_tokens)
-    return _decode(target, drafter, rows, target.stop_ids if stop_ids is None else stop_ids, rule or Greedy())
+    return _decode(target, drafter, rows, target.stop_ids if stop_ids is None else stop_ids, verifier or Greedy())
 
 
 def _rows(target: HFTarget, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Row]:
@@ -109,13 +109,13 @@ def _rows(target: HFTarget, prompts: Sequence[Sequence[int]], max_new_tokens: in
 
 @torch.inference_mode()
 def _decode(
-    target: HFTarget, drafter: Drafter, rows: list[_Row], stop_ids: Collection[int], rule: Verifier
+    target: HFTarget, drafter: Drafter, rows: list[_Row], stop_ids: Collection[int], verifier: Verifier
 ) -> Iterator[Emission]:
     if not rows:
         return
-    model, drafting = CachedTarget(target, len(rows)), drafter.start(len(rows), rule)
+    model, drafting = CachedTarget(target, len(rows)), drafter.start(len(rows), verifier)
     states = model.prefill([row.tokens for row in rows])
-    new = rule.sample(target.logits(states.last())).tolist()
+    new = verifier.sample(target.logits(states.last())).tolist()
     while True:
         for row, tokens in zip(rows, new, strict=True):
             yield row.emit(tokens, stop_ids)
@@ -129,7 +129,7 @@ def _decode(
         trees = drafting.propose([row.tokens for row in rows], states)
         trees = trees.cut([model.context - len(row.tokens) for row in rows])
         states = model.read(trees)
-        verdicts = rule.verify(trees, target.logits(states.last_hidden_state))
-        paths = [verdict.path for verdict in verdicts]
+        results = verifier.verify(trees, target.logits(states.last_hidden_state))
+        paths = [result.path for result in results]
         model.keep(paths)
-        states, new = states.at(paths), [verdict.tokens for verdict in verdicts]
+        states, new = states.at(paths), [result.tokens for result in results]

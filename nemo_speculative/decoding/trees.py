@@ -1,7 +1,7 @@
 """Trees of draft tokens, for several sequences at once.
 
 Node 0 is the root: the last sampled token, which the target has not read yet.  Parents come before children, and the
-children of a node stand in the order in which they are tried.
+children of a node are in the order in which they are tried.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DraftProbabilities:
     """The distributions that the children of each node were drawn from."""
 
     q: torch.Tensor
@@ -28,33 +28,33 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Trees:
-    """The trees of B sequences, n nodes each; a structure that all of them share has one row."""
+    """The trees of B sequences, n nodes each; fields that are the same for all of them have one row."""
 
     tokens: torch.Tensor
     """int64 [B, n]."""
     parents: torch.Tensor
-    """int64 [B or 1, n]; -1: the root's, and that of a node which is out of reach."""
+    """int64 [B or 1, n]; -1 for the root and for a node that was cut off."""
     depths: torch.Tensor
-    """int64 [B or 1, n]: nodes between a node and its root, 0 at the root."""
+    """int64 [B or 1, n]: distance from the root, 0 at the root."""
     ancestors: torch.Tensor | None
-    """bool [B or 1, n, n]: what each node sees, itself included; None: chains, which see all before them."""
+    """bool [B or 1, n, n]: the nodes that each node attends to, itself included; None for chains: all before it."""
     levels: int
     """Depth of the deepest node."""
-    drawn: Drawn | None = None
-    """None: the draft tokens were not left to chance."""
+    draft_probs: DraftProbabilities | None = None
+    """None: the draft tokens were not drawn at random."""
 
-    def cut(self, rooms: Sequence[int]) -> "Trees":
-        """Puts the nodes of row b that are deeper than ``rooms[b]`` out of reach."""
-        if min(rooms) >= self.levels:
+    def cut(self, max_depths: Sequence[int]) -> "Trees":
+        """The same trees with the nodes of row b below depth ``max_depths[b]`` cut off."""
+        if min(max_depths) >= self.levels:
             return self
-        deepest = torch.tensor(rooms, device=self.tokens.device)[:, None]
+        deepest = torch.tensor(max_depths, device=self.tokens.device)[:, None]
         return replace(self, parents=self.parents.masked_fill(self.depths > deepest, -1))
 
 
-def chains(tokens: torch.Tensor, drawn: Drawn | None = None) -> Trees:
+def chains(tokens: torch.Tensor, draft_probs: DraftProbabilities | None = None) -> Trees:
     """Chains: int64 [B, n], the root first."""
     parents, depths = _chain(tokens.shape[1], tokens.device)
-    return Trees(tokens, parents, depths, None, tokens.shape[1] - 1, drawn)
+    return Trees(tokens, parents, depths, None, tokens.shape[1] - 1, draft_probs)
 
 
 @lru_cache(maxsize=64)
@@ -63,18 +63,20 @@ def _chain(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return depths - 1, depths
 
 
-def trees(tokens: torch.Tensor, parents: torch.Tensor, levels: int, drawn: Drawn | None = None) -> Trees:
-    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n], a root's -1."""
+def trees(
+    tokens: torch.Tensor, parents: torch.Tensor, levels: int, draft_probs: DraftProbabilities | None = None
+) -> Trees:
+    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n] (root: -1)."""
     ancestors = ancestors_of(parents, levels)
-    return Trees(tokens, parents, ancestors.sum(-1) - 1, ancestors, levels, drawn)
+    return Trees(tokens, parents, ancestors.sum(-1) - 1, ancestors, levels, draft_probs)
 
 
 def ancestors_of(parents: torch.Tensor, levels: int) -> torch.Tensor:
-    """Itself, its parent, that one's parent, …: int64 [B, n], at most ``levels`` deep → bool [B, n, n]."""
+    """The ancestors of each node, itself included: parents int64 [B, n], at most ``levels`` deep → bool [B, n, n]."""
     n = parents.shape[1]
-    itself = torch.eye(n, dtype=torch.bool, device=parents.device)
-    above = parents.clamp(min=0)[..., None].expand(-1, -1, n)
-    sees = itself.expand(len(parents), n, n)
+    eye = torch.eye(n, dtype=torch.bool, device=parents.device)
+    parent = parents.clamp(min=0)[..., None].expand(-1, -1, n)
+    ancestors = eye.expand(len(parents), n, n)
     for _ in range(levels):
-        sees = itself | sees.gather(1, above)
-    return sees
+        ancestors = eye | ancestors.gather(1, parent)
+    return ancestors

@@ -15,9 +15,8 @@ from nemo_speculative.data.chat_template import prompt_ids
 from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.engine import Generation, generate
-from nemo_speculative.decoding.sampling import Sampling
-from nemo_speculative.decoding.tree_builder import StaticTree, TreeBuilder, growth_for
-from nemo_speculative.decoding.verification import Verifier, rule_for
+from nemo_speculative.decoding.tree_builder import StaticTree, TreeBuilder, tree_builder_for
+from nemo_speculative.decoding.verify import Sampling, Verifier, verifier_for
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.progress import Progress
 
@@ -137,21 +136,21 @@ def evaluate_draft(
     Raises:
         UserError: ``settings`` make no tree, or none that is lossless with the sampling that ``config`` asks for.
     """
-    settings, growth = _grown(settings, config)
+    settings, tree_builder = _tree_settings(settings, config)
     ways: dict[str, Drafter] = {
         "plain": NoDrafter(),
         "ngram": NgramDrafter(settings.num_steps, config.ngram),
-        "draft": EagleDrafter(draft, target, growth),
+        "draft": EagleDrafter(draft, target, tree_builder),
     }
-    measured, rule = {name: Measured() for name in ways}, _rule(config, target)
+    measured, verifier = {name: Measured() for name in ways}, _verifier(config, target)
     batches, progress = _batches(prompts, config.batch_size), Progress("measuring", len(prompts))
     with cpu_threads(config.num_threads):
         for drafter in ways.values():  # warm-up: the first call allocates
-            generate(target, drafter, batches[0], max_new_tokens=min(16, config.answer_tokens), rule=rule)
+            generate(target, drafter, batches[0], max_new_tokens=min(16, config.answer_tokens), verifier=verifier)
         for batch in batches:
             for name, drafter in ways.items():
                 started = time.perf_counter()
-                answers = generate(target, drafter, batch, max_new_tokens=config.answer_tokens, rule=rule)
+                answers = generate(target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier)
                 measured[name].seconds += time.perf_counter() - started
                 measured[name].generations += answers
             progress.advance(lambda: f"tau {measured['draft'].tau:.2f}", len(batch))
@@ -168,12 +167,12 @@ def _how(config: EvaluationConfig) -> str:
     return f"temperature {config.temperature:g} ({rule})"
 
 
-def _grown(settings: SpeculativeSettings, config: EvaluationConfig) -> tuple[SpeculativeSettings, TreeBuilder]:
+def _tree_settings(settings: SpeculativeSettings, config: EvaluationConfig) -> tuple[SpeculativeSettings, TreeBuilder]:
     """The settings that describe what is measured, and the way to grow it."""
     if not config.static_tree:
-        return settings, growth_for(settings)
+        return settings, tree_builder_for(settings)
     tree = StaticTree()
-    return SpeculativeSettings(max(map(len, tree.paths)), tree.widest, len(tree.paths) + 1), tree
+    return SpeculativeSettings(max(map(len, tree.paths)), tree.max_children, len(tree.paths) + 1), tree
 
 
 def _at_once(batch_size: int) -> str:
@@ -188,17 +187,19 @@ def measure_tau(
     config: EvaluationConfig,
 ) -> float:
     """τ of the draft alone: the figure by which a run chooses its best checkpoint."""
-    drafter, rule = EagleDrafter(draft, target, _grown(settings, config)[1]), _rule(config, target)
+    drafter, verifier = EagleDrafter(draft, target, _tree_settings(settings, config)[1]), _verifier(config, target)
     measured = Measured()
     with cpu_threads(config.num_threads):
         for batch in _batches(prompts, config.batch_size):
-            measured.generations += generate(target, drafter, batch, max_new_tokens=config.answer_tokens, rule=rule)
+            measured.generations += generate(
+                target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier
+            )
     return measured.tau
 
 
-def _rule(config: EvaluationConfig, target: HFTarget) -> Verifier:
+def _verifier(config: EvaluationConfig, target: HFTarget) -> Verifier:
     sampling = Sampling(config.temperature, config.top_p, config.top_k)
-    return rule_for(sampling, config.rejection_sampling, torch.Generator(target.device).manual_seed(config.seed))
+    return verifier_for(sampling, config.rejection_sampling, torch.Generator(target.device).manual_seed(config.seed))
 
 
 def _batches(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_speculative.data.chat_template import tokenizer_digest
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.append_log import AppendLog, Entry, entries
 from nemo_speculative.generate_data.concurrency import in_parallel
 from nemo_speculative.generate_data.decoder import Decoder, in_flight

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 from nemo_speculative.decoding.cached_target import CachedTarget
-from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.decoding.trees import chains
+from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.rollout import Completion, Request
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_speculative.config.schema import EndpointConfig, ModelConfig, TinyModelConfig
-from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.engine import Engine, Failed
 from nemo_speculative.generate_data.protocols import Protocol
 from nemo_speculative.generate_data.rollout import Completion, Request

@@ -6,7 +6,7 @@ import torch
 from hydra.utils import get_method
 
 from nemo_speculative.config.schema import HFEngineConfig, ModelConfig
-from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.decoder import Decoder, in_flight
 from nemo_speculative.generate_data.engine import Engine
 from nemo_speculative.generate_data.rollout import Completion, Request

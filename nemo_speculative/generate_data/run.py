@@ -10,7 +10,7 @@ from hydra.utils import get_class, instantiate
 from nemo_speculative.config.schema import GenerateJob
 from nemo_speculative.data.chat_template import template_of
 from nemo_speculative.data.conversation import Conversation
-from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data import interrupts
 from nemo_speculative.generate_data.concurrency import in_parallel
 from nemo_speculative.generate_data.engine import Engine, Failed

@@ -26,7 +26,7 @@ DRAFTS: dict[str, tuple[type[Draft], DraftConfig]] = {
     "eagle3.1, one norm": (Eagle3Draft, Eagle3DraftConfig(norm_before_fc=True, norm_output=True)),
     "eagle3 of 2 layers": (Eagle3Draft, Eagle3DraftConfig(num_layers=2)),
 }
-GROWTHS: dict[str, TreeBuilder] = {
+TREE_BUILDERS: dict[str, TreeBuilder] = {
     "chain": Chain(4),
     "static": StaticTree(),
     "dynamic": DynamicTree(num_steps=4, topk=3, num_draft_tokens=12),

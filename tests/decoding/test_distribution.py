@@ -5,9 +5,8 @@ import torch
 
 from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.engine import generate
-from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
-from nemo_speculative.decoding.verification import Rejection, TargetOnly
+from nemo_speculative.decoding.verify import Rejection, Sampling, TargetOnly
 from nemo_speculative.targets.hf import HFTarget
 from tests.conftest import make_target
 from tests.decoding.models import NO_STOP, random_draft
@@ -43,11 +42,13 @@ def tiny(tmp_path_factory):
     return target, prompt, exact
 
 
-def sample(target, prompt, drafter, rule):
+def sample(target, prompt, drafter, verifier):
     """How often each answer came, float32 [125], and the acceptance length."""
     counts, emitted = torch.zeros(V**3), []
     for _ in range(DRAWS // BATCH):
-        for answer in generate(target, drafter, [prompt] * BATCH, max_new_tokens=3, stop_ids=NO_STOP, rule=rule):
+        for answer in generate(
+            target, drafter, [prompt] * BATCH, max_new_tokens=3, stop_ids=NO_STOP, verifier=verifier
+        ):
             first, second, third = answer.tokens
             counts[(first * V + second) * V + third] += 1
             emitted += answer.emitted
@@ -57,16 +58,16 @@ def sample(target, prompt, drafter, rule):
 @pytest.mark.parametrize("way", WAYS)
 def test_sampled_answers_have_the_targets_distribution(tiny, way):
     target, prompt, exact = tiny
-    rule_type, growth = WAYS[way]
+    verifier_class, tree_builder = WAYS[way]
     draft = random_draft("eagle3", target, draft_vocab=4)
-    drafter = EagleDrafter(draft, target, growth) if growth else NgramDrafter(3)
-    rule = rule_type(Sampling(TEMPERATURE), torch.Generator().manual_seed(0))
-    counts, tau = sample(target, prompt, drafter, rule)
+    drafter = EagleDrafter(draft, target, tree_builder) if tree_builder else NgramDrafter(3)
+    verifier = verifier_class(Sampling(TEMPERATURE), torch.Generator().manual_seed(0))
+    counts, tau = sample(target, prompt, drafter, verifier)
     assert chi_square_p(counts, exact) > LEVEL
     assert 1.05 < tau < 1.95, "nothing accepted, or nothing rejected, proves little"
 
 
 def test_another_temperature_is_told_apart(tiny):
     target, prompt, exact = tiny
-    rule = TargetOnly(Sampling(1.4), torch.Generator().manual_seed(0))
-    assert chi_square_p(sample(target, prompt, NoDrafter(), rule)[0], exact) < 1e-9
+    verifier = TargetOnly(Sampling(1.4), torch.Generator().manual_seed(0))
+    assert chi_square_p(sample(target, prompt, NoDrafter(), verifier)[0], exact) < 1e-9

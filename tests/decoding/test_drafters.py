@@ -7,12 +7,11 @@ from nemo_speculative.algorithms.common.kv_cache import KVCache
 from nemo_speculative.algorithms.common.slots import Layout, Slots
 from nemo_speculative.decoding.cached_target import CachedTarget
 from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
-from nemo_speculative.decoding.verification import Greedy, Rejection, TargetOnly
+from nemo_speculative.decoding.verify import Greedy, Rejection, Sampling, TargetOnly
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
-from tests.decoding.models import DRAFTS, GROWTHS, VOCAB_SIZE, prompts, random_draft, small_target
+from tests.decoding.models import DRAFTS, TREE_BUILDERS, VOCAB_SIZE, prompts, random_draft, small_target
 
 CPU = torch.device("cpu")
 
@@ -91,10 +90,10 @@ def _logits(draft, target, tokens, path):
     return draft.logits(output)[0, 0]
 
 
-@pytest.mark.parametrize("tree", GROWTHS)
+@pytest.mark.parametrize("tree", TREE_BUILDERS)
 def test_what_the_draft_has_read_is_not_read_again_and_trees_leave_no_trace(target, tree):
     """Sequences verified piece by piece, in pieces of different lengths, one leaving: the trees of a fresh start."""
-    drafter = EagleDrafter(random_draft("eagle3", target), target, GROWTHS[tree])
+    drafter = EagleDrafter(random_draft("eagle3", target), target, TREE_BUILDERS[tree])
     whole = [(prompt * 9)[:30] for prompt in prompts(3, seed=9)]
     known = states(target, [[*tokens, 0] for tokens in whole])
     drafting, read, rows = drafter.start(3, Greedy()), [0, 0, 0], [0, 1, 2]
@@ -130,16 +129,16 @@ def test_no_drafter_proposes_nothing(target):
     assert NoDrafter().propose([[1, 2]], states(target, [[1, 2]])).tokens.tolist() == [[2]]
 
 
-@pytest.mark.parametrize("growth", [DynamicTree(2, 10, 12), StaticTree(tuple((i,) for i in range(10)))])
-def test_more_children_than_the_draft_has_tokens_are_one_line(target, growth):
+@pytest.mark.parametrize("tree_builder", [DynamicTree(2, 10, 12), StaticTree(tuple((i,) for i in range(10)))])
+def test_more_children_than_the_draft_has_tokens_are_one_line(target, tree_builder):
     with pytest.raises(UserError, match="topk is 10: the draft vocabulary has 9 tokens") as error:
-        EagleDrafter(random_draft("eagle3", target, draft_vocab=9), target, growth)
+        EagleDrafter(random_draft("eagle3", target, draft_vocab=9), target, tree_builder)
     assert "\n" not in str(error.value)
 
 
 def test_a_dynamic_tree_cannot_be_verified_by_rejection(target):
     """It drops draft tokens for what they are, and what is left was not drawn from q."""
-    drafter = EagleDrafter(random_draft("eagle3", target), target, GROWTHS["dynamic"])
+    drafter = EagleDrafter(random_draft("eagle3", target), target, TREE_BUILDERS["dynamic"])
     assert drafter.start(1, TargetOnly(Sampling(1.0)))
     with pytest.raises(UserError, match="set topk=1") as error:
         drafter.start(1, Rejection(Sampling(1.0)))

@@ -16,14 +16,14 @@ from nemo_speculative.decoding.drafters import EagleDrafter, NoDrafter
 from nemo_speculative.decoding.engine import generate, stream
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree
 from nemo_speculative.decoding.trees import chains, trees
-from nemo_speculative.decoding.verification import Greedy
+from nemo_speculative.decoding.verify import Greedy
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_tokenizer
 from tests.decoding.models import (
     AUX_LAYERS,
-    GROWTHS,
     NO_STOP,
+    TREE_BUILDERS,
     VOCAB_SIZE,
     plain,
     prompts,
@@ -38,9 +38,9 @@ def target(tmp_path_factory):
     return small_target(tmp_path_factory.mktemp("small"))
 
 
-@pytest.fixture(scope="module", params=GROWTHS)
+@pytest.fixture(scope="module", params=TREE_BUILDERS)
 def drafter(request, target):
-    return EagleDrafter(random_draft("eagle3", target), target, GROWTHS[request.param])
+    return EagleDrafter(random_draft("eagle3", target), target, TREE_BUILDERS[request.param])
 
 
 class Oracle:
@@ -55,7 +55,7 @@ class Oracle:
     def __init__(self, answer, prompt, right, as_tree=False):
         self.answer, self.prompt, self.right, self.as_tree = answer, len(prompt), right, as_tree
 
-    def start(self, batch_size, rule):
+    def start(self, batch_size, verifier):
         self.calls = 0
         return self
 
@@ -201,15 +201,15 @@ def test_an_answer_fills_the_context_and_no_more(target, drafter, left):
 
     target._decoder.forward = watched
     try:
-        rule = Watching()
-        found = generate(target, drafter, [long], max_new_tokens=50, stop_ids=NO_STOP, rule=rule)
+        verifier = Watching()
+        found = generate(target, drafter, [long], max_new_tokens=50, stop_ids=NO_STOP, verifier=verifier)
         both = generate(target, drafter, [short, long], max_new_tokens=10, stop_ids=NO_STOP)
     finally:
         del target._decoder.forward
     assert found[0].tokens == plain(target, [long], left)[0] == both[1].tokens
     assert both[0].tokens == plain(target, [short], 10)[0]
     assert max(asked) < context and not found[0].finished
-    for verification, (deepest,) in enumerate(rule.deepest):
+    for verification, (deepest,) in enumerate(verifier.deepest):
         assert deepest <= left - 1 - sum(found[0].emitted[:verification])
 
 
@@ -254,8 +254,8 @@ def test_other_families_give_their_own_answers(tmp_path, name, attention):
     asked = prompts(10)
     expected = plain(target, asked, 20)
     assert len({tuple(answer) for answer in expected}) > 4
-    for growth in (Chain(4), DynamicTree(4, 3, 12)):
-        drafter = EagleDrafter(random_draft("eagle", target), target, growth)
+    for tree_builder in (Chain(4), DynamicTree(4, 3, 12)):
+        drafter = EagleDrafter(random_draft("eagle", target), target, tree_builder)
         found = generate(target, drafter, asked, max_new_tokens=20, stop_ids=NO_STOP)
         assert [g.tokens for g in found] == expected
         end = (asked[4] * 9)[:60]

@@ -5,7 +5,7 @@ import pytest
 from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.engine import generate
 from nemo_speculative.evaluation.acceptance import Measured
-from tests.decoding.models import DRAFTS, GROWTHS, NO_STOP, plain, prompts, random_draft, small_target
+from tests.decoding.models import DRAFTS, NO_STOP, TREE_BUILDERS, plain, prompts, random_draft, small_target
 
 PROMPTS, LIMIT = prompts(200), 8
 
@@ -22,10 +22,10 @@ def answers(target):
     return found
 
 
-@pytest.mark.parametrize("tree", GROWTHS)
+@pytest.mark.parametrize("tree", TREE_BUILDERS)
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_every_draft_and_tree_gives_the_targets_own_answers(target, answers, kind, tree):
-    drafter = EagleDrafter(random_draft(kind, target), target, GROWTHS[tree])
+    drafter = EagleDrafter(random_draft(kind, target), target, TREE_BUILDERS[tree])
     found = generate(target, drafter, PROMPTS, max_new_tokens=LIMIT, stop_ids=NO_STOP)
     assert [g.tokens for g in found] == answers
     accepted = Measured(found).acceptance_per_position(4)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nemo_speculative.decoding.sampling import Sampling, draw, draw_distinct
+from nemo_speculative.decoding.verify import Sampling, draw, draw_distinct
 from nemo_speculative.utils.errors import UserError
 from tests.decoding.statistics import chi_square_p
 

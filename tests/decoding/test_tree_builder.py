@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
-from nemo_speculative.decoding.sampling import Sampling
-from nemo_speculative.decoding.tree_builder import MC_SIM_7B_63, Chain, DynamicTree, StaticTree, growth_for
+from nemo_speculative.decoding.tree_builder import MC_SIM_7B_63, Chain, DynamicTree, StaticTree, tree_builder_for
 from nemo_speculative.decoding.trees import ancestors_of, chains, trees
-from nemo_speculative.decoding.verification import Greedy, Rejection
+from nemo_speculative.decoding.verify import Greedy, Rejection, Sampling
 from nemo_speculative.utils.errors import UserError
 from tests.decoding.models import tree_of
 
@@ -26,7 +25,7 @@ def table(seed: int, path: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(logits)
 
 
-class TableFrontier:
+class TableCursor:
     """A draft for trees with one table each."""
 
     def __init__(self, seeds):
@@ -39,7 +38,7 @@ class TableFrontier:
         rows = zip(self.seeds, self._paths, strict=True)
         return torch.stack([torch.stack([table(seed, path) for path in paths]) for seed, paths in rows])
 
-    def descend(self, tokens, parents):
+    def advance(self, tokens, parents):
         self.runs += 1
         chosen = torch.zeros_like(tokens) if parents is None else parents.expand(len(tokens), -1)
         self._paths = [
@@ -67,29 +66,29 @@ def best_first(seed, path, k):
 def eagle2(seed, num_steps, topk, num_draft_tokens):
     """EAGLE-2's expansion and reranking on a dictionary; of equal scores the shallower, then the earlier."""
     scores: dict[tuple[int, ...], torch.Tensor] = {}
-    frontier = [()]
+    cursor = [()]
     for _ in range(num_steps):
         level = {
             (*path, token): scores.get(path, 0.0) + log_q
-            for path in frontier
+            for path in cursor
             for token, log_q in best_first(seed, path, topk)
         }
         scores |= level
-        frontier = sorted(level, key=lambda path: -level[path])[:topk]
+        cursor = sorted(level, key=lambda path: -level[path])[:topk]
     return sorted(scores, key=lambda path: -scores[path])[: num_draft_tokens - 1]
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 5])
 def test_a_chain_takes_the_likeliest_token_each_time(num_steps):
-    frontier = TableFrontier([1, 2])
-    grown = Chain(num_steps).grow(frontier, Greedy())
+    cursor = TableCursor([1, 2])
+    grown = Chain(num_steps).build(cursor, Greedy())
     for row, seed in enumerate((1, 2)):
         expected = ()
         for _ in range(num_steps):
             expected = (*expected, best_first(seed, expected, 1)[0][0])
         assert paths_of(grown, row) == [expected[: n + 1] for n in range(num_steps)]
     assert grown.levels == num_steps and grown.depths.tolist() == [list(range(num_steps + 1))]
-    assert frontier.runs == num_steps - 1, "the draft has run on the root already"
+    assert cursor.runs == num_steps - 1, "the draft has run on the root already"
 
 
 @pytest.mark.parametrize(
@@ -98,9 +97,9 @@ def test_a_chain_takes_the_likeliest_token_each_time(num_steps):
 )
 def test_a_dynamic_tree_is_eagle2s(num_steps, topk, num_draft_tokens):
     seeds = list(range(12))
-    frontier = TableFrontier(seeds)
-    grown = DynamicTree(num_steps, topk, num_draft_tokens).grow(frontier, Greedy())
-    assert grown.tokens.shape == (12, num_draft_tokens) and frontier.runs == num_steps - 1
+    cursor = TableCursor(seeds)
+    grown = DynamicTree(num_steps, topk, num_draft_tokens).build(cursor, Greedy())
+    assert grown.tokens.shape == (12, num_draft_tokens) and cursor.runs == num_steps - 1
     for row, seed in enumerate(seeds):
         found = paths_of(grown, row)
         assert set(found) == set(eagle2(seed, num_steps, topk, num_draft_tokens))
@@ -109,8 +108,8 @@ def test_a_dynamic_tree_is_eagle2s(num_steps, topk, num_draft_tokens):
 
 def test_topk_1_is_the_chain():
     dynamic, chain = (
-        DynamicTree(4, 1, 5).grow(TableFrontier([3]), Greedy()),
-        Chain(4).grow(TableFrontier([3]), Greedy()),
+        DynamicTree(4, 1, 5).build(TableCursor([3]), Greedy()),
+        Chain(4).build(TableCursor([3]), Greedy()),
     )
     assert dynamic.tokens.tolist() == chain.tokens.tolist()
     assert dynamic.parents.tolist() == chain.parents.tolist()
@@ -118,10 +117,10 @@ def test_topk_1_is_the_chain():
 
 @pytest.mark.parametrize("paths", [MC_SIM_7B_63, ((0,),), ((0,), (0, 0), (0, 1), (0, 1, 0)), ((0,), (1,), (1, 0))])
 def test_a_static_tree_has_its_structure_and_the_likeliest_tokens(paths):
-    frontier, seeds = TableFrontier([4, 5]), (4, 5)
-    grown = StaticTree(paths).grow(frontier, Greedy())
+    cursor, seeds = TableCursor([4, 5]), (4, 5)
+    grown = StaticTree(paths).build(cursor, Greedy())
     assert grown.parents.tolist() == [tree_of(paths)]
-    assert frontier.runs == max(map(len, paths)) - 1
+    assert cursor.runs == max(map(len, paths)) - 1
     for row, seed in enumerate(seeds):
         expected = []
         for path in sorted(paths, key=lambda path: (len(path), path)):
@@ -135,20 +134,22 @@ def test_a_static_tree_has_its_structure_and_the_likeliest_tokens(paths):
 def test_the_published_static_tree():
     assert len(set(MC_SIM_7B_63)) == 25, "26 nodes with the root"
     assert [sum(len(path) == depth for path in MC_SIM_7B_63) for depth in range(1, 6)] == [4, 8, 8, 3, 2]
-    assert StaticTree().widest == 4
+    assert StaticTree().max_children == 4
 
 
-@pytest.mark.parametrize("growth", [Chain(3), StaticTree(((0,), (1,), (1, 0), (1, 1), (0, 0)))], ids=["chain", "tree"])
-def test_drawn_children_come_with_what_they_were_drawn_from(growth):
+@pytest.mark.parametrize(
+    "tree_builder", [Chain(3), StaticTree(((0,), (1,), (1, 0), (1, 1), (0, 0)))], ids=["chain", "tree"]
+)
+def test_drawn_children_come_with_what_they_were_drawn_from(tree_builder):
     """At every inner node q is that node's own distribution, placed at the target's ids; its children are distinct."""
     sampling = Sampling(1.3)
-    grown = growth.grow(TableFrontier([7, 8]), Rejection(sampling, torch.Generator().manual_seed(0)))
+    grown = tree_builder.build(TableCursor([7, 8]), Rejection(sampling, torch.Generator().manual_seed(0)))
     parents = grown.parents[0].tolist()
     for row, seed in enumerate((7, 8)):
         paths = [(), *paths_of(grown, row)]
         for node in set(parents) - {-1}:
             expected = torch.zeros(20).scatter(0, IDS, (table(seed, paths[node]) / 1.3).softmax(0))
-            torch.testing.assert_close(grown.drawn.at(node, 20)[row], expected)
+            torch.testing.assert_close(grown.draft_probs.at(node, 20)[row], expected)
             children = [paths[i] for i, parent in enumerate(parents) if parent == node]
             assert len(set(children)) == len(children)
 
@@ -169,8 +170,8 @@ def test_ancestors_and_cuts_by_hand():
 
 
 def test_settings_become_what_sglang_grows():
-    assert growth_for(SpeculativeSettings(5, 1, 6)) == Chain(5)
-    assert growth_for(SpeculativeSettings(3, 4, 8)) == DynamicTree(3, 4, 8)
+    assert tree_builder_for(SpeculativeSettings(5, 1, 6)) == Chain(5)
+    assert tree_builder_for(SpeculativeSettings(3, 4, 8)) == DynamicTree(3, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_settings_become_what_sglang_grows():
 )
 def test_settings_that_make_no_tree_are_one_line(settings, said):
     with pytest.raises(UserError) as error:
-        growth_for(SpeculativeSettings(*settings))
+        tree_builder_for(SpeculativeSettings(*settings))
     assert said in str(error.value) and "\n" not in str(error.value)
     assert largest_tree(5, 4) == 69
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_speculative.algorithms.common.kv_cache import KVCache
-from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.decoder import Decoder, inverse_transform
 from nemo_speculative.generate_data.rollout import Request
 from nemo_speculative.utils.errors import UserError

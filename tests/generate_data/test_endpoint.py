@@ -7,7 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from nemo_speculative.config.schema import EndpointConfig
-from nemo_speculative.decoding.sampling import Sampling
+from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data import servers
 from nemo_speculative.generate_data.protocols import Chat
 from nemo_speculative.generate_data.rollout import Request

@@ -13,7 +13,7 @@ from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.decoding.drafters import EagleDrafter
 from nemo_speculative.decoding.engine import Generation, generate
-from nemo_speculative.decoding.tree_builder import growth_for
+from nemo_speculative.decoding.tree_builder import tree_builder_for
 from nemo_speculative.serving.command import ServeOptions
 from nemo_speculative.targets.hf import HFTarget
 from tests.sglang.conftest import (
@@ -125,7 +125,7 @@ def decoded(case, speculative) -> list[Generation]:
 def decode(case: Case, speculative: SpeculativeSettings) -> list[Generation]:
     """Our own decoder, all questions of a case at once."""
     target, asked = case.target, case.questions
-    drafter = EagleDrafter(case.servable.build(), target, growth_for(speculative))
+    drafter = EagleDrafter(case.servable.build(), target, tree_builder_for(speculative))
     limit, stop_ids = asked.max_new_tokens, asked.stop_ids
     return generate(target, drafter, asked.prompts, max_new_tokens=limit, stop_ids=stop_ids)
 

@@ -18,7 +18,7 @@ from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.decoding.drafters import EagleDrafter
 from nemo_speculative.decoding.engine import Generation, generate
-from nemo_speculative.decoding.tree_builder import growth_for
+from nemo_speculative.decoding.tree_builder import tree_builder_for
 from nemo_speculative.serving.command import from_checkpoint
 from nemo_speculative.serving.server import require_free
 from nemo_speculative.targets.hf import HFTarget
@@ -57,7 +57,7 @@ class Served:
         """By our own decoder."""
         servable = read_servable(self.run)
         target = HFTarget(self.target, aux_layers=servable.aux_layers)
-        drafter = EagleDrafter(servable.build(), target, growth_for(self.speculative))
+        drafter = EagleDrafter(servable.build(), target, tree_builder_for(self.speculative))
         stop_ids = tuple(sorted(target.stop_ids))
         return generate(target, drafter, prompts, max_new_tokens=limit, stop_ids=stop_ids)
 

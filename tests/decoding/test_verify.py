@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from nemo_speculative.decoding.sampling import Sampling
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
 from nemo_speculative.decoding.trees import chains, trees
-from nemo_speculative.decoding.verification import Children, Greedy, Rejection, TargetOnly, rule_for
+from nemo_speculative.decoding.verify import Children, Greedy, Rejection, Sampling, TargetOnly, verifier_for
 from tests.decoding.statistics import chi_square_p
 
 DRAWS = 20_000
@@ -19,7 +18,7 @@ V, TOKENS, DEPTH = 4, 3, 6
 IDS = torch.tensor([0, 2, 3])
 """The draft's tokens, as the target numbers them: it cannot propose token 1."""
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1))
-GROWTHS = {"chain": Chain(3), "static": StaticTree(TREE), "dynamic": DynamicTree(3, 2, 6)}
+TREE_BUILDERS = {"chain": Chain(3), "static": StaticTree(TREE), "dynamic": DynamicTree(3, 2, 6)}
 
 
 def one_hot_logits(best, size=10):
@@ -30,10 +29,10 @@ def one_hot_logits(best, size=10):
     "draft, best, emitted",
     [([], [7], [7]), ([1, 2], [1, 2, 3], [1, 2, 3]), ([1, 9], [1, 2, 3], [1, 2]), ([9, 2], [1, 2, 3], [1])],
 )
-@pytest.mark.parametrize("rule", [Greedy(), TargetOnly(Sampling()), Rejection(Sampling())])
-def test_a_chain_emits_the_matching_tokens_and_one_more(draft, best, emitted, rule):
-    verdict = rule.verify(chains(torch.tensor([[0, *draft]])), one_hot_logits([best]))[0]
-    assert verdict.tokens == emitted and verdict.path == list(range(len(emitted)))
+@pytest.mark.parametrize("verifier", [Greedy(), TargetOnly(Sampling()), Rejection(Sampling())])
+def test_a_chain_emits_the_matching_tokens_and_one_more(draft, best, emitted, verifier):
+    accepted = verifier.verify(chains(torch.tensor([[0, *draft]])), one_hot_logits([best]))[0]
+    assert accepted.tokens == emitted and accepted.path == list(range(len(emitted)))
 
 
 def test_a_tree_follows_the_branch_that_agrees():
@@ -48,9 +47,9 @@ def test_a_tree_follows_the_branch_that_agrees():
 
 
 def test_temperature_0_is_greedy():
-    assert isinstance(rule_for(Sampling(0.0), rejection=True), Greedy)
-    assert isinstance(rule_for(Sampling(0.5)), TargetOnly)
-    assert isinstance(rule_for(Sampling(0.5), rejection=True), Rejection)
+    assert isinstance(verifier_for(Sampling(0.0), rejection=True), Greedy)
+    assert isinstance(verifier_for(Sampling(0.5)), TargetOnly)
+    assert isinstance(verifier_for(Sampling(0.5), rejection=True), Rejection)
 
 
 @dataclass
@@ -73,7 +72,7 @@ def longer(paths, tokens):
     return paths * (V + 1) + tokens + 1
 
 
-class TableFrontier:
+class TableCursor:
     """The draft of the tables, behind the paths int64 [B]."""
 
     def __init__(self, tables, paths):
@@ -84,7 +83,7 @@ class TableFrontier:
     def logits(self):
         return self.tables.draft[self._paths]
 
-    def descend(self, tokens, parents):
+    def advance(self, tokens, parents):
         above = self._paths if parents is None else self._paths.gather(1, parents.expand_as(tokens))
         self._paths = longer(above, tokens)
 
@@ -99,16 +98,16 @@ def target_logits(tables, grown, paths):
     return tables.target[torch.stack(at, dim=1)]
 
 
-def decode(tables, growth, rule, draws=DRAWS):
+def decode(tables, tree_builder, verifier, draws=DRAWS):
     """``draws`` continuations of TOKENS tokens each, int64 [draws], as paths; and the acceptance length."""
     answers, emitted, verifications = [[] for _ in range(draws)], 0, 0
     while going := [i for i, answer in enumerate(answers) if len(answer) < TOKENS]:
         paths = torch.tensor([sum((t + 1) * (V + 1) ** (len(answers[i]) - 1 - n) for n, t in enumerate(answers[i]))
                               for i in going])  # fmt: skip
-        grown = growth.grow(TableFrontier(tables, paths), rule)
-        for i, verdict in zip(going, rule.verify(grown, target_logits(tables, grown, paths)), strict=True):
-            answers[i] += verdict.tokens
-            emitted, verifications = emitted + len(verdict.tokens), verifications + 1
+        grown = tree_builder.build(TableCursor(tables, paths), verifier)
+        for i, accepted in zip(going, verifier.verify(grown, target_logits(tables, grown, paths)), strict=True):
+            answers[i] += accepted.tokens
+            emitted, verifications = emitted + len(accepted.tokens), verifications + 1
     numbers = [a * V * V + b * V + c for a, b, c, *_ in answers]
     return torch.tensor(numbers), emitted / verifications
 
@@ -125,15 +124,15 @@ def exact(tables, sampling):
     return torch.tensor(found, dtype=torch.float64)
 
 
-def p_value(rule_type, growth, sampling, seed=0, **settings):
+def p_value(verifier_class, tree_builder, sampling, seed=0, **settings):
     tables = Tables.random(seed)
-    rule = rule_type(sampling, torch.Generator().manual_seed(seed), **settings)
-    numbers, tau = decode(tables, growth, rule)
+    verifier = verifier_class(sampling, torch.Generator().manual_seed(seed), **settings)
+    numbers, tau = decode(tables, tree_builder, verifier)
     return chi_square_p(torch.bincount(numbers, minlength=V**TOKENS), exact(tables, sampling)), tau
 
 
 @pytest.mark.parametrize(
-    "rule, tree",
+    "verifier, tree",
     [
         (TargetOnly, "chain"),
         (TargetOnly, "static"),
@@ -142,23 +141,23 @@ def p_value(rule_type, growth, sampling, seed=0, **settings):
         (Rejection, "static"),
     ],
 )
-def test_sampled_answers_have_the_targets_distribution(rule, tree):
-    p, tau = p_value(rule, GROWTHS[tree], Sampling(1.0))
+def test_sampled_answers_have_the_targets_distribution(verifier, tree):
+    p, tau = p_value(verifier, TREE_BUILDERS[tree], Sampling(1.0))
     assert p > LEVEL
     assert 1.3 < tau < 3.5, "nothing accepted, or nothing rejected, proves little"
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.6, top_p=0.8), Sampling(1.4, top_k=2)], ids=["top-p", "top-k"])
-@pytest.mark.parametrize("rule", [TargetOnly, Rejection])
-def test_the_distribution_is_the_one_that_top_p_and_top_k_leave(rule, sampling):
+@pytest.mark.parametrize("verifier", [TargetOnly, Rejection])
+def test_the_distribution_is_the_one_that_top_p_and_top_k_leave(verifier, sampling):
     """Fewer tokens than children may be left to draw."""
-    assert p_value(rule, GROWTHS["static"], sampling)[0] > LEVEL
+    assert p_value(verifier, TREE_BUILDERS["static"], sampling)[0] > LEVEL
 
 
 @pytest.mark.parametrize("tree", ["chain", "static"])
 def test_the_draft_may_be_sampled_in_its_own_way(tree):
     own = {"draft_sampling": Sampling(0.5, top_k=2)}
-    assert p_value(Rejection, GROWTHS[tree], Sampling(1.0), **own)[0] > LEVEL
+    assert p_value(Rejection, TREE_BUILDERS[tree], Sampling(1.0), **own)[0] > LEVEL
 
 
 def test_accepting_with_p_over_q_accepts_more_than_following_the_target():
@@ -167,11 +166,11 @@ def test_accepting_with_p_over_q_accepts_more_than_following_the_target():
     p = tables.target[0].softmax(-1)
     q = torch.zeros(V).scatter(0, IDS, tables.draft[0].softmax(-1))
     paths = torch.zeros(DRAWS, dtype=torch.long)
-    for rule_type, expected in ((TargetOnly, p[q.argmax()]), (Rejection, torch.minimum(p, q).sum())):
-        rule = rule_type(Sampling(1.0), torch.Generator().manual_seed(1))
-        grown = Chain(1).grow(TableFrontier(tables, paths), rule)
-        verdicts = rule.verify(grown, target_logits(tables, grown, paths))
-        found = sum(len(verdict.path) == 2 for verdict in verdicts) / DRAWS
+    for verifier_class, expected in ((TargetOnly, p[q.argmax()]), (Rejection, torch.minimum(p, q).sum())):
+        verifier = verifier_class(Sampling(1.0), torch.Generator().manual_seed(1))
+        grown = Chain(1).build(TableCursor(tables, paths), verifier)
+        accepted = verifier.verify(grown, target_logits(tables, grown, paths))
+        found = sum(len(accepted.path) == 2 for accepted in accepted) / DRAWS
         assert found == pytest.approx(float(expected), abs=4 * 0.5 / DRAWS**0.5)
 
 
@@ -196,8 +195,8 @@ class AlwaysAccepts(TargetOnly):
 
 @pytest.mark.parametrize("tree", ["chain", "static"])
 @pytest.mark.parametrize("wrong", [LikeliestChildren, AlwaysAccepts])
-def test_a_wrong_rule_is_caught(wrong, tree):
-    assert p_value(wrong, GROWTHS[tree], Sampling(1.0))[0] < CAUGHT
+def test_a_wrong_verifier_is_caught(wrong, tree):
+    assert p_value(wrong, TREE_BUILDERS[tree], Sampling(1.0))[0] < CAUGHT
 
 
 def keep_both(mass, otherwise):
@@ -213,5 +212,5 @@ def keep_q(mass, otherwise):
 
 @pytest.mark.parametrize("tree, wrong", [("chain", keep_both), ("static", keep_both), ("static", keep_q)])
 def test_a_wrong_remainder_is_caught(monkeypatch, tree, wrong):
-    monkeypatch.setattr("nemo_speculative.decoding.verification._normalized", wrong)
-    assert p_value(Rejection, GROWTHS[tree], Sampling(1.0))[0] < CAUGHT
+    monkeypatch.setattr("nemo_speculative.decoding.verify._normalize", wrong)
+    assert p_value(Rejection, TREE_BUILDERS[tree], Sampling(1.0))[0] < CAUGHT
