@@ -165,7 +165,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
     """Figures of one case, in this process or rank of one: seconds of a step and bytes, predicted and measured."""
     import torch
 
-    from nemo_speculative.distributed.parallelism import context, fast_float32_matmuls, process_group
+    from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
     from nemo_speculative.training import build, prediction
     from nemo_speculative.utils.progress import quiet_transformers
 
@@ -177,7 +177,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
         vocabulary = build.build_draft_vocabulary(job, target, data.training)
         draft = build.build_draft(job, target, vocabulary)
         trainer = build.build_trainer(
-            job, target=target, draft=draft, objective=build.build_objective(job, target, context(dims)),
+            job, target=target, draft=draft, objective=build.build_objective(job, target, context_group(dims)),
             data=data, run=build.prepare_run(job), dims=dims, device=device,
         )  # fmt: skip
         read = StatesRead(target) if target.requests_ahead else None

@@ -45,7 +45,7 @@ from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
 from nemo_speculative.training.optimizer import build_optimizers
 from nemo_speculative.training.prefetch import TargetPrefetcher
 from nemo_speculative.training.step_timer import GIB, StepTimer, peak_memory_gib
-from nemo_speculative.training.trainer import Trainee
+from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.devices import choose_device
 
 LLAMA_31_8B: dict[str, Any] = {
@@ -141,7 +141,7 @@ class Bench:
             aux, hidden = len(target.aux_layers), target.config.hidden_size
             self.draft_cost = DraftCost(Eagle3Draft(shape), aux_layers=aux, target_hidden=hidden)
             self.target_cost = TargetCost(LlamaForCausalLM(target.config))
-        self.trainee = shard_draft(Trainee(draft, self.objective), dims, size.dtype)
+        self.trainee = shard_draft(TTTModule(draft, self.objective), dims, size.dtype)
         self.optimizers = build_optimizers(OptimizerConfig(), self.trainee)
 
     def schedules(self, length: int) -> list[Any]:

@@ -38,7 +38,7 @@ class Batch:
     """The conversations in it."""
     host: "Batch | None" = None
     """The same on the host, where it was before it travelled; None: it did not."""
-    share: ContextShard = FULL_BATCH
+    shard: ContextShard = FULL_BATCH
     """Which of the tokens this rank computes."""
 
     def to(self, device: torch.device) -> "Batch":
@@ -53,7 +53,7 @@ class Batch:
     @property
     def whole(self) -> "Batch":
         """The same with all of its tokens on this rank."""
-        return self if self.share is FULL_BATCH else replace(self, share=FULL_BATCH)
+        return self if self.shard is FULL_BATCH else replace(self, shard=FULL_BATCH)
 
     @property
     def ids(self) -> tuple[str, ...]:

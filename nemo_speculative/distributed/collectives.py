@@ -1,4 +1,4 @@
-"""The processes of a job: what one does for all, and what each tells the others."""
+"""Helpers over torch.distributed: work that rank 0 does for all, and gathering tensors of different sizes."""
 
 import contextlib
 import math
@@ -17,66 +17,66 @@ from nemo_speculative.utils.errors import PeerLostError, UserError
 
 T = TypeVar("T")
 FIRST_RANK_TIMEOUT = timedelta(hours=2)
-"""How long the others wait while the first rank makes a target or its answers, measures a draft, or writes."""
+"""Wait limit while rank 0 makes a target or its answers, measures a draft, or writes."""
 
-_waiting: dist.ProcessGroup | None = None
-"""The group in which they wait; None: the default one, whose timeout is another while a draft is trained."""
+_first_rank_group: dist.ProcessGroup | None = None
+"""Group in which ranks wait for rank 0; None: the default group, whose timeout is shorter while a draft trains."""
 
-_limited: list[dist.ProcessGroup] = []
-"""Those beside the default one and the mesh's in which nobody waits for what the first rank does alone."""
+_registered_groups: list[dist.ProcessGroup] = []
+"""Groups, besides the default one and the mesh's, whose timeout a training sets."""
 
 
-def started() -> int:
-    """How many processes a launcher has started; known before they have met.
+def num_ranks() -> int:
+    """Number of processes that the launcher started; valid before the process group exists.
 
     Raises:
-        UserError: the environment does not say it in a number.
+        UserError: WORLD_SIZE is not a positive number.
     """
-    said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isdecimal() or not int(said):
-        raise UserError(f"WORLD_SIZE={said}: expected how many processes there are; set it so, or unset it")
-    return int(said)
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or not int(value):
+        raise UserError(f"WORLD_SIZE={value}: expected the number of processes; set it to that, or unset it")
+    return int(value)
 
 
-def is_first() -> bool:
-    """Whether this is the first of them."""
+def is_first_rank() -> bool:
+    """Whether this process is rank 0; valid before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
-def waiting_group() -> Iterator[None]:
-    """Within, :func:`on_first_rank` waits in a group of its own."""
-    global _waiting
-    _waiting = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
+def first_rank_waiting_group() -> Iterator[None]:
+    """Gives :func:`on_first_rank` a process group of its own, with :data:`FIRST_RANK_TIMEOUT`."""
+    global _first_rank_group
+    _first_rank_group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
     try:
         yield
     finally:
-        _waiting = None
-        _limited.clear()
+        _first_rank_group = None
+        _registered_groups.clear()
 
 
-def limited(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """``group``, remembered until the end of :func:`waiting_group`: a training limits the waits in it, too."""
-    _limited.append(group)
+def register_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Registers ``group`` among those whose timeout a training sets, until the process group ends; returns it."""
+    _registered_groups.append(group)
     return group
 
 
-def limited_groups() -> list[dist.ProcessGroup]:
-    """All that are :func:`limited`."""
-    return list(_limited)
+def registered_groups() -> list[dist.ProcessGroup]:
+    """The groups passed to :func:`register_group`."""
+    return list(_registered_groups)
 
 
-def on_first_rank(make: Callable[[], T]) -> T | None:
-    """``make()`` on rank 0 while the others wait; None on them.  An error of rank 0 ends all of them."""
+def on_first_rank(function: Callable[[], T]) -> T | None:
+    """Calls ``function`` on rank 0 while the others wait, where the result is None.  An error on rank 0 ends all."""
     result, failure = None, None
     if dist.get_rank() == 0:
         try:
-            result = make()
+            result = function()
         except BaseException as error:
             failure = error
-            end_in_own_time()
+            ignore_sigterm()
     failed = torch.tensor([failure is not None])
-    dist.broadcast(failed, src=0, group=_waiting)
+    dist.broadcast(failed, src=0, group=_first_rank_group)
     if failure is not None:
         raise failure
     if failed.item():
@@ -84,24 +84,24 @@ def on_first_rank(make: Callable[[], T]) -> T | None:
     return result
 
 
-def end_in_own_time() -> None:
-    """Of a rank that has to say why it ends: its launcher ends all when one has ended, and that may be another."""
+def first_rank_first(function: Callable[[], T]) -> T:
+    """Calls ``function`` on rank 0, then on the others, which read from disk what rank 0 wrote there."""
+    result = on_first_rank(function)
+    return function() if dist.get_rank() else result  # type: ignore[return-value]
+
+
+def ignore_sigterm() -> None:
+    """Lets a failing rank print its error: the launcher sends SIGTERM to all ranks as soon as any one has ended."""
     if dist.get_world_size() > 1 and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def first_rank_first(make: Callable[[], T]) -> T:
-    """``make()`` on rank 0, then on the others, which find on disk what rank 0 left there."""
-    result = on_first_rank(make)
-    return make() if dist.get_rank() else result  # type: ignore[return-value]
-
-
-def gathered(own: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[torch.Tensor]:
-    """What every rank of ``group`` has, int64 and on the host; a rank's may be of another size than this one's."""
-    sizes = [torch.empty(own.ndim, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor(own.shape), group=group)
-    shapes = [size.tolist() for size in sizes]
+def all_gather_ragged(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> list[torch.Tensor]:
+    """The int64 ``tensor`` of every rank of ``group``, on the host; sizes may differ, the number of dimensions not."""
+    shapes_by_rank = [torch.empty(tensor.ndim, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shapes_by_rank, torch.tensor(tensor.shape), group=group)
+    shapes = [shape.tolist() for shape in shapes_by_rank]
     longest = max(math.prod(shape) for shape in shapes)
     received = [torch.empty(longest, dtype=torch.int64) for _ in shapes]
-    dist.all_gather(received, pad(own.cpu().flatten(), (0, longest - own.numel())), group=group)
+    dist.all_gather(received, pad(tensor.cpu().flatten(), (0, longest - tensor.numel())), group=group)
     return [x[: math.prod(shape)].view(shape) for x, shape in zip(received, shapes, strict=True)]

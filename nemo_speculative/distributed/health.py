@@ -1,7 +1,7 @@
-"""Signs of life between the ranks of a job: which one is gone, and which one the others wait for.
+"""Health of the ranks of a job: lost ranks, stalled ranks, and ranks that compute more slowly than the others.
 
-A thread of each rank writes where it stands into the store through which the job was started; the first rank's thread
-also reads what the others write.  Nothing of it is on the way of a training step.
+A thread of each rank writes its progress into the store through which the job was started; rank 0's thread also reads
+the others'.  No training step waits for any of it.
 """
 
 import contextlib
@@ -13,158 +13,225 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
-from nemo_speculative.distributed.collectives import end_in_own_time
+from nemo_speculative.distributed.collectives import ignore_sigterm
 from nemo_speculative.utils.errors import PeerLostError
 
 BEAT_SECONDS = 2.0
 STALL_SECONDS = 60.0
-"""A rank that has not moved for so long, while others have, is named."""
-BEATS_MISSED = 2.5
-"""After so many a rank is taken for gone."""
+"""A rank that has made no progress for this long, while others have, is reported."""
+MISSED_BEATS = 2.5
+"""A rank that misses this many beats counts as gone."""
+
+SLOW_RATIO = 1.5
+"""A rank is slow in a comparison if it takes this many times the median of all ranks."""
+COMPARED_STEPS = 10
+"""Fewest steps in one comparison."""
+SLOW_COMPARISONS = 3
+"""A rank that is slow in this many comparisons in a row is reported."""
+HOST_BYTES = 255
 
 
-class Place(NamedTuple):
-    """Where a rank stands."""
+class Progress(NamedTuple):
+    """A rank's progress through its steps; ordered, so that the furthest rank has the largest."""
 
-    turns: int
-    """Counts the parts of its steps: every rank goes through the same."""
+    sections: int
+    """Sections of steps entered or left so far: every rank passes through the same ones."""
     step: int
-    part: str
-    """Empty between two parts."""
+    section: str
+    """Empty between two sections."""
 
     def __str__(self) -> str:
-        return f"at step {self.step}" + (f" ({self.part})" if self.part else "")
+        return f"at step {self.step}" + (f" ({self.section})" if self.section else "")
 
 
 @dataclass(frozen=True)
-class Sign:
-    """What a rank writes."""
+class Beat:
+    """One heartbeat of a rank, as written to the store."""
 
-    beat: int
+    number: int
     host: str
-    place: Place
-    left: bool = False
-    """It has ended by itself."""
+    progress: Progress
+    ended: bool = False
+    """Whether the rank has ended on its own."""
 
     @classmethod
-    def read(cls, text: bytes) -> "Sign":
+    def from_json(cls, text: bytes) -> "Beat":
         values = json.loads(text)
-        return cls(**values | {"place": Place(*values["place"])})
+        return cls(**values | {"progress": Progress(*values["progress"])})
 
 
 @dataclass
-class Watch:
-    """Says which rank the others wait for, once each time; of a clock that is given to it."""
+class StallDetector:
+    """Reports the ranks that the others wait for, once per stall.  It has no clock: the caller passes the time."""
 
     seconds: float = STALL_SECONDS
-    _moved: dict[int, tuple[Sign, float, float]] = field(default_factory=dict)
-    """Of each rank its last sign, and when its place and its beat were last seen to change."""
-    _told: dict[int, Place] = field(default_factory=dict)
+    _latest: dict[int, tuple[Beat, float, float]] = field(default_factory=dict)
+    """Per rank: its latest beat, and when its progress and its beat number last changed."""
+    _reported: dict[int, Progress] = field(default_factory=dict)
 
-    def see(self, signs: dict[int, Sign], now: float) -> list[str]:
-        """What is to be said after ``signs`` were read at ``now`` seconds."""
-        for rank, sign in signs.items():
-            before, moved, beaten = self._moved.get(rank, (None, now, now))
-            place_is_new = before is None or before.place != sign.place
-            beat_is_new = before is None or before.beat != sign.beat
-            self._moved[rank] = sign, now if place_is_new else moved, now if beat_is_new else beaten
-        furthest = max((sign.place for sign in signs.values()), default=None)
-        return [line for rank in sorted(signs) if (line := self._stalled(rank, furthest, now))]
+    def update(self, beats: dict[int, Beat], now: float) -> list[str]:
+        """Lines to print after ``beats`` were read at ``now`` seconds."""
+        for rank, beat in beats.items():
+            before, moved, heard = self._latest.get(rank, (None, now, now))
+            has_moved = before is None or before.progress != beat.progress
+            is_new = before is None or before.number != beat.number
+            self._latest[rank] = beat, now if has_moved else moved, now if is_new else heard
+        furthest = max((beat.progress for beat in beats.values()), default=None)
+        return [line for rank in sorted(beats) if (line := self._stall_of(rank, furthest, now))]
 
-    def _stalled(self, rank: int, furthest: Place | None, now: float) -> str | None:
-        sign, moved, beaten = self._moved[rank]
-        silent, behind = now - beaten > self.seconds, now - moved > self.seconds and sign.place != furthest
-        if sign.left or self._told.get(rank) == sign.place or not (silent or behind):
+    def _stall_of(self, rank: int, furthest: Progress | None, now: float) -> str | None:
+        beat, moved, heard = self._latest[rank]
+        silent, stalled = now - heard > self.seconds, now - moved > self.seconds and beat.progress != furthest
+        if beat.ended or self._reported.get(rank) == beat.progress or not (silent or stalled):
             return None
-        self._told[rank] = sign.place
+        self._reported[rank] = beat.progress
         if silent:
-            return f"rank {rank} (host {sign.host}) has not been heard for {now - beaten:.0f} s, it was {sign.place}"
-        return f"rank {rank} (host {sign.host}) is {sign.place} for {now - moved:.0f} s, the others wait {furthest}"
+            return f"rank {rank} (host {beat.host}) has not been heard for {now - heard:.0f} s, it was {beat.progress}"
+        return (
+            f"rank {rank} (host {beat.host}) has been {beat.progress} for {now - moved:.0f} s, "
+            f"the others wait {furthest}"
+        )
 
 
 class Heartbeat:
-    """This rank's signs of life, and what the others' tell.
+    """Publishes this rank's progress and watches the others'.
 
     Args:
-        say: is given lines on the first rank: which rank the others wait for.
+        log: called on rank 0 with lines that name the rank the others wait for.
     """
 
-    def __init__(self, say: Callable[[str], None], beat: float = BEAT_SECONDS, stall: float = STALL_SECONDS):
-        self.rank, self.ranks, self._say, self._seconds = dist.get_rank(), dist.get_world_size(), say, beat
-        self.where: Callable[[], Place] = lambda: Place(-1, 0, "setting up")
-        """Asked by the thread at each beat."""
-        self._beats, self._watch, self._end = 0, Watch(stall), threading.Event()
+    def __init__(self, log: Callable[[str], None], beat: float = BEAT_SECONDS, stall: float = STALL_SECONDS):
+        self.rank, self.ranks, self._log, self._seconds = dist.get_rank(), dist.get_world_size(), log, beat
+        self.get_progress: Callable[[], Progress] = lambda: Progress(-1, 0, "setting up")
+        """Called by the thread at each beat."""
+        self._count, self._detector, self._end = 0, StallDetector(stall), threading.Event()
         if self.ranks > 1:
-            # A connection of its own: one that waits for another rank holds the other.
+            # A connection of its own: a collective that waits for another rank blocks the default one.
             self._store = dist.PrefixStore("heartbeat", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
-            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
 
-    def _beat(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is the job
-            while not self._end.wait(self._seconds if self._beats else 0):
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone, and so is the job
+            while not self._end.wait(self._seconds if self._count else 0):
                 self._write()
                 if self.rank == 0:
-                    for line in self._watch.see(self._read(), time.monotonic()):
-                        self._say(line)
+                    for line in self._detector.update(self._read(), time.monotonic()):
+                        self._log(line)
 
-    def _write(self, left: bool = False) -> None:
-        self._beats += 1
-        sign = Sign(self._beats, socket.gethostname(), self.where(), left)
-        self._store.set(str(self.rank), json.dumps(asdict(sign)))
+    def _write(self, ended: bool = False) -> None:
+        self._count += 1
+        beat = Beat(self._count, socket.gethostname(), self.get_progress(), ended)
+        self._store.set(str(self.rank), json.dumps(asdict(beat)))
 
-    def _read(self) -> dict[int, Sign]:
-        there = [rank for rank in range(self.ranks) if self._store.check([str(rank)])]
-        return {rank: Sign.read(self._store.get(str(rank))) for rank in there}
+    def _read(self) -> dict[int, Beat]:
+        present = [rank for rank in range(self.ranks) if self._store.check([str(rank)])]
+        return {rank: Beat.from_json(self._store.get(str(rank))) for rank in present}
 
-    def lost(self) -> str:
-        """Who is gone, after an exchange with the others has failed; takes a few beats to find out."""
+    def describe_lost(self) -> str:
+        """Names the ranks that are gone, after a collective has failed; takes a few beats."""
         try:
             before = self._read()
-            time.sleep(BEATS_MISSED * self._seconds)
+            time.sleep(MISSED_BEATS * self._seconds)
             after = self._read()
         except RuntimeError:
             return "rank 0, which held the store of the job, is gone"
-        others = {rank: sign for rank, sign in after.items() if rank != self.rank}
-        left = [f"rank {rank} (host {sign.host}) has ended" for rank, sign in others.items() if sign.left]
+        others = {rank: beat for rank, beat in after.items() if rank != self.rank}
+        ended = [f"rank {rank} (host {beat.host}) has ended" for rank, beat in others.items() if beat.ended]
         gone = [
-            f"rank {rank} (host {sign.host}, {sign.place}) is gone or stopped"
-            for rank, sign in others.items()
-            if not sign.left and rank in before and before[rank].beat == sign.beat
+            f"rank {rank} (host {beat.host}, {beat.progress}) is gone or stopped"
+            for rank, beat in others.items()
+            if not beat.ended and rank in before and before[rank].number == beat.number
         ]
-        waited = [f"rank {rank} (host {sign.host}, {sign.place}) does not answer" for rank, sign in others.items()]
-        return ", ".join(gone or left or waited)
+        silent = [f"rank {rank} (host {beat.host}, {beat.progress}) does not answer" for rank, beat in others.items()]
+        return ", ".join(gone or ended or silent)
 
     def close(self) -> None:
-        """This rank ends by itself."""
+        """Announces that this rank ends on its own."""
         if self.ranks > 1 and not self._end.is_set():
             self._end.set()
             self._thread.join(self._seconds)
             with contextlib.suppress(RuntimeError):
-                self._write(left=True)
+                self._write(ended=True)
 
 
 @contextlib.contextmanager
-def lost_ranks_named(heartbeat: Heartbeat) -> Iterator[None]:
-    """One line for what torch says when another rank has gone away or does not answer.
+def report_lost_ranks(heartbeat: Heartbeat) -> Iterator[None]:
+    """Replaces torch's error about a rank that is gone or does not answer by one line that names it.
 
     Raises:
-        LostError: an exchange with another rank failed inside.
+        PeerLostError: a collective failed inside.
     """
     try:
         yield
     except RuntimeError as error:
-        if not of_an_exchange(error):
+        if not is_collective_failure(error):
             raise
-        end_in_own_time()
+        ignore_sigterm()
         raise PeerLostError(
-            f"{heartbeat.lost()}; no rank can go on without it: see what it or its host said last (most often it ran "
-            "out of memory, or lost its machine), and start all ranks again with resume=auto"
+            f"{heartbeat.describe_lost()}; no rank can continue without it: see what it or its host printed last (most "
+            "often it ran out of memory, or lost its machine), and start all ranks again with resume=auto"
         ) from error
 
 
-def of_an_exchange(error: RuntimeError) -> bool:
-    """Whether ``error`` is torch's word for ranks that did not reach each other."""
+def is_collective_failure(error: RuntimeError) -> bool:
+    """Whether torch raised ``error`` because ranks did not reach each other."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+class StragglerDetector:
+    """Finds ranks that compute more slowly than the others.
+
+    All ranks end a step together, so its time does not tell them apart: each measures what it computes without waiting
+    for another, which is the target's forward pass where the rank holds the whole target, and the draft's loss.  Rows
+    have equal lengths but not equally many supervised tokens, so several steps are compared at once, several times.
+    (Where ranks hold the target together they also embed the draft's tokens together, and wait inside the loss for
+    any rank that was slow before it.)
+
+    Args:
+        log: called with a line about each rank that has been slow for some time, once until it no longer is.
+    """
+
+    def __init__(self, log: Callable[[str], None]):
+        self._log = log
+        self._seconds = 0.0
+        self._since: int | None = None
+        self._slow_in_a_row = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+
+    def compare(self, step: int, seconds: float) -> dict[str, float]:
+        """Metrics for ``step``, once there are enough steps to compare.  Every rank calls it at the same steps.
+
+        Args:
+            seconds: rank-local computation since the last call; ignored at the first one, as first steps take longer.
+        """
+        if self._since is None:
+            self._since = step
+            return {}
+        self._seconds, steps = self._seconds + seconds, step - self._since
+        if dist.get_world_size() == 1 or steps < COMPARED_STEPS:
+            return {}
+        seconds_by_rank = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+        seconds_by_rank[dist.get_rank()] = self._seconds
+        dist.all_reduce(seconds_by_rank)
+        ratios = seconds_by_rank / seconds_by_rank.median().clamp(min=1e-9)
+        self._slow_in_a_row = torch.where(ratios > SLOW_RATIO, self._slow_in_a_row + 1, 0)
+        for rank in (self._slow_in_a_row == SLOW_COMPARISONS).nonzero().flatten().tolist():
+            self._log(
+                f"rank {rank} (host {_host_of(rank)}) computes {ratios[rank]:.1f} times as long as most, "
+                f"{SLOW_COMPARISONS} times {steps} steps in a row: the others wait for it in every step; "
+                "look at its host"
+            )
+        self._seconds, self._since = 0.0, step
+        return {"perf/slowest_rank": int(ratios.argmax()), "perf/slowest_over_median": float(ratios.max())}
+
+
+def _host_of(rank: int) -> str:
+    """Host name of ``rank``, which broadcasts it to all."""
+    name = socket.gethostname().encode()[:HOST_BYTES]
+    buffer = torch.zeros(HOST_BYTES, dtype=torch.uint8)
+    buffer[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+    dist.broadcast(buffer, src=rank)
+    return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")

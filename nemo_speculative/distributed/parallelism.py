@@ -1,4 +1,4 @@
-"""Processes, devices and the sharding of the draft."""
+"""Process group, device mesh and FSDP2 sharding of the draft."""
 
 import contextlib
 import os
@@ -12,7 +12,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, limited, limited_groups, started, waiting_group
+from nemo_speculative.distributed.collectives import (
+    FIRST_RANK_TIMEOUT,
+    first_rank_waiting_group,
+    num_ranks,
+    register_group,
+    registered_groups,
+)
 from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, bind_collectives_to
@@ -23,33 +29,33 @@ LARGEST_MATMUL_ERROR = 2e-6
 
 @contextlib.contextmanager
 def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[titan.ParallelDims]:
-    """torchtitan's mesh over the processes that torchrun started; a single process makes a group of its own.
+    """Joins the process group and yields torchtitan's mesh; a process without a launcher is a job of one rank.
 
     Raises:
-        UserError: the sizes of ``config`` do not multiply to the number of processes, a restart would hang, or there
-            is no word of where the other processes are.
+        UserError: the sizes of ``config`` do not multiply to the number of processes, a restart would hang, or the
+            address of the other processes is not set.
     """
     check_restarts()
     titan.bind_device(device.type)
-    config.sizes(_world_size())  # before anybody waits for the others
+    config.sizes(_world_size())  # before any rank waits for the others
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _join(device)
     try:
-        with waiting_group():
+        with first_rank_waiting_group():
             yield mesh(config)
     finally:
         dist.destroy_process_group()
 
 
 def check_restarts() -> None:
-    """A launcher that starts a group again gives it a store of its own.
+    """Refuses a launcher that restarts ranks without a fresh store.
 
     torch's agent keeps one store over its restarts (pytorch issue 135712): gloo then finds the addresses of the ranks
     that are gone, and waits for them.
 
     Raises:
-        UserError: it would not.
+        UserError: the launcher may restart ranks and keeps its store.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and FRESH_STORE not in os.environ:
@@ -60,14 +66,14 @@ def check_restarts() -> None:
 
 
 def _world_size() -> int:
-    """Of the job that this process was started for; a process that nobody launched is a job by itself.
+    """World size of the job; sets the variables of a job of one rank where no launcher did.
 
     Raises:
-        UserError: it is said to be one of several, which it could not find.
+        UserError: there are several ranks, but no address at which they meet.
     """
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    ranks = started()
+    ranks = num_ranks()
     if ranks > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
             f"WORLD_SIZE={ranks}, but MASTER_ADDR is not set: start with torchrun or python -m nemo_speculative.launch"
@@ -77,14 +83,14 @@ def _world_size() -> int:
 
 
 def _join(device: torch.device) -> None:
-    """The process group of the job, which listens to this machine only if all its processes are here."""
+    """Initializes the process group; it listens on the loopback only if all its processes are on this machine."""
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         bind_collectives_to(LOOPBACK)
     on_cuda = device.type == "cuda"
     if os.environ["WORLD_SIZE"] != "1":
         comm = titan.CommConfig(init_timeout_seconds=int(FIRST_RANK_TIMEOUT.total_seconds()), trace_buf_size=0)
         titan.init_distributed(comm, enable_cpu_backend=on_cuda)
-    else:  # with a store in memory: nobody has to find this process by a port
+    else:  # a store in memory needs no port
         backend = "cuda:nccl,cpu:gloo" if on_cuda else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -101,22 +107,22 @@ def mesh(config: ParallelismConfig) -> titan.ParallelDims:
     return dims
 
 
-def limit_waits(dims: titan.ParallelDims, seconds: float) -> None:
-    """From now on an exchange in which a rank is missing for ``seconds`` fails, on every rank that waits for it.
+def limit_collective_waits(dims: titan.ParallelDims, seconds: float) -> None:
+    """Sets the timeout of all collectives: one in which a rank is missing for ``seconds`` fails on the others.
 
-    Until then the groups have the patience of a set-up, in which one rank may make what the others wait for.
+    Before, the timeout is that of the set-up, in which rank 0 may spend hours on what the others wait for.
     """
-    dist.all_reduce(torch.zeros(1))  # nobody is left in the set-up
+    dist.all_reduce(torch.zeros(1))  # all ranks have finished the set-up
     axes = dims.get_all_one_dimensional_meshes().values()
-    for group in (None, *(axis.get_group() for axis in axes), *limited_groups()):
+    for group in (None, *(axis.get_group() for axis in axes), *registered_groups()):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 @contextlib.contextmanager
 def fast_float32_matmuls(device: torch.device) -> Iterator[None]:
-    """On a CPU, sends float32 matrix products to oneDNN where it is as exact as torch's own path.
+    """On a CPU, uses oneDNN for float32 matrix products where it is as exact as torch's own kernels.
 
-    "medium" allows bfloat16 inside, which some CPUs really use: the error is probed, and the setting left alone there.
+    "medium" permits bfloat16 internally, which some CPUs do use: the error is measured, and the setting restored there.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cpu":
@@ -132,33 +138,33 @@ def fast_float32_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def data_rank(dims: titan.ParallelDims) -> tuple[int, int]:
-    """Which share of a global batch's rows this rank reads, and into how many it is split.
+    """Data-parallel rank and size: which part of a global batch's rows this rank reads, and the number of parts.
 
-    Ranks that share rows are neighbours: context is the innermost axis of the mesh.
+    Ranks that share rows are neighbors: context is the innermost axis of the mesh.
     """
     return dist.get_rank() // dims.cp, dims.world_size // dims.cp
 
 
-def context(dims: titan.ParallelDims) -> ContextGroup:
-    """The ranks that share the tokens of this one's rows."""
+def context_group(dims: titan.ParallelDims) -> ContextGroup:
+    """The ranks that share the tokens of this rank's rows."""
     if dims.cp == 1:
         return NO_CONTEXT_PARALLELISM
     group = dims.get_mesh("cp").get_group()
-    beside = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
-    return ContextGroup(group, limited(beside))
+    prefetch_group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    return ContextGroup(group, register_group(prefetch_group))
 
 
 def shard_draft(
     module: nn.Module, dims: titan.ParallelDims, compute_dtype: torch.dtype, offload: bool = False
 ) -> nn.Module:
-    """FSDP2 over ``module`` as one unit: float32 shards and reductions, ``compute_dtype`` in between.
+    """Applies FSDP2 to ``module`` as one unit: float32 shards and reductions, computation in ``compute_dtype``.
 
-    One unit, gathered once per step, because the unroll runs the same layer at every step of its own: sharded by
-    itself, it would be gathered and reduced T times.  Replicas are its second mesh axis; with shards of one rank
-    that is DDP, in the same layout on disk.  Left alone where a single process computes in float32.
+    It is one unit, gathered once per optimizer step, because the unroll runs the same layer at each of its T steps: as
+    a unit of its own the layer would be gathered and reduced T times.  Replicas are the second mesh axis; with one
+    rank per shard that is DDP, in the same layout on disk.  A single process that computes in float32 needs no FSDP.
 
     Args:
-        offload: keep the shards, and what the optimizer knows of them, in the host's memory.
+        offload: keep the shards, and the optimizer's state of them, in the host's memory.
     """
     if dims.world_size == 1 and compute_dtype == torch.float32 and not offload:
         return module
@@ -178,14 +184,14 @@ def shard_draft(
     return module
 
 
-def exchange(module: nn.Module, last: bool) -> None:
-    """Before a micro-batch of a step: ranks exchange weights before the first one, and gradients after the ``last``."""
+def set_gradient_sync(module: nn.Module, last: bool) -> None:
+    """Before a micro-batch: only the backward pass of the last one reduces gradients and frees gathered weights."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
         module.set_reshard_after_backward(last)
 
 
-def gather_ahead(module: nn.Module) -> None:
-    """Begins to gather the weights; the target's work comes in between."""
+def start_unshard(module: nn.Module) -> None:
+    """Starts to gather the weights while the target computes."""
     if isinstance(module, FSDPModule):
         module.unshard(async_op=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from nemo_speculative.config.schema import DatasetConfig, MixDataConfig, PrepareJob
 from nemo_speculative.data.sources import Split, load_jsonl
-from nemo_speculative.distributed.collectives import is_first
+from nemo_speculative.distributed.collectives import is_first_rank
 from nemo_speculative.prepare_data.output import finished, requested_values
 from nemo_speculative.prepare_data.run import prepare
 from nemo_speculative.prepare_data.sources import asked_for, sources_of
@@ -47,5 +47,5 @@ def _check_same(job: PrepareJob) -> None:
                 f"{key}: {job.directory} was prepared with {was}, not {json.dumps(value)}; "
                 "run recipes/prepare_data.py again, or name another data.prepared"
             )
-    if is_first() and (copies := [key for key in before if key.endswith(".path") and key not in asked]):
+    if is_first_rank() and (copies := [key for key in before if key.endswith(".path") and key not in asked]):
         print(f"data: {job.directory} was prepared from files ({', '.join(copies)}), not from the hub", flush=True)

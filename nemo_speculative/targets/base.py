@@ -22,9 +22,9 @@ class TargetOutput:
     last_hidden_state: torch.Tensor
     """[B, L, h]: after the final norm, so that ``logits(last_hidden_state)`` predicts the next token."""
 
-    def of(self, share: ContextShard) -> "TargetOutput":
+    def of(self, shard: ContextShard) -> "TargetOutput":
         """The share of what was computed for a whole batch."""
-        return TargetOutput(share.take(self.aux_hidden_states), share.take(self.last_hidden_state))
+        return TargetOutput(shard.local(self.aux_hidden_states), shard.local(self.last_hidden_state))
 
 
 class Target(Protocol):

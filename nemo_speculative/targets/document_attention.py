@@ -40,12 +40,12 @@ _packed: ContextVar[tuple[tuple[int, ...], ContextShard]] = ContextVar(
 
 
 @contextmanager
-def packed_documents(lengths: Sequence[int], share: ContextShard = FULL_BATCH) -> Iterator[None]:
+def packed_documents(lengths: Sequence[int], shard: ContextShard = FULL_BATCH) -> Iterator[None]:
     """While it is open, the rows of a model with this attention hold documents of these lengths, row after row.
 
-    The model is given ``share`` of them.
+    The model is given ``shard`` of them.
     """
-    token = _packed.set((tuple(lengths), share))
+    token = _packed.set((tuple(lengths), shard))
     try:
         yield
     finally:
@@ -112,25 +112,25 @@ class _Plan:
 class DocumentMask:
     """What the tokens of packed rows see: their own document up to themselves, or the last ``window`` of that."""
 
-    def __init__(self, lengths: Sequence[int], window: int | None, share: ContextShard = FULL_BATCH):
+    def __init__(self, lengths: Sequence[int], window: int | None, shard: ContextShard = FULL_BATCH):
         """``lengths``: tokens of every document, padding's included, row after row."""
-        self.share = share
+        self.shard = shard
         self._lengths, self._window = lengths, window
         self._plans: dict[torch.device, _Plan] = {}
 
     def plan(self, device: torch.device) -> _Plan:
         """Made once for each device that holds layers."""
         if device not in self._plans:
-            parts = _parts(self._lengths, self.share)
+            parts = _parts(self._lengths, self.shard)
             pieces = _pieces(parts, self._window, MASKED_SCORES[device.type])
             self._plans[device] = _planned(_grouped(list(pieces)), self._window, device)
         return self._plans[device]
 
 
-def _parts(lengths: Sequence[int], share: ContextShard) -> Iterator[_Piece]:
+def _parts(lengths: Sequence[int], shard: ContextShard) -> Iterator[_Piece]:
     """What the share has of each document, behind all of the document's keys before it."""
     at = 0
-    for run in share.runs(sum(lengths)):
+    for run in shard.ranges(sum(lengths)):
         for length, end in zip(lengths, accumulate(lengths), strict=True):
             part = range(max(end - length, run.start), min(end, run.stop))
             if part:
@@ -208,8 +208,8 @@ def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool 
     """
     if use_vmap or (local_size is not None and local_size != getattr(config, "sliding_window", None)):
         raise NotImplementedError("attention by document knows causality and sliding windows alone")
-    lengths, share = _packed.get()
-    return DocumentMask(lengths, local_size, share)
+    lengths, shard = _packed.get()
+    return DocumentMask(lengths, local_size, shard)
 
 
 def attention_by_document(
@@ -239,7 +239,7 @@ def attention_by_document(
     if asked or dropout or not isinstance(attention_mask, DocumentMask):
         raise NotImplementedError(f"attention by document with {asked or dropout or type(attention_mask).__name__}")
     plan = attention_mask.plan(query.device)
-    keys, values = attention_mask.share.all_gather(_by_token(key), _by_token(value))
+    keys, values = attention_mask.shard.all_gather(_by_token(key), _by_token(value))
     queries = _by_token(query).index_select(0, plan.queries).split([call.pieces * call.queries for call in plan.calls])
     parts = zip(plan.calls, queries, strict=True)
     out = torch.cat([_attend(call, q, call.of(keys), call.of(values), scaling) for call, q in parts])

@@ -147,7 +147,7 @@ class TransformersTarget(EmbeddingAndHead):
         """
         if self._by_document:
             return self._supervise_by_document(batch)
-        if batch.share is not FULL_BATCH:
+        if batch.shard is not FULL_BATCH:
             raise UserError(
                 f"parallelism.context: {type(self.model).__name__} with {self._decoder.config._attn_implementation} "
                 "attention reads whole rows; use backend.attn_implementation=sdpa, or parallelism.context=1"
@@ -155,9 +155,9 @@ class TransformersTarget(EmbeddingAndHead):
         return TargetOutput(*self.forward(batch.input_ids, batch.positions))
 
     def _supervise_by_document(self, batch: Batch) -> TargetOutput:
-        share = batch.share.beside()
-        with self._attention(BY_DOCUMENT), packed_documents(batch.document_lengths(), share):
-            return TargetOutput(*self.forward(share.take(batch.input_ids), share.take(batch.positions)))
+        shard = batch.shard.for_prefetch()
+        with self._attention(BY_DOCUMENT), packed_documents(batch.document_lengths(), shard):
+            return TargetOutput(*self.forward(shard.local(batch.input_ids), shard.local(batch.positions)))
 
     def last_layers(self, count: int) -> Sequence[nn.Module]:
         return list(self.layers)[-count:]

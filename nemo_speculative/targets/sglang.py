@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.distributed.collectives import gathered
+from nemo_speculative.distributed.collectives import all_gather_ragged
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.utils.errors import UserError
@@ -51,7 +51,7 @@ class SGLangTarget(EmbeddingAndHead):
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
         """Positions that belong to no document are zeros."""
         with self._after_the_last():
-            return self._supervise(batch).of(batch.share)
+            return self._supervise(batch).of(batch.shard)
 
     @contextlib.contextmanager
     def _after_the_last(self) -> Iterator[None]:
@@ -112,7 +112,7 @@ def _of_all_ranks(own: list[list[int]]) -> Iterator[list[list[int]]]:
         return
     # As numbers: torch's collectives of objects unpickle what comes.
     packed = torch.tensor([len(own), *map(len, own), *chain.from_iterable(own)])
-    for rank, numbers in enumerate(gathered(packed)):
+    for rank, numbers in enumerate(all_gather_ragged(packed)):
         yield own if rank == dist.get_rank() else _texts(numbers.tolist())
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from nemo_speculative.distributed.collectives import limited
+from nemo_speculative.distributed.collectives import register_group
 from nemo_speculative.targets.placed import PlacedTarget
 
 
@@ -20,7 +20,7 @@ class ShardedTarget(PlacedTarget):
 
     def _mesh(self) -> DeviceMesh:
         # Of its own: what the draft's ranks tell each other comes in an order of its own.
-        return DeviceMesh.from_group(limited(dist.new_group()), self.device.type)
+        return DeviceMesh.from_group(register_group(dist.new_group()), self.device.type)
 
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         # It goes before the layers are gathered.

@@ -11,7 +11,7 @@ from transformers.integrations import tensor_parallel as transformers_tp
 
 from nemo_speculative.config.schema import TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.distributed.collectives import gathered, limited
+from nemo_speculative.distributed.collectives import all_gather_ragged, register_group
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.placed import PlacedTarget
 from nemo_speculative.utils.errors import UserError
@@ -33,7 +33,7 @@ class TensorParallelTarget(PlacedTarget):
 
     def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
         group, _ = dist.new_subgroups(TensorParallelHFBackendConfig(tp_size=tp_size).group(dist.get_world_size()))
-        self.group = limited(group)
+        self.group = register_group(group)
         super().__init__(path, **options)
 
     def _check(self, model: Any, layers: nn.ModuleList) -> None:
@@ -53,14 +53,14 @@ class TensorParallelTarget(PlacedTarget):
 
     def _compute(self, batch: Batch) -> TargetOutput:
         host, own = batch.on_host, dist.get_rank(self.group)
-        asked = gathered(torch.stack([host.input_ids, host.positions]), self.group)
+        asked = all_gather_ragged(torch.stack([host.input_ids, host.positions]), self.group)
         found = [
             self._kept(batch.whole if rank == own else _batch_of(*tokens).to(self.device), keep=rank == own)
             for rank, tokens in enumerate(asked)
         ]
         supervision = found[own]
         assert supervision is not None
-        return supervision.of(batch.share)
+        return supervision.of(batch.shard)
 
     def _kept(self, batch: Batch, keep: bool) -> TargetOutput | None:
         """None, and no memory, for what another rank asked for."""

@@ -30,7 +30,7 @@ from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.data.vocab_mapping import VocabMapping, coverage, vocabulary_of
 from nemo_speculative.data.vocab_selection import chosen_vocabulary
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.collectives import first_rank_first, is_first, on_first_rank, started
+from nemo_speculative.distributed.collectives import first_rank_first, is_first_rank, num_ranks, on_first_rank
 from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
 from nemo_speculative.distributed.parallelism import data_rank
 from nemo_speculative.evaluation.acceptance import measure_tau, question_prompts
@@ -83,7 +83,7 @@ def check_output_dir(job: TrainJob) -> None:
     """
     if not job.output_dir:
         raise UserError("output_dir is empty: name a directory for the run")
-    if is_first():
+    if is_first_rank():
         RunDirectory(job.output_dir).check_usable()
 
 
@@ -125,7 +125,7 @@ def check_resumed(job: TrainJob) -> None:
     Raises:
         UserError: it is not.
     """
-    if job.resume is Resume.auto and is_first():
+    if job.resume is Resume.auto and is_first_rank():
         check_newest(RunDirectory(job.output_dir), as_plain(job))
 
 
@@ -135,8 +135,8 @@ def check_ranks(job: TrainJob) -> None:
     Raises:
         UserError: it cannot.
     """
-    job.backend.share_of_layers(started())
-    job.data_ranks(started())
+    job.backend.share_of_layers(num_ranks())
+    job.data_ranks(num_ranks())
 
 
 def check_job(job: TrainJob, config: Any) -> tuple[int, int]:
@@ -154,7 +154,7 @@ def check_job(job: TrainJob, config: Any) -> tuple[int, int]:
     settle_draft(job, config)
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
     job.draft.check_positions(max_length)
-    job.backend.check_target(config, started())
+    job.backend.check_target(config, num_ranks())
     if job.parallelism.context > 1:
         check_sharing(config)
     return max_length, row_tokens

@@ -17,7 +17,7 @@ from nemo_speculative.config.schema import CaptureJob, FeatureDtype
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate, pack
-from nemo_speculative.distributed.collectives import end_in_own_time, on_first_rank
+from nemo_speculative.distributed.collectives import ignore_sigterm, on_first_rank
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.cached.budget import Budget
@@ -157,7 +157,7 @@ def _together(work: Callable[[], None]) -> None:
         work()
     except UserError as error:
         failure = error
-        end_in_own_time()
+        ignore_sigterm()
     if _any_rank(failure is not None):
         raise failure or PeerLostError("another rank failed; its message says why")
 

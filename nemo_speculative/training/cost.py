@@ -64,7 +64,7 @@ class Amount:
         layout = schedule.layout
         # The target's own, which the draft need not be told.
         all_gather = layout.host_positions.double() + 1
-        pairs = all_gather[layout.share.flat(torch.arange(len(layout.positions)))]
+        pairs = all_gather[layout.shard.to_global(torch.arange(len(layout.positions)))]
         return cls(
             tokens=len(schedule.layout.positions),
             all_gather=schedule.batch.num_tokens,

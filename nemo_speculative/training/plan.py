@@ -15,7 +15,7 @@ from nemo_speculative.data.packing import pack
 from nemo_speculative.data.token_store import Tokenizing, stored_documents
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset, preview
 from nemo_speculative.data.vocab_mapping import build_vocabulary
-from nemo_speculative.distributed.collectives import started
+from nemo_speculative.distributed.collectives import num_ranks
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
@@ -76,16 +76,16 @@ def describe(job: TrainJob) -> str:
 
 def _layout(job: TrainJob, target: TargetCost) -> str:
     """How processes share the work."""
-    (replicate, shard), context = job.parallelism.sizes(started()), job.parallelism.context
+    (replicate, shard), context = job.parallelism.sizes(num_ranks()), job.parallelism.context
     chosen = "the draft whole" if shard * context == 1 else f"the draft in {shard * context} shards"
     copies = f", {replicate} times" if replicate > 1 else ""
     shared = f"; {context} share each row" if context > 1 else ""
-    return f"{started()} process(es): {chosen}{copies}{shared}; each holds {_held(job, target)}"
+    return f"{num_ranks()} process(es): {chosen}{copies}{shared}; each holds {_held(job, target)}"
 
 
 def _held(job: TrainJob, target: TargetCost) -> str:
     """What a process holds of the target, beside what it gathers for a time."""
-    layers = job.backend.share_of_layers(started())
+    layers = job.backend.share_of_layers(num_ranks())
     ends = layers if job.backend.SHARDS_EMBEDDING_AND_HEAD else 1.0
     entries = layers * (target.parameters - target.end_parameters) + ends * target.end_parameters
     if not layers:
@@ -162,7 +162,7 @@ def _stream(job: TrainJob, documents: TokenizedDataset, row_tokens: int) -> Pack
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=0,
         seed=job.seed,
-        world_size=job.data_ranks(started()),
+        world_size=job.data_ranks(num_ranks()),
     )
 
 
@@ -170,7 +170,7 @@ def _time_lines(job: TrainJob, found: Prediction, steps: int, device: torch.devi
     where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
     shares = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in found.multiply_adds.items() if value)
     ways = {"online": found.online, "cached": found.cached}
-    if not job.backend.share_of_layers(started()):
+    if not job.backend.share_of_layers(num_ranks()):
         del ways["online"]
     said = "; ".join(
         f"{name} {_seconds(seconds)} a step, {found.tokens / seconds:.0f} tokens/s, {_seconds(steps * seconds)} in all"
@@ -179,7 +179,8 @@ def _time_lines(job: TrainJob, found: Prediction, steps: int, device: torch.devi
     return [
         f"time      on this device ({where}), measured on a piece of a step: {said}",
         "          (cached: without the target's forward, and before features are read; neither has validation,"
-        f" checkpoints{', communication' if started() > 1 else ''}{', torch.compile' if job.trainer.compile else ''})",
+        f" checkpoints{', communication' if num_ranks() > 1 else ''}"
+        f"{', torch.compile' if job.trainer.compile else ''})",
         f"work      a step's multiply-adds on a rank, in 10^9: {shares}",
     ]
 
@@ -201,4 +202,6 @@ def _memory_lines(found: Memory) -> list[str]:
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items() if size)
     cached = f", {_bytes(found.cached)} cached; online" if found.cached is not None else ""
     more = f"; allocator and libraries hold some {_bytes(found.besides)} more" if found.besides else ""
-    return [f"memory    about {_bytes(found.online)} of tensors a device on {started()} rank(s){cached}: {parts}{more}"]
+    return [
+        f"memory    about {_bytes(found.online)} of tensors a device on {num_ranks()} rank(s){cached}: {parts}{more}"
+    ]

@@ -12,7 +12,7 @@ from nemo_speculative.algorithms.common.draft import Draft, DraftShape
 from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.distributed.collectives import started
+from nemo_speculative.distributed.collectives import num_ranks
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls
 from nemo_speculative.training.cost import FLOAT32, Amount, DraftCost, TargetCost
@@ -108,7 +108,7 @@ def measure(job: TrainJob, models: Models, config: Any, shape: DraftShape, batch
 def memory(job: TrainJob, models: Models, amounts: list[Amount], device: torch.device) -> Memory:
     """Of one device, at its peak on the largest of ``amounts``."""
     largest = max(amounts, key=lambda amount: models.draft.kept_bytes(amount, 1))
-    ranks = started()
+    ranks = num_ranks()
     _, shard = job.parallelism.sizes(ranks)
     place = Placement(
         ranks=ranks,

@@ -115,8 +115,8 @@ class InTurn:
         return partial(self._read, batch)
 
     def _read(self, batch: Batch) -> TargetOutput:
-        timed = contextlib.nullcontext if self.target.collective else self.clock.alone
-        with self.clock.part("target"), timed():
+        timed = contextlib.nullcontext if self.target.collective else self.clock.local
+        with self.clock.section("target"), timed():
             return self.target.compute_hidden_states(batch)
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class OnSideStream:
     def start(self, batch: Batch) -> Wait:
         # The batch arrives on the draft's stream; and no more than one step's outputs wait there.
         self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side), self.clock.part("target"), self.clock.alone():
+        with torch.cuda.stream(self.side), self.clock.section("target"), self.clock.local():
             return partial(_received, self.target.compute_hidden_states(batch), self.side.record_event())
 
     def close(self) -> None:
@@ -167,7 +167,7 @@ class InThreads:
         Raises:
             Interrupted: the run was asked to stop, and there is no answer.
         """
-        with self.clock.part("target"):
+        with self.clock.section("target"):
             while not wait([asked], LOOK_SECONDS).done:
                 if self.stop.is_set() and not wait([asked], STOP_SECONDS).done:
                     raise Interrupted(

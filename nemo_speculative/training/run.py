@@ -4,9 +4,9 @@ from contextlib import closing
 from functools import partial
 
 from nemo_speculative.config.schema import Resume, TrainJob
-from nemo_speculative.distributed.collectives import first_rank_first, is_first, on_first_rank
-from nemo_speculative.distributed.health import Heartbeat, lost_ranks_named
-from nemo_speculative.distributed.parallelism import context, fast_float32_matmuls, process_group
+from nemo_speculative.distributed.collectives import first_rank_first, is_first_rank, on_first_rank
+from nemo_speculative.distributed.health import Heartbeat, report_lost_ranks
+from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
 from nemo_speculative.training import build
 from nemo_speculative.training.finish import measure_and_summarize, save_questions
 from nemo_speculative.training.plan import describe
@@ -21,7 +21,7 @@ def train(job: TrainJob) -> None:
         SystemExit: asked to stop; a checkpoint was saved.
     """
     if job.plan:
-        return print(describe(job)) if is_first() else None
+        return print(describe(job)) if is_first_rank() else None
     build.check_output_dir(job)
     build.check_target(job)
     build.check_resumed(job)
@@ -30,7 +30,7 @@ def train(job: TrainJob) -> None:
     with (
         process_group(device, job.parallelism) as dims,
         closing(Heartbeat(partial(print, flush=True))) as heartbeat,
-        lost_ranks_named(heartbeat),
+        report_lost_ranks(heartbeat),
     ):
         with (
             fast_float32_matmuls(device),
@@ -43,12 +43,12 @@ def train(job: TrainJob) -> None:
             vocabulary = first_rank_first(partial(build.build_draft_vocabulary, job, target, data.training))
             build.announce(data, vocabulary)
             draft = build.build_draft(job, target, vocabulary)
-            objective = build.build_objective(job, target, context(dims))
+            objective = build.build_objective(job, target, context_group(dims))
             run = build.prepare_run(job)
             trainer = build.build_trainer(
                 job, target=target, draft=draft, objective=objective, data=data, run=run, dims=dims, device=device
             )
-            heartbeat.where = trainer.place
+            heartbeat.get_progress = trainer.progress
             with closing(trainer):
                 if job.resume is Resume.auto:
                     trainer.resume()

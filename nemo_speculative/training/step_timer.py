@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and the memory it takes."""
+"""Time of the sections of a training step, and peak memory."""
 
 import contextlib
 import resource
@@ -10,44 +10,44 @@ from typing import NamedTuple
 import torch
 
 GIB = 1 << 30
+LOCAL = "rank-local"
 
 
-OF_ITS_OWN = "of its own"
-
-
-class Lap(NamedTuple):
-    """Of the time since the lap before."""
+class StepTimes(NamedTuple):
+    """Times since the last :meth:`StepTimer.reset`."""
 
     wall: float
     """Seconds."""
     shares: dict[str, float]
-    """Of each part."""
-    alone: float
-    """Seconds of what waited for no other rank."""
+    """Share of the wall time per section."""
+    local: float
+    """Seconds of rank-local work (outside collectives)."""
 
 
 class StepTimer:
-    """Seconds spent in named parts since the last :meth:`lap`; on CUDA by events, without a synchronisation."""
+    """Measures named sections since the last :meth:`reset`; on CUDA by events, without synchronization."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._since = time.perf_counter()
-        self.turns, self.current = 0, ""
-        """Parts that were entered or left so far, and the one that is under way."""
+        self.sections, self.current = 0, ""
+        """Number of sections entered or left so far, and the name of the current one."""
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Counts what happens inside towards ``name``."""
-        self._turn(name)
-        yield from self._timed(name)
-        self._turn("")
+    def section(self, name: str) -> Iterator[None]:
+        """Counts the time inside towards ``name``."""
+        self.sections, self.current = self.sections + 1, name
+        yield from self._measure(name)
+        self.sections, self.current = self.sections + 1, ""
 
-    def _turn(self, part: str) -> None:
-        self.turns, self.current = self.turns + 1, part
+    @contextlib.contextmanager
+    def local(self) -> Iterator[None]:
+        """Counts the time inside, part of a section, as rank-local: it waits for no other rank."""
+        yield from self._measure(LOCAL)
 
-    def _timed(self, name: str) -> Iterator[None]:
+    def _measure(self, name: str) -> Iterator[None]:
         if self.cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -60,36 +60,31 @@ class StepTimer:
             self._seconds[name] += time.perf_counter() - started
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Counts what happens inside, within a part, as computed without waiting for another rank."""
-        yield from self._timed(OF_ITS_OWN)
-
-    @contextlib.contextmanager
-    def left_out(self) -> Iterator[None]:
-        """What happens inside belongs to no lap."""
+    def excluded(self) -> Iterator[None]:
+        """Leaves the time inside out of the wall time."""
         started = time.perf_counter()
         try:
             yield
         finally:
             self._since += time.perf_counter() - started
 
-    def lap(self) -> Lap:
-        """What was counted since the last one."""
+    def reset(self) -> StepTimes:
+        """Returns the times since the last call and starts again from zero."""
         if self.cuda:
             torch.cuda.synchronize()
             for name, start, end in self._events:
                 self._seconds[name] += start.elapsed_time(end) / 1000
         now = time.perf_counter()
         wall, self._since = now - self._since, now
-        alone = self._seconds.pop(OF_ITS_OWN, 0.0)
+        local = self._seconds.pop(LOCAL, 0.0)
         shares = {name: seconds / max(wall, 1e-9) for name, seconds in self._seconds.items()}
         self._seconds.clear()
         self._events.clear()
-        return Lap(wall, shares, alone)
+        return StepTimes(wall, shares, local)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory taken so far: of the CUDA device, else of this process."""
+    """Peak memory so far: that of the CUDA device, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -22,9 +22,14 @@ from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.health import Place
-from nemo_speculative.distributed.parallelism import data_rank, exchange, gather_ahead, limit_waits, shard_draft
-from nemo_speculative.distributed.stragglers import StragglerDetector
+from nemo_speculative.distributed.health import Progress, StragglerDetector
+from nemo_speculative.distributed.parallelism import (
+    data_rank,
+    limit_collective_waits,
+    set_gradient_sync,
+    shard_draft,
+    start_unshard,
+)
 from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.training.checkpointer import Checkpointer
 from nemo_speculative.training.ema import WeightAverage
@@ -39,7 +44,7 @@ EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}
 """Of a run that was asked to stop and has saved: a scheduler that takes its machine back starts it anew."""
 
 
-class Trainee(nn.Module):
+class TTTModule(nn.Module):
     """What FSDP wraps: one forward is one loss, so that the parameters are gathered once per micro-batch."""
 
     def __init__(
@@ -96,7 +101,7 @@ class DraftTrainer:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         dtype = getattr(torch, job.trainer.dtype.value)
         self.clock, self.pace, self.learning_rate = StepTimer(device), StragglerDetector(reporter.say), 0.0
-        trainee = Trainee(draft.to(device), objective, self.clock.alone)
+        trainee = TTTModule(draft.to(device), objective, self.clock.local)
         self.trainee = shard_draft(trainee, parallel_dims, dtype, job.parallelism.offload)
         self.optimizers = build_optimizers(job.optimizer, self.trainee)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
@@ -127,7 +132,7 @@ class DraftTrainer:
             UserError: a loss is not finite, or no target server answers, be it after an interrupt; nothing is saved.
             SystemExit: asked to stop, with status 130 by SIGINT, 0 by SIGTERM.
         """
-        limit_waits(self.parallel_dims, max(self.config.timeout_seconds, self.job.backend.longest_wait))
+        limit_collective_waits(self.parallel_dims, max(self.config.timeout_seconds, self.job.backend.longest_wait))
         handlers = {number: signal.signal(number, self._ask_to_stop) for number in EXIT_STATUS}
         try:
             with self._profiler() as profiler:
@@ -142,9 +147,9 @@ class DraftTrainer:
         self._asked.add(number)
         self._stop.set()
 
-    def place(self) -> Place:
+    def progress(self) -> Progress:
         """Where this rank stands, for the others."""
-        return Place(self.clock.turns, self.step, self.clock.current)
+        return Progress(self.clock.sections, self.step, self.clock.current)
 
     def _profiler(self) -> titan.Profiler:
         config = titan.Profiler.Config(enable_profiling=self.config.profile, save_traces_folder="profile")
@@ -154,7 +159,7 @@ class DraftTrainer:
         sums, grad_norm, tokens, told = self.train_step()
         self.reporter.count_tokens(tokens)
         if told.written:
-            with self.clock.left_out():
+            with self.clock.excluded():
                 self._finish_save()
         last = self.step == self.total_steps
         ending = last or told.asked is not None
@@ -165,7 +170,7 @@ class DraftTrainer:
             metrics = self._train_metrics(sums, grad_norm) | (self.validate() if validate else {})
             self._report_and_save(metrics, save, wait=ending or not self.config.async_save)
             # What validation, measurement and saving took is no part of the steps that follow.
-            self.clock.lap()
+            self.clock.reset()
         if told.asked:
             self.reporter.say(f"interrupted: saved step {self.step}; go on with resume=auto")
             raise SystemExit(EXIT_STATUS[told.asked])
@@ -177,21 +182,21 @@ class DraftTrainer:
             This rank's sums of metrics, the gradient's norm before clipping, this rank's tokens, and what all ranks
             have told each other.
         """
-        with self.clock.part("data"):
+        with self.clock.section("data"):
             taken = self.feed.take()
             self.position = taken
             told = self._over_all_ranks(taken.counts)
-        gather_ahead(self.trainee)
+        start_unshard(self.trainee)
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for schedule, supervision in self.ahead.over(taken.schedules, lambda: self.feed.peek().schedules):
-            with self.clock.part("draft"):
-                exchange(self.trainee, last=len(losses) + 1 == len(taken.schedules))
+            with self.clock.section("draft"):
+                set_gradient_sync(self.trainee, last=len(losses) + 1 == len(taken.schedules))
                 out = self.trainee(schedule, supervision, told.counts)
                 out.loss.backward()
             losses.append(out.loss.detach())
             sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
-        with self.clock.part("draft"):
+        with self.clock.section("draft"):
             grad_norm = titan.clip_grad_norm_(self.trainee.parameters(), self.job.optimizer.clip_norm)
             self.learning_rate = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
             self.optimizers.step()
@@ -243,14 +248,14 @@ class DraftTrainer:
         metrics = {f"train/{name}": value for name, value in learned.items()}
         metrics["train/lr"] = self.learning_rate
         metrics["train/grad_norm"] = float(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
-        lap = self.clock.lap()
+        lap = self.clock.reset()
         supervised = float(reduce_sums({"count": sums["count"]})["count"][0])
         rows = self.config.global_batch_size * self.stream.row_tokens
         return (
             metrics
             | self.reporter.performance(lap.wall, lap.shares, data_rank(self.parallel_dims)[1])
             # Ranks that share rows wait for each other in all that they compute.
-            | (self.pace.compare(self.step, lap.alone) if self.job.parallelism.context == 1 else {})
+            | (self.pace.compare(self.step, lap.local) if self.job.parallelism.context == 1 else {})
             | {
                 "data/epoch": self.position.epoch,
                 "data/rows": self.position.state["rows_consumed"],

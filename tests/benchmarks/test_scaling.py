@@ -38,7 +38,7 @@ from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
 from nemo_speculative.training.prediction import Models
-from nemo_speculative.training.trainer import Trainee
+from nemo_speculative.training.trainer import TTTModule
 from tests.conftest import make_tokenizer
 from tests.training.ranks import on_ranks
 
@@ -204,7 +204,7 @@ def exchanged(directory):
     """Bytes of the collectives of keys and values that a step takes: of the target, the draft, and its gradients."""
     titan.bind_device("cpu")
     dims = parallelism.mesh(ParallelismConfig(shard=-1, context=dist.get_world_size()))
-    ranks, found = parallelism.context(dims), {}
+    ranks, found = parallelism.context_group(dims), {}
     target = HFTarget(directory, aux_layers=[1, 2, 3], dtype=torch.bfloat16)
     for name, config in SHARED.items():
         seen = {"target": 0, "draft": 0, "gradients": 0}
@@ -218,7 +218,7 @@ def exchanged(directory):
 
 def gathered(seen, ranks, collective=context_parallel._all_gather):
     def counted(out, given, group):
-        seen["target" if group is ranks.group_beside else "draft"] += out.nbytes
+        seen["target" if group is ranks.prefetch_group else "draft"] += out.nbytes
         assert given.nbytes * group.size() == out.nbytes
         collective(out, given, group=group)
 
@@ -236,7 +236,7 @@ def scattered(seen, collective=context_parallel._reduce_scatter):
 def train(draft, objective, target, dims):
     """A step, as the trainer takes it."""
     draft.set_vocab_mapping(VocabMapping(torch.arange(48), TINY.vocab_size, 1.0))
-    trainee = parallelism.shard_draft(Trainee(draft.attach(target), objective), dims, torch.bfloat16)
+    trainee = parallelism.shard_draft(TTTModule(draft.attach(target), objective), dims, torch.bfloat16)
     schedules = [objective.schedule(tiny_batch()) for _ in range(MICRO_BATCHES)]
     assert all(len(schedule.parts) > 1 for schedule in schedules)
     for schedule in schedules:

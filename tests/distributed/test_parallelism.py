@@ -1,4 +1,4 @@
-"""How a draft lies on several ranks changes nothing that it learns, and no more is exchanged than has to be."""
+"""The layout of a draft over ranks changes no loss or gradient, and communication is minimal."""
 
 import os
 from contextlib import nullcontext
@@ -11,22 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, waiting_group
+from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, first_rank_waiting_group
 from nemo_speculative.distributed.parallelism import (
     check_restarts,
-    context,
+    context_group,
     data_rank,
-    exchange,
-    gather_ahead,
-    limit_waits,
+    limit_collective_waits,
     mesh,
     process_group,
+    set_gradient_sync,
     shard_draft,
+    start_unshard,
 )
 from nemo_speculative.targets.sharded import ShardedTarget
 from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
 from nemo_speculative.training.build import check_sharing
-from nemo_speculative.training.trainer import Trainee
+from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.errors import UserError
 from tests.algorithms.objectives.cases import eagle, eagle3, lay_out, make_documents
 from tests.training.ranks import on_ranks
@@ -45,11 +45,11 @@ LAYOUTS = {
     },
 }
 ROWS = [[[14, 9], [21, 5]], [[30], [11, 11]], [[8, 8, 8], [25]], [[17, 12], [26]]]
-"""Lengths of documents: of eight rows of 32 tokens, in pairs."""
+"""Lengths of the documents of eight rows of 32 tokens, in pairs of rows."""
 
 
-class Exchanges(TorchDispatchMode):
-    """Counts the collectives that it sees."""
+class CollectiveCounter(TorchDispatchMode):
+    """Counts collectives by name."""
 
     def __init__(self):
         super().__init__()
@@ -68,28 +68,34 @@ def rows():
 
 
 def one_step(case, config, dtype=torch.float32):
-    """Loss and whole gradient of the global batch, and what was exchanged for it."""
+    """Loss and full gradient of the global batch, and the collectives it took."""
     dims = mesh(ParallelismConfig(**config))
-    alone, goal = case.make_objective(), case.make_objective(context=context(dims))
-    trainee = shard_draft(Trainee(case.make_draft(), goal), dims, dtype, config.get("offload", False))
+    alone, goal = case.make_objective(), case.make_objective(context=context_group(dims))
+    module = shard_draft(TTTModule(case.make_draft(), goal), dims, dtype, config.get("offload", False))
     rank, ranks = data_rank(dims)
     torch.manual_seed(0)
-    made = [lay_out(layout, 32) for layout in rows()]
-    counts = sum(alone.schedule(batch).counts for batch, _ in made)
-    mine = [(goal.schedule(batch), supervision) for batch, supervision in made[rank::ranks]]
+    batches = [lay_out(layout, 32) for layout in rows()]
+    counts = sum(alone.schedule(batch).counts for batch, _ in batches)
+    micro_batches = [(goal.schedule(batch), supervision) for batch, supervision in batches[rank::ranks]]
     loss = torch.zeros(())
-    with Exchanges() as exchanged:
-        gather_ahead(trainee)
-        for n, (schedule, supervision) in enumerate(mine):
-            exchange(trainee, last=n + 1 == len(mine))
-            out = trainee(schedule, supervision.of(schedule.batch.share), counts)
+    with CollectiveCounter() as collectives:
+        start_unshard(module)
+        for n, (schedule, supervision) in enumerate(micro_batches):
+            set_gradient_sync(module, last=n + 1 == len(micro_batches))
+            out = module(schedule, supervision.of(schedule.batch.shard), counts)
             out.loss.backward()
             loss += out.loss.detach()
-    norm = titan.clip_grad_norm_(trainee.parameters(), 1e9)
+    norm = titan.clip_grad_norm_(module.parameters(), 1e9)
     dist.all_reduce(loss)
-    gradients = {n.removeprefix("draft."): whole(p.grad).clone() for n, p in trainee.named_parameters()}
-    shards = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in trainee.parameters())
-    return {"loss": loss, "norm": whole(norm), "gradients": gradients, "shards": shards, "exchanged": exchanged.counts}
+    gradients = {n.removeprefix("draft."): whole(p.grad).clone() for n, p in module.named_parameters()}
+    shards = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.parameters())
+    return {
+        "loss": loss,
+        "norm": whole(norm),
+        "gradients": gradients,
+        "shards": shards,
+        "collectives": collectives.counts,
+    }
 
 
 def whole(x):
@@ -99,16 +105,16 @@ def whole(x):
 def all_layouts():
     layouts = LAYOUTS[dist.get_world_size()]
     titan.bind_device("cpu")
-    found = {f"{case}, {name}": one_step(CASES[case], config) for case in CASES for name, config in layouts.items()}
+    results = {f"{case}, {name}": one_step(CASES[case], config) for case in CASES for name, config in layouts.items()}
     whole_rows = [name for name in layouts if "context" not in layouts[name]]
-    return found | {
+    return results | {
         f"bfloat16, {name}": one_step(CASES["eagle3"], layouts[name], torch.bfloat16) for name in whole_rows
     }
 
 
 @pytest.fixture(scope="module")
-def found():
-    """What the first rank found, by the number of ranks."""
+def results():
+    """Results of rank 0, by the number of ranks."""
     return {ranks: on_ranks(ranks, all_layouts)[0] for ranks in LAYOUTS}
 
 
@@ -117,14 +123,14 @@ WHICH = [
     for ranks, layouts in LAYOUTS.items()
     for case in (*CASES, "bfloat16")
     for name, config in layouts.items()
-    # Of a part of a row bfloat16 gives another gradient, by a rounding.
+    # In bfloat16 part of a row rounds to another gradient than the whole.
     if case != "bfloat16" or "context" not in config
 ]
 
 
 @pytest.mark.parametrize("ranks, case, layout", WHICH)
-def test_loss_and_gradients_are_those_of_one_rank(found, ranks, case, layout):
-    one, many = found[1][f"{case}, single"], found[ranks][f"{case}, {layout}"]
+def test_loss_and_gradients_are_those_of_one_rank(results, ranks, case, layout):
+    one, many = results[1][f"{case}, single"], results[ranks][f"{case}, {layout}"]
     torch.testing.assert_close(many["loss"], one["loss"], rtol=1e-6, atol=0)
     torch.testing.assert_close(many["norm"], one["norm"], rtol=1e-6, atol=0)
     for name, expected in one["gradients"].items():
@@ -132,23 +138,23 @@ def test_loss_and_gradients_are_those_of_one_rank(found, ranks, case, layout):
         assert error <= 1e-6 * max(expected.abs().max(), one["norm"] * 1e-2), name
 
 
-def test_bfloat16_is_what_is_computed_in(found):
-    assert found[1]["bfloat16, single"]["loss"] != found[1]["eagle3, single"]["loss"]
+def test_bfloat16_is_the_compute_dtype(results):
+    assert results[1]["bfloat16, single"]["loss"] != results[1]["eagle3, single"]["loss"]
 
 
 @pytest.mark.parametrize("ranks, layout, share", [(2, "fsdp2", 2), (2, "ddp", 1), (4, "fsdp2", 4), (4, "hsdp", 2)])
-def test_a_rank_holds_its_share_of_the_draft(found, ranks, layout, share):
-    whole_draft = found[1]["eagle3, single"]["shards"]
-    assert found[ranks][f"eagle3, {layout}"]["shards"] == pytest.approx(whole_draft / share, rel=0.05)
+def test_a_rank_holds_its_shard_of_the_draft(results, ranks, layout, share):
+    whole_draft = results[1]["eagle3, single"]["shards"]
+    assert results[ranks][f"eagle3, {layout}"]["shards"] == pytest.approx(whole_draft / share, rel=0.05)
 
 
 @pytest.mark.parametrize("ranks, layout, replicas", [(2, "fsdp2", 0), (4, "fsdp2", 0), (4, "hsdp", 1), (4, "ddp", 1)])
-def test_a_step_of_several_micro_batches_gathers_and_reduces_once(found, ranks, layout, replicas):
-    exchanged, sharded = found[ranks][f"eagle3, {layout}"]["exchanged"], int(layout != "ddp")
-    gathered = sum(count for name, count in exchanged.items() if "allgather" in name or "all_gather" in name)
-    scattered = sum(count for name, count in exchanged.items() if "reduce_scatter" in name)
-    reduced = sum(count for name, count in exchanged.items() if "allreduce" in name or "all_reduce" in name)
-    assert (gathered, scattered, reduced) == (sharded, sharded, replicas), exchanged
+def test_a_step_of_several_micro_batches_gathers_and_reduces_once(results, ranks, layout, replicas):
+    counts, sharded = results[ranks][f"eagle3, {layout}"]["collectives"], int(layout != "ddp")
+    gathered = sum(count for name, count in counts.items() if "allgather" in name or "all_gather" in name)
+    scattered = sum(count for name, count in counts.items() if "reduce_scatter" in name)
+    reduced = sum(count for name, count in counts.items() if "allreduce" in name or "all_reduce" in name)
+    assert (gathered, scattered, reduced) == (sharded, sharded, replicas), counts
 
 
 @pytest.mark.parametrize(
@@ -162,40 +168,42 @@ def test_a_step_of_several_micro_batches_gathers_and_reduces_once(found, ranks, 
         ({"replicate": 2, "shard": -1, "context": 2}, 16, (2, 4)),
     ],
 )
-def test_what_is_left_open_is_what_the_others_leave(config, ranks, sizes):
+def test_a_size_of_minus_one_is_inferred(config, ranks, sizes):
     assert ParallelismConfig(**config).sizes(ranks) == sizes
 
 
 @pytest.mark.parametrize(
     "config, ranks", [({}, 2), ({"shard": 3}, 4), ({"replicate": -1, "shard": 8}, 4), ({"context": 2, "shard": -1}, 3)]
 )
-def test_sizes_that_do_not_multiply_to_the_ranks_are_refused(config, ranks):
+def test_sizes_that_do_not_multiply_to_the_ranks_are_rejected(config, ranks):
     with pytest.raises(UserError, match=rf"parallelism: replicate=.*do not multiply to the {ranks} process"):
         ParallelismConfig(**config).sizes(ranks)
 
 
-def test_only_one_size_can_be_left_open():
+def test_only_one_size_can_be_inferred():
     with pytest.raises(UserError, match=r"parallelism.replicate and parallelism.shard are both -1"):
         ParallelismConfig(replicate=-1, shard=-1)
 
 
 @pytest.mark.parametrize("ranks, config", [(64, {"replicate": -1, "shard": 8}), (512, {"shard": -1, "context": 8})])
-def test_ranks_that_share_rows_are_neighbours(ranks, config, fake_ranks):
+def test_ranks_that_share_rows_are_neighbors(ranks, config, fake_ranks):
     """torch's fake backend: a mesh of any size in one process."""
-    seen = []
+    ranks_seen = []
     for rank in (0, 1, 7, 8, ranks - 1):
         fake_ranks(rank, ranks)
         dims = mesh(ParallelismConfig(**config))
-        seen.append(data_rank(dims))
+        ranks_seen.append(data_rank(dims))
         names = ["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else ["fsdp"]
         assert [dims.get_mesh(name).size() for name in names] == ([8, 8] if ranks == 64 else [512])
     context = config.get("context", 1)
-    assert seen == [(rank // context, ranks // context) for rank in (0, 1, 7, 8, ranks - 1)]
+    assert ranks_seen == [(rank // context, ranks // context) for rank in (0, 1, 7, 8, ranks - 1)]
 
 
 @pytest.mark.parametrize("rope_type, refused", [("yarn", False), ("dynamic", True), ("longrope", True)])
 @pytest.mark.parametrize("nested", [False, True])
-def test_frequencies_that_follow_the_longest_position_are_refused_where_ranks_share_rows(rope_type, refused, nested):
+def test_frequencies_that_depend_on_the_longest_position_are_rejected_under_context_parallelism(
+    rope_type, refused, nested
+):
     rope = {"rope_type": rope_type, "factor": 4.0}
     parameters = {"sliding_attention": {"rope_type": "default"}, "full_attention": rope} if nested else rope
     with (
@@ -208,7 +216,7 @@ def test_frequencies_that_follow_the_longest_position_are_refused_where_ranks_sh
 
 @pytest.fixture
 def fake_ranks():
-    """Makes this process one of so many ranks that only seem to be there."""
+    """Makes this process one rank of torch's fake backend."""
     titan.bind_device("cpu")
 
     def become(rank, ranks):
@@ -220,7 +228,7 @@ def fake_ranks():
     dist.destroy_process_group()
 
 
-def test_a_launcher_that_would_start_a_group_again_in_the_store_of_the_one_before_is_refused(monkeypatch):
+def test_a_launcher_that_restarts_ranks_with_the_same_store_is_rejected(monkeypatch):
     check_restarts()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -230,45 +238,45 @@ def test_a_launcher_that_would_start_a_group_again_in_the_store_of_the_one_befor
     check_restarts()
 
 
-def jobs_of_one_process():
-    """How many ranks each job of a process has that nobody launched, on a machine that knows of a master."""
+def world_sizes_without_launcher():
+    """World sizes of two jobs of a process without a launcher, where MASTER_ADDR is set."""
     os.environ.pop("WORLD_SIZE", None)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.destroy_process_group()
-    found = []
+    sizes = []
     for _ in range(2):
         with process_group(torch.device("cpu"), ParallelismConfig()):
-            found.append(dist.get_world_size())
+            sizes.append(dist.get_world_size())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return found
+    return sizes
 
 
-def test_a_process_that_was_not_launched_is_a_job_of_its_own_whatever_the_environment_says_of_a_master():
-    assert on_ranks(1, jobs_of_one_process) == [[1, 1]]
+def test_a_process_without_launcher_is_a_job_of_one_rank_even_if_master_addr_is_set():
+    assert on_ranks(1, world_sizes_without_launcher) == [[1, 1]]
 
 
-def test_one_of_several_processes_that_nobody_launched_is_told_so(monkeypatch):
+def test_several_processes_without_master_addr_are_rejected(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"WORLD_SIZE=4, but MASTER_ADDR is not set: start with torchrun or .*launch"):
         process_group(torch.device("cpu"), ParallelismConfig(shard=-1)).__enter__()
 
 
-def seconds_of_groups(path):
-    """How long a rank is waited for in each group there is, when a training begins; gloo's own word."""
+def group_timeouts(path):
+    """Timeout of every gloo group once a training starts, in seconds."""
     titan.bind_device("cpu")
-    with waiting_group():
+    with first_rank_waiting_group():
         dims = mesh(ParallelismConfig(context=2))
-        kept = context(dims), ShardedTarget(path, aux_layers=[]), TensorParallelTarget(path, aux_layers=[])
-        limit_waits(dims, 40)
+        keep_alive = context_group(dims), ShardedTarget(path, aux_layers=[]), TensorParallelTarget(path, aux_layers=[])
+        limit_collective_waits(dims, 40)
         groups = [group for group in dist.distributed_c10d._world.pg_map if dist.get_backend(group) == "gloo"]
-        found = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
-    del kept
-    return found
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    del keep_alive
+    return timeouts
 
 
-def test_in_every_group_but_the_patient_one_a_rank_is_waited_for_only_so_long(target_dir):
-    for found in on_ranks(2, seconds_of_groups, target_dir):
-        found.remove(FIRST_RANK_TIMEOUT.total_seconds())
-        # The default group, that of the target beside the draft's context, and those of both targets held together.
-        assert len(found) >= 4 and set(found) == {40.0}, found
+def test_a_training_sets_the_timeout_of_every_group_but_rank_0s_own(target_dir):
+    for timeouts in on_ranks(2, group_timeouts, target_dir):
+        timeouts.remove(FIRST_RANK_TIMEOUT.total_seconds())
+        # The default group, the prefetch group of context parallelism, and the groups of both distributed targets.
+        assert len(timeouts) >= 4 and set(timeouts) == {40.0}, timeouts

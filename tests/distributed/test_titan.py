@@ -1,15 +1,15 @@
-"""torchtitan's leaves are used on torch releases that it was not made for: what we import must be there."""
+"""torchtitan's components are used with torch releases that it was not made for: all imports must exist."""
 
 import torch
 
 from nemo_speculative.distributed import titan
 
 
-def test_every_name_that_we_take_is_there():
+def test_every_imported_name_exists():
     assert all(getattr(titan, name) is not None for name in titan.__all__)
 
 
-def test_the_device_is_bound_wherever_torchtitan_copied_it():
+def test_the_device_is_bound_in_every_torchtitan_module():
     import torchtitan.distributed.parallel_dims as parallel_dims
     import torchtitan.distributed.utils as utils
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
 from nemo_speculative.checkpoint.run_dir import RunDirectory
-from nemo_speculative.distributed import stragglers
+from nemo_speculative.distributed import health
 from nemo_speculative.distributed.health import Heartbeat
 from nemo_speculative.generate_data.append_log import AppendLog
 from nemo_speculative.targets.hf import HFTarget
@@ -195,7 +195,7 @@ def poison_from(step):
 
 if __name__ == "__main__":
     training.Heartbeat = partial(Heartbeat, beat=0.3, stall=1.0)
-    stragglers.STEPS, stragglers.SLOWER = 3, 1.2
+    health.COMPARED_STEPS, health.SLOW_RATIO = 3, 1.2
     moment, step, *overrides = sys.argv[1:]
     moment, _, rank = moment.partition(":")
     # What has happened once does not happen again to those that a launcher starts in their place.

@@ -150,7 +150,7 @@ def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settin
     ended = drive("sleep_in_step:1", 5, slow, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
     line = errors(ended)[0]
     assert re.search(r"rank 1 \(host \S+, at step 4 \(target\)\) does not answer", line), line
-    assert len(re.findall(r"rank 1 \(host \S+\) is at step 4 \(target\) for \d s, the others", ended.stdout)) == 1
+    assert len(re.findall(r"rank 1 \(host \S+\) has been at step 4 \(target\) for \d s, the others", ended.stdout)) == 1
 
 
 @pytest.mark.parametrize(("moment", "backend"), [("tarry_in_target:1", "hf"), ("tarry_in_draft:1", "hf_fsdp2")])

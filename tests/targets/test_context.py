@@ -58,9 +58,9 @@ def shares(directories, scores):
         target = HFTarget(directory, aux_layers=[0, 1, 2])
         for rows in ROWS:
             batch = batch_of(rows)
-            share = context.share(batch.num_tokens, HALO)
-            made = target.compute_hidden_states(replace(batch, share=share))
-            places = share.flat(torch.arange(made.aux_hidden_states.shape[1]))
+            shard = context.shard(batch.num_tokens, HALO)
+            made = target.compute_hidden_states(replace(batch, shard=shard))
+            places = shard.to_global(torch.arange(made.aux_hidden_states.shape[1]))
             found[f"{name}, {rows}"] = made.aux_hidden_states[0], made.last_hidden_state[0], places
     return found
 
@@ -90,13 +90,13 @@ def of_divided_targets(directory):
     """What this rank computes of a batch by targets that ranks hold together."""
     context, batch, found = world(), batch_of("documents across the borders of chunks"), []
     for placement in (ShardedTarget, TensorParallelTarget):
-        share = context.share(batch.num_tokens, HALO)
-        made = placement(Path(directory), aux_layers=[0, 1, 2]).compute_hidden_states(replace(batch, share=share))
+        shard = context.shard(batch.num_tokens, HALO)
+        made = placement(Path(directory), aux_layers=[0, 1, 2]).compute_hidden_states(replace(batch, shard=shard))
         found.append(
             (
                 made.aux_hidden_states[0],
                 made.last_hidden_state[0],
-                share.flat(torch.arange(made.aux_hidden_states.shape[1])),
+                shard.to_global(torch.arange(made.aux_hidden_states.shape[1])),
             )
         )
     return found
@@ -118,7 +118,7 @@ def refusal(directory):
     target = HFTarget(directory, aux_layers=[0], attn_implementation="eager")
     batch = batch_of("one document")
     try:
-        target.compute_hidden_states(replace(batch, share=world().share(batch.num_tokens, HALO)))
+        target.compute_hidden_states(replace(batch, shard=world().shard(batch.num_tokens, HALO)))
     except UserError as error:
         return str(error)
     return ""

@@ -58,8 +58,8 @@ def test_packed_rows_are_supervised_as_in_process_bit_by_bit(target_dir, dtype, 
     with serving(HFTarget(target_dir, aux_layers=aux_layers, dtype=dtype)) as server:
         remote = RemoteTarget(target_dir, aux_layers=aux_layers, dtype=dtype, urls=[server.url])
         found, expected = remote.compute_hidden_states(batch), local.compute_hidden_states(batch)
-        share = ContextGroup.planned(2).share(batch.num_tokens, halo=3)
-        assert same(remote.compute_hidden_states(replace(batch, share=share)), expected.of(share))
+        shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
+        assert same(remote.compute_hidden_states(replace(batch, shard=shard)), expected.of(shard))
     assert (
         same(found, expected)
         and found.aux_hidden_states.dtype == dtype

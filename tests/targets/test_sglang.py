@@ -77,9 +77,9 @@ def test_packed_rows_are_laid_out_as_they_were(asked, whole, target_dir, batch, 
     found = ours.compute_hidden_states(batch)
     equal(found, whole.compute_hidden_states(batch), batch)
     assert asked == {41: [[11, 7, 19, 4]], 26: [[11, 7], [19, 4]], 19: [[11, 7], [19], [4]]}[most]
-    share = ContextGroup.planned(2).share(batch.num_tokens, halo=3)
+    shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
     assert torch.equal(
-        ours.compute_hidden_states(replace(batch, share=share)).aux_hidden_states, found.of(share).aux_hidden_states
+        ours.compute_hidden_states(replace(batch, shard=shard)).aux_hidden_states, found.of(shard).aux_hidden_states
     )
 
 

@@ -14,12 +14,12 @@ import torch.distributed.checkpoint as dcp
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import OptimizerConfig, ParallelismConfig
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.parallelism import data_rank, exchange, mesh, shard_draft
+from nemo_speculative.distributed.parallelism import data_rank, mesh, set_gradient_sync, shard_draft
 from nemo_speculative.training.checkpointer import Checkpointer, PendingSave, check_newest
 from nemo_speculative.training.ema import WeightAverage
 from nemo_speculative.training.optimizer import build_optimizers, build_schedules
 from nemo_speculative.training.resume_state import Position, ResumeState, checksums
-from nemo_speculative.training.trainer import Trainee
+from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.errors import UserError
 from tests.algorithms.objectives.cases import eagle3, lay_out, make_documents
 from tests.training.ranks import on_ranks
@@ -36,7 +36,7 @@ class Run:
         titan.bind_device("cpu")
         case = eagle3(draft_vocab=15)
         self.dims, self.goal = mesh(ParallelismConfig(**RANKS[dist.get_world_size()])), case.make_objective()
-        self.trainee = shard_draft(Trainee(case.make_draft(), self.goal), self.dims, torch.float32)
+        self.trainee = shard_draft(TTTModule(case.make_draft(), self.goal), self.dims, torch.float32)
         self.optimizers = build_optimizers(OptimizerConfig(lr=1e-2), self.trainee)
         self.schedules = build_schedules(OptimizerConfig(lr=1e-2), self.optimizers, BEFORE + AFTER)
         self.average = WeightAverage(self.trainee, 0.9)
@@ -53,7 +53,7 @@ class Run:
         rank, ranks = data_rank(self.dims)
         mine, loss = rows[rank::ranks], torch.zeros(())
         for number, (schedule, supervision) in enumerate(mine):
-            exchange(self.trainee, last=number + 1 == len(mine))
+            set_gradient_sync(self.trainee, last=number + 1 == len(mine))
             out = self.trainee(schedule, supervision, counts)
             out.loss.backward()
             loss += out.loss.detach()

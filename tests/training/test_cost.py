@@ -40,7 +40,7 @@ from nemo_speculative.config.schema import (
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.parallelism import context, gather_ahead, mesh, shard_draft
+from nemo_speculative.distributed.parallelism import context_group, mesh, shard_draft, start_unshard
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.training import prediction
 from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
@@ -49,7 +49,7 @@ from nemo_speculative.training.optimizer import build_optimizers
 from nemo_speculative.training.peak import Memory, Placement, step_memory
 from nemo_speculative.training.prediction import Models, Prediction, count, predict
 from nemo_speculative.training.speed_probe import Rates, piece_of
-from nemo_speculative.training.trainer import Trainee
+from nemo_speculative.training.trainer import TTTModule
 from tests.conftest import make_target
 from tests.training.ranks import on_ranks
 
@@ -396,15 +396,15 @@ def planned_and_found(name, folder):
     job = TrainJob(draft=config, backend=backend, parallelism=parallelism, optimizer=optimizer)
     dims = mesh(parallelism)
     target = get_class(backend._target_)(folder / shape, aux_layers=None)
-    objective = Eagle3Objective.build(target, config, seed=0, tau_steps=1, slots_alive=512, context=context(dims))
+    objective = Eagle3Objective.build(target, config, seed=0, tau_steps=1, slots_alive=512, context=context_group(dims))
     draft_shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, 200)
-    trainee = shard_draft(Trainee(Eagle3Draft(draft_shape).attach(target), objective), dims, torch.float32)
+    trainee = shard_draft(TTTModule(Eagle3Draft(draft_shape).attach(target), objective), dims, torch.float32)
     optimizers, average = build_optimizers(optimizer, trainee), WeightAverage(trainee, optimizer.ema_decay)
     batch = batch_of(tokens, answered=answered)
     schedule = objective.schedule(batch)
 
     def step():
-        gather_ahead(trainee)
+        start_unshard(trainee)
         supervision = target.compute_hidden_states(schedule.batch)
         trainee(schedule, supervision, schedule.counts).loss.backward()
         optimizers.step()

@@ -20,10 +20,10 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocab_mapping import VocabMapping
-from nemo_speculative.distributed.parallelism import context, fast_float32_matmuls, process_group, shard_draft
+from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training.trainer import Trainee
+from nemo_speculative.training.trainer import TTTModule
 
 CPU = torch.device("cpu")
 TAU_STEPS = 5
@@ -55,12 +55,12 @@ class Ours(Trainer):
         # Several ranks, where a launcher started some, share the rows.
         parallelism = ParallelismConfig(context=int(os.environ.get("WORLD_SIZE", "1")))
         dims = self.resources.enter_context(process_group(CPU, parallelism))
-        self.context = context(dims)
+        self.context = context_group(dims)
         self.resources.enter_context(fast_float32_matmuls(CPU))
         self.target = load_target(setup)
         self.batches = packed_batches(setup)
         self.objective = self.make_objective(setup, variants)
-        self.trainee = shard_draft(Trainee(load_draft(setup, self.target), self.objective), dims, setup.dtype)
+        self.trainee = shard_draft(TTTModule(load_draft(setup, self.target), self.objective), dims, setup.dtype)
         self.train(self.trainee.parameters(), fused=True)
 
     def make_objective(self, setup: Setup, variants: frozenset[str]) -> Objective:

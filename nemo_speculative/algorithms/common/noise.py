@@ -24,7 +24,7 @@ def document_noise(batch: Batch, features: torch.Tensor, kind: FeatureNoise, see
         drawn = (document_uniform(f"{seed}:{span.epoch}:{span.id}", (length, features.shape[-1])) - 0.5) * 2
         scale = OFFICIAL_LENGTH / length if kind is FeatureNoise.official else 1.0
         noise[span.row, span.start : span.end] = drawn * (AMPLITUDE * scale)
-    return send(batch.share.take(noise).to(features.dtype), features.device)
+    return send(batch.shard.local(noise).to(features.dtype), features.device)
 
 
 def document_uniform(key: str, shape: tuple[int, ...]) -> torch.Tensor:

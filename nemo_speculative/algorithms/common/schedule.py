@@ -86,18 +86,18 @@ def make_schedule(
     """
     told = batch.positions if told is None else told
     # Of the whole batch: a document may belong to several ranks.
-    weights = batch.share.mask_owned(_weights(mask, batch.documents, normalization).flatten(1))
+    weights = batch.shard.mask_owned(_weights(mask, batch.documents, normalization).flatten(1))
     counts, sampled = weights.sum(1), mask.flatten(1)
     steps = torch.arange(1, len(mask) + 1)[:, None]
     if depths is not None:
         sampled = sampled & (steps <= depths.flatten())
-    sampled = batch.share.mask_owned(sampled)
+    sampled = batch.shard.mask_owned(sampled)
     longest = (sampled * steps).amax(0)
     parts = tuple(
         _part(batch, told, longest * of_part, sampled, weights, device)
         for of_part in _neighbours(longest > 0, slots_alive)
     )
-    layout = Layout.of(batch.positions, send(told, device), batch.share)
+    layout = Layout.of(batch.positions, send(told, device), batch.shard)
     return Schedule(batch.to(device), layout, parts, counts, step_weights)
 
 
@@ -115,7 +115,7 @@ def _part(
     device: torch.device,
 ) -> Part:  # fmt: skip
     """Of the slots that run ``longest`` steps, int64 [m]; ``sampled`` and ``weights`` are [T, m]."""
-    slots = Slots.of(batch.positions, longest, device, batch.share, told)
+    slots = Slots.of(batch.positions, longest, device, batch.shard, told)
     supervised = sampled[:, slots.host_index] & slots.real
     rows = _rows(slots, supervised, weights[:, slots.host_index].float(), device)
     return Part(slots, rows, send(supervised, device))

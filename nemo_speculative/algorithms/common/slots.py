@@ -31,17 +31,17 @@ class Layout:
     """int64 [B * L], on the host: from 0 in every document."""
     positions: torch.Tensor
     """int64 [m], on the device: of those of the share, as the draft's rotary embedding is told, which may differ."""
-    share: ContextShard
+    shard: ContextShard
 
     @classmethod
-    def of(cls, host: torch.Tensor, there: torch.Tensor, share: ContextShard = FULL_BATCH) -> "Layout":
+    def of(cls, host: torch.Tensor, there: torch.Tensor, shard: ContextShard = FULL_BATCH) -> "Layout":
         """Of positions int64 [B, L], on the host and on the device."""
-        return cls(host.flatten(), share.take(there).flatten(), share)
+        return cls(host.flatten(), shard.local(there).flatten(), shard)
 
     @cached_property
     def block(self) -> Block:
         """The keys that each position sees: made when a draft of several layers first asks for them."""
-        index = self.share.flat(torch.arange(len(self.positions)))
+        index = self.shard.to_global(torch.arange(len(self.positions)))
         return block_for(self.host_positions, index, self.positions.device)
 
 
@@ -68,7 +68,7 @@ class Slots:
 
     @classmethod
     def of(
-        cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device, share: ContextShard = FULL_BATCH,
+        cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device, shard: ContextShard = FULL_BATCH,
         told: torch.Tensor | None = None,
     ) -> "Slots":  # fmt: skip
         """The slots of a batch, or some of them.
@@ -88,7 +88,7 @@ class Slots:
         alive = tuple(round_up(max(int((own > i).sum()), 1)) for i in range(longest))
         first, end = int(index.min()), int(index.max()) + 1
         reads = slice(first, min(end + len(alive), len(steps)))
-        at = share.flat(index)
+        at = shard.to_global(index)
         lowest, behind = int(at.min()), int(at.max()) + 1
         start = lowest - int(flat[lowest])
         keys = slice(start, min(start + rounded_width(behind - start), len(flat)))

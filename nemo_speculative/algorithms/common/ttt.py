@@ -86,7 +86,7 @@ def first_pass(draft: "Draft", embeddings: torch.Tensor, features: torch.Tensor,
     projected, residual = stack.entry.project(tokens.roll(-1, dims=0), features, rows)
     for layer, above in zip(stack.layers, [*stack.deeper, None], strict=True):
         q, *own = stack.split(projected, rotation)
-        keys, values = layout.share.all_gather(*own)
+        keys, values = layout.shard.all_gather(*own)
         memory.append((keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()))
         if above:
             attended = unroll_attention(q, memory[-1], layout.block, [])

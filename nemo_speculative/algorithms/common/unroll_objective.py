@@ -96,7 +96,7 @@ class UnrollObjective(ABC):
     def schedule(self, batch: Batch, device: torch.device = CPU, training: bool = True) -> Schedule:
         """What a step computes of ``batch``, which is on the host; in validation nothing is sampled."""
         # A slot's last step reads the token, and is judged by the target's output, num_steps behind it.
-        batch = replace(batch, share=self.context.share(batch.num_tokens, halo=self.num_steps))
+        batch = replace(batch, shard=self.context.shard(batch.num_tokens, halo=self.num_steps))
         mask = supervision_mask(batch.loss_mask, batch.documents, self.num_steps, self.convention)
         sampled = training and self.depth_sampling is DepthSampling.geometric
         depths = geometric_depths(batch, self.step_decay, self.seed) if sampled else None
@@ -109,7 +109,7 @@ class UnrollObjective(ABC):
     def loss(self, draft: Draft, schedule: Schedule, supervision: TargetOutput, counts: torch.Tensor) -> LossSum:
         batch = schedule.batch
         features = self.features(draft, batch, supervision)
-        embeddings = draft.embed(batch.share.take(batch.input_ids))
+        embeddings = draft.embed(batch.shard.local(batch.input_ids))
         prefix = draft.first_pass(embeddings, features, schedule.layout)
         scale = send((schedule.step_weights / counts.clamp(min=1e-9)).float(), features.device)
 

@@ -13,7 +13,7 @@ import torch
 from nemo_speculative.config.schema import READ_AHEAD, MaskConvention
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.distributed.collectives import is_first
+from nemo_speculative.distributed.collectives import is_first_rank
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, Manifest
@@ -55,8 +55,8 @@ class FeaturesTarget(EmbeddingAndHead):
         wanted = Manifest.of(self, mask_convention, draft)
         self._filler: _Filler | None = None
         if fill:
-            lock = JobLock(self.directory, "backend.directory", first=is_first())
-            if is_first():
+            lock = JobLock(self.directory, "backend.directory", first=is_first_rank())
+            if is_first_rank():
                 remove_unfinished(self.directory)
             self.store = Store(self.directory, prepare(self.directory, wanted))
             self._filler = _Filler(self.store, shard_mb, path, ends, lock)
@@ -81,7 +81,7 @@ class FeaturesTarget(EmbeddingAndHead):
                 f"is {budget.first}: this command line for recipes/capture_features.py output={self.directory} adds "
                 "what is missing, or backend.fill=true does on the way"
             )
-        if is_first():
+        if is_first_rank():
             print(f"{budget.report(self.directory)}; captured on the way", flush=True)
             budget.require_room(self.directory, "backend.directory")
 
@@ -109,7 +109,7 @@ class FeaturesTarget(EmbeddingAndHead):
         }
         for span, stored in zip(batch.spans, [self.store.tensors(place) for place in found if place], strict=True):
             self._lay(batch, span, stored, rows)
-        shared = {name: batch.share.take(x) for name, x in rows.items()}
+        shared = {name: batch.shard.local(x) for name, x in rows.items()}
         return TargetOutput(self._decoded(AUX, shared, batch), self._decoded(LAST_HIDDEN, shared, batch))
 
     def _lay(self, batch: Batch, span: Span, stored: Tensors, rows: Tensors) -> None:
@@ -128,7 +128,7 @@ class FeaturesTarget(EmbeddingAndHead):
         manifest, dtype = self.store.manifest, self.dtype
         layout = manifest.layouts.get(kind)
         if layout is None:
-            return torch.zeros(*batch.share.take(batch.input_ids).shape, 0, dtype=dtype, device=self.device)
+            return torch.zeros(*batch.shard.local(batch.input_ids).shape, 0, dtype=dtype, device=self.device)
         parts = {suffix: send(rows[kind + suffix], self.device) for suffix in layout}
         return manifest.codec.decode(parts, manifest.hidden_size, dtype)
 
@@ -172,11 +172,11 @@ class _Filler:
             self._target = self._target or HFTarget(self.path, **self.ends)
             with torch.no_grad():
                 supervision = self._target.compute_hidden_states(batch.whole)
-            if batch.share.first:
+            if batch.shard.is_first:
                 for key, span, place in zip(keys, batch.on_host.spans, self.store.find(keys), strict=True):
                     if place is None:
                         self.writer.put(key, batch, span, supervision)
-            return supervision.of(batch.share)
+            return supervision.of(batch.shard)
 
     def close(self) -> None:
         """Writes what there is; the last rank that does so seals the directory."""

@@ -72,7 +72,7 @@ class RemoteTarget(EmbeddingAndHead):
         """
         layout = Layout.of(batch, self.config.hidden_size, self.identity)
         made = self.servers.ask(pack_batch(batch), self.identity, layout, pinned=self.device.type == "cuda")
-        made = made.of(batch.share)
+        made = made.of(batch.shard)
         return TargetOutput(send(made.aux_hidden_states, self.device), send(made.last_hidden_state, self.device))
 
 

@@ -59,7 +59,7 @@ def trained(case, context, **settings):
         dist.all_reduce(counts, group=context.group)
     loss, sums = torch.zeros(()), {}
     for schedule, supervision in made:
-        out = goal.loss(draft, schedule, supervision.of(schedule.batch.share), counts)
+        out = goal.loss(draft, schedule, supervision.of(schedule.batch.shard), counts)
         out.loss.backward()
         loss = loss + out.loss.detach()
         sums = {name: value + sums.get(name, 0) for name, value in out.sums.items()}
@@ -98,7 +98,7 @@ def own_slots():
     case = CASES["eagle3"]
     schedule = case.make_objective(context=ContextGroup(dist.group.WORLD)).schedule(batch)
     (part,) = schedule.parts
-    at = schedule.batch.share.flat(part.slots.host_index[part.slots.real])
+    at = schedule.batch.shard.to_global(part.slots.host_index[part.slots.real])
     return {"slots": at, "tokens": torch.tensor(len(schedule.layout.positions)), "counts": schedule.counts}
 
 

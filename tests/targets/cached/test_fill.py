@@ -92,8 +92,8 @@ def shared_by(two_ranks, batch):
     """Each rank with what it is asked for, where they share the batch; the first one writes, and is asked last."""
     for rank in (1, 0):
         group = SimpleNamespace(size=lambda: 2, rank=lambda rank=rank: rank)
-        share = ContextGroup(group).share(batch.num_tokens, halo=3)
-        yield two_ranks[rank], replace(batch, share=share)
+        shard = ContextGroup(group).shard(batch.num_tokens, halo=3)
+        yield two_ranks[rank], replace(batch, shard=shard)
 
 
 def test_ranks_that_share_rows_write_each_document_once_and_whole(
@@ -108,7 +108,7 @@ def test_ranks_that_share_rows_write_each_document_once_and_whole(
     for batch in first:
         expected = online.compute_hidden_states(batch)
         for rank, part in shared_by(ranks, batch):
-            found, own = rank.compute_hidden_states(part), expected.of(part.share)
+            found, own = rank.compute_hidden_states(part), expected.of(part.shard)
             assert torch.equal(found.aux_hidden_states, own.aux_hidden_states) and torch.equal(
                 found.last_hidden_state, own.last_hidden_state
             )

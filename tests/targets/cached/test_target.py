@@ -72,8 +72,8 @@ def test_everything_that_is_stored_is_what_the_target_computed(algorithm, online
             found.aux_hidden_states.shape == expected.aux_hidden_states.shape
             and found.aux_hidden_states.dtype == expected.aux_hidden_states.dtype
         )
-        share = ContextGroup.planned(2).share(batch.num_tokens, halo=3)
-        mine, its = features.compute_hidden_states(replace(batch, share=share)), found.of(share)
+        shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
+        mine, its = features.compute_hidden_states(replace(batch, shard=shard)), found.of(shard)
         assert torch.equal(mine.aux_hidden_states, its.aux_hidden_states) and torch.equal(
             mine.last_hidden_state, its.last_hidden_state
         )
@@ -89,9 +89,9 @@ def test_fewer_bytes_cost_precision_and_nothing_else(
     assert bytes_of(small) < bytes_of(plain) * {"bfloat16": 0.55, "fp8": 0.4}[stored]
     batches = batches_of(documents, seed=2)
     features = reading(target_dir, small, algorithm)
-    share = ContextGroup.planned(2).share(batches[0].num_tokens, halo=3)
-    mine = features.compute_hidden_states(replace(batches[0], share=share))
-    assert torch.equal(mine.aux_hidden_states, features.compute_hidden_states(batches[0]).of(share).aux_hidden_states)
+    shard = ContextGroup.planned(2).shard(batches[0].num_tokens, halo=3)
+    mine = features.compute_hidden_states(replace(batches[0], shard=shard))
+    assert torch.equal(mine.aux_hidden_states, features.compute_hidden_states(batches[0]).of(shard).aux_hidden_states)
     loss, _ = loss_of(algorithm, features, batches)
     assert abs(loss - loss_of(algorithm, online, batches)[0]) < tolerance * abs(loss)
 
