@@ -14,7 +14,7 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.append_log import AppendLog, Entry, entries
 from nemo_speculative.generate_data.concurrency import in_parallel
-from nemo_speculative.generate_data.decoder import Decoder, in_flight
+from nemo_speculative.generate_data.decoder import Decoder, num_in_flight
 from nemo_speculative.generate_data.moves import ANSWERS
 from nemo_speculative.generate_data.prompt_file import Item, asked_by
 from nemo_speculative.generate_data.reasoning import Keep
@@ -97,7 +97,7 @@ async def _answer_all(
         progress.advance()
 
     with contextlib.closing(AppendLog(file)) as journal:
-        await in_parallel(enumerate(wanted.items()), have, in_flight(batch_size))
+        await in_parallel(enumerate(wanted.items()), have, num_in_flight(batch_size))
     progress.close()
 
 

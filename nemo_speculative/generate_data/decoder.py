@@ -146,7 +146,7 @@ def _worth_it(changing: int, places: int) -> bool:
     return changing >= WORTH_IT * places
 
 
-def in_flight(batch_size: int) -> int:
+def num_in_flight(batch_size: int) -> int:
     """Conversations for a batch: some wait, so that a place that becomes free is taken by one of a like length."""
     return 2 * batch_size
 

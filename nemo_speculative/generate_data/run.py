@@ -13,7 +13,7 @@ from nemo_speculative.data.conversation import Conversation
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data import interrupts
 from nemo_speculative.generate_data.concurrency import in_parallel
-from nemo_speculative.generate_data.engine import Engine, Failed
+from nemo_speculative.generate_data.engines import CompletionFailed, Engine
 from nemo_speculative.generate_data.prompt_file import Item, PromptFile
 from nemo_speculative.generate_data.reasoning import Reasoning
 from nemo_speculative.generate_data.rollout import Limits, Rollout, Unanswerable, converse
@@ -104,7 +104,7 @@ class Run:
             self._keep(index, dialogue)
         except Unanswerable as error:
             self.part.leave_out(index, item.id, SKIPPED, error.reason)
-        except Failed as error:
+        except CompletionFailed as error:
             self.part.leave_out(index, item.id, FAILED, error.reason, error.detail, error.attempts)
         progress.advance()
 

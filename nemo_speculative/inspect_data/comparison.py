@@ -14,8 +14,8 @@ from nemo_speculative.data.chat_template import Message, prompt_ids, render
 from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.inspect_data import causes
 from nemo_speculative.inspect_data.causes import Case, as_served, cause_of
-from nemo_speculative.serving.client import Refused
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Refused
 
 WINDOW = 8
 MOST_OF_A_CAUSE = 5

@@ -17,9 +17,9 @@ from nemo_speculative.inspect_data.page import page
 from nemo_speculative.inspect_data.server import RunningServer
 from nemo_speculative.inspect_data.survey import Survey
 from nemo_speculative.inspect_data.table import shown, summary
-from nemo_speculative.serving.client import api_key
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.utils.files import atomic_write_text
+from nemo_speculative.utils.http import api_key
 from nemo_speculative.utils.locks import dir_lock
 
 

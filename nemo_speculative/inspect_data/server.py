@@ -1,40 +1,36 @@
-"""What a running SGLang server makes of messages."""
+"""Prompts rendered by a running SGLang server."""
 
-from types import TracebackType
 from typing import Any
 
-import httpx
-
 from nemo_speculative.data.chat_template import Message
-from nemo_speculative.serving.client import API_KEY, WRONG_TOKEN, Refused, Unauthorized, Unreachable
-from nemo_speculative.utils.errors import UserError, describe_error
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Client, Refused
 
 TIMEOUT_SECONDS = 60.0
 PROBE: list[Message] = [{"role": "user", "content": "Hello"}]
 
 
 class RunningServer:
-    """The server at ``url``, asked over ``/tokenize``: with messages it renders them as for a chat completion.
+    """An SGLang server's ``/tokenize`` route, which renders messages as for a chat completion.
 
-    SGLang 0.5.23 answers with the ids themselves (read in its ``serving_tokenize.py``); 0.5.9 takes no messages there.
-    A ``with`` block holds its connection.
+    SGLang 0.5.23 returns the ids themselves (read in its ``serving_tokenize.py``); 0.5.9 accepts no messages there.
+    A ``with`` block closes its connection.
     """
 
     def __init__(self, url: str, api_key: str | None = None):
-        self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False)
+        self._http = Client(url, api_key, timeout=TIMEOUT_SECONDS, name=f"url: {url.rstrip('/')}")
 
     def __enter__(self) -> "RunningServer":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._http.close()
+    def __exit__(self, *error: object) -> None:
+        self._http.__exit__(*error)
 
     def check(self) -> None:
-        """
+        """Renders a first message.
+
         Raises:
-            UserError: it cannot be reached, or cannot say what it renders.
+            UserError: the server cannot be reached, or cannot render messages.
         """
         try:
             self.prompt_ids(PROBE, None)
@@ -44,30 +40,20 @@ class RunningServer:
             ) from None
 
     def prompt_ids(self, messages: list[Message], tools: list[Message] | None) -> list[int]:
-        """The ids after which the answer to ``messages`` begins.
+        """The ids of the prompt for the answer to ``messages``.
 
         Raises:
-            Refused: it renders none of these.
-            Unreachable: it does not answer.
-            Unauthorized: it wants another token.
+            Refused: the server cannot render these messages.
+            Unreachable, Unauthorized: no request will succeed.
         """
         body = {"messages": messages} | ({"tools": tools} if tools else {})
+        response = self._http.request("POST", "/tokenize", json=body)
         try:
-            reply = self._http.post(f"{self.url}/tokenize", json=body)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Unreachable(
-                f"url: {self.url} cannot be reached ({describe_error(error)}); is an SGLang server running there?"
-            ) from None
-        if reply.status_code in WRONG_TOKEN:
-            raise Unauthorized(f"url: {self.url} refuses the token; give the server's as the variable {API_KEY}")
-        return self._tokens(reply)
-
-    def _tokens(self, reply: httpx.Response) -> list[int]:
-        try:
-            said: Any = reply.json()
+            content: Any = response.json()
         except ValueError:
-            said = None
-        tokens = said.get("tokens") if isinstance(said, dict) else None
-        if reply.is_success and isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
+            content = None
+        tokens = content.get("tokens") if isinstance(content, dict) else None
+        if response.status == 200 and isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
             return tokens
-        raise Refused(f"{self.url}/tokenize: HTTP {reply.status_code}: {' '.join(reply.text.split()):.200}")
+        text = " ".join(response.data.decode(errors="replace").split())
+        raise Refused(f"{self._http.url}/tokenize: HTTP {response.status}: {text:.200}")

@@ -7,7 +7,6 @@ conversation with the tokenizer's own chat template, which is what the chat endp
 """
 
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -16,33 +15,13 @@ from typing import Any
 import httpx
 
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import AsyncClient, Refused, Unreachable
 
 HISTOGRAMS = ("spec_correct_drafts_histogram", "spec_accept_histogram")
 """What newer and older versions (0.5.9) call it."""
 INCREMENTAL = ("incremental_streaming_output", "stream_output")
 """Server settings by which a chunk holds only its own text, not all until then."""
-CONNECT_SECONDS = 10.0
-WRONG_TOKEN = (401, 403)
 BAD_REQUEST = 400
-API_KEY = "SGLANG_API_KEY"
-"""The variable that holds the servers' token: a configuration key would be written into Hydra's records."""
-
-
-def api_key() -> str | None:
-    """The token of the servers that are asked; None: they want none."""
-    return os.environ.get(API_KEY)
-
-
-class Unreachable(UserError):
-    """No server answers, or it went away in the middle of an answer."""
-
-
-class Refused(UserError):
-    """The server answered with an error: to this request, not for good."""
-
-
-class Unauthorized(UserError):
-    """The server wants another token."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +72,14 @@ class Client:
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0):
-        self.url, self._incremental = url.rstrip("/"), False
-        self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=None),
-            trust_env=False,  # a proxy would be measured along
-        )
+        self._http, self._incremental = AsyncClient(url, api_key, timeout=timeout), False
+        self.url = self._http.url
 
     async def __aenter__(self) -> "Client":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     async def server_info(self) -> dict[str, Any]:
         """The server's version and settings; answers that are streamed as increments are put together from now on.
@@ -166,16 +140,13 @@ class Client:
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The objects of a stream of server-sent events."""
-        try:
-            async with self._http.stream("POST", self.url + path, json=body) as reply:
-                if reply.is_error:
-                    await reply.aread()
-                    self._check(reply)
-                async for line in reply.aiter_lines():
-                    if line.startswith("data:") and line != "data: [DONE]":
-                        yield self._chunk(line.removeprefix("data:"))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise self._unreachable(error) from None
+        async with self._http.stream("POST", path, json=body) as reply:
+            if reply.is_error:
+                await reply.aread()
+                self._check(reply)
+            async for line in reply.aiter_lines():
+                if line.startswith("data:") and line != "data: [DONE]":
+                    yield self._chunk(line.removeprefix("data:"))
 
     def _chunk(self, text: str) -> dict[str, Any]:
         try:
@@ -188,21 +159,10 @@ class Client:
         raise Refused(f"{self.url}: {error.get('message') if isinstance(error, dict) else error}")
 
     async def _request(self, method: str, path: str) -> httpx.Response:
-        try:
-            reply = await self._http.request(method, self.url + path)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise self._unreachable(error) from None
+        reply = await self._http.request(method, path)
         self._check(reply)
         return reply
 
     def _check(self, reply: httpx.Response) -> None:
-        if reply.status_code in WRONG_TOKEN:
-            raise Unauthorized(
-                f"{self.url}: refuses the token (HTTP {reply.status_code}); give the server's as the variable {API_KEY}"
-            )
         if reply.is_error:
             raise Refused(f"{self.url}{reply.url.path}: HTTP {reply.status_code}: {reply.text:.200}")
-
-    def _unreachable(self, error: Exception) -> Unreachable:
-        said = str(error) or type(error).__name__
-        return Unreachable(f"{self.url}: cannot be reached ({said}); is an SGLang server running there?")

@@ -8,20 +8,21 @@ import pytest
 
 from nemo_speculative.config.schema import EndpointConfig
 from nemo_speculative.decoding.verify import Sampling
-from nemo_speculative.generate_data import servers
+from nemo_speculative.generate_data import endpoint
 from nemo_speculative.generate_data.protocols import Chat
 from nemo_speculative.generate_data.rollout import Request
 from nemo_speculative.generate_data.run import generate_data, require_success
 from nemo_speculative.generate_data.table import table
 from nemo_speculative.utils import network
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import LoadBalancer
 from tests.generate_data.conftest import conversation, read, write
 from tests.generate_data.fake_server import answer_to
 
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch):
-    monkeypatch.setattr(servers, "FIRST_REST", 0.02)
+    monkeypatch.setattr(endpoint, "FIRST_BACKOFF", 0.02)
 
 
 def answers_of(outcome):
@@ -143,11 +144,13 @@ def test_when_all_are_dead_the_run_ends_in_one_line_and_is_gone_on_with(serve, a
 
 
 def test_no_server_at_all_is_one_line(asking):
-    with pytest.raises(UserError, match=r"engine.urls: no server can be asked \(http://127.0.0.1"):
+    with pytest.raises(UserError, match=r"engine.urls: no server answers \(http://127.0.0.1"):
         generate_data(asking(f"http://127.0.0.1:{network.free_port()}"))
 
 
-@pytest.mark.parametrize(("fake", "reason"), [("garbage", "what was answered is none"), ("status:500", "HTTP 500")])
+@pytest.mark.parametrize(
+    ("fake", "reason"), [("garbage", "the response is not a completion"), ("status:500", "HTTP 500")]
+)
 def test_what_fails_is_recorded_and_tried_again_by_the_next_run(fake, reason, serve, asking, tmp_path, target):
     trouble = tmp_path / "trouble"
     trouble.touch()
@@ -224,7 +227,7 @@ def test_a_server_in_trouble_is_asked_again_what_it_is(kind, fake, serve, asking
 
 
 def test_trouble_at_the_start_that_does_not_end_is_one_line(serve, asking):
-    with pytest.raises(UserError, match=r"no server can be asked \(http://127.0.0.1:\d+: HTTP 502\)"):
+    with pytest.raises(UserError, match=r"no server answers \(http://127.0.0.1:\d+: HTTP 502\)"):
         generate_data(asking(serve("sglang", FAKE="get:502"), patience=0.3))
 
 
@@ -249,7 +252,7 @@ def test_a_server_that_comes_back_in_trouble_is_waited_for(fake, serve, asking, 
 
 
 def test_what_is_no_answer_is_no_trouble_of_the_server(serve, asking, monkeypatch):
-    monkeypatch.setattr(servers.Server, "failed", lambda _: pytest.fail("a server that is well was left alone"))
+    monkeypatch.setattr(LoadBalancer, "failed", lambda *_: pytest.fail("a server that is well was left alone"))
     outcome = generate_data(asking(serve("sglang", FAKE="garbage"), range="0:2"))
     assert outcome.failed.total() == 2
 

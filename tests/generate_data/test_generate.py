@@ -112,7 +112,7 @@ def _stop_after(monkeypatch, answers):
 
 def test_what_is_done_needs_no_weights(job, monkeypatch):
     before = answers_of(generate_data(job())).read_bytes()
-    monkeypatch.setattr("nemo_speculative.generate_data.local.HFTarget", lambda *_, **__: pytest.fail("loaded again"))
+    monkeypatch.setattr("nemo_speculative.generate_data.engines.HFTarget", lambda *_, **__: pytest.fail("loaded again"))
     assert answers_of(generate_data(job())).read_bytes() == before
 
 

@@ -4,7 +4,7 @@ import pytest
 from hydra.utils import instantiate
 
 from nemo_speculative.config.app import CONF, to_job
-from nemo_speculative.generate_data.engine import Engine
+from nemo_speculative.generate_data.engines import Engine
 from nemo_speculative.generate_data.reasoning import Reasoning
 from nemo_speculative.generate_data.run import engine_of
 from nemo_speculative.targets.hf import HFTarget

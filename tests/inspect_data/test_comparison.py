@@ -10,8 +10,8 @@ from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.inspect_data import causes
 from nemo_speculative.inspect_data.causes import as_served, thinking
 from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison, agreement, mask_offset
-from nemo_speculative.serving.client import Refused
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Refused
 from tests.conftest import PREFIX_TEMPLATE, TEMPLATE, make_tokenizer
 from tests.inspect_data.conftest import END, dialogue
 

@@ -10,8 +10,8 @@ import pytest
 
 from nemo_speculative.inspect_data.comparison import Comparison
 from nemo_speculative.inspect_data.server import RunningServer
-from nemo_speculative.serving.client import Refused, Unreachable
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Refused, Unreachable
 from nemo_speculative.utils.network import free_port
 from tests.conftest import make_tokenizer
 from tests.inspect_data.conftest import dialogue
@@ -73,7 +73,7 @@ def test_a_server_that_cannot_say_what_it_renders(answer):
 
 
 def test_another_token_is_wanted():
-    said = r"url: .* refuses the token; give the server's as the variable SGLANG_API_KEY"
+    said = r"url: .*: refuses the token \(HTTP 401\); set the variable SGLANG_API_KEY"
     with answering(lambda _: (401, b"{}")) as url, RunningServer(url) as server, pytest.raises(UserError, match=said):
         server.check()
 
@@ -83,7 +83,7 @@ def test_nobody_there(url):
     url = url.replace("PORT", str(free_port()))
     with RunningServer(url) as server, pytest.raises(Unreachable) as caught:
         server.check()
-    assert str(caught.value).startswith(f"url: {url} cannot be reached")
+    assert str(caught.value).startswith(f"url: {url}: cannot be reached")
     assert "\n" not in str(caught.value)
 
 

@@ -13,9 +13,9 @@ from nemo_speculative.evaluation.server_benchmark.endpoints import split
 from nemo_speculative.inspect_data import causes
 from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison
 from nemo_speculative.inspect_data.server import RunningServer
-from nemo_speculative.serving.client import Refused
 from nemo_speculative.serving.command import ServeOptions, serve_command, serve_environment
 from nemo_speculative.serving.server import Server
+from nemo_speculative.utils.http import Refused
 from nemo_speculative.utils.network import free_port
 from tests.conftest import make_target
 from tests.sglang.conftest import START_SECONDS

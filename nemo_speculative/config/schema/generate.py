@@ -22,7 +22,7 @@ class EngineConfig:
 class HFEngineConfig(EngineConfig):
     """The target in this process, through transformers."""
 
-    _target_: str = "nemo_speculative.generate_data.local.HFEngine"
+    _target_: str = "nemo_speculative.generate_data.engines.HFEngine"
     batch_size: int = 64
     """Answers decoded at once; their keys and values share the device's memory with the target."""
     attn_implementation: str = "sdpa"

@@ -10,8 +10,9 @@ from typing import Any
 from nemo_speculative.data.chat_template import prompt_ids
 from nemo_speculative.evaluation.server_benchmark.metrics import Figures, figures_of
 from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite
-from nemo_speculative.serving.client import Answer, Client, Refused
+from nemo_speculative.serving.client import Answer, Client
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Refused
 
 SCORERS = 4
 """Programs of answers that run at a time."""

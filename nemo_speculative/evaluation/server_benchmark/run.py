@@ -16,11 +16,12 @@ from nemo_speculative.evaluation.server_benchmark.measure import converse, measu
 from nemo_speculative.evaluation.server_benchmark.metrics import Figures
 from nemo_speculative.evaluation.server_benchmark.results_log import Cell, Measured, ResultsLog
 from nemo_speculative.evaluation.server_benchmark.suites import Suite, load_suite
-from nemo_speculative.serving.client import Client, Unauthorized, Unreachable, api_key
+from nemo_speculative.serving.client import Client
 from nemo_speculative.serving.process import ServerError
 from nemo_speculative.targets.embedding_and_head import load_tokenizer
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Unauthorized, Unreachable, api_key
 
 
 @dataclass(frozen=True)

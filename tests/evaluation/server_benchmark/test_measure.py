@@ -9,8 +9,9 @@ import pytest
 from nemo_speculative.evaluation.server_benchmark.measure import converse, measure
 from nemo_speculative.evaluation.server_benchmark.scoring import Scorer
 from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite
-from nemo_speculative.serving.client import Answer, Refused, Unreachable
+from nemo_speculative.serving.client import Answer
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Refused, Unreachable
 from tests.conftest import make_tokenizer
 
 

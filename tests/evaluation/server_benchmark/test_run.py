@@ -24,8 +24,8 @@ from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.app import to_job
 from nemo_speculative.config.schema import BenchmarkJob, ServerConfig
 from nemo_speculative.data.chat_template import prompt_ids
-from nemo_speculative.serving.client import Unauthorized
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.http import Unauthorized
 from tests.config.test_groups import composed
 from tests.evaluation.server_benchmark.conftest import PROMPTS
 from tests.evaluation.server_benchmark.fake_sglang import ACCEPTED, answer_tokens, arrivals
