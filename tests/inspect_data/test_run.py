@@ -93,7 +93,7 @@ def test_the_embedded_target_need_not_exist(tmp_path, monkeypatch):
     ("overrides", "said"),
     [
         (["show=[nowhere]"], "show: no conversation among 40 has the id 'nowhere'"),
-        (["url=http://127.0.0.1:1"], "url: http://127.0.0.1:1 cannot be reached"),
+        (["url=http://127.0.0.1:1"], "url: http://127.0.0.1:1: cannot be reached"),
         (["data.path=/no/such.jsonl"], "data.path: /no/such.jsonl does not exist"),
         (["data.max_length=1000"], "data.max_length is 1000, longer than the target's context of 256"),
         (["model.path=/no/model"], "model.path: /no/model does not exist"),

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_speculative.config.schema import EndpointConfig, EngineConfig, GenerateJob, HFEngineConfig, ModelConfig
 from nemo_speculative.config.schema import ReasoningConfig as Reasoning
-from nemo_speculative.generate_data import servers
+from nemo_speculative.generate_data import endpoint
 from nemo_speculative.generate_data.run import generate_data
 from nemo_speculative.generate_data.shard_dir import Outcome
 from nemo_speculative.serving.command import serve_command, serve_environment
@@ -72,12 +72,12 @@ def test_greedy_ids_are_those_of_the_target_in_this_process(url, options, questi
 def test_v1_completions_of_sglang_gives_the_same_ids(url, options, questions, tmp_path, monkeypatch):
     """The way by which other servers are asked for ids, on one that has both."""
     native = generated(options, questions, tmp_path / "native", EndpointConfig(urls=[url]))
-    get = servers.Server._get
+    get = endpoint.Server._get
 
     async def hidden(self, path: str) -> Any:
         return None if "model_info" in path else await get(self, path)
 
-    monkeypatch.setattr(servers.Server, "_get", hidden)
+    monkeypatch.setattr(endpoint.Server, "_get", hidden)
     other = generated(options, questions, tmp_path / "other", EndpointConfig(urls=[url]))
     assert json.loads((other.directory / "manifest.json").read_text())["protocol"] == "completions"
     assert (native.directory / "answers.jsonl").read_bytes() == (other.directory / "answers.jsonl").read_bytes()
