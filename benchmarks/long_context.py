@@ -65,7 +65,7 @@ def strung(rows: Sequence[TokenRow], length: int) -> list[TokenRow]:
 
 def trained(target: HFTarget, documents: list[TokenRow], offset: int | None, steps: int, seed: int) -> Eagle3Draft:
     """A draft after ``steps`` steps."""
-    config = Eagle3DraftConfig(num_steps=UNROLLED, position_offset=offset)
+    config = Eagle3DraftConfig(ttt_steps=UNROLLED, position_offset=offset)
     torch.manual_seed(seed)
     shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, target.config.vocab_size)
     draft = Eagle3Draft(shape).attach(target)

@@ -103,7 +103,7 @@ def _tiny(folder: Path) -> list[str]:
 
 
 def _placed(folder: Path, backend: str) -> list[str]:
-    return [*_size(folder, LARGE, share=0.5, rows=LARGE.rows // RANKS), f"backend={backend}", "draft.num_steps=3"]
+    return [*_size(folder, LARGE, share=0.5, rows=LARGE.rows // RANKS), f"backend={backend}", "draft.ttt_steps=3"]
 
 
 def _held(folder: Path, ranks: int, how: list[str]) -> list[str]:

@@ -105,7 +105,7 @@ def train_command(options: argparse.Namespace, target: Path, data: Path) -> list
         "data=jsonl", f"data.path='{data}'", "data.answers=target", f"data.max_answer_tokens={answer}",
         f"data.cache_dir='{options.out / 'answers'}'", f"data.max_length={2 * answer + 64}", f"trainer.dtype={dtype}",
         f"trainer.device={options.device}", f"trainer.max_steps={options.steps}", "trainer.global_batch_size=8",
-        f"trainer.save_interval={options.steps}", "optimizer.lr=1e-3", "draft.num_steps=5", "logger=none",
+        f"trainer.save_interval={options.steps}", "optimizer.lr=1e-3", "draft.ttt_steps=5", "logger=none",
         "evaluation.num_questions=1", "evaluation.selection_questions=1", f"output_dir='{options.out / 'run'}'",
     ]  # fmt: skip
 

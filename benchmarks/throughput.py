@@ -135,7 +135,7 @@ class Bench:
         if compiled:
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
-        slots = TrainerConfig(slots_alive=alive).slots(target.config.hidden_size, self.device.type)
+        slots = TrainerConfig(ttt_chunk_slots=alive).slots(target.config.hidden_size, self.device.type)
         self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, slots_alive=slots)
         with torch.device("meta"):
             aux, hidden = len(target.aux_layers), target.config.hidden_size
@@ -268,7 +268,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--lengths", help="tokens of a row (default: 4096,8192,16384,32768; tiny: 512,1024)")
     parser.add_argument("--compile", default="off,on", help="(default: off,on)")
-    parser.add_argument("--slots-alive", type=int, help="as trainer.slots_alive (default: its own)")
+    parser.add_argument("--slots-alive", type=int, help="as trainer.ttt_chunk_slots (default: its own)")
     parser.add_argument("--rounds", type=int, default=3, help=f"of {ROWS} steps each (default: 3)")
     parser.add_argument("--minutes", type=float, default=8, help="(default: 8)")
     parser.add_argument("--trace", type=Path, help="writes a torch profiler trace of two steps")

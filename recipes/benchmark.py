@@ -11,13 +11,14 @@ from pathlib import Path
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import BenchmarkJob
-from nemo_speculative.evaluation.server_benchmark.heatmap import heat_map
-from nemo_speculative.evaluation.server_benchmark.run import Benchmark, require_success, write_back
-from nemo_speculative.evaluation.server_benchmark.table import best, table
 
 
 @recipe("benchmark")
 def main(job: BenchmarkJob) -> None:
+    from nemo_speculative.evaluation.server_benchmark.heatmap import heat_map
+    from nemo_speculative.evaluation.server_benchmark.run import Benchmark, require_success, write_back
+    from nemo_speculative.evaluation.server_benchmark.table import best, table
+
     benchmark, results = Benchmark.of(job), Path(job.results)
     try:
         benchmark.run()

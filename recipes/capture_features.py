@@ -12,12 +12,13 @@ The same command goes on where it was interrupted; torchrun shares the work amon
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import CaptureJob
-from nemo_speculative.targets.cached.upkeep import merge, verify
-from nemo_speculative.training.capture_features import capture
 
 
 @recipe("capture_features")
 def main(job: CaptureJob) -> None:
+    from nemo_speculative.targets.cached.upkeep import merge, verify
+    from nemo_speculative.training.capture_features import capture
+
     if job.merge:
         print(merge(job.merge, job.output))
     elif job.verify:

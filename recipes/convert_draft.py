@@ -7,13 +7,14 @@ python recipes/convert_draft.py checkpoint=RUN form=transformers         for Aut
 The draft stays as it is.  What its files do not state, and what was assumed instead, is printed.
 """
 
-from nemo_speculative.checkpoint.exports.convert import convert_draft
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import ConvertJob
 
 
 @recipe("convert_draft")
 def main(job: ConvertJob) -> None:
+    from nemo_speculative.checkpoint.exports.convert import convert_draft
+
     done = convert_draft(job)
     for note in done.notes:
         print(f"note: {note}")

@@ -8,12 +8,13 @@ import json
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import EvaluateJob
-from nemo_speculative.evaluation.checkpoint import evaluate_checkpoint
-from nemo_speculative.evaluation.report import describe
 
 
 @recipe("evaluate")
 def main(job: EvaluateJob) -> None:
+    from nemo_speculative.evaluation.checkpoint import evaluate_checkpoint
+    from nemo_speculative.evaluation.report import describe
+
     evaluation = evaluate_checkpoint(job)
     print(describe(evaluation))
     print(json.dumps(evaluation.summary()))

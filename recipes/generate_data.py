@@ -9,12 +9,13 @@ What was answered is not answered again: the same command goes on where it was i
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import GenerateJob
-from nemo_speculative.generate_data.run import generate_data, require_success
-from nemo_speculative.generate_data.table import table
 
 
 @recipe("generate_data")
 def main(job: GenerateJob) -> None:
+    from nemo_speculative.generate_data.run import generate_data, require_success
+    from nemo_speculative.generate_data.table import table
+
     outcome = generate_data(job)
     print(table(outcome))
     require_success(outcome)

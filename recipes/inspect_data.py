@@ -7,11 +7,12 @@ python recipes/inspect_data.py data=jsonl data.path=FILE url=http://HOST:PORT   
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import InspectJob
-from nemo_speculative.inspect_data.run import inspect
 
 
 @recipe("inspect_data")
 def main(job: InspectJob) -> None:
+    from nemo_speculative.inspect_data.run import inspect
+
     print(inspect(job))
     print(f"report: {job.directory / 'report.html'}")
 

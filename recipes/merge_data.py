@@ -5,11 +5,12 @@ python recipes/merge_data.py 'parts=[outputs/a,outputs/b]' output=answers.jsonl
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import MergeJob
-from nemo_speculative.generate_data.merge import merge
 
 
 @recipe("merge_data")
 def main(job: MergeJob) -> None:
+    from nemo_speculative.generate_data.merge import merge
+
     merged = merge(job)
     print(f"{job.output}: {merged.describe()}")
 

@@ -10,12 +10,13 @@ An interrupted run is gone on with by the same command.  Why rows were left out 
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import PrepareJob
-from nemo_speculative.prepare_data.run import prepare
-from nemo_speculative.prepare_data.table import table
 
 
 @recipe("prepare_data")
 def main(job: PrepareJob) -> None:
+    from nemo_speculative.prepare_data.run import prepare
+    from nemo_speculative.prepare_data.table import table
+
     prepared = prepare(job)
     print(table(prepared.counts))
     print(f"{prepared.directory}: {'up to date' if prepared.up_to_date else 'written'}")

@@ -4,13 +4,14 @@ python recipes/prune_vocabulary.py checkpoint=outputs/local-eagle3 output=output
 python recipes/prune_vocabulary.py checkpoint=RUN output=DIR vocab_size=99.5% data.path=FILE
 """
 
-from nemo_speculative.checkpoint.prune_vocab import prune_checkpoint
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import PruneJob
 
 
 @recipe("prune_vocabulary")
 def main(job: PruneJob) -> None:
+    from nemo_speculative.checkpoint.prune_vocab import prune_checkpoint
+
     print(prune_checkpoint(job))
     print(f"checkpoint: {job.output}/model")
 

@@ -7,11 +7,12 @@ torchrun --nproc-per-node 8 recipes/train_eagle2.py model=llama31_8b data=jsonl 
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import TrainJob
-from nemo_speculative.training.run import train
 
 
 @recipe("train_eagle2")
 def main(job: TrainJob) -> None:
+    from nemo_speculative.training.run import train
+
     train(job)
 
 

@@ -8,11 +8,12 @@ torchrun --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data=jsonl 
 
 from nemo_speculative.config.app import recipe
 from nemo_speculative.config.schema import TrainJob
-from nemo_speculative.training.run import train
 
 
 @recipe("train_eagle3")
 def main(job: TrainJob) -> None:
+    from nemo_speculative.training.run import train
+
     train(job)
 
 

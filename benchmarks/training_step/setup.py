@@ -31,7 +31,7 @@ DRAFT_STD = 0.03
 
 def _eagle3(case: Case) -> DraftConfig:
     return Eagle3DraftConfig(
-        num_steps=case.num_steps,
+        ttt_steps=case.num_steps,
         step_decay=STEP_DECAY,
         vocab_size=case.size.draft_vocab_size,
         aux_layers=case.size.aux_layers,
@@ -40,7 +40,7 @@ def _eagle3(case: Case) -> DraftConfig:
 
 def _eagle1(case: Case) -> DraftConfig:
     # Noise would make the losses of two implementations differ.
-    return EagleDraftConfig(num_steps=case.num_steps, step_decay=STEP_DECAY, noise=FeatureNoise.none)
+    return EagleDraftConfig(ttt_steps=case.num_steps, step_decay=STEP_DECAY, noise=FeatureNoise.none)
 
 
 DRAFTS: dict[str, Callable[[Case], DraftConfig]] = {"eagle3": _eagle3, "eagle1": _eagle1}

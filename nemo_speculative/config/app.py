@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -23,10 +22,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from nemo_speculative.config import expressions, groups, schema
+from nemo_speculative.config.conf_dir import CONF, options
+from nemo_speculative.config.help import help_text
 from nemo_speculative.config.published import filled
+from nemo_speculative.config.renames import KEYS
 from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UserError, print_error
 
-CONF = Path(__file__).parents[2] / "conf"
 INTERRUPTED = 130
 NOT_AN_OPTION = "Config group override must be"
 UNUSED_GROUP = re.compile(
@@ -63,7 +64,13 @@ def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], N
                 _refuse(said)
 
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
-        program = functools.partial(run_program, hydra_main)
+
+        def program() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(help_text(config_name, main.__globals__["__doc__"]))
+            else:
+                run_program(hydra_main)
+
         functools.update_wrapper(program, main)
         return program
 
@@ -106,7 +113,7 @@ def _check_no_added_keys(config: Any, prefix: str) -> None:
     known = [f.name for f in dataclasses.fields(schema_class)]
     for key in map(str, config):
         if key not in known:
-            raise UserError(f"{prefix}{key}: unknown key {key!r}; {_suggest(key, known)}")
+            raise UserError(f"{prefix}{key}: {_unknown(f'{prefix}{key}', known)}")
         if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
             _check_no_added_keys(config[key], f"{prefix}{key}.")
 
@@ -177,7 +184,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
     override = max((o for o in overrides if o in text), key=len, default="")
     if NOT_AN_OPTION in text:
         override = next((o for o in overrides if _is_no_option(o)), "")
-        return f"{override}: expected one of {', '.join(_options(override.split('=')[0]))}"
+        return f"{override}: expected one of {', '.join(options(override.split('=')[0]))}"
     unused = UNUSED_GROUP.match(text)
     if unused:
         group, meant, given = unused.groups()
@@ -188,7 +195,10 @@ def explain(error: Exception, overrides: list[str]) -> str:
     unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
     if unknown:
         name, schema_name = unknown.groups()
-        return f"{where or name}: unknown key {name!r}; {_known_keys(name, schema_name)}"
+        key = full_key[1] if full_key else name
+        if not hasattr(schema, schema_name):
+            return f"{where or name}: unknown key {name!r}; a setting of Hydra's own: see https://hydra.cc"
+        return f"{where or name}: {_unknown(key, [f.name for f in dataclasses.fields(getattr(schema, schema_name))])}"
     lines = [line.strip() for line in (str(error.__cause__ or error)).splitlines()]
     useful = [
         line
@@ -199,23 +209,18 @@ def explain(error: Exception, overrides: list[str]) -> str:
     return message if where in message else f"{where}: {message}"
 
 
-def _known_keys(name: str, schema_name: str) -> str:
-    if not hasattr(schema, schema_name):
-        return "a setting of Hydra's own: see https://hydra.cc"
-    return _suggest(name, [f.name for f in dataclasses.fields(getattr(schema, schema_name))])
-
-
-def _suggest(name: str, known: list[str]) -> str:
+def _unknown(key: str, known: list[str]) -> str:
+    """The remedy for ``key`` in a group that has the keys ``known``."""
+    if key in KEYS:
+        return f"this key is now {KEYS[key]}"
+    name = key.rpartition(".")[2]
     shown = [k for k in known if not k.startswith("_")]
     close = difflib.get_close_matches(name, shown, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(shown)}"
-
-
-def _options(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(shown)}"
+    return f"unknown key {name!r}; {hint}"
 
 
 def _is_no_option(override: str) -> bool:
     """Whether ``override`` gives a group something other than one of its options."""
     group, _, value = override.partition("=")
-    return bool(value) and bool(_options(group)) and value not in _options(group)
+    return bool(value) and bool(options(group)) and value not in options(group)

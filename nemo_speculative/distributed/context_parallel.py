@@ -93,8 +93,8 @@ class ContextGroup:
         chunks = 2 * self.group.size()
         if num_tokens < chunks:
             raise UserError(
-                f"data.row_tokens: a micro-batch has {num_tokens} tokens, and parallelism.context={chunks // 2} cuts "
-                f"it into {chunks} chunks; raise data.row_tokens, or lower parallelism.context"
+                f"data.packed_length: a micro-batch has {num_tokens} tokens, and parallelism.context={chunks // 2} "
+                f"cuts it into {chunks} chunks; raise data.packed_length, or lower parallelism.context"
             )
         return ChunkPairShard(self.group, self.prefetch_group, num_tokens, halo)
 

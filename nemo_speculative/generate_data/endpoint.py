@@ -210,7 +210,7 @@ class EndpointEngine(Engine):
             await server.close()
 
     async def identity(self) -> dict[str, Any]:
-        deadline = time.monotonic() + self.settings.patience
+        deadline = time.monotonic() + self.settings.give_up_after
         errors = await asyncio.gather(*map(self._try_identify, self.servers))
         while self._identity is None:
             busy = [s for s, error in zip(self.servers, errors, strict=True) if isinstance(error, ServerBusy)]
@@ -295,9 +295,9 @@ class EndpointEngine(Engine):
             if (server := self._balancer.acquire(avoid=avoid)) is not None:
                 return server
             failing_since = self._all_failing_since
-            if failing_since is not None and time.monotonic() - failing_since > self.settings.patience:
+            if failing_since is not None and time.monotonic() - failing_since > self.settings.give_up_after:
                 raise UserError(
-                    f"engine.urls: no server has answered for {self.settings.patience:g} seconds "
+                    f"engine.urls: no server has answered for {self.settings.give_up_after:g} seconds "
                     f"({self._last_failure}); finished answers are stored: repeat the command when one does"
                 )
             await asyncio.sleep(POLL_SECONDS)

@@ -60,7 +60,7 @@ def describe(job: TrainJob) -> str:
         f"target    {_where(job)}: {models.target.parameters / 1e6:.1f} M parameters, "
         f"{config.num_hidden_layers} layers, {job.model.dtype.value}, aux layers {aux}",
         f"draft     {models.draft.all_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
-        f"vocabulary ids, {job.draft.num_steps} steps, computed in {job.trainer.dtype.value}",
+        f"vocabulary ids, {job.draft.ttt_steps} steps, computed in {job.trainer.dtype.value}",
         f"layout    {_layout(job, models.target)}",
         f"data      {len(items)} conversations: {_data_line(job, documents)}",
         f"training  {_steps_line(job, documents, row_tokens)}",

@@ -9,7 +9,7 @@ import json
 import warnings
 import zlib
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from nemo_speculative.config.renames import translate
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT
 from nemo_speculative.training.ema import WeightAverage
@@ -39,7 +40,7 @@ FREE_TO_CHANGE = (
     "resume", "plan", "output_dir", "logger", "parallelism", "exporter.dtype", "exporter.topk",
     "exporter.num_draft_tokens", "evaluation.num_questions", "evaluation.num_threads", "evaluation.ngram",
     "trainer.max_steps",
-    "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.slots_alive",
+    "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.ttt_chunk_slots",
     "trainer.compile", "trainer.log_interval", "trainer.save_interval", "trainer.save_minutes", "trainer.async_save",
     "trainer.keep_checkpoints", "trainer.timeout_seconds",
     "trainer.val_interval", "trainer.val_rows", "trainer.profile", "data.cache_dir", "data.generation_batch_size",
@@ -70,8 +71,9 @@ class Position:
         """Raises Damaged if it is not there or was cut off."""
         file = checkpoint / "state" / POSITION
         try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            position = cls(**json.loads(file.read_text()))
+            return replace(position, config=translate(position.config))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise Damaged(f"state/{POSITION}: {root_cause(error)}") from None
 
     def write(self, checkpoint: Path) -> None:

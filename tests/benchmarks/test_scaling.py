@@ -180,8 +180,8 @@ TINY = LlamaConfig(
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
 )  # fmt: skip
 SHARED = {
-    "EAGLE-3": Eagle3DraftConfig(num_steps=4, vocab_size=48, aux_layers=[1, 2, 3]),
-    "two layers": Eagle3DraftConfig(num_steps=2, vocab_size=48, aux_layers=[1, 2, 3], num_layers=2),
+    "EAGLE-3": Eagle3DraftConfig(ttt_steps=4, vocab_size=48, aux_layers=[1, 2, 3]),
+    "two layers": Eagle3DraftConfig(ttt_steps=2, vocab_size=48, aux_layers=[1, 2, 3], num_layers=2),
 }
 MICRO_BATCHES = 2
 

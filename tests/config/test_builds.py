@@ -128,7 +128,7 @@ def test_draft(option, target):
     rows = TokenizedDataset(300)
     draft = build.build_draft(job, target, build.build_draft_vocabulary(job, target, rows))
     assert isinstance(draft, get_class(job.draft._target_)) and len(draft.draft_ids) == entries
-    assert build.build_objective(job, target).num_steps == job.draft.num_steps
+    assert build.build_objective(job, target).num_steps == job.draft.ttt_steps
 
 
 @pytest.mark.parametrize("option", options("loss"))

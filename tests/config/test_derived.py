@@ -31,9 +31,9 @@ def data(**values) -> DataConfig:
         ({}, 256, (256, 256)),
         ({"max_length": 256}, 256, (256, 256)),
         ({"max_length": 100}, 256, (100, 100)),
-        ({"row_tokens": 4096}, 131072, (2048, 4096)),
-        ({"row_tokens": 1000}, 256, (256, 1000)),
-        ({"max_length": 512, "row_tokens": 512}, 1024, (512, 512)),
+        ({"packed_length": 4096}, 131072, (2048, 4096)),
+        ({"packed_length": 1000}, 256, (256, 1000)),
+        ({"max_length": 512, "packed_length": 512}, 1024, (512, 512)),
     ],
 )
 def test_lengths(given, context, expected):
@@ -44,8 +44,8 @@ def test_lengths(given, context, expected):
     ("given", "context", "expected"),
     [
         ({"max_length": 257}, 256, "data.max_length is 257, longer than the target's context of 256: lower"),
-        ({"max_length": 512, "row_tokens": 511}, 1024, "data.max_length is 512, longer than data.row_tokens=511"),
-        ({"row_tokens": 1024}, 131072, "data.max_length is 2048, longer than data.row_tokens=1024"),
+        ({"max_length": 512, "packed_length": 511}, 1024, "data.max_length is 512, longer than data.packed_length=511"),
+        ({"packed_length": 1024}, 131072, "data.max_length is 2048, longer than data.packed_length=1024"),
     ],
 )
 def test_lengths_that_contradict_each_other(given, context, expected):
@@ -157,7 +157,12 @@ def test_an_evaluation_is_as_the_run_was_where_it_says_nothing():
 
 @pytest.mark.parametrize(
     ("given", "width", "device", "expected"),
-    [({}, 4096, "cuda", 8192), ({}, 256, "cpu", 512), ({}, 1 << 20, "cpu", 1), ({"slots_alive": 100}, 256, "cpu", 100)],
+    [
+        ({}, 4096, "cuda", 8192),
+        ({}, 256, "cpu", 512),
+        ({}, 1 << 20, "cpu", 1),
+        ({"ttt_chunk_slots": 100}, 256, "cpu", 100),
+    ],
 )
 def test_slots_at_once(given, width, device, expected):
     assert TrainerConfig(**given).slots(width, device) == expected

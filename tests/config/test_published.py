@@ -48,7 +48,7 @@ def test_the_official_form(published):
 
 def test_it_reaches_the_job(published):
     job = to_job(composed("train_eagle3", f"draft.config={published(SPECFORGE)}"))
-    assert job.draft == filled(Eagle3DraftConfig(config=job.draft.config, num_steps=5))
+    assert job.draft == filled(Eagle3DraftConfig(config=job.draft.config, ttt_steps=5))
 
 
 @pytest.mark.parametrize(

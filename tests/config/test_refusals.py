@@ -77,7 +77,7 @@ def test_a_wrong_type_names_the_override_what_was_found_and_what_is_expected(ove
 
 WRONG_VALUE = [
     ("model.num_layers=5", "model.num_layers is 5: the embedded target needs at least 7"),
-    ("draft.num_steps=0", "draft.num_steps is 0: it must be greater than 0"),
+    ("draft.ttt_steps=0", "draft.ttt_steps is 0: it must be greater than 0"),
     ("draft.vocab_size=-1", "draft.vocab_size is -1: expected a number above 0, a coverage such as"),
     ("draft.vocab_size=many", "draft.vocab_size is 'many': expected a number above 0, a coverage such as"),
     ("draft.vocab_size=true", "draft.vocab_size is True: expected a number above 0, a coverage such as"),
@@ -89,7 +89,7 @@ WRONG_VALUE = [
     ("draft.aux_layers=[]", "draft.aux_layers is []: expected distinct layers in ascending order, e.g. [1, 3, 4]"),
     ("data.held_out_share=1", "data.held_out_share is 1.0: expected a share of at least 0 and below 1"),
     ("data.held_out_share=-0.1", "data.held_out_share is -0.1: expected a share"),
-    ("data.row_tokens=0", "data.row_tokens is 0: it must be greater than 0"),
+    ("data.packed_length=0", "data.packed_length is 0: it must be greater than 0"),
     ("optimizer.lr=0", "optimizer.lr is 0.0: it must be greater than 0"),
     ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0: it must not be negative"),
     ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio is 2.0: expected a share between 0 and 1"),

@@ -101,7 +101,7 @@ def too_few():
 
 def test_fewer_tokens_than_chunks_are_rejected():
     for message in on_ranks(2, too_few):
-        assert message.startswith("data.row_tokens: a micro-batch has 3 tokens, and parallelism.context=2")
+        assert message.startswith("data.packed_length: a micro-batch has 3 tokens, and parallelism.context=2")
 
 
 def bfloat16_gradient():

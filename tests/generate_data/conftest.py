@@ -94,7 +94,7 @@ def asking(job) -> Callable[..., GenerateJob]:
     """A job that asks servers."""
 
     def make(*urls: str, model: str | None = None, **changed: Any) -> GenerateJob:
-        patient = {"attempts": 3, "timeout": 5.0, "patience": 20.0, "concurrency": 4}
+        patient = {"attempts": 3, "timeout": 5.0, "give_up_after": 20.0, "concurrency": 4}
         settings = {key: changed.pop(key, value) for key, value in patient.items()}
         return job(engine=EndpointConfig(urls=list(urls), model=model, **settings), **changed)
 

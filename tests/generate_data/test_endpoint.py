@@ -132,7 +132,7 @@ def test_when_all_are_dead_the_run_ends_in_one_line_and_is_gone_on_with(serve, a
     port = network.free_port()
     url = serve("sglang", port=port, FAKE="die_at:7")
     with pytest.raises(UserError, match="no server has answered for 1 seconds") as caught:
-        generate_data(asking(url, concurrency=1, patience=1.0))
+        generate_data(asking(url, concurrency=1, give_up_after=1.0))
     assert "\n" not in str(caught.value)
     part = tmp_path / "out" / "0-end"
     kept = len(read(part / "answers.jsonl"))
@@ -155,7 +155,7 @@ def test_what_fails_is_recorded_and_tried_again_by_the_next_run(fake, reason, se
     trouble = tmp_path / "trouble"
     trouble.touch()
     url = serve("sglang", FAKE=fake, FAKE_WHILE=str(trouble))
-    short = {"attempts": 2, "range": "0:3", "concurrency": 3, "patience": 60.0}
+    short = {"attempts": 2, "range": "0:3", "concurrency": 3, "give_up_after": 60.0}
     outcome = generate_data(asking(url, **short))
     assert (outcome.answered, outcome.failed.total(), outcome.asked) == (0, 3, 3)
     (left, *_) = read(outcome.directory / "left_out.jsonl")
@@ -228,7 +228,7 @@ def test_a_server_in_trouble_is_asked_again_what_it_is(kind, fake, serve, asking
 
 def test_trouble_at_the_start_that_does_not_end_is_one_line(serve, asking):
     with pytest.raises(UserError, match=r"no server answers \(http://127.0.0.1:\d+: HTTP 502\)"):
-        generate_data(asking(serve("sglang", FAKE="get:502"), patience=0.3))
+        generate_data(asking(serve("sglang", FAKE="get:502"), give_up_after=0.3))
 
 
 @pytest.mark.parametrize("fake", ["status:500", "drop", "get:502"])

@@ -39,7 +39,7 @@ def settings(target_dir, data, tmp_path) -> list[str]:
 
 
 def test_a_report_of_a_file(settings, tmp_path):
-    said = inspect(job_of(*settings, "show=[id7,3]", "data.row_tokens=512"))
+    said = inspect(job_of(*settings, "show=[id7,3]", "data.packed_length=512"))
     found = json.loads((tmp_path / "report" / "figures.json").read_text())
     rows = [tokenize(make_tokenizer(), talk, {END}) for talk in TALKS]
     assert found["tokens"] == sum(len(row.input_ids) for row in rows)

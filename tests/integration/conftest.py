@@ -31,10 +31,10 @@ def data_file(tmp_path_factory) -> Path:
 def settings(target_dir, data_file) -> list[str]:
     """A run of ten steps that saves at 3, 6, 9 and 10."""
     return [
-        "model=local", f"model.path={target_dir}", "data=jsonl", f"data.path={data_file}", "data.row_tokens=128",
+        "model=local", f"model.path={target_dir}", "data=jsonl", f"data.path={data_file}", "data.packed_length=128",
         "data.max_length=128", "trainer.max_steps=10", "trainer.global_batch_size=4", "trainer.micro_batch_size=2",
         "trainer.log_interval=1", "trainer.save_interval=3", "trainer.val_interval=4", "optimizer.lr=3e-3",
-        "draft.num_steps=3", "draft.vocab_size=200", "exporter.dtype=float32", "exporter.num_steps=3",
+        "draft.ttt_steps=3", "draft.vocab_size=200", "exporter.dtype=float32", "exporter.num_steps=3",
         "evaluation.num_questions=2", "evaluation.selection_questions=1", "evaluation.max_new_tokens=12",
         "data.held_out_share=0.1", f"data.cache_dir={data_file.parent}",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ def losses(directory):
 
 
 def test_few_slots_at_once_accumulating_and_compiling_change_no_loss(settings, finished, tmp_path):
-    options = ["trainer.slots_alive=64", "trainer.micro_batch_size=1", "trainer.compile=true"]
+    options = ["trainer.ttt_chunk_slots=64", "trainer.micro_batch_size=1", "trainer.compile=true"]
     done = train(settings, tmp_path / "run", *options, "trainer.max_steps=4", "optimizer.decay_ratio=0")
     plain = train(settings, tmp_path / "plain", "trainer.max_steps=4", "optimizer.decay_ratio=0")
     assert done.returncode == 0 and plain.returncode == 0, done.stderr + plain.stderr
@@ -99,7 +99,7 @@ def test_pretokenised_rows_need_no_template(settings, target_dir, tmp_path):
 @pytest.mark.parametrize(
     "algorithm",
     [
-        ["draft=eagle1", "draft.num_layers=2", "draft.num_steps=2"],
+        ["draft=eagle1", "draft.num_layers=2", "draft.ttt_steps=2"],
         ["draft=eagle3_1", "draft.vocab_size=200", "draft.num_layers=2", "draft.normalization=conversation"],
     ],
     ids=["eagle1", "eagle3_1"],
@@ -121,7 +121,7 @@ def test_every_algorithm_resumes_exactly_with_muon_and_averaged_weights(algorith
 
 def test_eagle1_with_its_noise_trains_alike_on_two_ranks(settings, tmp_path):
     own = [s for s in settings if not s.startswith("draft.")]
-    chosen = [*own, "draft=eagle1", "draft.num_steps=2", "optimizer.ema_decay=0.9", "trainer.max_steps=4"]
+    chosen = [*own, "draft=eagle1", "draft.ttt_steps=2", "optimizer.ema_decay=0.9", "trainer.max_steps=4"]
     for name, ranks in (("one", 1), ("two", 2)):
         done = train(chosen, tmp_path / name, ranks=ranks)
         assert done.returncode == 0, done.stderr

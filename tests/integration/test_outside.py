@@ -37,7 +37,7 @@ defaults:
   - _self_
 draft:
   _target_: my_drafts.GatedDraft
-  num_steps: 2
+  ttt_steps: 2
 """
 
 
@@ -46,7 +46,7 @@ def test_it_trains_is_measured_and_is_written_under_its_own_architecture(setting
     (tmp_path / "conf" / "draft").mkdir(parents=True)
     (tmp_path / "conf" / "draft" / "gated.yaml").write_text(YAML.lstrip())
     out, path = tmp_path / "run", str(tmp_path)
-    chosen = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "draft=gated", f"output_dir={out}", "draft.num_steps=2"]
+    chosen = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "draft=gated", f"output_dir={out}", "draft.ttt_steps=2"]
     done = run("recipes/train_eagle3.py", *settings, *chosen, "trainer.max_steps=2", path=path)
     assert done.returncode == 0, done.stderr
     config = json.loads((out / "checkpoints/best/model/config.json").read_text())

@@ -17,7 +17,7 @@ from tests.integration.test_training import only_error
 from tests.programs import Program
 from tests.target_servers import batch_of, until
 
-QUICK = ["backend.attempts=2", "backend.rest=0.2", "backend.connect_timeout=2"]
+QUICK = ["backend.attempts=2", "backend.backoff_seconds=0.2", "backend.connect_timeout=2"]
 PROGRAM = ["-m", "nemo_speculative.serve_target"]
 SLOW = ["tests/integration/serve_slowly.py", "0.3"]
 """So slow that no run is at its end before the server is killed."""

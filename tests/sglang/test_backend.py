@@ -87,8 +87,8 @@ def settings(target_dir, tmp_path_factory) -> list[str]:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
         "recipes/train_eagle3.py", "model=local", f"model.path='{target_dir}'", "data=jsonl", f"data.path={file}",
-        "data.row_tokens=64", "data.max_length=64", "trainer.max_steps=4", "trainer.global_batch_size=4",
-        "trainer.micro_batch_size=2", "trainer.log_interval=1", "trainer.val_interval=2", "draft.num_steps=3",
+        "data.packed_length=64", "data.max_length=64", "trainer.max_steps=4", "trainer.global_batch_size=4",
+        "trainer.micro_batch_size=2", "trainer.log_interval=1", "trainer.val_interval=2", "draft.ttt_steps=3",
         "draft.vocab_size=100", "data.held_out_share=0.2", "logger=none", "evaluation.selection_questions=1",
         "evaluation.num_questions=2", "evaluation.max_new_tokens=8", "exporter.num_steps=3",
     ]  # fmt: skip

@@ -57,8 +57,8 @@ CONFIG = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=160, num_hidden_layers=7, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False,
 )  # fmt: skip
-EAGLE3 = Eagle3DraftConfig(num_steps=4, vocab_size=200)
-EAGLE1 = EagleDraftConfig(num_steps=1, noise=FeatureNoise.none)
+EAGLE3 = Eagle3DraftConfig(ttt_steps=4, vocab_size=200)
+EAGLE1 = EagleDraftConfig(ttt_steps=1, noise=FeatureNoise.none)
 DRAFTS: dict[str, Any] = {
     "EAGLE-3": EAGLE3,
     "EAGLE-3.1": dataclasses.replace(EAGLE3, fc_norm=True, norm_output=True),
@@ -67,13 +67,13 @@ DRAFTS: dict[str, Any] = {
     "head of the target": dataclasses.replace(EAGLE3, vocab_size="target_head"),
     "sampled depths": dataclasses.replace(EAGLE3, depth_sampling=DepthSampling.geometric),
     "EAGLE-1": EAGLE1,
-    "EAGLE-1, two steps": dataclasses.replace(EAGLE1, num_steps=2),
+    "EAGLE-1, two steps": dataclasses.replace(EAGLE1, ttt_steps=2),
 }
 LARGE_HEAD = LlamaConfig(
     vocab_size=4096, hidden_size=512, intermediate_size=64, num_hidden_layers=7, num_attention_heads=1,
     num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=False,
 )  # fmt: skip
-EAGLE3_LARGE = dataclasses.replace(EAGLE3, num_steps=1, vocab_size=4096, intermediate_size=64, aux_layers=[3])
+EAGLE3_LARGE = dataclasses.replace(EAGLE3, ttt_steps=1, vocab_size=4096, intermediate_size=64, aux_layers=[3])
 # The counter knows no product in place, and ours adds up gradients that way.
 IN_PLACE = {
     torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: mm_flop(a, b),
@@ -362,8 +362,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "vocabulary": {"hidden_size": 512, "intermediate_size": 64, "head_dim": 16, "vocab_size": 8192},
 }
 """Targets, by what is wide in them."""
-HEAVY = dataclasses.replace(EAGLE3, num_steps=1, intermediate_size=1024)
-FLAT = dataclasses.replace(EAGLE3, num_steps=1, intermediate_size=64)
+HEAVY = dataclasses.replace(EAGLE3, ttt_steps=1, intermediate_size=1024)
+FLAT = dataclasses.replace(EAGLE3, ttt_steps=1, intermediate_size=64)
 NARROW = dataclasses.replace(EAGLE3, intermediate_size=128)
 SHARED = ParallelismConfig(shard=-1, context=2)
 FULL_BATCH, DIVIDED, SHARDED = HFBackendConfig(), TensorParallelHFBackendConfig(), ShardedHFBackendConfig()
@@ -378,7 +378,7 @@ WAYS: dict[str, tuple[str, ParallelismConfig, Any, Any, int, float]] = {
     "divided ends": ("vocabulary", ParallelismConfig(shard=-1), DIVIDED, FLAT, 16, 0.6),
     "sharded ends": ("vocabulary", ParallelismConfig(shard=-1), SHARDED, FLAT, 16, 0.6),
     "ends and a long row": ("vocabulary", ParallelismConfig(shard=-1), SHARDED, FLAT, 1024, 0.6),
-    "shared, divided heads": ("heads", SHARED, DIVIDED, dataclasses.replace(NARROW, num_steps=1), 2048, 0.005),
+    "shared, divided heads": ("heads", SHARED, DIVIDED, dataclasses.replace(NARROW, ttt_steps=1), 2048, 0.005),
 }
 """Shape of the target, how two ranks hold it and which draft, tokens of the row, and the share that is an answer."""
 

@@ -76,7 +76,7 @@ class UnrollObjective(ABC):
         return cls(
             target,
             **cls.own_settings(config),
-            num_steps=config.num_steps,
+            num_steps=config.ttt_steps,
             step_decay=config.step_decay,
             convention=config.mask_convention,
             normalization=config.normalization,

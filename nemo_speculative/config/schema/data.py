@@ -35,7 +35,7 @@ class DataConfig:
     """Conversations answered at once with answers=target."""
     max_length: Optional[int] = None
     """Longest conversation, in tokens; what is cut off is counted. null: 2048, or the target's context if shorter."""
-    row_tokens: Optional[int] = None
+    packed_length: Optional[int] = None
     """Tokens in one packed row; null: max_length."""
     cache_dir: str = "cache"
     """Where tokenised rows (tokens/) and generated answers (answers/) are kept, by what they were made of."""
@@ -47,7 +47,7 @@ class DataConfig:
             self,
             "data",
             "max_length",
-            "row_tokens",
+            "packed_length",
             "max_answer_tokens",
             "generation_batch_size",
             "max_conversations",
@@ -59,21 +59,21 @@ class DataConfig:
         )
 
     def lengths(self, context: int) -> tuple[int, int]:
-        """max_length and row_tokens for a target whose longest sequence is ``context`` tokens.
+        """max_length and packed_length for a target whose longest sequence is ``context`` tokens.
 
         Raises:
             UserError: max_length is longer than that, or than a row.
         """
         longest = self.max_length or min(2048, context)
-        row = self.row_tokens or longest
+        row = self.packed_length or longest
         require(
             longest <= context,
             f"data.max_length is {longest}, longer than the target's context of {context}: lower data.max_length",
         )
         require(
             longest <= row,
-            f"data.max_length is {longest}, longer than data.row_tokens={row}: a conversation must fit into one row; "
-            "raise data.row_tokens or lower data.max_length",
+            f"data.max_length is {longest}, longer than data.packed_length={row}: a conversation must fit into one "
+            "row; raise data.packed_length or lower data.max_length",
         )
         return longest, row
 

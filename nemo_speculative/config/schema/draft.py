@@ -64,7 +64,7 @@ class DraftConfig:
     head_dim: Optional[int] = None
     rope_theta: Optional[float] = None
     """Base of a plain rotary embedding of the draft's own; null: the target's, with its scaling."""
-    num_steps: int = 7
+    ttt_steps: int = 7
     """Steps of the unroll in training (T)."""
     step_decay: float = 0.8
     """Step i weighs step_decay ** i in the loss."""
@@ -81,7 +81,7 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         require_positive(
-            self, "draft", "num_steps", "step_decay", "num_layers", "intermediate_size", "num_heads", "num_kv_heads",
+            self, "draft", "ttt_steps", "step_decay", "num_layers", "intermediate_size", "num_heads", "num_kv_heads",
             "head_dim", "rope_theta", "position_offset",
         )  # fmt: skip
         require(
@@ -166,7 +166,7 @@ class EagleDraftConfig(DraftConfig):
 
     _target_: str = "nemo_speculative.algorithms.eagle.network.EagleDraft"
     objective: str = "nemo_speculative.algorithms.eagle.training.EagleObjective"
-    num_steps: int = 1
+    ttt_steps: int = 1
     """Aligned passes over the draft's own features (HASS); 1 is EAGLE's."""
     vloss_w: float = 1.0
     """Weight of the regression of the target's next feature (smooth L1)."""

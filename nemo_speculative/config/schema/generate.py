@@ -52,12 +52,12 @@ class EndpointConfig(EngineConfig):
     """How often a request is tried in a run; one that no server could take, being down or busy, was not tried."""
     timeout: float = 600.0
     """Seconds for an answer."""
-    patience: float = 300.0
+    give_up_after: float = 300.0
     """Seconds without an answer of any server after which the run ends, to be gone on with later."""
 
     def __post_init__(self) -> None:
         require_servers("engine.urls", self.urls)
-        require_positive(self, "engine", "concurrency", "attempts", "timeout", "patience")
+        require_positive(self, "engine", "concurrency", "attempts", "timeout", "give_up_after")
 
 
 @dataclass

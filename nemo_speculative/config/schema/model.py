@@ -235,12 +235,12 @@ class RemoteBackendConfig(BackendConfig):
     """Seconds to wait for a connection."""
     attempts: int = 4
     """How often a micro-batch is tried for each server before the run ends."""
-    rest: float = 5.0
+    backoff_seconds: float = 5.0
     """Seconds for which a server that failed is left alone."""
 
     def __post_init__(self) -> None:
         require_servers("backend.urls", self.urls)
-        require_positive(self, "backend", "timeout", "connect_timeout", "attempts", "rest")
+        require_positive(self, "backend", "timeout", "connect_timeout", "attempts", "backoff_seconds")
 
     @property
     def longest_wait(self) -> float:

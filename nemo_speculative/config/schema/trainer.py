@@ -72,7 +72,7 @@ class TrainerConfig:
     """auto: cuda where there is one, else cpu."""
     dtype: Dtype = Dtype.float32
     """What the draft computes in; its master weights, reductions and optimizer are float32 always."""
-    slots_alive: Optional[int] = None
+    ttt_chunk_slots: Optional[int] = None
     """Slots whose unroll is alive at once, rounded up to 64; fewer take less memory; null: by the draft's width."""
     compile: bool = False
     """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
@@ -100,12 +100,12 @@ class TrainerConfig:
         require_positive(
             self, "trainer", "max_steps", "epochs", "global_batch_size", "micro_batch_size", "log_interval",
             "save_interval", "save_minutes", "timeout_seconds", "keep_checkpoints", "val_interval", "val_rows",
-            "slots_alive",
+            "ttt_chunk_slots",
         )  # fmt: skip
 
     def slots(self, hidden_size: int, device_type: str) -> int:
         """Slots at once, for a draft of width ``hidden_size``."""
-        return self.slots_alive or max(STATES_ALIVE[device_type] // hidden_size, 1)
+        return self.ttt_chunk_slots or max(STATES_ALIVE[device_type] // hidden_size, 1)
 
     def total_steps(self, num_rows: int) -> int:
         """Optimizer steps of the whole run over ``num_rows`` packed rows."""

@@ -39,7 +39,7 @@ class RemoteTarget(EmbeddingAndHead):
     A micro-batch goes to the server with the fewest of ours, and elsewhere if that one fails.  Several threads may ask.
 
     Args:
-        urls, timeout, connect_timeout, attempts, rest: see
+        urls, timeout, connect_timeout, attempts, backoff_seconds: see
             :class:`nemo_speculative.config.schema.RemoteBackendConfig`.
         ends: those of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
 
@@ -55,14 +55,14 @@ class RemoteTarget(EmbeddingAndHead):
         timeout: float = 300.0,
         connect_timeout: float = 5.0,
         attempts: int = 4,
-        rest: float = 5.0,
+        backoff_seconds: float = 5.0,
         **ends: Any,
     ):
         super().__init__(path, **ends)
         self.requests_ahead = len(urls)
         self.identity = Identity.of(self)
         limits = urllib3.Timeout(connect=connect_timeout, read=timeout)
-        self.servers = Servers([Server(url, limits) for url in urls], timeout, attempts, rest)
+        self.servers = Servers([Server(url, limits) for url in urls], timeout, attempts, backoff_seconds)
         self.servers.check(self.identity)
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
@@ -171,7 +171,7 @@ class Server:
 ADVICE = {
     401: f"; set {TOKEN_VARIABLE} to the token that the server was started with",
     412: "; start the server with this run's model.path, model.dtype and aux layers",
-    413: "; lower trainer.micro_batch_size or data.row_tokens, or start the server with a larger max_tokens",
+    413: "; lower trainer.micro_batch_size or data.packed_length, or start the server with a larger max_tokens",
 }
 """What to do about a refusal, by its status."""
 

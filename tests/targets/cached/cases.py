@@ -49,11 +49,11 @@ class Algorithm:
 
 
 def eagle3(convention=SERVING):
-    return Algorithm(Eagle3DraftConfig(num_steps=3, mask_convention=convention), Eagle3Draft, Eagle3Objective, None)
+    return Algorithm(Eagle3DraftConfig(ttt_steps=3, mask_convention=convention), Eagle3Draft, Eagle3Objective, None)
 
 
 def eagle1(convention=SERVING):
-    config = EagleDraftConfig(num_steps=2, mask_convention=convention, noise=FeatureNoise.paper)
+    config = EagleDraftConfig(ttt_steps=2, mask_convention=convention, noise=FeatureNoise.paper)
     return Algorithm(config, EagleDraft, EagleObjective, [])
 
 

@@ -209,7 +209,7 @@ def test_what_was_written_survives_and_the_same_command_goes_on(many, tmp_path):
 def test_eagle_files_train_eagle1(settings, online_of, documents, tmp_path):  # noqa: F811
     files = write_files(tmp_path / "ckpt", online_of(eagle1()), documents)
     features = tmp_path / "features"
-    plain = [s for s in settings if not s.startswith(("draft.vocab_size", "draft.num_steps"))]
+    plain = [s for s in settings if not s.startswith(("draft.vocab_size", "draft.ttt_steps"))]
     done = capture(plain, features, "draft=eagle1", f"eagle={files}")
     assert done.returncode == 0 and "of the supervised tokens first there" in done.stdout, done.stderr
     data = [*plain, f"data.path={features}/training.jsonl", "trainer.max_steps=3"]

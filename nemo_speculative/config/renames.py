@@ -1,0 +1,53 @@
+"""Names of earlier versions next to today's: option keys, and modules of the classes that a configuration names.
+
+An old key on the command line ends in one line with the new key. A stored configuration is translated, so that a run of
+an earlier version resumes.
+"""
+
+from typing import Any
+
+KEYS = {
+    "draft.num_steps": "draft.ttt_steps",
+    "data.row_tokens": "data.packed_length",
+    "trainer.slots_alive": "trainer.ttt_chunk_slots",
+    "backend.rest": "backend.backoff_seconds",
+    "engine.patience": "engine.give_up_after",
+}
+MODULES = {
+    "drafts.eagle": "algorithms.eagle.network",
+    "drafts.eagle3": "algorithms.eagle3.network",
+    "objectives.eagle": "algorithms.eagle.training",
+    "objectives.eagle3": "algorithms.eagle3.training",
+    "objectives.losses": "algorithms.common.losses",
+    "features.target": "targets.cached.target",
+    "preparation.load": "prepare_data.load",
+    "serving.sglang_target": "targets.sglang",
+    "targets.remote": "targets.remote.client",
+    "targets.tiny": "targets.demo",
+    "training.optimization": "training.optimizer",
+}
+"""Modules of this package."""
+
+
+def translate(config: dict[str, Any]) -> dict[str, Any]:
+    """``config``, as an earlier version stored it, with today's keys and class paths."""
+    return _translate(config, "")
+
+
+def _translate(config: dict[str, Any], prefix: str) -> dict[str, Any]:
+    result = {}
+    for key, value in config.items():
+        new_key = KEYS.get(f"{prefix}{key}", key).rpartition(".")[2]
+        if isinstance(value, dict):
+            value = _translate(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            value = current_class(value)
+        result[new_key] = value
+    return result
+
+
+def current_class(path: str) -> str:
+    """Today's path of the class ``path``; any other string as it is."""
+    package, _, rest = path.partition(".")
+    module, _, name = rest.rpartition(".")
+    return f"{package}.{MODULES[module]}.{name}" if package == "nemo_speculative" and module in MODULES else path

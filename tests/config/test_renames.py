@@ -1,0 +1,50 @@
+"""Old names: a command line is refused with the new key, a stored configuration is translated."""
+
+import pytest
+from hydra.utils import get_object
+
+from nemo_speculative.config.renames import KEYS, MODULES, current_class, translate
+from nemo_speculative.training.resume_state import Position
+from tests.config.test_refusals import refused
+
+ROOTS = {"engine": ("generate_data", ["engine=endpoint"]), "backend": ("train_eagle3", ["backend=remote"])}
+
+
+@pytest.mark.parametrize(("old", "new"), KEYS.items())
+def test_an_old_key_is_refused_with_the_new_one(old, new):
+    root, overrides = ROOTS.get(old.partition(".")[0], ("train_eagle3", []))
+    assert refused(*overrides, f"{old}=3", root=root) == f"{old}=3: this key is now {new}"
+    assert refused(*overrides, f"+{old}=3", root=root) == f"{old}: this key is now {new}"
+
+
+CLASSES = {
+    "drafts.eagle": "EagleDraft", "drafts.eagle3": "Eagle3Draft", "objectives.eagle": "EagleObjective",
+    "objectives.eagle3": "Eagle3Objective", "objectives.losses": "SoftCrossEntropy",
+    "features.target": "FeaturesTarget", "preparation.load": "load_prepared", "serving.sglang_target": "SGLangTarget",
+    "targets.remote": "RemoteTarget", "targets.tiny": "prepare_tiny", "training.optimization": "adamw",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_old_class_path_is_found(module):
+    assert callable(get_object(current_class(f"nemo_speculative.{module}.{CLASSES[module]}")))
+
+
+@pytest.mark.parametrize("path", ["my_drafts.eagle.Draft", "drafts.eagle.Draft", "some text", ""])
+def test_other_strings_stay(path):
+    assert current_class(path) == path
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path):
+    old = {
+        "draft": {"_target_": "nemo_speculative.drafts.eagle3.Eagle3Draft", "num_steps": 5},
+        "data": {"row_tokens": 128, "path": "a.jsonl"}, "exporter": {"num_steps": 3}, "seed": 0,
+    }  # fmt: skip
+    new = {
+        "draft": {"_target_": "nemo_speculative.algorithms.eagle3.network.Eagle3Draft", "ttt_steps": 5},
+        "data": {"packed_length": 128, "path": "a.jsonl"}, "exporter": {"num_steps": 3}, "seed": 0,
+    }  # fmt: skip
+    assert translate(old) == new == translate(new)
+    (tmp_path / "state").mkdir()
+    Position(5, {}, old, "a", "b").write(tmp_path)
+    Position.read(tmp_path).check_same_run(Position(5, {}, new, "a", "b"), tmp_path)
