@@ -22,9 +22,9 @@ from pathlib import Path
 from benchmarks.processes import exit_status, last_line_of
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data.conversation import Conversation
-from nemo_speculative.data.conversations import JsonLines, shuffled
+from nemo_speculative.data.conversations import ConversationFile, shuffled
 from nemo_speculative.data.loader import PackedLoader
-from nemo_speculative.data.token_store import Tokenizing, stored_documents
+from nemo_speculative.data.tokenized_dataset import Tokenization, load_or_tokenize
 from nemo_speculative.targets.demo import train_tokenizer
 
 VOCAB, ROW_TOKENS, BATCHES, SAMPLE = 4096, 2048, 20, 5000
@@ -56,15 +56,15 @@ def measured(count: int, length: int, workers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "lines.jsonl"
         write_lines(file, count, length)
-        how = Tokenizing(tokenizer, frozenset({tokenizer.eos_token_id}), ROW_TOKENS, VOCAB)
+        how = Tokenization(tokenizer, frozenset({tokenizer.eos_token_id}), ROW_TOKENS, VOCAB)
         config = DataConfig(path=str(file), cache_dir=directory, workers=workers)
-        how(list(JsonLines(file)[:SAMPLE]))  # what is made once, and the tokenizer's own caches
+        how(list(ConversationFile(file)[:SAMPLE]))  # what is made once, and the tokenizer's own caches
         before, times = own_bytes(), [time.perf_counter()]
-        items = shuffled(JsonLines(file), 0)
+        items = shuffled(ConversationFile(file), 0)
         times.append(time.perf_counter())
-        documents = stored_documents(items, how, config, "tokenising")
+        documents = load_or_tokenize(items, how, config, "tokenising")
         times.append(time.perf_counter())
-        documents = stored_documents(items, how, config, "tokenising")
+        documents = load_or_tokenize(items, how, config, "tokenising")
         times.append(time.perf_counter())
         stream = PackedLoader(
             documents, row_tokens=ROW_TOKENS, global_batch_size=8, micro_batch_size=8, pad_id=0, seed=0

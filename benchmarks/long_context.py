@@ -23,7 +23,7 @@ from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import Eagle3DraftConfig, InitFromTarget, TinyModelConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.conversations import Listed, shuffled
+from nemo_speculative.data.conversations import ConversationList, shuffled
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.stdlib import stdlib_conversations
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
@@ -46,7 +46,9 @@ RATE, WARMUP = 3e-3, 0.03
 
 def answered(target: HFTarget, held_out: bool, cache: Path) -> list[TokenRow]:
     """The standard library's questions with the target's answers."""
-    items = shuffled(Listed(stdlib_conversations(held_out=held_out)), 0)[: HELD_OUT if held_out else CONVERSATIONS]
+    items = shuffled(ConversationList(stdlib_conversations(held_out=held_out)), 0)[
+        : HELD_OUT if held_out else CONVERSATIONS
+    ]
     return answer(
         target, items, max_answer_tokens=128, batch_size=128, max_length=512, cache_dir=str(cache / "answers"),
         title="answering",

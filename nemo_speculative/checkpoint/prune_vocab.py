@@ -10,8 +10,8 @@ from hydra.utils import get_method
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_config, read_servable, write_servable
 from nemo_speculative.config.schema import ModelConfig, PruneJob
 from nemo_speculative.config.vocab_and_aux_layers import VocabularySize, parse_vocab_size
-from nemo_speculative.data.token_store import Tokenizing, stored_documents
-from nemo_speculative.data.vocab_mapping import entries_for
+from nemo_speculative.data.tokenized_dataset import Tokenization, load_or_tokenize
+from nemo_speculative.data.vocab_mapping import entries_for_coverage
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.utils.errors import UserError
 
@@ -45,8 +45,8 @@ def _counts(job: PruneJob, target: str) -> torch.Tensor:
     described = describe_target(ModelConfig(path=target))
     split = get_method(job.data._target_)(job.data, seed=0)
     max_length, _ = job.data.lengths(described.config.max_position_embeddings)
-    how = Tokenizing(described.tokenizer, described.stop_ids, max_length, described.config.vocab_size)
-    sides = [stored_documents(items, how, job.data, "tokenising") for items in (split.training, split.held_out)]
+    how = Tokenization(described.tokenizer, described.stop_ids, max_length, described.config.vocab_size)
+    sides = [load_or_tokenize(items, how, job.data, "tokenising") for items in (split.training, split.held_out)]
     return torch.stack([side.all_counts for side in sides]).sum(0)
 
 
@@ -62,7 +62,7 @@ def kept_entries(servable: Servable, counts: torch.Tensor, size: VocabularySize)
     if "d2t" not in servable.tensors:
         raise UserError(f"{servable.directory}: the draft has no vocabulary of its own; there is nothing to prune")
     own = counts[_target_ids(servable)]
-    entries = size.entries if size.entries is not None else entries_for(own, size.coverage)
+    entries = size.entries if size.entries is not None else entries_for_coverage(own, size.coverage)
     if entries > len(own):
         raise UserError(f"vocab_size is {entries}: {servable.directory} has {len(own)} entries; choose fewer")
     return own.sort(descending=True, stable=True).indices[:entries].sort().values

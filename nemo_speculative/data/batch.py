@@ -1,4 +1,4 @@
-"""The one shape in which tokens travel from the data to the target and the draft."""
+"""A batch of packed rows: the one form in which tokens reach the target and the draft."""
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,11 +12,11 @@ from nemo_speculative.utils.devices import send
 
 @dataclass(frozen=True)
 class Span:
-    """Where a conversation lies: tokens ``start`` to ``end`` of ``row``."""
+    """The place of a conversation: tokens ``start`` to ``end`` of ``row``."""
 
     id: str
     epoch: int
-    """Which pass over the data this is."""
+    """Pass over the data, from 0."""
     row: int
     start: int
     end: int
@@ -24,22 +24,22 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows.  B rows of L tokens; a row holds whole documents one after the other, then padding."""
+    """B packed rows of L tokens; a row holds whole documents (tokenized conversations), then padding."""
 
     input_ids: torch.Tensor
     """int64 [B, L]."""
     loss_mask: torch.Tensor
-    """bool [B, L]: written by the assistant."""
+    """bool [B, L]: the assistant wrote the token."""
     positions: torch.Tensor
-    """int64 [B, L]: from 0 in every document."""
+    """int64 [B, L]: position ids, from 0 in every document."""
     documents: torch.Tensor
-    """int64 [B, L]: which document of the row; padding has a number of its own."""
+    """int64 [B, L]: index of the document within its row; padding has an index of its own."""
     spans: tuple[Span, ...] = ()
-    """The conversations in it."""
+    """The conversations in the batch."""
     host: "Batch | None" = None
-    """The same on the host, where it was before it travelled; None: it did not."""
+    """The batch on the host that this one was copied from; None: this one is on the host."""
     shard: ContextShard = FULL_BATCH
-    """Which of the tokens this rank computes."""
+    """The tokens that this context-parallel rank computes."""
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {k: send(getattr(self, k), device) for k in _TENSORS}
@@ -47,23 +47,23 @@ class Batch:
 
     @property
     def on_host(self) -> "Batch":
-        """This one where it can be read without waiting for a device."""
+        """The batch on the host, which can be read without waiting for a device."""
         return self.host or self
 
     @property
     def whole(self) -> "Batch":
-        """The same with all of its tokens on this rank."""
+        """The same batch with all tokens on this rank."""
         return self if self.shard is FULL_BATCH else replace(self, shard=FULL_BATCH)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The names of the conversations."""
+        """The ids of the conversations."""
         return tuple(span.id for span in self.spans)
 
     def document_lengths(self) -> list[int]:
-        """Tokens of each document, padding being one of its own, row after row; they sum up to ``num_tokens``.
+        """Tokens of each document, row after row; the padding of a row counts as one.  They sum to ``num_tokens``.
 
-        Known without a look at the tensors, which may be on a device, where there are ``spans``.
+        Where there are ``spans``, the tensors, which may be on a device, are not read.
         """
         length = self.input_ids.shape[1]
         if self.spans:
@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the rows, padding included."""
+        """B * L, padding included."""
         return self.input_ids.numel()
 
 

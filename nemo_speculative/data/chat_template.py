@@ -1,8 +1,8 @@
-"""A conversation through the tokenizer's own chat template: token ids, and which of them the assistant wrote.
+"""Token ids and assistant mask of a conversation, by the tokenizer's own chat template.
 
 Training must see what serving renders, so the template alone decides.  A template with ``{% generation %}`` marks the
-assistant's part itself; otherwise prefixes of the conversation are rendered, and what an assistant turn adds to the
-prompt before it is the assistant's.  Where a prefix is not a prefix in token ids, the template is refused.
+assistant's tokens itself; otherwise prefixes of the conversation are rendered, and the tokens that an assistant turn
+adds to the prompt before it are the assistant's.  A template whose prefixes are no prefixes in token ids is refused.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ Message = dict[str, Any]
 def tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -> TokenRow:
     """Token ids and assistant mask of one conversation.
 
-    An assistant span ends with its first stop token where it has one: what the template prints behind it (a newline,
-    say) is never generated.
+    An assistant span ends with its first stop token where it has one: what the template prints after it (a newline,
+    for example) is never generated.
 
     Raises:
         UserError: no chat template, a conversation that the template rejects, or one that cannot be masked.
@@ -41,58 +41,59 @@ def template_of(tokenizer) -> str:
     if not tokenizer.chat_template:
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to it, or give data that is "
-            'tokenised already ({"input_ids", "loss_mask"} a line)'
+            'tokenized already ({"input_ids", "loss_mask"} a line)'
         )
     return tokenizer.chat_template
 
 
 def tokenizer_digest(tokenizer) -> str:
-    """Of all that decides how a conversation becomes ids: :func:`rules_digest` and the chat template."""
-    said = [rules_digest(tokenizer), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    """Hash of everything that determines how a conversation becomes ids: the rules and the chat template."""
+    rules = [rules_digest(tokenizer), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
 
 
 def rules_digest(tokenizer) -> str:
-    """Of all that decides how a text becomes ids; not of padding and truncation, which calls change."""
+    """Hash of everything that determines how a text becomes ids, except padding and truncation, which calls change."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(fast.to_str()) if fast else {"vocabulary": tokenizer.get_vocab()}
-    kept = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
-    described = [type(tokenizer).__name__, kept, tokenizer.get_added_vocab()]
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    content = [type(tokenizer).__name__, rules, tokenizer.get_added_vocab()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prompt_ids(tokenizer, messages: list[Message], origin: str, tools: list[Message] | None = None) -> list[int]:
-    """The ids after which the assistant's answer to ``messages`` begins."""
+    """The token ids of ``messages`` and of the header that starts the assistant's answer."""
     return render(tokenizer, messages, origin, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
 def render(tokenizer, messages: list[Message], origin: str, **options) -> dict[str, list[int]]:
-    """``messages`` by the chat template, with its ``options``: ``input_ids`` and what else was asked for.
+    """Renders and tokenizes ``messages`` by the chat template: ``input_ids``, and what ``options`` request.
 
     Raises:
         UserError: no chat template, or messages that it rejects.
     """
     template_of(tokenizer)
     try:
-        return tokenizer.apply_chat_template(as_served(messages), tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(normalize_messages(messages), tokenize=True, return_dict=True, **options)
     except Exception as error:  # jinja2 and the templates' own raise_exception
-        said = " ".join(str(error).split())
-        raise UserError(f"{origin}: the chat template rejects this conversation: {said}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{origin}: the chat template rejects this conversation: {reason}") from error
 
 
-def as_served(messages: list[Message]) -> list[Message]:
-    """``messages`` as chat servers hand them to the template, which data files are not written for.
+def normalize_messages(messages: list[Message]) -> list[Message]:
+    """``messages`` as chat servers pass them to the template.
 
-    No null values, empty text for none, and the arguments of tool calls as objects, which OpenAI writes as text.
+    No null values, empty text for missing content, and the arguments of tool calls as objects, which OpenAI writes as
+    text.
     """
-    seen = [{k: v for k, v in m.items() if v is not None} | {"content": m.get("content") or ""} for m in messages]
-    for message in seen:
+    messages = [{k: v for k, v in m.items() if v is not None} | {"content": m.get("content") or ""} for m in messages]
+    for message in messages:
         if message.get("tool_calls"):
-            message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
-    return seen
+            message["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+    return messages
 
 
-def _with_object(call: Message) -> Message:
+def _with_parsed_arguments(call: Message) -> Message:
     function = call.get("function", {})
     if not isinstance(function.get("arguments"), str):
         return call
@@ -121,7 +122,7 @@ def _by_prefixes(tokenizer, conversation: Conversation) -> tuple[list[int], list
             if whole[: len(after)] != after or after[: len(before)] != before:
                 raise UserError(
                     f"{origin}: the chat template of {tokenizer.name_or_path} renders message {turn} differently "
-                    "within the whole conversation and at its end, so the assistant's tokens cannot be told; add "
+                    "within the whole conversation and at its end, so the assistant's tokens cannot be located; add "
                     "{% generation %} to the template, or give input_ids and loss_mask (recipes/generate_data.py does)"
                 )
             mask[len(before) : len(after)] = [True] * (len(after) - len(before))
@@ -129,8 +130,9 @@ def _by_prefixes(tokenizer, conversation: Conversation) -> tuple[list[int], list
 
 
 def _end_at_stop(ids: list[int], mask: list[bool], stop_ids: Collection[int]) -> list[bool]:
-    ended, stopped = list(mask), False
+    """``mask`` with each assistant span cut after its first stop token."""
+    result, stopped = list(mask), False
     for i, inside in enumerate(mask):
-        ended[i] = inside and not stopped
+        result[i] = inside and not stopped
         stopped = inside and (stopped or ids[i] in stop_ids)
-    return ended
+    return result

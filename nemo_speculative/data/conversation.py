@@ -1,4 +1,4 @@
-"""Conversations, and rows that are tokens already: what a data file holds, checked line by line."""
+"""Conversations and token rows, and the lines of a data file parsed into them."""
 
 import json
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the chat form: ``{"role", "content"}`` each; also ``reasoning_content``, ``tool_calls``."""
+    """A list of chat messages ``{"role", "content"}``, possibly with ``reasoning_content`` and ``tool_calls``."""
 
     id: str
     messages: list[dict[str, Any]]
     origin: str
-    """Where it came from, for error messages: ``file:line``."""
+    """``file:line`` that it was read from, for error messages."""
     tools: list[dict[str, Any]] | None = None
-    """What the assistant may call, as the chat template takes it."""
+    """Tools that the assistant may call, as the chat template takes them."""
     source: str = ""
-    """Which part of a mix it is of."""
+    """Its dataset within a mix."""
 
     @property
     def has_answer(self) -> bool:
@@ -31,15 +31,17 @@ class Conversation:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """A conversation in token ids, with the assistant's tokens marked."""
+    """A conversation as token ids, with the assistant's tokens marked."""
 
     id: str
     input_ids: list[int]
     loss_mask: list[bool]
+    """True for tokens that the assistant wrote."""
     origin: str
     source: str = ""
 
     def cut(self, max_length: int) -> "TokenRow":
+        """The first ``max_length`` tokens; the row itself if it has no more."""
         if len(self.input_ids) <= max_length:
             return self
         return replace(self, input_ids=self.input_ids[:max_length], loss_mask=self.loss_mask[:max_length])
@@ -49,7 +51,7 @@ def read_jsonl(path: str | Path, key: str = "data.path") -> list[Conversation | 
     """Reads a JSONL file of ``{"conversations": [...]}`` or ``{"input_ids": [...], "loss_mask": [...]}`` lines.
 
     Args:
-        key: where the path was configured, for error messages.
+        key: configuration key of the path, for error messages.
 
     Raises:
         UserError: the file is missing, empty, not UTF-8 or a line of it is malformed; the line is named.
@@ -71,11 +73,11 @@ def _parse_lines(file: Path) -> Iterator[Conversation | TokenRow]:
 
 
 def parse_line(line: bytes, origin: str, number: str) -> list[Conversation | TokenRow]:
-    """What a line of a data file holds: a conversation, a row of token ids, or those that a target generated.
+    """Parses a line of a data file: a conversation, a token row, or the several token rows of a generated conversation.
 
     Args:
-        origin: where it lies, for error messages.
-        number: its id if it names none.
+        origin: ``file:line``, for error messages.
+        number: the id of a line that has none.
 
     Raises:
         UserError: the line is malformed.
@@ -83,7 +85,7 @@ def parse_line(line: bytes, origin: str, number: str) -> list[Conversation | Tok
     record = parse_json(line, origin)
     identity = number if record.get("id") is None else str(record["id"])
     source = str(record.get("source") or "")
-    if "rows" in record:  # as generated: to tokenise its text anew would give other ids
+    if "rows" in record:  # as generated: tokenizing the text again could give other ids
         return _generated_rows(record["rows"], identity, origin, source)
     if "conversations" in record:
         messages = check_messages(record["conversations"], origin)
@@ -97,10 +99,10 @@ def parse_line(line: bytes, origin: str, number: str) -> list[Conversation | Tok
 
 
 def parse_json(line: bytes, origin: str) -> dict[str, Any]:
-    """The JSON object of a line.
+    """Parses a line as a JSON object.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not one.
     """
     try:
         record = json.loads(line.decode("utf-8"))
@@ -117,27 +119,32 @@ def parse_json(line: bytes, origin: str) -> dict[str, Any]:
 
 
 def check_messages(value: Any, origin: str, key: str = "conversations") -> list[dict[str, Any]]:
-    """``value`` if it is a list of chat messages; raises UserError naming ``origin`` if not."""
+    """Returns ``value`` unchanged.
+
+    Raises:
+        UserError: it is not a list of chat messages in a valid order; names ``origin``.
+    """
     if not isinstance(value, list) or not value:
         raise UserError(f'{origin}: "{key}" must be a list of messages, not {value!r:.60}')
     for index, message in enumerate(value):
         _check_message(message, index, origin)
-        if fault := _fault_of_place(message, index, value[index - 1] if index else None):
+        if problem := _order_problem(message, index, value[index - 1] if index else None):
             raise UserError(
-                f"{origin}: message {index} {fault}; correct it (recipes/prepare_data.py leaves such rows out, counted)"
+                f"{origin}: message {index} {problem}; correct it "
+                "(recipes/prepare_data.py leaves such rows out, counted)"
             )
     return value
 
 
-def _fault_of_place(message: dict[str, Any], index: int, before: dict[str, Any] | None) -> str | None:
-    """What no chat is like, though a template may render it."""
+def _order_problem(message: dict[str, Any], index: int, before: dict[str, Any] | None) -> str | None:
+    """Why no chat has this message after ``before``, though a template may render it; None if one may."""
     role = message["role"]
     if role == "system" and index:
         return "is the system's, expected first"
     if role == "assistant" and before and before["role"] == "assistant":
         return "is a second answer in a row, expected the user's or a tool's before it"
-    says = message.get("content") or message.get("reasoning_content") or message.get("tool_calls")
-    if role in ("user", "assistant") and not (says.strip() if isinstance(says, str) else says):
+    content = message.get("content") or message.get("reasoning_content") or message.get("tool_calls")
+    if role in ("user", "assistant") and not (content.strip() if isinstance(content, str) else content):
         return f"of the {role} is empty, expected text"
     return None
 

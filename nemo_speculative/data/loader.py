@@ -1,20 +1,20 @@
-"""The order of training: rows packed anew for each epoch, dealt out in global batches.
+"""The data loader: rows are packed again for each epoch and dealt out in global batches.
 
-A global batch is the same whatever the number of ranks and micro-batches; the only state is how many rows were
-consumed.  That makes resuming exact, on any number of ranks.
+A global batch does not depend on the number of ranks and micro-batches, and the only state is the number of rows
+consumed, so a run resumes exactly on any number of ranks.
 """
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.packing import Rows, collate, pack
+from nemo_speculative.data.packing import PackedRows, collate, pack
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 
 
 class PackedLoader:
-    """Endless global batches of ``global_batch_size`` rows; this rank's share comes as micro-batches."""
+    """Endless global batches of ``global_batch_size`` rows, of which each rank gets its part as micro-batches."""
 
     def __init__(
         self,
-        documents: TokenizedDataset,
+        dataset: TokenizedDataset,
         *,
         row_tokens: int,
         global_batch_size: int,
@@ -24,16 +24,16 @@ class PackedLoader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.documents, self.row_tokens, self.pad_id, self.seed = documents.rows, row_tokens, pad_id, seed
+        self.documents, self.row_tokens, self.pad_id, self.seed = dataset.rows, row_tokens, pad_id, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.rows_consumed = 0
-        self._lengths = documents.lengths
-        self._epochs: dict[int, Rows] = {}
+        self._lengths = dataset.lengths
+        self._epochs: dict[int, PackedRows] = {}
         self._epoch, self._epoch_start = 0, 0
 
-    def rows_of(self, epoch: int) -> Rows:
-        """The packed rows of an epoch; only the last two asked for are kept."""
+    def rows_of(self, epoch: int) -> PackedRows:
+        """The packed rows of an epoch; those of the last two epochs requested are cached."""
         if epoch not in self._epochs:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}
             self._epochs[epoch] = pack(self._lengths, self.row_tokens, seed=self.seed * 1_000_003 + epoch)
@@ -41,12 +41,12 @@ class PackedLoader:
 
     @property
     def epoch(self) -> int:
-        """The pass over the data that the next row belongs to."""
+        """Pass over the data that the next row belongs to, from 0."""
         self._row_at(self.rows_consumed)
         return self._epoch
 
     def _row_at(self, index: int) -> list[int]:
-        """Row ``index`` of the endless sequence of epochs (indices never fall)."""
+        """Row ``index`` of the endless sequence of epochs (indices never decrease)."""
         while index - self._epoch_start >= len(self.rows_of(self._epoch)):
             self._epoch_start += len(self.rows_of(self._epoch))
             self._epoch += 1

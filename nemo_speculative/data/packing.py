@@ -1,4 +1,4 @@
-"""Documents into rows of a fixed length."""
+"""Packing of documents (tokenized conversations) into rows of a fixed length."""
 
 import bisect
 import random
@@ -9,14 +9,14 @@ import torch
 
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.indexed import Indexed
+from nemo_speculative.data.conversations import Indexed
 
 WINDOW = 2048
-"""Documents packed together: wide enough to fill rows, narrow enough to keep the shuffled order."""
+"""Documents packed together: enough to fill rows, few enough to keep the shuffled order."""
 
 
-class Rows(Indexed[list[int]]):
-    """Which documents each row holds, in four bytes for each and four for a row."""
+class PackedRows(Indexed[list[int]]):
+    """The indices of the documents in each row; takes four bytes for each document and each row."""
 
     def __init__(self) -> None:
         self._documents, self._ends = array("i"), array("i", [0])
@@ -32,21 +32,21 @@ class Rows(Indexed[list[int]]):
         self._ends.append(len(self._documents))
 
 
-def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> Rows:
-    """Which documents share a row: best-fit decreasing within windows of a shuffled order.
+def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> PackedRows:
+    """Packs documents into rows: best-fit decreasing within windows of a shuffled order.
 
-    Depends on nothing but its arguments, so that every rank and every restart makes the same rows.
+    A function of its arguments alone, so that every rank and every restart makes the same rows.
 
     Args:
-        lengths: tokens of each document, none above ``row_tokens``.
+        lengths: tokens of each document, at most ``row_tokens``.
 
     Returns:
-        Rows of indices into ``lengths``, in the order in which they are trained on.
+        Indices into ``lengths``, in the order in which they are trained on.
     """
     rng = random.Random(seed)
     order = array("i", range(len(lengths)))
     rng.shuffle(order)
-    rows = Rows()
+    rows = PackedRows()
     for start in range(0, len(order), WINDOW):
         window = sorted(order[start : start + WINDOW], key=lambda i: (-lengths[i], i))
         packed = _best_fit(window, lengths, row_tokens)
@@ -72,7 +72,7 @@ def _best_fit(documents: list[int], lengths: Sequence[int], row_tokens: int) -> 
 def collate(
     rows: Sequence[Sequence[TokenRow]], row_tokens: int, pad_id: int, epochs: Sequence[int] | None = None
 ) -> Batch:
-    """The tensors of packed ``rows``, padded to ``row_tokens``; ``epochs`` says which pass each row belongs to."""
+    """Tensors of packed ``rows``, padded to ``row_tokens``; ``epochs`` has the pass over the data of each row."""
     shape = (len(rows), row_tokens)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     loss_mask = torch.zeros(shape, dtype=torch.bool)

@@ -1,8 +1,8 @@
-"""Conversations from what every Python machine has: the standard library's docstrings, signatures and sources.
+"""Conversations about Python's standard library, made of its docstrings, signatures and sources.
 
-The embedded case (``model=tiny``) needs text that is on the machine already, is the same on the next machine
-with the same Python, and in which the answer can be learnt from the question.  Every answer therefore opens with
-the name that was asked for, and many questions carry the ``def`` line that the answer builds on.
+The built-in example (``model=tiny``) needs text that is on every machine, is the same on another machine with the same
+Python, and in which the answer can be learned from the question.  Every answer therefore starts with the name in the
+question, and many questions contain the ``def`` line that the answer builds on.
 """
 
 import ast
@@ -108,5 +108,5 @@ def _turn(d: Definition, kind: str, question: str, answer: str) -> Conversation:
 @functools.cache
 def stdlib_conversations(held_out: bool) -> list[Conversation]:
     """All conversations of one side of the split, in a fixed order, without repeated ids."""
-    found = {c.id: c for d in definitions() if is_held_out(d) == held_out for c in conversations_about(d)}
-    return list(found.values())
+    by_id = {c.id: c for d in definitions() if is_held_out(d) == held_out for c in conversations_about(d)}
+    return list(by_id.values())

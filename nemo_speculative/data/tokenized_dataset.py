@@ -1,33 +1,71 @@
-"""From conversations to documents: token rows that fit, with what was left out counted."""
+"""Tokenized conversations: rows that fit, counts of what was left out, and their cache on disk.
 
+Rows are tokenized once, by several processes for a long file, and stored as an Arrow file that is mapped into memory.
+The directory's name is a hash of everything that shapes the rows, so a later run finds them again.
+"""
+
+import contextlib
 import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate, compress, groupby, islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import torch
+from safetensors.torch import load_file, save_file
 
-from nemo_speculative.data.chat_template import tokenize
+from nemo_speculative.config.schema import DataConfig
+from nemo_speculative.data.chat_template import tokenize, tokenizer_digest
 from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.vocab_mapping import count_supervised
+from nemo_speculative.data.conversations import Conversations, Indexed
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.manifest import file_sizes, read_manifest, write_manifest
+from nemo_speculative.utils.progress import Progress
+
+VERSION = 1
+"""Raised when the same conversations would give other rows."""
+CHUNK = 512
+"""Conversations tokenized at once, and rows read from disk at once."""
+ROWS_COUNTED_AT_ONCE = 256
+"""Each count of ids is an array of the vocabulary's size, however few rows it covers."""
+MIN_ITEMS_FOR_WORKERS = 4096
+"""Below this, starting further processes takes longer than they save."""
+MAX_WORKERS = 8
+POLL_SECONDS = 0.2
+"""Between two checks whether the rows are still needed."""
+ROWS, COUNTS, META = "rows.arrow", "counts.safetensors", "meta.json"
+SCHEMA = pa.schema(
+    {"id": pa.string(), "source": pa.string(), "input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_())}
+)
 
 
 @dataclass
 class TokenizedDataset:
-    """Tokenised rows, and what became of those that are not among them."""
+    """Token rows, and counts of the conversations that gave none."""
 
     vocab_size: int
     """Of the target."""
     rows: Sequence[TokenRow] = field(default_factory=list)
     unsupervised: list[str] = field(default_factory=list)
-    """Ids left out because no token of theirs is supervised (within the longest length)."""
+    """Ids left out because none of their tokens is supervised (within the maximum length)."""
     truncated: int = 0
     supervised_tokens_cut: int = 0
     directory: Path | None = None
-    """Where they are stored, if they are."""
+    """Where the rows are stored; None: in memory only."""
 
     @cached_property
     def lengths(self) -> Sequence[int]:
@@ -44,12 +82,12 @@ class TokenizedDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all rows in their order."""
+        """Hash of all rows in their order."""
         return hashlib.sha256(b"".join(map(row_digest, self.rows))).hexdigest()[:16]
 
     @property
     def all_counts(self) -> torch.Tensor:
-        """int64 [V]: those of every source together."""
+        """int64 [V]: the sum of ``counts`` over the sources."""
         return sum(self.counts.values(), torch.zeros(self.vocab_size, dtype=torch.long))
 
     @property
@@ -67,13 +105,13 @@ class TokenizedDataset:
         if self.truncated:
             line += f"; {self.truncated} cut to length, losing {self.supervised_tokens_cut} supervised tokens"
         if self.unsupervised:
-            named = ", ".join(self.unsupervised[:3]) + (", …" if len(self.unsupervised) > 3 else "")
-            line += f"; {len(self.unsupervised)} without a supervised token left out ({named})"
+            examples = ", ".join(self.unsupervised[:3]) + (", …" if len(self.unsupervised) > 3 else "")
+            line += f"; {len(self.unsupervised)} without a supervised token left out ({examples})"
         return line
 
 
 def row_digest(row: TokenRow) -> bytes:
-    """16 bytes that tell a row, with its name, from others."""
+    """16-byte hash of a row's id, tokens and mask."""
     identity = row.id.encode()
     digest = hashlib.sha256(len(identity).to_bytes(4, "little") + identity)
     digest.update(array("i", row.input_ids).tobytes())
@@ -81,58 +119,295 @@ def row_digest(row: TokenRow) -> bytes:
     return digest.digest()[:16]
 
 
-def to_documents(
+def count_supervised(rows: Iterable[TokenRow], vocab_size: int) -> torch.Tensor:
+    """int64 [V]: how often the assistant wrote each id; linear in the tokens."""
+    counts, remaining = torch.zeros(vocab_size, dtype=torch.long), iter(rows)
+    while some := list(islice(remaining, ROWS_COUNTED_AT_ONCE)):
+        ids = [i for row in some for i in compress(row.input_ids, row.loss_mask)]
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=vocab_size)
+    return counts
+
+
+def tokenize_conversations(
     items: Iterable[Conversation | TokenRow], tokenizer, stop_ids: Collection[int], max_length: int, vocab_size: int
 ) -> TokenizedDataset:
-    """Tokenises, checks and cuts.
+    """Tokenizes, checks and truncates ``items``.
 
     Raises:
-        UserError: a conversation has no assistant turn or cannot be masked, or an id lies outside the vocabulary.
+        UserError: a conversation has no assistant turn or cannot be masked, or an id is outside the vocabulary.
     """
     rows: list[TokenRow] = []
-    out = TokenizedDataset(vocab_size, rows)
+    dataset = TokenizedDataset(vocab_size, rows)
     for item in items:
-        row = item if isinstance(item, TokenRow) else _tokenize(tokenizer, item, stop_ids)
-        _check_ids(row, vocab_size)
-        kept = row.cut(max_length)
-        if kept is not row:
-            out.truncated += 1
-            out.supervised_tokens_cut += sum(row.loss_mask) - sum(kept.loss_mask)
-        if any(kept.loss_mask):
-            rows.append(kept)
+        if isinstance(item, TokenRow):
+            row = item
+        elif item.has_answer:
+            row = tokenize(tokenizer, item, stop_ids)
         else:
-            out.unsupervised.append(row.id)
-    return out
+            raise UserError(
+                f"{item.origin}: the conversation has no assistant turn, so there is nothing to train on; add one, "
+                "or let the target answer with data.answers=target"
+            )
+        if (largest := max(row.input_ids, default=0)) >= vocab_size:
+            raise UserError(f"{row.origin}: token id {largest} lies outside the target's vocabulary of {vocab_size}")
+        cut = row.cut(max_length)
+        if cut is not row:
+            dataset.truncated += 1
+            dataset.supervised_tokens_cut += sum(row.loss_mask) - sum(cut.loss_mask)
+        if any(cut.loss_mask):
+            rows.append(cut)
+        else:
+            dataset.unsupervised.append(row.id)
+    return dataset
 
 
-def _tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -> TokenRow:
-    if not conversation.has_answer:
-        raise UserError(
-            f"{conversation.origin}: the conversation has no assistant turn, so there is nothing to train on; add one, "
-            "or let the target answer with data.answers=target"
-        )
-    return tokenize(tokenizer, conversation, stop_ids)
-
-
-def _check_ids(row: TokenRow, vocab_size: int) -> None:
-    largest = max(row.input_ids, default=0)
-    if largest >= vocab_size:
-        raise UserError(f"{row.origin}: token id {largest} lies outside the target's vocabulary of {vocab_size}")
-
-
-def preview(row: TokenRow, tokenizer, colour: bool) -> str:
+def preview(row: TokenRow, tokenizer, color: bool) -> str:
     """The text of a row with the assistant's tokens in green (or in brackets)."""
-    before, after = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    pieces = [
-        before + tokenizer.decode(ids) + after if supervised else tokenizer.decode(ids)
-        for supervised, ids in _runs(row.input_ids, row.loss_mask)
-    ]
-    return "".join(pieces)
+    start, end = ("\x1b[32m", "\x1b[0m") if color else ("⟦", "⟧")
+    text = ""
+    for supervised, run in groupby(zip(row.input_ids, row.loss_mask, strict=True), key=lambda token: token[1]):
+        decoded = tokenizer.decode([token_id for token_id, _ in run])
+        text += start + decoded + end if supervised else decoded
+    return text
 
 
-def _runs(ids: Sequence[int], mask: Sequence[bool]) -> Iterator[tuple[bool, list[int]]]:
-    start = 0
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or mask[i] != mask[start]:
-            yield mask[start], list(ids[start:i])
-            start = i
+@dataclass(frozen=True)
+class Tokenization:
+    """The settings by which conversations become rows: the arguments of :func:`tokenize_conversations`."""
+
+    tokenizer: Any
+    stop_ids: Collection[int]
+    max_length: int
+    vocab_size: int
+
+    def __call__(self, items: Sequence[Any]) -> TokenizedDataset:
+        return tokenize_conversations(items, self.tokenizer, self.stop_ids, self.max_length, self.vocab_size)
+
+    def key(self, items: Conversations) -> str:
+        """Hash of everything that shapes the rows of ``items``."""
+        settings = [VERSION, tokenizer_digest(self.tokenizer), sorted(self.stop_ids), self.max_length, self.vocab_size]
+        return hashlib.sha256(json.dumps([items.fingerprint, *settings]).encode()).hexdigest()[:16]
+
+
+def load_or_tokenize(
+    items: Conversations,
+    tokenization: Tokenization,
+    config: DataConfig,
+    title: str,
+    check_canceled: Callable[[], None] = lambda: None,
+) -> TokenizedDataset:
+    """The rows of ``items``, in the order of the file that they were selected from.
+
+    Read from the cache directory of ``config`` if the same content was tokenized with the same settings before.
+
+    Args:
+        title: of the progress bar.
+        check_canceled: called now and then while rows are tokenized; raises if they are no longer needed.
+
+    Raises:
+        UserError: a conversation cannot be tokenized, a worker process was killed, or the disk is full.
+    """
+    items = items.in_order()
+    directory = Path(config.cache_dir) / "tokens" / tokenization.key(items)
+    with dir_lock(directory, "data.cache_dir", wait=True):
+        if not _is_complete(directory):
+            _create(items, tokenization, directory, config.workers, title, check_canceled)
+    return _load(directory, tokenization.vocab_size)
+
+
+class StoredRows(Indexed[TokenRow]):
+    """The rows of an Arrow file, read when they are indexed."""
+
+    def __init__(self, file: Path):
+        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        batches = range(self._reader.num_record_batches)
+        self._ends = list(accumulate(self._reader.get_batch(number).num_rows for number in batches))
+        self._batch = lru_cache(maxsize=64)(self._reader.get_batch)
+        self._file = file
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _item(self, index: int) -> TokenRow:
+        number = bisect_right(self._ends, index)
+        row = index - (self._ends[number - 1] if number else 0)
+        identity, source, ids, mask = self._batch(number).columns
+        values = ids[row].values.to_numpy().tolist(), mask[row].values.to_numpy(zero_copy_only=False).tolist()
+        return TokenRow(identity[row].as_py(), *values, f"{self._file}:{index}", source[row].as_py())
+
+    @property
+    def lengths(self) -> "array[int]":
+        """Tokens of each row."""
+        lengths = array("i")
+        for number in range(self._reader.num_record_batches):
+            lengths.frombytes(self._reader.get_batch(number).column("input_ids").value_lengths().to_numpy().tobytes())
+        return lengths
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        meta = read_manifest(directory / META)
+        return meta is not None and meta["bytes"] == file_sizes(directory, (ROWS, COUNTS))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _load(directory: Path, vocab_size: int) -> TokenizedDataset:
+    meta, rows = json.loads((directory / META).read_text()), StoredRows(directory / ROWS)
+    left_out = meta["unsupervised"], meta["truncated"], meta["supervised_tokens_cut"]
+    dataset = TokenizedDataset(vocab_size, rows, *left_out, directory)
+    # Without these, each would read every row.
+    dataset.lengths = rows.lengths
+    dataset.counts = dict(zip(meta["sources"], load_file(directory / COUNTS)["counts"], strict=True))
+    dataset.fingerprint = meta["fingerprint"]
+    return dataset
+
+
+def _create(
+    items: Conversations,
+    tokenization: Tokenization,
+    directory: Path,
+    workers: int | None,
+    title: str,
+    check_canceled: Callable[[], None],
+) -> None:
+    partial = directory / "partial"
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    partial.mkdir()
+    try:
+        _write(partial, _tokenize_chunks(items, tokenization, workers, title, check_canceled), tokenization.vocab_size)
+        for name in (ROWS, COUNTS, META):  # meta.json last: it vouches for the others
+            os.replace(partial / name, directory / name)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {directory} cannot be written ({error}); make room there, or name another directory"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(directory: Path, chunks: Iterator["_Chunk"], vocab_size: int) -> None:
+    counts: dict[str, torch.Tensor] = {}
+    meta: dict[str, Any] = {"unsupervised": [], "truncated": 0, "supervised_tokens_cut": 0}
+    digest = hashlib.sha256()
+    with pa.OSFile(str(directory / ROWS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for chunk in chunks:
+            writer.write_batch(chunk.rows)
+            digest.update(chunk.digests)
+            for name in meta:
+                meta[name] += chunk.left_out[name]
+            for source, (ids, times) in chunk.counts.items():
+                counts.setdefault(source, torch.zeros(vocab_size, dtype=torch.long))[ids] += times
+    meta |= {"sources": sorted(counts), "fingerprint": digest.hexdigest()[:16]}
+    empty = torch.zeros(0, vocab_size, dtype=torch.long)
+    stacked = torch.stack([counts[source] for source in meta["sources"]]) if counts else empty
+    save_file({"counts": stacked}, directory / COUNTS)
+    meta["bytes"] = file_sizes(directory, (ROWS, COUNTS))
+    write_manifest(directory / META, meta, indent=None)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A tokenized chunk of conversations, as a worker process returns it."""
+
+    rows: pa.RecordBatch
+    digests: bytes
+    counts: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """By source: the ids that the assistant wrote, and how often each."""
+    left_out: dict[str, Any]
+
+    @classmethod
+    def of(cls, dataset: TokenizedDataset) -> "_Chunk":
+        rows = dataset.rows
+        columns = [[row.id for row in rows], [row.source for row in rows]]
+        lists = [[row.input_ids for row in rows], [row.loss_mask for row in rows]]
+        batch = pa.record_batch([*columns, *lists], schema=SCHEMA)
+        counts = {source: (ids.nonzero()[:, 0], ids[ids > 0]) for source, ids in dataset.counts.items()}
+        left_out = {name: getattr(dataset, name) for name in ("unsupervised", "truncated", "supervised_tokens_cut")}
+        return cls(batch, b"".join(map(row_digest, rows)), counts, left_out)
+
+
+def _tokenize_chunks(
+    items: Conversations,
+    tokenization: Tokenization,
+    workers: int | None,
+    title: str,
+    check_canceled: Callable[[], None],
+) -> Iterator[_Chunk]:
+    """Chunks in the order of ``items``, from this process or from ``workers`` others."""
+    progress = Progress(title, len(items), quiet=True)
+    count = min(os.cpu_count() or 1, MAX_WORKERS) if workers is None else workers
+    ranges = [(start, min(start + CHUNK, len(items))) for start in range(0, len(items), CHUNK)]
+    if len(items) < MIN_ITEMS_FOR_WORKERS or count < 2:
+        chunks: Iterator[_Chunk] = (_Chunk.of(tokenization(items[start:end])) for start, end in ranges)
+    else:
+        chunks = _tokenize_in_workers(items, tokenization, ranges, count, check_canceled)
+    for (start, end), chunk in zip(ranges, chunks, strict=True):
+        progress.advance(by=end - start)
+        check_canceled()
+        yield chunk
+    progress.close()
+
+
+def _tokenize_in_workers(
+    items: Conversations,
+    tokenization: Tokenization,
+    ranges: list[tuple[int, int]],
+    count: int,
+    check_canceled: Callable[[], None],
+) -> Iterator[_Chunk]:
+    """Chunks of ``count`` worker processes, which stay at most 2 chunks each ahead of the writer."""
+    with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (items, tokenization)) as pool:
+        remaining, pending = iter(ranges), list[Future[_Chunk]]()
+        try:
+            while True:
+                for start, end in islice(remaining, 2 * count - len(pending)):
+                    check_canceled()  # starting a process takes seconds
+                    with _interrupts_blocked():
+                        pending.append(pool.submit(_tokenize_range, start, end))
+                if not pending:
+                    return
+                while not pending[0].done():
+                    wait(pending[:1], POLL_SECONDS)
+                    check_canceled()
+                yield pending.pop(0).result()
+        except BrokenProcessPool:
+            raise UserError(
+                "data.workers: a process that tokenized was killed, most likely for lack of memory; set data.workers=1"
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started within, by any thread, ignore Ctrl-C: the parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_worker: tuple[Conversations, Tokenization]
+"""The arguments of a worker process, which are sent once."""
+
+
+def _start_worker(items: Conversations, tokenization: Tokenization) -> None:
+    global _worker
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker = items, tokenization
+
+
+def _exit_with_parent() -> None:
+    """Ends this worker when its parent is gone, since a killed parent ends no workers."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _tokenize_range(start: int, end: int) -> _Chunk:
+    items, tokenization = _worker
+    return _Chunk.of(tokenization(items[start:end]))

@@ -1,31 +1,32 @@
-"""The draft vocabulary: the target ids that a draft can propose."""
+"""The draft vocabulary: the target ids that a draft can propose, chosen by how often the assistant wrote them."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import compress, islice
-from typing import TypeVar
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.tokenized_dataset import TokenizedDataset
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.files import atomic_write
 
-T = TypeVar("T")
-ROWS_COUNTED_AT_ONCE = 256
-"""A count is as long as the vocabulary, however few rows it is of."""
 ENTRIES_MULTIPLE = 64
-"""Matrix products are fastest where the head's rows are a multiple of it."""
+"""Matrix products are fastest where the number of the head's rows is a multiple of this."""
+RULE = "the most frequent ids of the assistant, 1"
+"""Stored next to a vocabulary; its number is raised when the same counts would give another one."""
 
 
 @dataclass(frozen=True)
 class VocabMapping:
-    """``ids`` are the target ids in ascending order; draft id j stands for target id ``ids[j]``."""
+    """Maps draft id j to target id ``ids[j]``; ``ids`` are ascending."""
 
     ids: torch.Tensor
     """int64 [V_d]."""
     target_size: int
     coverage: float
-    """Share of the supervised tokens that lie inside, from 0 to 1."""
+    """Share of the supervised tokens that are in the draft vocabulary, from 0 to 1."""
 
     @property
     def size(self) -> int:
@@ -38,55 +39,81 @@ class VocabMapping:
 
     @property
     def t2d(self) -> torch.Tensor:
-        """bool [V]: whether a target id lies inside."""
+        """bool [V]: whether a target id is in the draft vocabulary."""
         inside = torch.zeros(self.target_size, dtype=torch.bool)
         inside[self.ids] = True
         return inside
 
 
-def build_vocabulary(counts: torch.Tensor, size: VocabularySize) -> VocabMapping:
-    """The ids that the assistant wrote most often; ties, and ids never seen, go to the lower id.
-
-    Sorts the vocabulary once.
+def build_vocab_mapping(counts: torch.Tensor, size: VocabularySize) -> VocabMapping:
+    """The ids that the assistant wrote most often; ties, and ids never written, go to the lower id.
 
     Args:
-        counts: int64 [V], how often it wrote each: see :func:`count_supervised`.
+        counts: int64 [V], how often it wrote each: see :attr:`TokenizedDataset.counts`.
     """
-    entries = size.entries if size.entries is not None else entries_for(counts, size.coverage)
-    chosen = torch.sort(counts, descending=True, stable=True).indices[:entries].sort().values
-    return VocabMapping(chosen, len(counts), coverage(counts, chosen))
+    entries = size.entries if size.entries is not None else entries_for_coverage(counts, size.coverage)
+    ids = torch.sort(counts, descending=True, stable=True).indices[:entries].sort().values
+    return VocabMapping(ids, len(counts), coverage(counts, ids))
 
 
-def vocabulary_of(d2t: torch.Tensor, counts: torch.Tensor) -> VocabMapping:
-    """The vocabulary that ``d2t`` int64 [V_d] describes, and what it covers of ``counts`` int64 [V]."""
+def vocab_mapping_from_d2t(d2t: torch.Tensor, counts: torch.Tensor) -> VocabMapping:
+    """The mapping that ``d2t`` int64 [V_d] describes, with its coverage of ``counts`` int64 [V]."""
     ids = torch.arange(len(d2t)) + d2t
     return VocabMapping(ids, len(counts), coverage(counts, ids))
 
 
 def coverage(counts: torch.Tensor, ids: torch.Tensor) -> float:
-    """The share of what is counted in int64 [V] that has one of ``ids``, from 0 to 1."""
+    """The share of the tokens counted in int64 [V] whose id is in ``ids``, from 0 to 1."""
     total = int(counts.sum())
     return int(counts[ids].sum()) / total if total else 0.0
 
 
-def count_supervised(rows: Iterable[TokenRow], target_size: int) -> torch.Tensor:
-    """int64 [V]: how often each id was written by the assistant; linear in the tokens."""
-    counts = torch.zeros(target_size, dtype=torch.long)
-    for some in batched(rows, ROWS_COUNTED_AT_ONCE):
-        ids = [i for row in some for i in compress(row.input_ids, row.loss_mask)]
-        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=target_size)
-    return counts
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """``items`` in lists of ``size``, the last one shorter."""
-    left = iter(items)
-    while some := list(islice(left, size)):
-        yield some
-
-
-def entries_for(counts: torch.Tensor, coverage: float) -> int:
+def entries_for_coverage(counts: torch.Tensor, coverage: float) -> int:
     """The fewest ids that cover a share of the tokens counted in int64 [V], rounded up to a multiple of 64."""
     covered = counts.sort(descending=True).values.cumsum(0)
     fewest = int((covered < coverage * covered[-1]).sum()) + 1
     return min(-(-fewest // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE, len(counts))
+
+
+def load_or_build_vocab_mapping(dataset: TokenizedDataset, size: VocabularySize) -> VocabMapping:
+    """The ids that the assistant wrote most often in ``dataset``.
+
+    Where the dataset is stored, so is the mapping, as ``vocabulary-<size>.safetensors``: ``d2t`` and ``t2d`` as in
+    checkpoints, and in the header what determined it; a later run with the same values reads it.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    if dataset.directory is None or not size.own_head:
+        return build_vocab_mapping(dataset.all_counts, size)
+    requested = f"{size.entries}" if size.entries is not None else f"{size.coverage:.10g}"
+    file = dataset.directory / f"vocabulary-{requested}.safetensors"
+    header = {"rule": RULE, "rows": dataset.fingerprint, "size": requested}
+    mapping = _read(file, header, dataset)
+    if mapping is None:
+        mapping = build_vocab_mapping(dataset.all_counts, size)
+        _write(file, mapping, header)
+    return mapping
+
+
+def _read(file: Path, header: dict[str, str], dataset: TokenizedDataset) -> VocabMapping | None:
+    """None: it does not exist, was determined by other values, or is damaged."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            if {key: stored.metadata().get(key) for key in header} != header:
+                return None
+            mapping = vocab_mapping_from_d2t(stored.get_tensor("d2t"), dataset.all_counts)
+            return mapping if torch.equal(mapping.t2d, stored.get_tensor("t2d")) else None
+    except (OSError, SafetensorError, IndexError, AttributeError):
+        return None
+
+
+def _write(file: Path, mapping: VocabMapping, header: dict[str, str]) -> None:
+    header = header | {"entries": str(mapping.size), "coverage": f"{mapping.coverage:.6f}"}
+    try:
+        with atomic_write(file) as out:
+            out.write(save({"d2t": mapping.d2t, "t2d": mapping.t2d}, header))
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: {file} cannot be written ({error.strerror}); make room there, or name another directory"
+        ) from None

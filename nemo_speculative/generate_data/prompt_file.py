@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_speculative.config.schema import GenerateJob
 from nemo_speculative.data.conversation import Conversation, TokenRow, parse_json, parse_line
-from nemo_speculative.data.conversations import content_of
+from nemo_speculative.data.conversations import item_content
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import Progress
 
@@ -83,7 +83,7 @@ class PromptFile:
 
 def asked_by(item: Item) -> int:
     """64 bits that tell it from others: of its id, its source, and all that it says."""
-    return int.from_bytes(hashlib.sha256(json.dumps(content_of(item)).encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(json.dumps(item_content(item)).encode()).digest()[:8], "big")
 
 
 def _item(line: bytes, file: Path, number: int) -> Item:

@@ -101,7 +101,7 @@ def cause_of(case: Case) -> str:
 
 def as_served(messages: list[Message]) -> list[Message]:
     """``messages`` as SGLang 0.5.23 hands them to the template: a last answer is taken for the user's."""
-    seen = chat_template.as_served(messages)
+    seen = chat_template.normalize_messages(messages)
     if seen and seen[-1]["role"] == "assistant":
         seen[-1] = {"role": "user", "content": seen[-1]["content"]}
     return seen

@@ -10,7 +10,7 @@ import torch
 from nemo_speculative.data.conversations import Item
 from nemo_speculative.data.packing import pack
 from nemo_speculative.data.sources import Split
-from nemo_speculative.data.vocab_mapping import entries_for
+from nemo_speculative.data.vocab_mapping import entries_for_coverage
 from nemo_speculative.inspect_data.survey import LeftOut, Survey
 from nemo_speculative.inspect_data.tally import Tally
 
@@ -157,7 +157,7 @@ def vocabulary(survey: Survey) -> dict[str, Any]:
             {"entries": n} | covered | {"sources": by_name}
             for n, covered, by_name in zip([*wanted, size], table, of_sources, strict=True)
         ],
-        "reach": {str(part): entries_for(counts, part) for part in SHARES},
+        "reach": {str(part): entries_for_coverage(counts, part) for part in SHARES},
     }
 
 

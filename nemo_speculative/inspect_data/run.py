@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import get_method
 
 from nemo_speculative.config.schema import Answers, InspectJob
-from nemo_speculative.data.token_store import Tokenizing
+from nemo_speculative.data.tokenized_dataset import Tokenization
 from nemo_speculative.inspect_data.comparison import ByTemplate, ChatServer, Comparison
 from nemo_speculative.inspect_data.figures import figures
 from nemo_speculative.inspect_data.page import page
@@ -32,7 +32,7 @@ def inspect(job: InspectJob) -> str:
     target = describe_target(job.model)
     config, tokenizer = target.config, target.tokenizer
     max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
-    survey = Survey(Tokenizing(tokenizer, target.stop_ids, max_length, config.vocab_size), job.show)
+    survey = Survey(Tokenization(tokenizer, target.stop_ids, max_length, config.vocab_size), job.show)
     with dir_lock(job.directory, "output"), _server(job, tokenizer) as server:
         split = get_method(job.data._target_)(job.data, job.seed)
         comparison = Comparison(tokenizer, server, max_length, job.compare)

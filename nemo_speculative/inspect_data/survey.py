@@ -13,7 +13,7 @@ from nemo_speculative.data.chat_template import template_of
 from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.data.conversations import Item
 from nemo_speculative.data.sources import Split
-from nemo_speculative.data.token_store import Tokenizing
+from nemo_speculative.data.tokenized_dataset import Tokenization
 from nemo_speculative.inspect_data.tally import Tally
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import Progress
@@ -47,7 +47,7 @@ class Survey:
         show: ids, or numbers of lines, of the conversations to keep; none: the first three.
     """
 
-    def __init__(self, how: Tokenizing, show: Sequence[str] = ()):
+    def __init__(self, how: Tokenization, show: Sequence[str] = ()):
         self.max_length, self._show = how.max_length, show
         self._how = replace(how, max_length=NO_LIMIT)
         self.tallies: dict[tuple[bool, str], Tally] = {}

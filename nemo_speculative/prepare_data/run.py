@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_speculative.config.schema import MixDataConfig, PrepareJob
-from nemo_speculative.data.conversations import share_of
+from nemo_speculative.data.conversations import hash_fraction
 from nemo_speculative.prepare_data import reasons
 from nemo_speculative.prepare_data.digests import Digests, digest
 from nemo_speculative.prepare_data.filters import check
@@ -164,7 +164,7 @@ class _Preparation:
             return
         share = self.job.data.held_out_share
         # Not of its name in a mix: alone and in any mix it lies on the same side.
-        drawn = share_of(found.id or f"{content_of(item):016x}")
+        drawn = hash_fraction(found.id or f"{content_of(item):016x}")
         side = stream.side or (HELD_OUT if drawn < share else TRAIN)
         output.keep(stream.label, side, {"id": identity, **item, "source": item.get("source", stream.source)})
 

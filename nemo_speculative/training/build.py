@@ -21,14 +21,17 @@ from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Servable
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import Answers, Resume, TinyModelConfig, TrainJob
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversations import Items
+from nemo_speculative.data.conversations import Conversations
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.sources import Split
-from nemo_speculative.data.token_store import Tokenizing, stored_documents
-from nemo_speculative.data.tokenized_dataset import TokenizedDataset
-from nemo_speculative.data.vocab_mapping import VocabMapping, coverage, vocabulary_of
-from nemo_speculative.data.vocab_selection import chosen_vocabulary
+from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, load_or_tokenize
+from nemo_speculative.data.vocab_mapping import (
+    VocabMapping,
+    coverage,
+    load_or_build_vocab_mapping,
+    vocab_mapping_from_d2t,
+)
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.collectives import first_rank_first, is_first_rank, num_ranks, on_first_rank
 from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
@@ -236,12 +239,12 @@ def tokenizing(job: TrainJob, split: Split) -> AbstractContextManager[Background
     def work(go_on: Callable[[], None]) -> None:
         how = _how(job, target)
         for title, items in _sides(job, split).items():
-            stored_documents(items, how, job.data, f"tokenising, {title}", go_on)
+            load_or_tokenize(items, how, job.data, f"tokenising, {title}", go_on)
 
     return beside(work)
 
 
-def _sides(job: TrainJob, split: Split) -> dict[str, Items]:
+def _sides(job: TrainJob, split: Split) -> dict[str, Conversations]:
     return {"training": split.training, "held out": split.held_out[: 2 * _enough(job)]}
 
 
@@ -250,9 +253,9 @@ def _enough(job: TrainJob) -> int:
     return max(job.evaluation.num_questions, job.evaluation.selection_questions)
 
 
-def _how(job: TrainJob, target: Target | Description) -> Tokenizing:
+def _how(job: TrainJob, target: Target | Description) -> Tokenization:
     max_length, _ = job.data.lengths(target.config.max_position_embeddings)
-    return Tokenizing(target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
+    return Tokenization(target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
 
 
 def load_split(job: TrainJob) -> Split:
@@ -260,10 +263,10 @@ def load_split(job: TrainJob) -> Split:
     return get_method(job.data._target_)(job.data, job.seed)
 
 
-def _documents(job: TrainJob, target: Target, items: Items, title: str) -> TokenizedDataset:
+def _documents(job: TrainJob, target: Target, items: Conversations, title: str) -> TokenizedDataset:
     how = _how(job, target)
     if job.data.answers is Answers.given or not items:
-        return first_rank_first(lambda: stored_documents(items, how, job.data, f"tokenising, {title}"))
+        return first_rank_first(lambda: load_or_tokenize(items, how, job.data, f"tokenising, {title}"))
     assert isinstance(target, HFTarget), "the configuration lets no other backend answer"
     rows = first_rank_first(
         lambda: answer(
@@ -327,8 +330,8 @@ def build_draft_vocabulary(job: TrainJob, target: Target, training: TokenizedDat
     """The most frequent supervised ids of the training rows, or those of the draft that it starts from."""
     start = read_start(job.draft, target.config)
     if start and "d2t" in start.tensors:
-        return vocabulary_of(start.tensors["d2t"], training.all_counts)
-    return chosen_vocabulary(training, job.draft.vocabulary(target.config.vocab_size))
+        return vocab_mapping_from_d2t(start.tensors["d2t"], training.all_counts)
+    return load_or_build_vocab_mapping(training, job.draft.vocabulary(target.config.vocab_size))
 
 
 def build_objective(job: TrainJob, target: Target, context: ContextGroup = NO_CONTEXT_PARALLELISM) -> Objective:

@@ -9,12 +9,11 @@ import torch
 from nemo_speculative.algorithms.common.draft import DraftShape
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.conversations import Items
+from nemo_speculative.data.conversations import Conversations
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.packing import pack
-from nemo_speculative.data.token_store import Tokenizing, stored_documents
-from nemo_speculative.data.tokenized_dataset import TokenizedDataset, preview
-from nemo_speculative.data.vocab_mapping import build_vocabulary
+from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, load_or_tokenize, preview
+from nemo_speculative.data.vocab_mapping import build_vocab_mapping
 from nemo_speculative.distributed.collectives import num_ranks
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import describe_target
@@ -50,9 +49,9 @@ def describe(job: TrainJob) -> str:
     config, tokenizer = target.config, target.tokenizer
     max_length, row_tokens = check_job(job, config)
     items = load_split(job).training
-    how = Tokenizing(tokenizer, target.stop_ids, max_length, config.vocab_size)
+    how = Tokenization(tokenizer, target.stop_ids, max_length, config.vocab_size)
     documents = _tokenized(job, items, how)
-    entries = build_vocabulary(documents.all_counts, job.draft.vocabulary(config.vocab_size)).size
+    entries = build_vocab_mapping(documents.all_counts, job.draft.vocabulary(config.vocab_size)).size
     shape = draft_shape(job, config, entries)
     aux = job.draft.chosen_aux_layers(config.num_hidden_layers)
     models = Models.of(job, config, shape)
@@ -105,10 +104,10 @@ def _where(job: TrainJob) -> str:
     return str(resolve_target(job.model, weights=False))
 
 
-def _tokenized(job: TrainJob, items: Items, how: Tokenizing) -> TokenizedDataset:
+def _tokenized(job: TrainJob, items: Conversations, how: Tokenization) -> TokenizedDataset:
     if job.data.answers is Answers.target:  # those that have one already show what the others will be like
         return how([item for item in items if isinstance(item, TokenRow) or item.has_answer])
-    return stored_documents(items, how, job.data, "tokenising")
+    return load_or_tokenize(items, how, job.data, "tokenising")
 
 
 def _data_line(job: TrainJob, documents: TokenizedDataset) -> str:

@@ -11,7 +11,7 @@ from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Speculative
 from nemo_speculative.checkpoint.prune_vocab import coverage_table, kept_entries, prune_checkpoint, pruned_tensors
 from nemo_speculative.config.schema import DataConfig, PruneJob
 from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
-from nemo_speculative.data.vocab_mapping import build_vocabulary
+from nemo_speculative.data.vocab_mapping import build_vocab_mapping
 from nemo_speculative.utils.errors import UserError
 
 ROWS = [
@@ -24,7 +24,7 @@ ROWS = [
 def checkpoint(tmp_path, target, target_dir):
     torch.manual_seed(0)
     draft = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, 100))
-    draft.set_vocab_mapping(build_vocabulary(torch.zeros(300, dtype=torch.long), VocabularySize(100)))
+    draft.set_vocab_mapping(build_vocab_mapping(torch.zeros(300, dtype=torch.long), VocabularySize(100)))
     write(tmp_path / "model", draft, str(target_dir))
     return tmp_path / "model"
 

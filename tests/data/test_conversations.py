@@ -9,7 +9,14 @@ import tracemalloc
 import pytest
 
 from nemo_speculative.data.conversation import TokenRow, read_jsonl
-from nemo_speculative.data.conversations import SIDE, JsonLines, Listed, share_of, shuffled, split_by_share
+from nemo_speculative.data.conversations import (
+    SPLIT_SALT,
+    ConversationFile,
+    ConversationList,
+    hash_fraction,
+    shuffled,
+    split_by_hash,
+)
 from nemo_speculative.utils.errors import UserError
 
 
@@ -35,7 +42,7 @@ def mixed(tmp_path) -> str:
 
 
 def test_every_item_is_what_reading_the_whole_file_gives(mixed):
-    items, whole = JsonLines(mixed), read_jsonl(mixed)
+    items, whole = ConversationFile(mixed), read_jsonl(mixed)
     assert list(items) == whole and len(items) == 7
     assert [items[n] for n in reversed(range(7))] == whole[::-1]
     assert items[-1] == whole[-1] and list(items[2:5]) == whole[2:5] and list(items[:-3:2]) == whole[:-3:2]
@@ -44,19 +51,19 @@ def test_every_item_is_what_reading_the_whole_file_gives(mixed):
 
 
 def test_another_process_reads_the_same(mixed):
-    items = JsonLines(mixed)
+    items = ConversationFile(mixed)
     first = items[0]
     copy = pickle.loads(pickle.dumps(items))
     assert copy[0] == first and list(copy) == list(items)
 
 
 def test_content_is_told_and_not_where_it_lies(mixed, tmp_path):
-    items = JsonLines(mixed)
+    items = ConversationFile(mixed)
     moved = tmp_path / "elsewhere.jsonl"
     shutil.copy(mixed, moved)
-    assert JsonLines(moved).fingerprint == items.fingerprint
+    assert ConversationFile(moved).fingerprint == items.fingerprint
     moved.write_bytes(moved.read_bytes().replace(b"hello", b"hallo", 1))
-    assert JsonLines(moved).fingerprint != items.fingerprint
+    assert ConversationFile(moved).fingerprint != items.fingerprint
     chosen = [shuffled(items, 0), shuffled(items, 1), items[:3], items[1:4], items[:]]
     assert len({some.fingerprint for some in chosen}) == len(chosen)
     assert shuffled(items, 0).fingerprint == chosen[0].fingerprint
@@ -66,7 +73,7 @@ def test_content_is_told_and_not_where_it_lies(mixed, tmp_path):
 def test_what_is_in_memory_is_told_by_all_of_it(change):
     def items(**changed):
         row = {"id": "a", "input_ids": [1, 2], "loss_mask": [False, True], "origin": "here", "source": ""} | changed
-        return Listed([TokenRow(**row)])
+        return ConversationList([TokenRow(**row)])
 
     changes = {"id": {"id": "b"}, "source": {"source": "s"}, "ids": {"input_ids": [1, 3]},
                "mask": {"loss_mask": [True, True]}}  # fmt: skip
@@ -78,21 +85,21 @@ def test_what_is_in_memory_is_told_by_all_of_it(change):
         base = Conversation("a", [{"role": "user", "content": "q"}], "here")
         other = Conversation("a", [{"role": "user", "content": "q" if change == "tools" else "r"}], "here",
                              [{"name": "f"}] if change == "tools" else None)  # fmt: skip
-        assert Listed([base]).fingerprint != Listed([other]).fingerprint
+        assert ConversationList([base]).fingerprint != ConversationList([other]).fingerprint
     assert items(origin="elsewhere").fingerprint == items().fingerprint
 
 
 def test_what_one_conversation_became_lies_on_one_side(tmp_path):
-    items = JsonLines(write(tmp_path / "a.jsonl", [generated(n, 1 + n % 3) for n in range(300)]))
-    training, held_out = split_by_share(items, 0.2)
+    items = ConversationFile(write(tmp_path / "a.jsonl", [generated(n, 1 + n % 3) for n in range(300)]))
+    training, held_out = split_by_hash(items, 0.2)
     sides = [{row.id.split("#")[0] for row in side} for side in (training, held_out)]
     assert not sides[0] & sides[1]
-    assert sides[1] == {f"c{n}" for n in range(300) if share_of(f"c{n}", SIDE) < 0.2}
+    assert sides[1] == {f"c{n}" for n in range(300) if hash_fraction(f"c{n}", SPLIT_SALT) < 0.2}
     assert len(training) + len(held_out) == len(items)
 
 
 def test_the_order_is_that_of_a_shuffled_list(tmp_path):
-    items = JsonLines(write(tmp_path / "a.jsonl", [line(n) for n in range(100)]))
+    items = ConversationFile(write(tmp_path / "a.jsonl", [line(n) for n in range(100)]))
     listed = list(items)
     random.Random(5).shuffle(listed)
     assert list(shuffled(items, 5)) == listed
@@ -103,10 +110,10 @@ def test_a_line_that_is_malformed_is_named_at_once(tmp_path):
     write(file, [line(n) for n in range(5)])
     file.write_bytes(file.read_bytes() + b'{"id": 1\n' + b"\n")
     with pytest.raises(UserError, match=r"a\.jsonl:6: not JSON"):
-        JsonLines(file)
+        ConversationFile(file)
     file.write_bytes(file.read_bytes().replace(b"hello", b"h\xffllo", 1))
     with pytest.raises(UserError, match=r"a\.jsonl:1: not UTF-8"):
-        JsonLines(file)
+        ConversationFile(file)
 
 
 def test_no_line_stays_in_memory(tmp_path):
@@ -114,9 +121,9 @@ def test_no_line_stays_in_memory(tmp_path):
     taken = []
     for length in (1_000, 10_000):
         file = write(tmp_path / f"{length}.jsonl", [line(n, "x" * length) for n in range(300)])
-        JsonLines(file)[0]
+        ConversationFile(file)[0]
         tracemalloc.start()
-        kept = split_by_share(JsonLines(file), 0.1), shuffled(JsonLines(file), 0)
+        kept = split_by_hash(ConversationFile(file), 0.1), shuffled(ConversationFile(file), 0)
         taken.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
         assert len(kept[1]) == 300

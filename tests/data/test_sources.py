@@ -9,7 +9,7 @@ import pytest
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import sources
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.conversations import Listed, shuffled
+from nemo_speculative.data.conversations import ConversationList, shuffled
 from nemo_speculative.data.sources import Split, load_jsonl, load_stdlib
 from nemo_speculative.utils.errors import UserError
 
@@ -119,7 +119,7 @@ def test_the_order_is_that_of_the_seed(many):
 
 
 def test_shuffled_leaves_its_argument_alone():
-    items = Listed([TokenRow(str(n), [n], [True], "here") for n in range(50)])
+    items = ConversationList([TokenRow(str(n), [n], [True], "here") for n in range(50)])
     assert sorted(int(row.id) for row in shuffled(items, 0)) == [int(row.id) for row in items] == list(range(50))
     assert ids(shuffled(items, 0)) != ids(items)
 
@@ -133,5 +133,5 @@ def test_the_standard_library_source_shuffles_and_limits(monkeypatch):
     split = load_stdlib(DataConfig(path=None, max_conversations=30), seed=1)
     assert isinstance(split, Split)
     assert len(set(ids(split.training))) == 30
-    assert ids(split.training) == ids(shuffled(Listed(sides[False]), 1))[:30]
+    assert ids(split.training) == ids(shuffled(ConversationList(sides[False]), 1))[:30]
     assert sorted(ids(split.held_out)) == sorted(ids(sides[True]))

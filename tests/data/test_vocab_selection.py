@@ -10,18 +10,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
-from nemo_speculative.data import vocab_selection
-from nemo_speculative.data.token_store import stored_documents
-from nemo_speculative.data.vocab_selection import chosen_vocabulary
+from nemo_speculative.data import vocab_mapping
+from nemo_speculative.data.tokenized_dataset import load_or_tokenize
+from nemo_speculative.data.vocab_mapping import load_or_build_vocab_mapping
 from nemo_speculative.utils.errors import UserError
-from tests.data.test_token_store import config, how, items, tokenizer  # noqa: F401
+from tests.data.test_stored_dataset import config, how, items, tokenizer  # noqa: F401
 
 SIZE = VocabularySize(20)
 
 
 @pytest.fixture
 def documents(items, how, config):  # noqa: F811
-    return stored_documents(items, how, config, "t")
+    return load_or_tokenize(items, how, config, "t")
 
 
 def most_frequent(documents, entries):
@@ -30,7 +30,7 @@ def most_frequent(documents, entries):
 
 
 def test_it_lies_beside_the_rows_as_checkpoints_have_it(documents):
-    found = chosen_vocabulary(documents, SIZE)
+    found = load_or_build_vocab_mapping(documents, SIZE)
     (file,) = documents.directory.glob("vocabulary*")
     stored = load_file(file)
     ids = (stored["d2t"] + torch.arange(20)).tolist()
@@ -45,20 +45,20 @@ def test_it_lies_beside_the_rows_as_checkpoints_have_it(documents):
 
 def test_the_same_is_found_and_another_is_chosen(documents, monkeypatch):
     sizes = [SIZE, VocabularySize(40), VocabularySize(None, 0.9)]
-    first = [chosen_vocabulary(documents, size) for size in sizes]
+    first = [load_or_build_vocab_mapping(documents, size) for size in sizes]
     assert len(list(documents.directory.glob("vocabulary*"))) == 3
-    monkeypatch.setattr(vocab_selection, "build_vocabulary", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr(vocab_mapping, "build_vocab_mapping", lambda *_: pytest.fail("chosen again"))
     for size, before in zip(sizes, first, strict=True):
-        found = chosen_vocabulary(documents, size)
+        found = load_or_build_vocab_mapping(documents, size)
         assert torch.equal(found.ids, before.ids) and found.coverage == before.coverage
     monkeypatch.undo()
     other = dataclasses.replace(documents, rows=documents.rows[:3])
-    assert chosen_vocabulary(other, SIZE).ids.tolist() == most_frequent(other, 20) != first[0].ids.tolist()
+    assert load_or_build_vocab_mapping(other, SIZE).ids.tolist() == most_frequent(other, 20) != first[0].ids.tolist()
 
 
 @pytest.mark.parametrize("damage", ["cut", "no header", "other ids", "ids outside"])
 def test_what_is_damaged_is_chosen_anew(documents, damage):
-    expected = chosen_vocabulary(documents, SIZE)
+    expected = load_or_build_vocab_mapping(documents, SIZE)
     (file,) = documents.directory.glob("vocabulary*")
     content, d2t = file.read_bytes(), expected.d2t.numpy().tobytes()
     damaged = {
@@ -69,13 +69,13 @@ def test_what_is_damaged_is_chosen_anew(documents, damage):
     }[damage]
     assert damaged != content
     file.write_bytes(damaged)
-    assert torch.equal(chosen_vocabulary(documents, SIZE).ids, expected.ids)
+    assert torch.equal(load_or_build_vocab_mapping(documents, SIZE).ids, expected.ids)
     assert torch.equal(load_file(file)["d2t"], expected.d2t)
 
 
 def test_nothing_is_left_where_nothing_is_stored_or_the_targets_head_serves(documents, items, how):  # noqa: F811
-    chosen_vocabulary(documents, VocabularySize(300, own_head=False))
-    in_memory = chosen_vocabulary(how(list(items)), SIZE)
+    load_or_build_vocab_mapping(documents, VocabularySize(300, own_head=False))
+    in_memory = load_or_build_vocab_mapping(how(list(items)), SIZE)
     assert not list(documents.directory.glob("vocabulary*"))
     assert in_memory.ids.tolist() == most_frequent(documents, 20)
 
@@ -84,6 +84,6 @@ def test_a_full_disk_is_one_line(documents, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(vocab_selection, "atomic_write", full)
+    monkeypatch.setattr(vocab_mapping, "atomic_write", full)
     with pytest.raises(UserError, match=r"data\.cache_dir: .*vocabulary-20.safetensors cannot be written \(No space"):
-        chosen_vocabulary(documents, SIZE)
+        load_or_build_vocab_mapping(documents, SIZE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.conversations import Listed
+from nemo_speculative.data.conversations import ConversationList
 from nemo_speculative.generate_data import answers
 from nemo_speculative.generate_data.answers import answer, unanswered
 from nemo_speculative.generate_data.append_log import AppendLog
@@ -112,7 +112,7 @@ def test_what_was_answered_is_not_asked_again_whatever_else_the_data_holds(targe
 def test_what_is_all_there_is_read_beside_a_writer_and_the_data_once(target, mixed, prompts, tmp_path, monkeypatch):
     read = []
 
-    class Counted(Listed):
+    class Counted(ConversationList):
         def _item(self, index):
             read.append(index)
             return super()._item(index)

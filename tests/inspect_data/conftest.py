@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.token_store import Tokenizing
+from nemo_speculative.data.tokenized_dataset import Tokenization
 from tests.conftest import make_tokenizer
 
 END = 1
@@ -33,6 +33,6 @@ def random_rows(count: int, seed: int = 0, longest: int = 700) -> list[TokenRow]
 
 
 @pytest.fixture
-def how() -> Tokenizing:
+def how() -> Tokenization:
     """Of a training that cuts to 256 tokens."""
-    return Tokenizing(make_tokenizer(), {END}, 256, VOCAB)
+    return Tokenization(make_tokenizer(), {END}, 256, VOCAB)

@@ -7,7 +7,7 @@ import pytest
 
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.sources import Split
-from nemo_speculative.data.token_store import Tokenizing
+from nemo_speculative.data.tokenized_dataset import Tokenization
 from nemo_speculative.inspect_data import survey as surveys
 from nemo_speculative.inspect_data.survey import Survey
 from nemo_speculative.utils.errors import UserError
@@ -88,7 +88,7 @@ def test_what_is_asked_for_and_refused_is_named(how):
 
 
 def test_a_tokenizer_without_a_template_ends_it_at_once():
-    how = Tokenizing(make_tokenizer(template=None), {END}, 256, VOCAB)
+    how = Tokenization(make_tokenizer(template=None), {END}, 256, VOCAB)
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         surveyed(how, [dialogue("u:q", "a:b")])
     assert surveyed(how, [TokenRow("r", [4], [True], "f:1")]).total().conversations == 1

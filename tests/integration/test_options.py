@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
-from nemo_speculative.data.conversations import JsonLines
+from nemo_speculative.data.conversations import ConversationFile
 from nemo_speculative.generate_data.answers import answer
 from tests.integration.conftest import drive, metrics, run, train
 
@@ -78,13 +78,15 @@ def test_answers_of_the_target_are_trained_on_and_outlive_a_kill(settings, data_
     assert "covering" in done.stdout and read_servable(tmp_path / "run").provenance.step == 2
     assert file.read_bytes().startswith(kept)
     limits = {"max_answer_tokens": 20, "max_length": 128}
-    at_once = answer(target, JsonLines(data_file), **limits, batch_size=64, cache_dir=str(tmp_path / "other"), title="")
+    at_once = answer(
+        target, ConversationFile(data_file), **limits, batch_size=64, cache_dir=str(tmp_path / "other"), title=""
+    )
     answered = {row[0]: row for line in file.open() for row in json.loads(line)["rows"]}
     expected = {row.id: [row.id, row.input_ids, [int(m) for m in row.loss_mask]] for row in at_once}
     assert len(answered) > 50 and answered == {identity: expected[identity] for identity in answered}
 
 
-def test_pretokenised_rows_need_no_template(settings, target_dir, tmp_path):
+def test_pretokenized_rows_need_no_template(settings, target_dir, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(

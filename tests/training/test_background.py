@@ -1,4 +1,4 @@
-"""Work beside the main thread, and the tokenising that a training does while its target is loaded."""
+"""Work beside the main thread, and the tokenizing that a training does while its target is loaded."""
 
 import threading
 import time
@@ -80,22 +80,22 @@ def test_work_that_is_done_leaves_the_main_thread_alone():
 
 PROGRAM = """
 import os, pathlib, runpy, sys, time
-from nemo_speculative.data import token_store
+from nemo_speculative.data import tokenized_dataset
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import build
-cache, load, make = pathlib.Path(sys.argv.pop(1)), HFTarget.__init__, token_store._make
+cache, load, make = pathlib.Path(sys.argv.pop(1)), HFTarget.__init__, tokenized_dataset._create
 def loads(self, *given, **settings):
     until = time.monotonic() + 60
     while len(list(cache.glob("tokens/*/meta.json"))) < 2 and time.monotonic() < until:
         time.sleep(0.02)
     print("rows were there" if time.monotonic() < until else "rows were not there", flush=True)
-    token_store._make = None  # what is asked for later is what was made
+    tokenized_dataset._create = None  # what is asked for later is what was made
     load(self, *given, **settings)
 HFTarget.__init__ = loads
 build.announce = lambda *_: sys.exit(0)
 runpy.run_path("recipes/train_eagle3.py", run_name="__main__")
 """
-"""A training whose target is not loaded before both sides of the data are tokenised, until it has its rows."""
+"""A training whose target is not loaded before both sides of the data are tokenized, until it has its rows."""
 
 
 @pytest.fixture

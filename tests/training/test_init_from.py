@@ -7,8 +7,8 @@ from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.config.app import to_job
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.tokenized_dataset import TokenizedDataset
-from nemo_speculative.data.vocab_mapping import count_supervised, vocabulary_of
+from nemo_speculative.data.tokenized_dataset import TokenizedDataset, count_supervised
+from nemo_speculative.data.vocab_mapping import vocab_mapping_from_d2t
 from nemo_speculative.training import build
 from nemo_speculative.training.init_from import read_start, with_its_shape
 from nemo_speculative.utils.errors import UserError
@@ -60,5 +60,5 @@ def test_no_draft_there(tmp_path, target):
 
 def test_the_coverage_of_a_given_vocabulary_is_counted(target):
     rows = [TokenRow("a", [2, 2, 7, 8], [False, True, True, True], "")]
-    found = vocabulary_of(layouts.vocabulary_maps()["d2t"], count_supervised(rows, 300))
+    found = vocab_mapping_from_d2t(layouts.vocabulary_maps()["d2t"], count_supervised(rows, 300))
     assert found.coverage == pytest.approx(2 / 3) and found.ids.tolist() == layouts.DRAFT_IDS

@@ -15,7 +15,7 @@ from hydra.utils import get_method
 from nemo_speculative.config.schema import CaptureJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.tokenized_dataset import to_documents
+from nemo_speculative.data.tokenized_dataset import tokenize_conversations
 from nemo_speculative.distributed.collectives import first_rank_first
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.cached.positions import key_of, key_of_lists
@@ -47,7 +47,7 @@ class EagleFiles(EmbeddingAndHead):
         if not self.files:
             raise UserError(f"eagle: {directory} holds no .ckpt file; expected those that EAGLE's ge_data wrote")
         rows = [self._row(name, file) for name, file in self.files.items()]
-        found = to_documents(rows, self.tokenizer, self.stop_ids, max_length, self.config.vocab_size)
+        found = tokenize_conversations(rows, self.tokenizer, self.stop_ids, max_length, self.config.vocab_size)
         self.documents, self.left_out = list(found.rows), found.report()
 
     @classmethod

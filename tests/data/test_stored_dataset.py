@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import DataConfig
-from nemo_speculative.data import token_store
+from nemo_speculative.data import tokenized_dataset
 from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.conversations import JsonLines, Listed, shuffled
+from nemo_speculative.data.conversations import ConversationFile, ConversationList, shuffled
 from nemo_speculative.data.packing import pack
-from nemo_speculative.data.token_store import Tokenizing, stored_documents
+from nemo_speculative.data.tokenized_dataset import Tokenization, load_or_tokenize
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, make_tokenizer
 from tests.programs import ROOT, run_program
@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture
 def how(tokenizer):
-    return Tokenizing(tokenizer, frozenset({END}), 24, 300)
+    return Tokenization(tokenizer, frozenset({END}), 24, 300)
 
 
 def lines(count):
@@ -52,7 +52,7 @@ def lines(count):
 def items(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines(40)))
-    return JsonLines(file)
+    return ConversationFile(file)
 
 
 @pytest.fixture
@@ -76,10 +76,10 @@ def assert_equal(stored, made):
 
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_what_is_stored_is_what_is_made_in_memory(items, how, config, monkeypatch, chunk):
-    monkeypatch.setattr(token_store, "CHUNK", chunk)
+    monkeypatch.setattr(tokenized_dataset, "CHUNK", chunk)
     made = how(list(items))
-    assert_equal(stored_documents(items, how, config, "t"), made)
-    again = stored_documents(items, how, config, "t")
+    assert_equal(load_or_tokenize(items, how, config, "t"), made)
+    again = load_or_tokenize(items, how, config, "t")
     assert_equal(again, made)
     assert again.rows[-1].id == made.rows[-1].id and [row.id for row in again.rows[2:9:3]] == [
         row.id for row in made.rows[2:9:3]
@@ -90,15 +90,15 @@ def test_what_is_stored_is_what_is_made_in_memory(items, how, config, monkeypatc
 
 
 def test_other_processes_make_the_same(items, how, config, monkeypatch):
-    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
-    monkeypatch.setattr(token_store, "CHUNK", 4)
-    assert_equal(stored_documents(items, how, dataclasses.replace(config, workers=2), "t"), how(list(items)))
+    monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
+    monkeypatch.setattr(tokenized_dataset, "CHUNK", 4)
+    assert_equal(load_or_tokenize(items, how, dataclasses.replace(config, workers=2), "t"), how(list(items)))
 
 
 def test_what_was_made_is_not_made_again(items, how, config, monkeypatch):
-    stored_documents(items, how, config, "t")
-    monkeypatch.setattr(token_store, "to_documents", lambda *_: pytest.fail("tokenised again"))
-    stored_documents(items, how, config, "t")
+    load_or_tokenize(items, how, config, "t")
+    monkeypatch.setattr(tokenized_dataset, "tokenize_conversations", lambda *_: pytest.fail("tokenised again"))
+    load_or_tokenize(items, how, config, "t")
 
 
 def test_everything_that_shapes_the_rows_is_noticed(items, how, config, tokenizer, tmp_path):
@@ -107,7 +107,8 @@ def test_everything_that_shapes_the_rows_is_noticed(items, how, config, tokenize
     with_token.add_tokens(["zebra"])
     keys = {
         how.key(given)
-        for given in (items, items[:39], Listed(list(items)[1:]), Listed([TokenRow("a", [1], [True], "")]))
+        for given in (items, items[:39], ConversationList(list(items)[1:]),
+                      ConversationList([TokenRow("a", [1], [True], "")]))
     } | {
         dataclasses.replace(how, **change).key(items)
         for change in ({"max_length": 23}, {"stop_ids": {3}}, {"vocab_size": 301}, {"tokenizer": other},
@@ -116,24 +117,24 @@ def test_everything_that_shapes_the_rows_is_noticed(items, how, config, tokenize
     assert len(keys) == 9
     moved = tmp_path / "moved.jsonl"
     shutil.copy(items.path, moved)
-    assert how.key(JsonLines(moved)) == how.key(items)
-    assert Tokenizing(make_tokenizer(), frozenset({END}), 24, 300).key(items) == how.key(items)
+    assert how.key(ConversationFile(moved)) == how.key(items)
+    assert Tokenization(make_tokenizer(), frozenset({END}), 24, 300).key(items) == how.key(items)
 
 
-@pytest.mark.parametrize("file", [token_store.ROWS, token_store.COUNTS, token_store.META])
+@pytest.mark.parametrize("file", [tokenized_dataset.ROWS, tokenized_dataset.COUNTS, tokenized_dataset.META])
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_what_is_damaged_is_made_again(items, how, config, file, damage):
-    stored_documents(items, how, config, "t")
+    load_or_tokenize(items, how, config, "t")
     (directory,) = (file for file in (items.path.parent / "cache/tokens").iterdir())
     if damage == "gone":
         (directory / file).unlink()
     else:
         (directory / file).write_bytes((directory / file).read_bytes()[:-20])
-    assert_equal(stored_documents(items, how, config, "t"), how(list(items)))
+    assert_equal(load_or_tokenize(items, how, config, "t"), how(list(items)))
 
 
 def test_nothing_at_all(how, config):
-    empty = stored_documents(Listed([]), how, config, "t")
+    empty = load_or_tokenize(ConversationList([]), how, config, "t")
     assert len(empty.rows) == 0 and empty.tokens == 0 and list(pack(empty.lengths, 8, 0)) == []
     assert empty.report() == "0 conversations, 0 tokens, 0% supervised"
 
@@ -145,14 +146,14 @@ def left_in(items):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_refused_leaves_nothing(items, how, config, monkeypatch, workers):
-    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
-    silent = Listed([*items, Conversation("x", [{"role": "user", "content": "q"}], "somewhere:7")])
+    monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
+    silent = ConversationList([*items, Conversation("x", [{"role": "user", "content": "q"}], "somewhere:7")])
     with pytest.raises(UserError, match="somewhere:7: the conversation has no assistant turn"):
-        stored_documents(silent, how, dataclasses.replace(config, workers=workers), "t")
+        load_or_tokenize(silent, how, dataclasses.replace(config, workers=workers), "t")
     assert left_in(items) == []
 
 
-class KilledAt(Listed):
+class KilledAt(ConversationList):
     """Kills the process that reads its last item."""
 
     def _item(self, index):
@@ -162,14 +163,14 @@ class KilledAt(Listed):
 
 
 def test_a_process_that_is_killed_is_one_line(items, how, config, monkeypatch):
-    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
-    monkeypatch.setattr(token_store, "CHUNK", 8)
-    with pytest.raises(UserError, match=r"data\.workers: a process that tokenised was killed"):
-        stored_documents(KilledAt(list(items)), how, dataclasses.replace(config, workers=2), "t")
+    monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
+    monkeypatch.setattr(tokenized_dataset, "CHUNK", 8)
+    with pytest.raises(UserError, match=r"data\.workers: a process that tokenized was killed"):
+        load_or_tokenize(KilledAt(list(items)), how, dataclasses.replace(config, workers=2), "t")
     assert left_in(items) == []
 
 
-class Endless(Listed):
+class Endless(ConversationList):
     """Keeps whoever reads its last item."""
 
     def _item(self, index):
@@ -182,18 +183,19 @@ LEAVES = """
 import os, sys
 from multiprocessing import active_children
 from nemo_speculative.config.schema import DataConfig
-from nemo_speculative.data import token_store
+from nemo_speculative.data import tokenized_dataset
 from tests.conftest import make_tokenizer
-from tests.data.test_token_store import END, Endless, TokenRow
+from tests.data.test_stored_dataset import END, Endless, TokenRow
 rows = [TokenRow(str(n), [5, 6], [False, True], "") for n in range(9)]
-token_store.ITEMS_FOR_WORKERS, token_store.CHUNK = 1, 4
-def go_on():
+tokenized_dataset.MIN_ITEMS_FOR_WORKERS, tokenized_dataset.CHUNK = 1, 4
+def check_canceled():
     if len(active_children()) == 2:
         print(*(child.pid for child in active_children()), flush=True)
         os._exit(3)
 if __name__ == "__main__":
-    how = token_store.Tokenizing(make_tokenizer(), frozenset({END}), 24, 300)
-    token_store.stored_documents(Endless(rows), how, DataConfig(path="x", cache_dir=sys.argv[1], workers=2), "t", go_on)
+    how = tokenized_dataset.Tokenization(make_tokenizer(), frozenset({END}), 24, 300)
+    config = DataConfig(path="x", cache_dir=sys.argv[1], workers=2)
+    tokenized_dataset.load_or_tokenize(Endless(rows), how, config, "t", check_canceled)
 """
 
 
@@ -215,25 +217,25 @@ def running(process):
 
 def test_what_nobody_wants_any_more_ends_at_once(items, how, config, monkeypatch):
     """Also while a chunk is waited for."""
-    monkeypatch.setattr(token_store, "ITEMS_FOR_WORKERS", 1)
-    monkeypatch.setattr(token_store, "CHUNK", 40)
+    monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
+    monkeypatch.setattr(tokenized_dataset, "CHUNK", 40)
     calls = iter(range(3))
 
-    def go_on():
+    def check_canceled():
         if next(calls, None) is None:
             raise LookupError
 
     endless = Endless(list(items))
     with pytest.raises(LookupError):
-        stored_documents(endless, how, dataclasses.replace(config, workers=2), "t", go_on)
+        load_or_tokenize(endless, how, dataclasses.replace(config, workers=2), "t", check_canceled)
     assert left_in(items) == []
 
 
 def test_the_order_asked_for_is_none_of_its_content(items, how, config):
-    one, two = (stored_documents(shuffled(items, seed), how, config, "t") for seed in (0, 1))
+    one, two = (load_or_tokenize(shuffled(items, seed), how, config, "t") for seed in (0, 1))
     assert one.fingerprint == two.fingerprint == how(list(items)).fingerprint
     assert len(list((items.path.parent / "cache/tokens").iterdir())) == 1
-    some = stored_documents(shuffled(items, 0)[:9], how, config, "t")
+    some = load_or_tokenize(shuffled(items, 0)[:9], how, config, "t")
     assert [row.id for row in some.rows] == [
         row.id for row in how(sorted(shuffled(items, 0)[:9], key=list(items).index)).rows
     ]
@@ -241,10 +243,12 @@ def test_the_order_asked_for_is_none_of_its_content(items, how, config):
 
 def test_processes_that_want_the_same_at_once_make_it_once(items, how, config, monkeypatch):
     made = []
-    make = token_store._make
-    monkeypatch.setattr(token_store, "_make", lambda *given: (made.append(1), time.sleep(0.2), make(*given))[-1])
+    make = tokenized_dataset._create
+    monkeypatch.setattr(
+        tokenized_dataset, "_create", lambda *given: (made.append(1), time.sleep(0.2), make(*given))[-1]
+    )
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: stored_documents(items, how, config, "t").fingerprint, range(4)))
+        found = list(threads.map(lambda _: load_or_tokenize(items, how, config, "t").fingerprint, range(4)))
     assert made == [1] and set(found) == {how(list(items)).fingerprint}
 
 
@@ -252,9 +256,9 @@ def test_a_full_disk_names_the_place_and_leaves_nothing(items, how, config, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(token_store, "save_file", full)
+    monkeypatch.setattr(tokenized_dataset, "save_file", full)
     with pytest.raises(UserError, match=r"data\.cache_dir: .*cache/tokens/\w+ cannot be written \(.*No space left"):
-        stored_documents(items, how, config, "t")
+        load_or_tokenize(items, how, config, "t")
     assert left_in(items) == []
     monkeypatch.undo()
-    assert_equal(stored_documents(items, how, config, "t"), how(list(items)))
+    assert_equal(load_or_tokenize(items, how, config, "t"), how(list(items)))
