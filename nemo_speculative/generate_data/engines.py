@@ -8,7 +8,7 @@ import torch
 from hydra.utils import get_method
 
 from nemo_speculative.config.schema import HFEngineConfig, ModelConfig
-from nemo_speculative.data.tokenized_dataset import tokenizer_digest
+from nemo_speculative.data.chat_template import tokenizer_digest
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.decoder import Decoder, num_in_flight
 from nemo_speculative.generate_data.rollout import Completion, Request
