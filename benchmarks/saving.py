@@ -24,7 +24,7 @@ from benchmarks.training_step.case import SIZES, Case, Setup
 from benchmarks.training_step.implementations.own import CPU, Ours
 from benchmarks.training_step.setup import write_setup
 from benchmarks.training_step.table import machine
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance
+from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import OptimizerConfig
 from nemo_speculative.config.speculative import SpeculativeSettings

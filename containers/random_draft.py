@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, write_servable
+from nemo_speculative.checkpoint.draft_checkpoint import write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings
 
 SHAPE = Eagle3Shape(

@@ -11,36 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nemo_speculative import __version__
 from nemo_speculative.algorithms.common.draft import Draft, DraftShape
 from nemo_speculative.checkpoint.contract import Contract, contract_of, fields_of, shape_of
-from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.checkpoint.metadata import OWN_KEY, Provenance, find_model, provenance_of, read_config
 from nemo_speculative.utils.errors import UserError
 
-OWN_KEY = "nemo_speculative"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a checkpoint remembers beside its weights."""
-
-    target: str
-    """The target's directory or hub name."""
-    target_fingerprint: str
-    target_dtype: str
-    """float32 or bfloat16."""
-    speculative: SpeculativeSettings
-    step: int
-    """Optimizer steps it was trained for."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Provenance":
-        known = {k: values[k] for k in ("target", "target_fingerprint", "target_dtype", "step")}
-        return cls(**known, speculative=SpeculativeSettings(**values["speculative"]))
 
 
 @dataclass(frozen=True)
@@ -137,16 +117,6 @@ def write_servable(
         _sync(directory / name)
 
 
-def restate(directory: Path, speculative: SpeculativeSettings) -> None:
-    """Changes the settings that the checkpoint in ``directory`` remembers to be served with, at once or not at all."""
-    config = read_config(directory)
-    config[OWN_KEY]["speculative"] = asdict(speculative)
-    fresh = directory / ".config.json"
-    fresh.write_text(json.dumps(config, indent=2) + "\n")
-    _sync(fresh)
-    os.replace(fresh, directory / "config.json")
-
-
 def _sync(file: Path) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
@@ -168,63 +138,3 @@ def read_servable(path: str | Path) -> Servable:
         raise UserError(f"{directory}/model.safetensors: cut off or not readable ({error})") from None
     check_tensors(contract, tensors, shape, directory / "model.safetensors")
     return Servable(directory, contract, shape, provenance_of(config, directory), tensors)
-
-
-def check_whole(directory: Path) -> None:
-    """Refuses weights that are cut off, from their header alone.
-
-    Raises:
-        UserError: they are.
-    """
-    try:
-        with safe_open(directory / "model.safetensors", "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{directory}/model.safetensors: cut off or not readable ({error})") from None
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a model directory.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}/config.json: cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{directory}/config.json: found a {type(config).__name__}, expected a JSON object")
-    return config
-
-
-def provenance_of(config: dict[str, Any], directory: Path) -> Provenance:
-    """What the checkpoint remembers.
-
-    Raises:
-        UserError: it was not written by this project.
-    """
-    try:
-        return Provenance.from_dict(config[OWN_KEY])
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{directory}/config.json: no usable {OWN_KEY!r} section; expected a checkpoint written by this "
-            "project, or another one's after recipes/convert_draft.py"
-        ) from None
-
-
-def find_model(path: str | Path) -> Path:
-    """The ``model/`` directory meant by a run directory (its best, else its latest), a step directory or itself.
-
-    Raises:
-        UserError: the path is missing or holds no checkpoint.
-    """
-    given = Path(path).expanduser()
-    if not given.exists():
-        raise UserError(f"{given} does not exist; expected a run directory, a step_<N> directory or its model/")
-    candidates = [given, given / "model"]
-    candidates += [given / folder / link / "model" for link in ("best", "latest") for folder in ("checkpoints", ".")]
-    for candidate in candidates:
-        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
-            return candidate
-    raise UserError(f"{given} holds no checkpoint; expected a run directory, a step_<N> directory or its model/")

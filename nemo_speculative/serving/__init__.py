@@ -1,1 +1,1 @@
-"""Serving a draft with SGLang: the command, the process, and what it takes on a CPU."""
+"""Serving a draft with SGLang: its command line, its process, and stand-in kernels for its CPU engine."""

@@ -1,9 +1,9 @@
-"""An SGLang server as a benchmark asks it: streamed answers, and what each of them took.
+"""Client of an SGLang server for benchmarks: streamed answers with their timing and acceptance counts.
 
-``/generate`` is asked with token ids, and not ``/v1/chat/completions``: what is wanted are the tokens of every chunk
-and the verifications of every answer.  Streamed by the chat endpoint, 0.5.9 reports no verifications, and 0.5.23 only
-with a switch that 0.5.9 does not have (from reading both); ``/generate`` reports them in both.  The caller renders the
-conversation with the tokenizer's own chat template, which is what the chat endpoint does.
+It posts token ids to ``/generate`` instead of ``/v1/chat/completions``: benchmarks need the tokens of each chunk and
+the verifications of each answer.  When streaming, 0.5.9's chat endpoint reports no verifications, and that of 0.5.23
+only with a switch that 0.5.9 lacks (from their source); ``/generate`` reports them in both.  The caller renders the
+conversation with the tokenizer's own chat template, as the chat endpoint does.
 """
 
 import json
@@ -18,15 +18,15 @@ from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.http import AsyncClient, Refused, Unreachable
 
 HISTOGRAMS = ("spec_correct_drafts_histogram", "spec_accept_histogram")
-"""What newer and older versions (0.5.9) call it."""
+"""Name of the histogram in newer and in older versions (0.5.9)."""
 INCREMENTAL = ("incremental_streaming_output", "stream_output")
-"""Server settings by which a chunk holds only its own text, not all until then."""
+"""Server settings with which a chunk holds only its new text, not all text so far."""
 BAD_REQUEST = 400
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and how it came about."""
+    """One answer with its timing and acceptance counts."""
 
     text: str
     prompt_tokens: int
@@ -36,9 +36,9 @@ class Answer:
     histogram: tuple[int, ...]
     """Verifications that accepted 0, 1, 2 … draft tokens."""
     arrivals: tuple[tuple[float, int], ...]
-    """For each chunk the seconds since the request was sent, and the tokens that had come by then."""
+    """For each chunk the seconds since the request was sent, and the number of tokens so far."""
     stopped: bool
-    """Whether it ended by itself, and not at max_new_tokens."""
+    """Whether it ended with a stop token, not at max_new_tokens."""
 
     @property
     def time_to_first_token(self) -> float:
@@ -52,23 +52,24 @@ class Answer:
 
     @property
     def inter_token_latencies(self) -> list[float]:
-        """Seconds for each token behind the first chunk.
+        """Seconds for each token after the first chunk.
 
-        A chunk holds the tokens of at least one verification; its gap to the chunk before is shared out evenly among
-        them, and each of them counts (as SGLang's own ``bench_serving`` does).
+        A chunk holds the tokens of at least one verification; the time since the chunk before is divided evenly among
+        its tokens, and each of them counts (as in SGLang's own ``bench_serving``).
         """
         gaps: list[float] = []
-        for (before, had), (now, has) in zip(self.arrivals, self.arrivals[1:], strict=False):
-            gaps += [(now - before) / (has - had)] * (has - had)
+        for (previous, tokens_before), (now, tokens) in zip(self.arrivals, self.arrivals[1:], strict=False):
+            new_tokens = tokens - tokens_before
+            gaps += [(now - previous) / new_tokens] * new_tokens
         return gaps
 
 
 class Client:
-    """Asks the server at ``url``; an ``async with`` block holds its connections.
+    """Client of the server at ``url``; an ``async with`` block closes its connections.
 
     Args:
         api_key: sent as a bearer token.
-        timeout: seconds without a sign of life after which an answer is given up.
+        timeout: seconds without data after which a request fails.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0):
@@ -82,10 +83,10 @@ class Client:
         await self._http.close()
 
     async def server_info(self) -> dict[str, Any]:
-        """The server's version and settings; answers that are streamed as increments are put together from now on.
+        """The server's version and settings; from them this client learns whether chunks are increments.
 
         Raises:
-            UserError: it cannot be reached, wants another token, or is not SGLang.
+            UserError: it cannot be reached, refuses the token, or is not SGLang.
         """
         reply = await self._request("GET", "/server_info")
         try:
@@ -96,7 +97,7 @@ class Client:
         return info
 
     async def flush_cache(self) -> None:
-        """Forgets the prompts that were seen, so that none of them is cheaper the second time."""
+        """Empties the prefix cache, so that no prompt is cheaper the second time."""
         await self._request("POST", "/flush_cache")
 
     async def generate(self, input_ids: Sequence[int], *, temperature: float, max_new_tokens: int) -> Answer:
@@ -106,9 +107,9 @@ class Client:
             input_ids: the prompt, [L].
 
         Raises:
-            Refused: the server refuses this prompt, as one that is longer than its context.
+            Refused: the server refuses this prompt, for example because it is longer than its context.
             Unreachable: it cannot be reached or does not finish.
-            Unauthorized: it wants another token.
+            Unauthorized: it refuses the token.
         """
         sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         body = {"input_ids": list(input_ids), "sampling_params": sampling, "stream": True}
@@ -122,12 +123,11 @@ class Client:
             if info["completion_tokens"] > (arrivals[-1][1] if arrivals else 0):
                 arrivals.append((time.perf_counter() - started, info["completion_tokens"]))
         reason = info.get("finish_reason") or {}
-        if (
-            reason.get("type") == "abort" and reason.get("status_code") == BAD_REQUEST
-        ):  # the scheduler's, once it streams
+        # The scheduler refuses some requests only after the stream has started.
+        if reason.get("type") == "abort" and reason.get("status_code") == BAD_REQUEST:
             raise Refused(f"{self.url}: {reason.get('message')}")
         if reason.get("type") not in ("stop", "length") or not arrivals:
-            raise Unreachable(f"{self.url}: the answer broke off ({reason.get('message', 'no end of it came')})")
+            raise Unreachable(f"{self.url}: the answer broke off ({reason.get('message', 'it has no end')})")
         return Answer(
             text="".join(texts) if self._incremental else texts[-1],
             prompt_tokens=info["prompt_tokens"],
@@ -139,7 +139,7 @@ class Client:
         )
 
     async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The objects of a stream of server-sent events."""
+        """The chunks of a stream of server-sent events."""
         async with self._http.stream("POST", path, json=body) as reply:
             if reply.is_error:
                 await reply.aread()
@@ -154,7 +154,7 @@ class Client:
             if "error" not in chunk:
                 return {"text": chunk["text"], "meta_info": chunk["meta_info"]}
         except (ValueError, KeyError, TypeError):
-            raise Unreachable(f"{self.url}: what it streams is not SGLang's ({text:.60})") from None
+            raise Unreachable(f"{self.url}: its stream is not SGLang's ({text:.60})") from None
         error = chunk["error"]
         raise Refused(f"{self.url}: {error.get('message') if isinstance(error, dict) else error}")
 

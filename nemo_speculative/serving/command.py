@@ -1,8 +1,8 @@
-"""The command that serves a checkpoint with SGLang, derived from what the checkpoint remembers.
+"""The SGLang command line that serves a checkpoint, derived from what its ``config.json`` records.
 
-An EAGLE-3 draft served under another algorithm, or beside another target, accepts nothing and says nothing; so target,
-algorithm, dtype and speculative settings are read from ``config.json`` and never typed.  Needs neither SGLang nor the
-target, and touches nothing.
+A draft that is served with another algorithm or target has all its proposals rejected, without any error.  Target,
+algorithm, dtype and speculative settings are therefore read from the checkpoint instead of being typed.  Needs neither
+SGLang nor the target's weights, imports neither torch nor transformers, and writes nothing.
 """
 
 import os
@@ -14,21 +14,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.checkpoint.contract import shape_of
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, check_whole, find_model, provenance_of, read_config
+from nemo_speculative.checkpoint.metadata import Provenance, check_not_truncated, find_model, provenance_of, read_config
 from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens, largest_tree, smallest_tree
 from nemo_speculative.serving.versions import NEWEST, check_servable, default_version, flag, require_supported
 from nemo_speculative.utils.errors import UsageError
+from nemo_speculative.utils.sglang import CPU_ENGINE, CPU_ENVIRONMENT, parse_flags
 
-CPU_ENGINE = Path(__file__).parent / "cpu"
-CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
-"""One thread: on a model that a CPU can serve, more only wait for each other.  Not compiled: that takes a C++ compiler,
-and the first answer 16 s instead of 0.3 s (embedded target, 2 cores)."""
 CPU_FLAGS = (
     # The only backends that can verify draft tokens without a GPU; they call our sgl_kernel.
     "--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx",
     "--disable-cuda-graph", "--skip-server-warmup", "--grammar-backend", "none",
-    # Of the machine's memory; the default leaves nothing for the rest of it.
+    # A share of the machine's memory; the default leaves nothing for other processes.
     "--mem-fraction-static", "0.3", "--max-total-tokens", "8192", "--max-running-requests", "4",
 )  # fmt: skip
 OWN_FLAGS = {
@@ -41,12 +37,12 @@ OWN_FLAGS = {
     "--speculative-use-rejection-sampling": "--rejection-sampling", "--cuda-graph-max-bs": "--cuda-graph-max-bs",
     "--cuda-graph-max-bs-decode": "--cuda-graph-max-bs",
 }  # fmt: skip
-"""SGLang's flags that have an option of ours: given behind ``--`` they would be on the command twice."""
+"""SGLang flags that have an option here: after ``--`` they would occur twice in the command."""
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Everything that the command says."""
+    """All options of the command."""
 
     draft: Path
     """The checkpoint's ``model/``."""
@@ -56,7 +52,7 @@ class ServeOptions:
     dtype: str
     speculative: SpeculativeSettings
     device: str = "cuda"
-    """cuda, or whatever accelerator SGLang finds; or cpu."""
+    """cuda: the accelerator that SGLang finds; or cpu."""
     tp_size: int = 1
     host: str = "127.0.0.1"
     port: int = 30000
@@ -66,42 +62,36 @@ class ServeOptions:
     cuda_graph_max_bs: int | None = None
     """The largest batch whose decoding is captured in a CUDA graph; None is SGLang's choice."""
     rejection_sampling: bool = False
-    """Whether drafts are sampled, and verified by their probabilities."""
+    """Whether draft tokens are sampled, and accepted by rejection sampling."""
     extra: tuple[str, ...] = ()
-    """Flags that go to SGLang as they are."""
+    """Flags that are passed to SGLang unchanged."""
 
     def __post_init__(self) -> None:
         require_supported(self.sglang_version)
         _check_speculative(self.speculative)
-        self._check_sampling()
-        graphs = self.cuda_graph_max_bs
+        cpu, topk, graphs = self.device == "cpu", self.speculative.topk, self.cuda_graph_max_bs
+        if self.rejection_sampling:
+            _require(topk == 1, f"--rejection-sampling is for chains, and top-k is {topk}: add --topk 1")
+            _require(not cpu, "--rejection-sampling with --device cpu: it takes the likeliest token only")
         _require(graphs is None or graphs >= 1, f"--cuda-graph-max-bs is {graphs}: it must be at least 1")
-        _require(
-            graphs is None or self.device != "cpu", "--cuda-graph-max-bs with --device cpu: it has none; leave it out"
-        )
+        _require(graphs is None or not cpu, "--cuda-graph-max-bs with --device cpu: it has none; leave it out")
         _require(self.tp_size >= 1, f"--tp-size is {self.tp_size}: it must be at least 1")
         _require(0 < self.port < 65536, f"--port is {self.port}: expected 1 to 65535")
         for word in (word.split("=")[0] for word in self.extra):
-            _require(word not in OWN_FLAGS, f"{word} stands behind --: give it as {OWN_FLAGS.get(word)}, before the --")
-        serve_flags(self)  # the version has a name for each of them
-
-    def _check_sampling(self) -> None:
-        if self.rejection_sampling:
-            topk = self.speculative.topk
-            _require(topk == 1, f"--rejection-sampling is for chains, and top-k is {topk}: add --topk 1")
-            _require(self.device != "cpu", "--rejection-sampling with --device cpu: it takes the likeliest token only")
+            _require(word not in OWN_FLAGS, f"{word} after --: give it as {OWN_FLAGS.get(word)}, before the --")
+        serve_flags(self)  # raises where the version has no flag for an option
 
     @property
     def api_key(self) -> str | None:
-        """What SGLang is told behind ``--`` to ask every client for."""
-        given = dict(zip(self.extra, self.extra[1:], strict=False))
+        """The key that SGLang will require from clients, if one is set after ``--``."""
+        flags = dict(zip(self.extra, self.extra[1:], strict=False))
         joined = (word.removeprefix("--api-key=") for word in self.extra if word.startswith("--api-key="))
-        return next(joined, given.get("--api-key"))
+        return next(joined, flags.get("--api-key"))
 
 
 @dataclass(frozen=True)
-class Remembered:
-    """What a checkpoint's ``config.json`` says of how it is served."""
+class RecordedSettings:
+    """Serving settings recorded in a checkpoint's ``config.json``."""
 
     algorithm: str
     """SGLang's name."""
@@ -119,11 +109,10 @@ def _check_speculative(values: SpeculativeSettings) -> None:
     for name, value in (("--num-steps", steps), ("--topk", topk), ("--num-draft-tokens", tokens)):
         whole = isinstance(value, int) and not isinstance(value, bool)
         _require(whole and value >= 1, f"{name} is {value!r}: expected a whole number, at least 1")
-    if topk == 1:
-        _require(
-            tokens == steps + 1,
-            f"--num-draft-tokens is {tokens}: with top-k 1 it is --num-steps + 1 = {steps + 1}; leave it out",
-        )
+    _require(
+        topk > 1 or tokens == steps + 1,
+        f"--num-draft-tokens is {tokens}: with top-k 1 it is --num-steps + 1 = {steps + 1}; leave it out",
+    )
     least, most = smallest_tree(topk), largest_tree(steps, topk)
     _require(
         least <= tokens <= most,
@@ -132,94 +121,90 @@ def _check_speculative(values: SpeculativeSettings) -> None:
 
 
 def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ServeOptions:
-    """The options that the checkpoint at ``path`` remembers, with ``overrides``.
+    """The options recorded in the checkpoint at ``path``, with ``overrides``.
 
     Args:
         path: a run directory, a ``step_<N>`` directory or its ``model/``.
         overrides: ``target``, ``algorithm``, ``num_steps``, ``topk``, ``num_draft_tokens`` and the other fields of
-            :class:`ServeOptions`; None is "as remembered".  Where only ``num_steps`` or ``topk`` is given,
-            ``num_draft_tokens`` follows as steps * top-k + 1: all of the chain, or as many nodes as a full beam.
+            :class:`ServeOptions`; None keeps the recorded value.  Where only ``num_steps`` or ``topk`` is given,
+            ``num_draft_tokens`` becomes steps * top-k + 1: all of the chain, or as many nodes as a full beam.
 
     Raises:
         UserError: there is no checkpoint, its ``config.json`` is malformed, an override contradicts it, or the version
             of SGLang cannot serve it.
     """
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    values = {key: value for key, value in (overrides or {}).items() if value is not None}
     model = Path(os.path.abspath(find_model(path)))
-    check_whole(model)
-    remembered = read_remembered(model)
-    algorithm, provenance = remembered.algorithm, remembered.provenance
-    wanted = given.pop("algorithm", algorithm)
-    if wanted != algorithm:
-        raise UsageError(f"--algorithm is {wanted}: {model} is a checkpoint for {algorithm}; leave it out")
-    speculative = _merge(provenance.speculative, given)
-    target = str(given.pop("target", provenance.target))
+    check_not_truncated(model)
+    recorded = read_recorded_settings(model)
+    algorithm = values.pop("algorithm", recorded.algorithm)
+    if algorithm != recorded.algorithm:
+        raise UsageError(f"--algorithm is {algorithm}: {model} is a checkpoint for {recorded.algorithm}; leave it out")
+    speculative = _speculative_settings(recorded.provenance.speculative, values)
+    target = str(values.pop("target", recorded.provenance.target))
     _require(bool(target), "--target is empty: expected a directory or a hub name")
     directory = Path(target).expanduser()
-    # The stand-in kernels are only judged in float32.
-    dtype = "float32" if given.get("device") == "cpu" else provenance.target_dtype
+    # The stand-in kernels are tested in float32 only.
+    dtype = "float32" if values.get("device") == "cpu" else recorded.provenance.target_dtype
     options = ServeOptions(
         draft=model,
         target=os.path.abspath(directory) if directory.is_dir() else target,
         algorithm=algorithm,
         speculative=speculative,
-        **{"dtype": dtype, **given},
+        **{"dtype": dtype, **values},
     )
-    check_servable(remembered.shape, options.sglang_version, "--sglang-version")
-    if options.rejection_sampling:
-        _check_whole_vocabulary(remembered.shape)
+    check_servable(recorded.shape, options.sglang_version, "--sglang-version")
+    entries = getattr(recorded.shape, "draft_vocab_size", None) or recorded.shape.vocab_size
+    _require(
+        not options.rejection_sampling or entries == recorded.shape.vocab_size,
+        f"--rejection-sampling: the draft has {entries} of the target's {recorded.shape.vocab_size} tokens, and SGLang "
+        "compares probabilities of all of them: leave it out, or train with draft.vocab_size=full",
+    )
     return options
 
 
-def _check_whole_vocabulary(shape: Any) -> None:
-    entries = getattr(shape, "draft_vocab_size", None) or shape.vocab_size
-    _require(
-        entries == shape.vocab_size,
-        f"--rejection-sampling: the draft has {entries} of the target's {shape.vocab_size} tokens, and SGLang compares "
-        "probabilities of all of them: leave it out, or train with draft.vocab_size=full",
-    )
-
-
-def read_remembered(model: Path) -> Remembered:
-    """What the checkpoint in ``model`` remembers.
+def read_recorded_settings(model: Path) -> RecordedSettings:
+    """The serving settings of the checkpoint in ``model``.
 
     Raises:
         UserError: its ``config.json`` is malformed.
     """
+    from nemo_speculative.checkpoint.contract import shape_of
+
     config, file = read_config(model), model / "config.json"
     try:
         contract, shape = shape_of(config, file)
-        remembered = provenance_of(config, model)
+        provenance = provenance_of(config, model)
     except (AttributeError, TypeError) as error:  # a value of another type than its field has
         raise UsageError(f"{file}: malformed ({error}); expected a checkpoint written by this project") from None
     try:
-        _check_speculative(remembered.speculative)
+        _check_speculative(provenance.speculative)
     except UsageError as error:
         raise UsageError(f"{file}: malformed speculative settings: {error}") from None
     for name in ("target", "target_dtype"):
-        value = getattr(remembered, name)
+        value = getattr(provenance, name)
         _require(isinstance(value, str) and bool(value), f"{file}: malformed, {name} is {value!r}, expected a text")
-    return Remembered(contract.draft.ALGORITHM, shape, remembered)
+    return RecordedSettings(contract.draft.ALGORITHM, shape, provenance)
 
 
-def _merge(remembered: SpeculativeSettings, given: dict[str, Any]) -> SpeculativeSettings:
-    """Takes the speculative settings out of ``given``."""
-    changed = given.keys() & {"num_steps", "topk"}
-    steps, topk = given.pop("num_steps", remembered.num_steps), given.pop("topk", remembered.topk)
-    tokens = default_draft_tokens(steps, topk) if changed else remembered.num_draft_tokens
+def _speculative_settings(recorded: SpeculativeSettings, overrides: dict[str, Any]) -> SpeculativeSettings:
+    """Merges the speculative settings of ``overrides``, which are removed from it, into the recorded ones."""
+    changed = overrides.keys() & {"num_steps", "topk"}
+    steps, topk = overrides.pop("num_steps", recorded.num_steps), overrides.pop("topk", recorded.topk)
     # Before a derived number of draft tokens can be blamed for them.
     _require(steps >= 1, f"--num-steps is {steps}: it must be at least 1")
     _require(topk >= 1, f"--topk is {topk}: it must be at least 1")
-    return SpeculativeSettings(steps, topk, given.pop("num_draft_tokens", tokens))
+    tokens = default_draft_tokens(steps, topk) if changed else recorded.num_draft_tokens
+    return SpeculativeSettings(steps, topk, overrides.pop("num_draft_tokens", tokens))
 
 
 def serve_command(options: ServeOptions, python: str = "python") -> list[str]:
-    """The command, word by word."""
+    """The command as a list of words."""
     return [python, "-m", "sglang.launch_server", *serve_flags(options)]
 
 
 def serve_flags(options: ServeOptions) -> list[str]:
-    """What SGLang's own parser is given.
+    """The flags for SGLang's own parser.
 
     Raises:
         UsageError: the version of SGLang has no flag for an option.
@@ -249,7 +234,7 @@ def serve_flags(options: ServeOptions) -> list[str]:
 
 
 def serve_environment(options: ServeOptions) -> dict[str, str]:
-    """The environment variables that the command needs beside those that are set."""
+    """The environment variables that the command needs in addition to those already set."""
     if options.device != "cpu":
         return {}
     path = os.pathsep.join(filter(None, (str(CPU_ENGINE), os.environ.get("PYTHONPATH"))))
@@ -257,22 +242,55 @@ def serve_environment(options: ServeOptions) -> dict[str, str]:
 
 
 def shell_line(options: ServeOptions) -> str:
-    """The command as one line to paste into a shell, the environment that it needs in front.
+    """The command as one line to paste into a shell, preceded by the environment variables that it needs.
 
-    It names this Python where SGLang is installed beside it, else the ``python`` of the environment it is pasted in.
+    It starts with this Python where SGLang is installed in it, else with ``python``.
     """
     python = sys.executable if sglang_installed() else "python"
     assignments = [f"{name}={shlex.quote(value)}" for name, value in serve_environment(options).items()]
     return " ".join([*assignments, shlex.join(serve_command(options, python))])
 
 
+def parsed_settings(options: ServeOptions) -> dict[str, Any]:
+    """Dry run: the settings that matter to a draft, as SGLang's own parser reads them from the command.
+
+    Raises:
+        UsageError: SGLang cannot be imported, refuses the command, or reads another value than was meant.
+    """
+    try:
+        parsed = parse_flags(serve_flags(options), "the command")
+    except ImportError as error:
+        raise UsageError(f"SGLang cannot be imported ({error}); install it as docs/serving.md says") from None
+    expected = {
+        "model_path": options.target,
+        "speculative_algorithm": options.algorithm,
+        "speculative_draft_model_path": str(options.draft),
+        "speculative_num_steps": options.speculative.num_steps,
+        "speculative_eagle_topk": options.speculative.topk,
+        "speculative_num_draft_tokens": options.speculative.num_draft_tokens,
+        "dtype": options.dtype,
+        "tp_size": options.tp_size,
+        "host": options.host,
+        "port": options.port,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    settings = {name: getattr(parsed, name) for name in expected}
+    for name, value in settings.items():
+        if value != expected[name]:
+            raise UsageError(
+                f"SGLang reads {name} as {value!r}, and {expected[name]!r} was meant: look after -- for a flag that it "
+                "takes for this one"
+            )
+    return settings
+
+
 def sglang_command(model_dir: Path) -> str:
-    """The line that serves the checkpoint in ``model_dir`` on an accelerator, as it remembers to be served.
+    """The line that serves the checkpoint in ``model_dir`` on an accelerator, with its recorded settings.
 
     Raises:
         UserError: it is not a checkpoint of this project.
     """
-    # Not for the version beside this Python, which trains: no flag of this line differs.
+    # The version installed for training does not matter: no flag of this line differs between versions.
     return shell_line(from_checkpoint(model_dir, {"sglang_version": NEWEST}))
 
 

@@ -1,9 +1,9 @@
-"""What each version of SGLang can serve, and what it calls it (read in 0.5.9, 0.5.13, 0.5.14, 0.5.17 and 0.5.23)."""
+"""Drafts that each version of SGLang can serve, and its flag names (from its source: 0.5.9, .13, .14, .17, .23)."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nemo_speculative.utils.errors import UsageError, UserError
+from nemo_speculative.utils.sglang import installed_version
 
 OLDEST, NEWEST = "0.5.9", "0.5.23"
 EXPORTER_KEY = "exporter.sglang_version"
@@ -12,22 +12,23 @@ SINCE = {
     "norm_output": "0.5.14",
     "norm_before_fc": "0.5.17",
 }
-"""The first version that was read to apply a switch of the draft."""
+"""The first of these versions that applies a switch of the draft."""
 SEVERAL_LAYERS = "0.5.14"
+"""The first version that serves EAGLE-3 drafts of more than one layer."""
 FLAGS = {
     "--cuda-graph-max-bs": {"0.5.9": "--cuda-graph-max-bs", "0.5.14": "--cuda-graph-max-bs-decode"},
     "--rejection-sampling": {"0.5.14": "--speculative-use-rejection-sampling"},
-    # Our CPU kernels stand in for those of this version.
+    # The stand-in CPU kernels (serving/cpu) have the interface of this version.
     "--device cpu": {"0.5.23": "--device"},
 }
-"""What SGLang calls an option of ours, by the first version that does."""
+"""SGLang's name for each option, by the first version that has it."""
 
 
 def flag(option: str, sglang: str) -> str:
-    """SGLang's name for one of :data:`FLAGS` in version ``sglang``.
+    """The flag that version ``sglang`` has for ``option``, one of :data:`FLAGS`.
 
     Raises:
-        UsageError: it has none yet.
+        UsageError: it has none.
     """
     known = [name for since, name in FLAGS[option].items() if parse_version(since) <= parse_version(sglang)]
     if not known:
@@ -35,24 +36,16 @@ def flag(option: str, sglang: str) -> str:
     return known[-1]
 
 
-def installed_version() -> str | None:
-    """The version of the SGLang beside this Python; None: there is none."""
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return None
-
-
 def default_version() -> str:
-    """The installed version, else the newest that is known."""
+    """The installed version, else the newest supported one."""
     return installed_version() or NEWEST
 
 
 def require_supported(sglang: str) -> None:
-    """Refuses a version that was never read.
+    """Refuses a version outside the supported range.
 
     Raises:
-        UsageError: it is.
+        UsageError: it is outside.
     """
     if not parse_version(OLDEST) <= parse_version(sglang, "--sglang-version") <= parse_version(NEWEST):
         raise UsageError(
@@ -62,10 +55,10 @@ def require_supported(sglang: str) -> None:
 
 
 def check_servable(shape: Any, sglang: str, key: str = EXPORTER_KEY) -> None:
-    """Refuses a draft that SGLang ``sglang`` would serve wrongly, or not at all; ``key`` is where that was given.
+    """Refuses a draft that version ``sglang`` would serve wrongly or not at all; ``key`` names the version's option.
 
     Raises:
-        UserError: naming the key and the version that could.
+        UserError: it would; names the key and the version that can.
     """
     needs = [(f"draft.{name}=true", since) for name, since in SINCE.items() if getattr(shape, name, False)]
     if shape.num_layers > 1 and hasattr(shape, "aux_layers"):
@@ -90,10 +83,10 @@ def check_servable(shape: Any, sglang: str, key: str = EXPORTER_KEY) -> None:
 
 
 def parse_version(sglang: str, key: str = EXPORTER_KEY) -> tuple[int, ...]:
-    """``0.5.23`` as numbers; ``key`` is where it was given.
+    """``0.5.23`` as a tuple of numbers; errors name the option ``key``.
 
     Raises:
-        UserError: it is no version.
+        UserError: it is not a version.
     """
     try:
         return tuple(int(part) for part in sglang.split(".")[:3])

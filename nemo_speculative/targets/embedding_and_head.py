@@ -7,8 +7,6 @@ never loaded, where something else computes those (:class:`EmbeddingAndHead`), o
 
 import contextlib
 import copy
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +20,10 @@ from transformers.utils import logging
 
 from nemo_speculative.config.vocab_and_aux_layers import aux_layers_for
 from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import quiet_transformers
 
-FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 512, 1 << 13
 UNSCALED = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights that say all of themselves: none is scaled by another tensor."""
 
@@ -247,19 +245,3 @@ def stop_ids(generation_eos: int | list[int] | None, tokenizer: Any) -> frozense
     """The ids that end an answer."""
     eos = generation_eos if isinstance(generation_eos, list) else [generation_eos]
     return frozenset(i for i in [*eos, tokenizer.eos_token_id] if i is not None)
-
-
-def target_fingerprint(path: Path) -> str:
-    """A hash over the configuration and the names, sizes and evenly spaced samples of the weight files in ``path``."""
-    digest = hashlib.sha256()
-    config = json.loads((path / "config.json").read_text())
-    config.pop("transformers_version", None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as weights:
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}".encode())
-            for start in range(0, size, max(size // FINGERPRINT_SAMPLES, FINGERPRINT_BYTES)):
-                weights.seek(start)
-                digest.update(weights.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]

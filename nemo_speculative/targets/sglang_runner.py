@@ -17,11 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nemo_speculative.serving.command import CPU_ENGINE, CPU_ENVIRONMENT
-from nemo_speculative.serving.flags import parse_flags
-from nemo_speculative.serving.versions import installed_version
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.network import free_port
+from nemo_speculative.utils.sglang import CPU_ENGINE, CPU_ENVIRONMENT, installed_version, parse_flags
 
 VERSIONS = ("0.5.23",)
 """Those that it was run with."""

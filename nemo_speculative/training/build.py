@@ -17,7 +17,8 @@ from nemo_speculative.algorithms.common.draft import Draft, DraftShape
 from nemo_speculative.algorithms.common.init_from_target import init_from_target
 from nemo_speculative.algorithms.common.objective import Objective
 from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable
+from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import Answers, Resume, TinyModelConfig, TrainJob
 from nemo_speculative.data.batch import Batch

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_speculative.algorithms.common.draft import Draft, DraftShape
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Servable, read_servable, write_servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable, write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.distributed.collectives import on_first_rank
 from nemo_speculative.training.resume_state import Damaged, Position, ResumeState, checksums, root_cause

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.checkpoint.draft_checkpoint import Servable, find_model, read_servable, restate
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
+from nemo_speculative.checkpoint.metadata import find_model, update_speculative_settings
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.config.speculative import SpeculativeSettings
@@ -69,7 +70,7 @@ def _measure(
     if job.exporter.measure_width:
         settings = choose_width(job, target, draft, prompts)
         for checkpoint in {servable.directory, find_model(run.root / "checkpoints" / "latest")}:
-            restate(checkpoint, settings)
+            update_speculative_settings(checkpoint, settings)
     return evaluate_draft(target, draft, prompts, settings, job.evaluation)
 
 

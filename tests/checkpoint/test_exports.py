@@ -18,15 +18,17 @@ from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
 from nemo_speculative.checkpoint.adapters.read import detect, read_foreign
 from nemo_speculative.checkpoint.contract import contract_of
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Servable, read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
 from nemo_speculative.checkpoint.exports.base import Export
 from nemo_speculative.checkpoint.exports.convert import convert_draft
 from nemo_speculative.checkpoint.exports.modeling_eagle_draft import DraftModel, Eagle3DraftModel, EagleDraftConfig
 from nemo_speculative.checkpoint.exports.remote_code import MODELLING_FILE, RemoteCodeExport, config_of
 from nemo_speculative.checkpoint.exports.speculators import SpeculatorsExport
+from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.schema import ConvertJob, Dtype, ExporterConfig, FormConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.targets.embedding_and_head import target_fingerprint, text_config
+from nemo_speculative.targets.embedding_and_head import text_config
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UserError
 from tests.checkpoint import layouts
 from tests.checkpoint.layouts import DRAFT_IDS, HIDDEN, VOCAB

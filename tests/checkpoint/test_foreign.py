@@ -15,7 +15,8 @@ from nemo_speculative.algorithms.common.kv_cache import KVCache
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.adapters.read import detect, read_foreign, stated_target
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, write_servable
+from nemo_speculative.checkpoint.draft_checkpoint import write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.targets.embedding_and_head import text_config
 from nemo_speculative.utils.errors import UserError

@@ -10,13 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
-from nemo_speculative.checkpoint.draft_checkpoint import (
-    Provenance,
-    SpeculativeSettings,
-    find_model,
-    read_servable,
-    write_servable,
-)
+from nemo_speculative.checkpoint.draft_checkpoint import read_servable, write_servable
+from nemo_speculative.checkpoint.metadata import Provenance, find_model
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.utils.errors import UserError
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}

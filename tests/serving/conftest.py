@@ -1,4 +1,4 @@
-"""A checkpoint to serve, and a stand-in for SGLang to start."""
+"""Fixtures: a checkpoint to serve, and a package that stands in for SGLang."""
 
 import json
 import os
@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, SpeculativeSettings, write_servable
+from nemo_speculative.checkpoint.draft_checkpoint import write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.data.vocab_mapping import VocabMapping
-from nemo_speculative.targets.embedding_and_head import target_fingerprint
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils import network
 
 FAKE_VERSION = "0.5.23"
@@ -25,36 +27,36 @@ import json, os, signal, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 print("fake SGLang:", *sys.argv[1:], flush=True)
-behaviour = os.environ.get("FAKE_SGLANG", "serve")
-if behaviour == "die":
+behavior = os.environ.get("FAKE_SGLANG", "serve")
+if behavior == "die":
     print("CUDA error: out of memory", flush=True)
     sys.exit(7)
-if behaviour == "hang":
+if behavior == "hang":
     time.sleep(600)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("child", child.pid, flush=True)
 
 
 class Handler(BaseHTTPRequestHandler):
-    asked = 0
+    requests = 0
 
     def do_GET(self):
-        Handler.asked += 1
-        self.send_response(200 if self.path == "/health" and Handler.asked > 2 else 503)
+        Handler.requests += 1
+        self.send_response(200 if self.path == "/health" and Handler.requests > 2 else 503)
         self.end_headers()
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        print("asked", self.path, self.headers.get("Authorization"), flush=True)
-        tokens = asked["sampling_params"]["max_new_tokens"]
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        print("request", self.path, self.headers.get("Authorization"), flush=True)
+        tokens = body["sampling_params"]["max_new_tokens"]
         info = {
             "serve": {"completion_tokens": tokens, "spec_verify_ct": 3},
             "no_draft": {"completion_tokens": tokens},
             "no_tokens": {"completion_tokens": 0, "spec_verify_ct": 1},
         }
-        self.send_response(200 if behaviour in info else 500)
+        self.send_response(200 if behavior in info else 500)
         self.end_headers()
-        self.wfile.write(json.dumps({"text": "", "meta_info": info.get(behaviour)}).encode())
+        self.wfile.write(json.dumps({"text": "", "meta_info": info.get(behavior)}).encode())
 
 
 host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
@@ -70,7 +72,7 @@ class Tokenizer:
     def apply_chat_template(self, messages, **options):
         assert options["add_generation_prompt"]
         if messages[0]["content"] == "forbidden":
-            raise ValueError("not a word of this")
+            raise ValueError("rejected by the template")
         return {"input_ids": [len(message["content"]) for message in messages]}
 
 
@@ -150,7 +152,7 @@ def _write(run: Path, shape: Eagle3Shape, fingerprint: str) -> None:
 
 @pytest.fixture
 def write_draft(run_dir: Path) -> Callable[..., None]:
-    """Puts a draft of another shape into the run, trained for the target of this ``fingerprint``."""
+    """Returns a function that replaces the run's draft by one with ``changed`` fields of the shape."""
 
     def write(fingerprint: str = "0" * 16, **changed: Any) -> None:
         _write(run_dir, replace(SHAPE, **changed), fingerprint)
@@ -176,7 +178,7 @@ def model_dir(run_dir: Path) -> Path:
 
 @pytest.fixture
 def edit_config(model_dir: Path) -> Callable[[Callable[[dict], None]], None]:
-    """Changes the checkpoint's ``config.json``."""
+    """Returns a function that changes the checkpoint's ``config.json``."""
 
     def edit(change: Callable[[dict], None]) -> None:
         file = model_dir / "config.json"
@@ -189,7 +191,7 @@ def edit_config(model_dir: Path) -> Callable[[Callable[[dict], None]], None]:
 
 @pytest.fixture
 def fake_sglang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package ``sglang`` on the path of this process and of those that it starts."""
+    """A package ``sglang`` on the path of this process and of its subprocesses."""
     package = tmp_path / "site" / "sglang"
     (package / "srt").mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_ENGINE)

@@ -1,4 +1,4 @@
-"""The command line: what it says for a checkpoint, and what it refuses."""
+"""The command line of serve_sglang: the SGLang command for a checkpoint, and the refused options."""
 
 import os
 import shlex
@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from nemo_speculative.serve_sglang import main
-from nemo_speculative.serving import command, versions
-from nemo_speculative.serving.command import CPU_ENGINE, from_checkpoint, serve_command, sglang_command
+from nemo_speculative.serving import command
+from nemo_speculative.serving.command import from_checkpoint, serve_command, sglang_command
+from nemo_speculative.utils import sglang
 from nemo_speculative.utils.errors import UsageError
+from nemo_speculative.utils.sglang import CPU_ENGINE
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def without_sglang(monkeypatch):
 
 
 def printed(capsys, *argv: str) -> list[str]:
-    """The words of what --print-only prints for ``argv``."""
+    """The words that --print-only prints for ``argv``."""
     assert main(["--print-only", *argv]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1
@@ -29,6 +31,7 @@ def printed(capsys, *argv: str) -> list[str]:
 
 
 def refused(capsys, *argv: str) -> str:
+    """The one line with which ``argv`` is refused."""
     assert main(list(argv)) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -41,7 +44,7 @@ def value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def test_the_command_says_what_the_checkpoint_remembers(capsys, run_dir, without_sglang):
+def test_the_command_has_the_recorded_settings(capsys, run_dir, without_sglang):
     model = run_dir / "checkpoints" / "best" / "model"
     assert printed(capsys, "--draft", str(run_dir)) == [
         "python", "-m", "sglang.launch_server", "--model-path", "org/target", "--speculative-algorithm", "EAGLE3",
@@ -62,7 +65,7 @@ def test_a_relative_path_is_printed_absolute(capsys, run_dir, monkeypatch):
     assert value(words, "--speculative-draft-model-path") == str(run_dir / "checkpoints" / "best" / "model")
 
 
-def test_the_trainers_line_is_the_printed_line(capsys, model_dir):
+def test_the_command_that_training_prints_is_the_same(capsys, model_dir):
     line = sglang_command(model_dir)
     assert shlex.split(line) == printed(capsys, "--draft", str(model_dir))
     assert f"'{model_dir}'" in line
@@ -75,7 +78,7 @@ def test_the_line_survives_a_shell(model_dir):
     assert str(model_dir) in eval(done.stdout)
 
 
-def test_options_override_what_is_remembered(capsys, run_dir):
+def test_options_override_recorded_settings(capsys, run_dir):
     words = printed(
         capsys, "--draft", str(run_dir), "--target", "other/target", "--algorithm", "EAGLE3", "--num-steps", "3",
         "--topk", "4", "--num-draft-tokens", "16", "--dtype", "float16", "--tp-size", "2", "--host", "0.0.0.0",
@@ -89,13 +92,13 @@ def test_options_override_what_is_remembered(capsys, run_dir):
 
 
 @pytest.mark.parametrize(("given", "tokens"), [(["--num-steps", "2"], "3"), (["--topk", "4"], "21")])
-def test_the_number_of_draft_tokens_follows(capsys, run_dir, given, tokens):
+def test_the_number_of_draft_tokens_is_derived_from_steps_and_topk(capsys, run_dir, given, tokens):
     assert value(printed(capsys, "--draft", str(run_dir), *given), "--speculative-num-draft-tokens") == tokens
 
 
-def test_what_stands_behind_two_dashes_goes_to_sglang(capsys, run_dir):
-    behind = ["--mem-fraction-static", "0.7", "--", "--json", '{"a b": 1}']
-    assert printed(capsys, "--draft", str(run_dir), "--", *behind)[-5:] == behind
+def test_words_after_two_dashes_are_passed_to_sglang(capsys, run_dir):
+    extra = ["--mem-fraction-static", "0.7", "--", "--json", '{"a b": 1}']
+    assert printed(capsys, "--draft", str(run_dir), "--", *extra)[-5:] == extra
 
 
 def test_an_existing_target_directory_is_printed_absolute(capsys, run_dir, target, monkeypatch):
@@ -113,7 +116,7 @@ def test_a_flag_has_the_name_that_the_version_knows(capsys, run_dir, version, gr
     assert value(words, graphs) == "16"
 
 
-def test_drafts_are_sampled_where_the_version_can(capsys, run_dir):
+def test_rejection_sampling_needs_a_version_that_has_it(capsys, run_dir):
     given = ["--draft", str(run_dir), "--rejection-sampling"]
     assert "--speculative-use-rejection-sampling" in printed(capsys, *given, "--sglang-version", "0.5.14")
     assert "--rejection-sampling takes SGLang 0.5.14 or later" in refused(capsys, *given, "--sglang-version", "0.5.13")
@@ -121,7 +124,7 @@ def test_drafts_are_sampled_where_the_version_can(capsys, run_dir):
     assert "--device cpu" in refused(capsys, *given, "--device", "cpu")
 
 
-def test_drafts_of_part_of_the_vocabulary_cannot_be_sampled(capsys, run_dir, write_draft):
+def test_rejection_sampling_needs_the_whole_vocabulary(capsys, run_dir, write_draft):
     write_draft(draft_vocab_size=12)
     said = refused(capsys, "--draft", str(run_dir), "--rejection-sampling")
     assert "12 of the target's 16 tokens" in said and "draft.vocab_size=full" in said
@@ -153,17 +156,17 @@ def test_an_unsupported_version_is_refused(capsys, run_dir, version, named):
     assert named in refused(capsys, "--draft", str(run_dir), "--print-only", "--sglang-version", version)
 
 
-def test_the_installed_version_is_meant(capsys, run_dir, fake_sglang, monkeypatch):
-    monkeypatch.setattr(versions, "version", lambda name: "0.5.9")
+def test_the_installed_version_is_the_default(capsys, run_dir, fake_sglang, monkeypatch):
+    monkeypatch.setattr(sglang, "version", lambda name: "0.5.9")
     words = printed(capsys, "--draft", str(run_dir), "--cuda-graph-max-bs", "16")
     assert value(words, "--cuda-graph-max-bs") == "16"
-    monkeypatch.setattr(versions, "version", lambda name: "0.5.8")
+    monkeypatch.setattr(sglang, "version", lambda name: "0.5.8")
     assert "SGLang 0.5.8 is not supported" in refused(capsys, "--draft", str(run_dir))
 
 
-def test_the_trainers_line_does_not_depend_on_what_is_installed(model_dir, monkeypatch):
+def test_the_command_that_training_prints_does_not_depend_on_the_installed_version(model_dir, monkeypatch):
     line = sglang_command(model_dir)
-    monkeypatch.setattr(versions, "version", lambda name: "0.5.8")
+    monkeypatch.setattr(sglang, "version", lambda name: "0.5.8")
     assert sglang_command(model_dir) == line
 
 
@@ -174,11 +177,11 @@ def test_another_version_than_the_installed_one_is_only_printed(capsys, run_dir,
     printed(capsys, *given)
 
 
-def test_the_cpu_line_brings_its_environment(capsys, run_dir, monkeypatch):
+def test_the_cpu_line_sets_its_environment_variables(capsys, run_dir, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/some where")
     words = printed(capsys, "--draft", str(run_dir), "--device", "cpu")
     assignments = dict(word.split("=", 1) for word in words[: words.index("-m") - 1])
-    assert assignments == {**command.CPU_ENVIRONMENT, "PYTHONPATH": f"{CPU_ENGINE}{os.pathsep}/some where"}
+    assert assignments == {**sglang.CPU_ENVIRONMENT, "PYTHONPATH": f"{CPU_ENGINE}{os.pathsep}/some where"}
     assert value(words, "--device") == "cpu"
     assert value(words, "--dtype") == "float32"
 
@@ -195,12 +198,19 @@ def test_print_only_touches_nothing(capsys, run_dir, monkeypatch):
     assert {path: path.lstat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
-def test_the_command_needs_neither_hydra_nor_torchtitan_nor_sglang(model_dir):
+@pytest.mark.parametrize("action", ["--print-only", "--help"])
+def test_printing_imports_no_heavy_library(model_dir, target, action):
     script = (
         "import sys\n"
         "for name in ('hydra', 'omegaconf', 'torchtitan', 'sglang'): sys.modules[name] = None\n"
         "from nemo_speculative.serve_sglang import main\n"
-        f"sys.exit(main(['--draft', {str(model_dir)!r}, '--print-only']))"
+        f"arguments = ['--draft', {str(model_dir)!r}, '--target', {str(target)!r}, {action!r}]\n"
+        "try:\n"
+        "    code = main(arguments)\n"
+        "except SystemExit as exit:\n"
+        "    code = exit.code\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub'} & sys.modules.keys()\n"
+        "sys.exit(code or ', '.join(heavy if arguments[-1] == '--help' else []) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -226,12 +236,12 @@ def test_the_command_needs_neither_hydra_nor_torchtitan_nor_sglang(model_dir):
         (["--device", "cpu", "--sglang-version", "0.5.22", "--print-only"], "--device cpu takes SGLang 0.5.23"),
         (["--print-only", "--dry-run"], "not allowed with"),
         (["--print-only", "--prompt", "hello"], "not allowed with"),
-        (["--max-new-tokens", "4"], "beside --prompt"),
+        (["--max-new-tokens", "4"], "together with --prompt"),
         (["--prompt", "hello", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
-        (["--", "--cuda-graph-max-bs", "4"], "--cuda-graph-max-bs stands behind --"),
+        (["--", "--cuda-graph-max-bs", "4"], "--cuda-graph-max-bs after --"),
         (["--unknown"], "--unknown"),
-        (["--", "--port", "4"], "--port stands behind --"),
-        (["--", "--speculative-algorithm=EAGLE"], "--speculative-algorithm stands behind --"),
+        (["--", "--port", "4"], "--port after --"),
+        (["--", "--speculative-algorithm=EAGLE"], "--speculative-algorithm after --"),
     ],
 )
 def test_a_contradiction_is_refused(capsys, run_dir, given, named):
@@ -271,12 +281,12 @@ def test_a_malformed_configuration_is_refused(capsys, model_dir, edit_config, ch
     assert f"{model_dir}/config.json" in refused(capsys, "--draft", str(model_dir), "--print-only")
 
 
-def test_a_configuration_that_is_no_json_is_refused(capsys, model_dir):
+def test_a_configuration_that_is_not_json_is_refused(capsys, model_dir):
     (model_dir / "config.json").write_text('{"architectures": [')
     assert f"{model_dir}/config.json" in refused(capsys, "--draft", str(model_dir), "--print-only")
 
 
-def test_a_machine_without_sglang_is_told_how_to_install_it(capsys, run_dir, without_sglang):
+def test_a_missing_sglang_is_refused_with_how_to_install_it(capsys, run_dir, without_sglang):
     assert "requirements-sglang.txt" in refused(capsys, "--draft", str(run_dir))
 
 
@@ -298,12 +308,12 @@ def test_the_program_ends_with_code_2_and_one_line(tmp_path):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
-def test_options_cannot_be_made_inconsistent(model_dir):
+def test_inconsistent_options_cannot_be_constructed(model_dir):
     with pytest.raises(UsageError, match="--num-draft-tokens is 3"):
         from_checkpoint(model_dir, {"num_draft_tokens": 3})
 
 
-def test_a_single_gpu_is_not_mentioned(model_dir):
+def test_tp_size_1_is_not_written(model_dir):
     assert "--tp-size" not in serve_command(from_checkpoint(model_dir, {"tp_size": 1}))
 
 
@@ -313,6 +323,6 @@ def test_weights_that_are_cut_off_are_refused_before_anything_starts(capsys, mod
     assert "model.safetensors: cut off" in refused(capsys, "--draft", str(model_dir), "--print-only")
 
 
-def test_no_accelerator_is_said_before_sglang_says_it(capsys, run_dir, fake_sglang, monkeypatch):
+def test_a_missing_accelerator_is_refused_before_sglang_starts(capsys, run_dir, fake_sglang, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert "add --device cpu" in refused(capsys, "--draft", str(run_dir))

@@ -1,4 +1,4 @@
-"""What SGLang's parser understands, with a small one in its place."""
+"""The dry run, with a small parser in place of SGLang's."""
 
 import sys
 
@@ -13,7 +13,7 @@ def run(capsys, *given: str) -> tuple[int, str, str]:
     return main(["--dry-run", *given]), *capsys.readouterr()
 
 
-def test_the_settings_are_shown_as_they_are_understood(capsys, run_dir, monkeypatch):
+def test_the_parsed_settings_are_shown(capsys, run_dir, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("started")
 
@@ -26,19 +26,19 @@ def test_the_settings_are_shown_as_they_are_understood(capsys, run_dir, monkeypa
     assert understood["speculative_draft_model_path"].startswith(str(run_dir))
 
 
-def test_a_flag_that_sglang_does_not_know_is_one_line(capsys, run_dir):
+def test_a_flag_unknown_to_sglang_is_refused_in_one_line(capsys, run_dir):
     code, out, err = run(capsys, "--draft", str(run_dir), "--", "--nonsense", "4")
     assert (code, out) == (2, "")
     assert err == ("error: SGLang refuses the command: sglang serve: error: unrecognized arguments: --nonsense 4\n")
 
 
-def test_a_flag_that_is_taken_for_another_is_noticed(capsys, run_dir):
-    """argparse completes abbreviations, and the last one counts."""
+def test_a_flag_that_overrides_another_by_abbreviation_is_refused(capsys, run_dir):
+    """argparse completes abbreviations, and the last occurrence wins."""
     code, _, err = run(capsys, "--draft", str(run_dir), "--", "--speculative-num-st", "9")
     assert code == 2 and "reads speculative_num_steps as 9, and 5 was meant" in err
 
 
-def test_an_sglang_that_cannot_be_imported_is_one_line(capsys, run_dir, monkeypatch):
+def test_an_sglang_that_cannot_be_imported_is_refused_in_one_line(capsys, run_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "sglang.srt.server_args", None)
     code, _, err = run(capsys, "--draft", str(run_dir))
     assert code == 2 and err.startswith("error: SGLang cannot be imported (") and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Single prompts through the engine, with a small program in SGLang's place."""
+"""Answers to single prompts from the engine, with a small program in place of SGLang."""
 
 import pytest
 
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("fake_sglang")
 
 @pytest.fixture
 def ask(capsys, run_dir, tmp_path):
-    """The exit code, what was printed, what was said on stderr, and the log."""
+    """Runs serve_sglang on a CPU; returns exit code, standard output, standard error and the log."""
 
     def run(*given: str) -> tuple[int, str, str, str]:
         log = tmp_path / "log"
@@ -20,7 +20,7 @@ def ask(capsys, run_dir, tmp_path):
     return run
 
 
-def test_prompts_are_answered_one_after_the_other(ask):
+def test_prompts_are_answered_in_order(ask):
     code, out, err, log = ask("--prompt", "four", "--prompt", "fives", "--max-new-tokens", "10")
     assert (code, err) == (0, "")
     assert out.splitlines()[1:] == [
@@ -30,7 +30,7 @@ def test_prompts_are_answered_one_after_the_other(ask):
     assert "speculative_num_steps=5" in log and log.endswith("shut down\n")
 
 
-def test_an_answer_of_the_prefill_alone_has_no_acceptance_length(ask):
+def test_an_answer_from_the_prefill_alone_has_no_acceptance_length(ask):
     assert "[1 tokens in 0 verifications]" in ask("--prompt", "four", "--max-new-tokens", "1")[1]
 
 
@@ -49,19 +49,19 @@ def test_an_engine_that_is_never_ready_is_ended(ask, monkeypatch):
     assert code == 1 and "error: SGLang was not ready after 1 s" in err
 
 
-def test_an_answer_that_never_comes_is_not_waited_for(ask, monkeypatch):
+def test_an_answer_that_never_comes_ends_the_engine(ask, monkeypatch):
     monkeypatch.setenv("FAKE_SGLANG", "hang after ready")
     code, _, err, _ = ask("--prompt", "four", "--timeout", "15")
     assert code == 1 and "error: SGLang was not done with its answer after 15 s" in err
 
 
-def test_half_an_answer_is_none(ask, monkeypatch):
+def test_a_truncated_answer_is_discarded(ask, monkeypatch):
     monkeypatch.setenv("FAKE_SGLANG", "die in an answer")
     code, _, err, _ = ask("--prompt", "four")
     assert code == 1 and "error: SGLang ended with code -9 before it was done with its answer" in err
 
 
-def test_a_prompt_that_the_template_rejects(ask):
+def test_a_prompt_that_the_template_rejects_is_refused(ask):
     code, out, err, _ = ask("--prompt", "four", "--prompt", "forbidden")
     assert code == 2 and "> four" in out
-    assert err == "error: --prompt: the chat template rejects this conversation: not a word of this\n"
+    assert err == "error: --prompt: the chat template rejects this conversation: rejected by the template\n"

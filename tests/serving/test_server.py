@@ -1,4 +1,4 @@
-"""The server's process, with a small program in SGLang's place."""
+"""The server process, with a small program in place of SGLang."""
 
 import os
 import signal
@@ -12,8 +12,7 @@ import pytest
 
 from nemo_speculative.serve_sglang import main
 from nemo_speculative.serving.command import from_checkpoint, serve_command
-from nemo_speculative.serving.process import ServerError
-from nemo_speculative.serving.server import Server, require_free
+from nemo_speculative.serving.server import Server, ServerError, require_free
 from nemo_speculative.utils.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("fake_sglang")
@@ -34,8 +33,8 @@ def child_of(log: Path) -> int:
     return int(next(line for line in log.read_text().splitlines() if line.startswith("child")).split()[1])
 
 
-def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for yet counts."""
+def ended(pid: int) -> bool:
+    """Whether a process has ended; a zombie counts."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
@@ -49,7 +48,7 @@ def eventually(holds, seconds: float = 20.0) -> bool:
     return holds()
 
 
-def test_it_waits_until_the_server_is_healthy(server):
+def test_wait_until_healthy_returns_when_health_answers(server):
     server.wait_until_healthy(30)
     assert urllib.request.urlopen(f"{server.url}/health").status == 200
 
@@ -57,9 +56,9 @@ def test_it_waits_until_the_server_is_healthy(server):
 def test_stopping_ends_the_whole_process_group(server, options):
     server.wait_until_healthy(30)
     child = child_of(server.log)
-    assert not gone(child)
+    assert not ended(child)
     server.stop()
-    assert eventually(lambda: gone(child))
+    assert eventually(lambda: ended(child))
     require_free(options.host, options.port)
 
 
@@ -79,7 +78,7 @@ def test_a_server_that_never_answers_is_ended(capsys, run_dir, free_port, monkey
     assert last.startswith("error: SGLang was not ready after 1 s")
 
 
-def test_a_server_that_goes_down_later_is_an_error(server):
+def test_a_server_that_dies_later_is_an_error(server):
     server.wait_until_healthy(30)
     os.kill(server._process.pid, signal.SIGKILL)
     with pytest.raises(ServerError, match="ended with code -9 while it served"):
@@ -98,38 +97,40 @@ def test_a_signal_ends_program_and_server(run_dir, free_port, number):
         child = child_of(log)
         process.send_signal(number)
         assert process.wait(30) == 0
-    assert eventually(lambda: gone(child))
+    assert eventually(lambda: ended(child))
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "said"),
+    ("behavior", "message"),
     [
         ("no_draft", "answered with 8 tokens and verified no draft"),
         ("no_tokens", "answers with no token"),
-        ("crash", "does not answer /generate (HTTPError: HTTP Error 500"),
+        ("crash", "does not answer /generate (ValueError: HTTP 500"),
     ],
 )
-def test_a_server_that_does_not_speculate_is_ended(capsys, run_dir, free_port, monkeypatch, tmp_path, behaviour, said):
-    monkeypatch.setenv("FAKE_SGLANG", behaviour)
+def test_a_server_that_does_not_speculate_is_ended(
+    capsys, run_dir, free_port, monkeypatch, tmp_path, behavior, message
+):
+    monkeypatch.setenv("FAKE_SGLANG", behavior)
     log = tmp_path / "sglang.log"
     given = ["--draft", str(run_dir), "--device", "cpu", "--port", str(free_port), "--log", str(log)]
     assert main([*given, "--timeout", "60"]) == 1
     *shown, last = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("asked /generate") for line in shown)
-    assert last.startswith("error: ") and said in last and last.endswith(f"its log is {log}")
-    assert eventually(lambda: gone(child_of(log)))
+    assert any(line.startswith("request /generate") for line in shown)
+    assert last.startswith("error: ") and message in last and last.endswith(f"its log is {log}")
+    assert eventually(lambda: ended(child_of(log)))
     require_free("127.0.0.1", free_port)
 
 
-def test_the_first_answer_is_asked_for_with_the_servers_key(server, tmp_path):
+def test_the_smoke_test_sends_the_api_key(server, tmp_path):
     server.wait_until_healthy(30)
-    first = server.smoke(30, "s3cret")
+    first = server.smoke_test(30, "s3cret")
     assert (first.tokens, first.verifications) == (8, 3)
-    assert "asked /generate Bearer s3cret" in (tmp_path / "log").read_text()
+    assert "request /generate Bearer s3cret" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("extra", [("--api-key", "s3cret"), ("--api-key=s3cret",), ("--x", "y", "--api-key", "s3cret")])
-def test_the_key_is_what_the_server_is_told(run_dir, extra):
+def test_the_api_key_is_read_from_the_extra_flags(run_dir, extra):
     assert from_checkpoint(run_dir, {"extra": extra}).api_key == "s3cret"
     assert from_checkpoint(run_dir, {"extra": ("--x", "s3cret")}).api_key is None
 

@@ -1,4 +1,4 @@
-"""What a version of SGLang cannot serve is refused, naming the key and the version that can."""
+"""Drafts that a version of SGLang cannot serve are refused, naming the key and the version that can."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def eagle3(**values):
         ({"fc_norm": True, "norm_output": True, "num_layers": 3}, "0.5.9", NEWEST),
     ],
 )
-def test_the_first_version_that_can(switches, refused, served):
+def test_switches_need_the_first_version_that_has_them(switches, refused, served):
     check_servable(eagle3(**switches), served)
     if refused:
         with pytest.raises(UserError) as caught:
@@ -39,12 +39,12 @@ def test_the_first_version_that_can(switches, refused, served):
         assert "0.5.14 and later" in str(caught.value) or served in str(caught.value)
 
 
-def test_eagle1_of_any_depth_is_served_by_all():
+def test_every_version_serves_eagle1_of_any_depth():
     check_servable(EagleShape(**NUMBERS, num_layers=3), "0.5.9")
 
 
-def test_aux_states_as_wide_as_the_draft_are_never_projected():
-    """SGLang applies fc where the widths differ; one aux state of the draft's size goes past it."""
+def test_aux_states_as_wide_as_the_draft_are_refused_for_all_versions():
+    """SGLang applies fc only where the widths differ; it would skip fc for one aux state of the draft's size."""
     with pytest.raises(UserError, match=r"draft.aux_layers: 1 of 8 features .* no version of SGLang applies fc"):
         check_servable(eagle3(aux_layers=(3,)), NEWEST)
     check_servable(eagle3(aux_layers=(3,), target_hidden_size=12), NEWEST)
@@ -52,14 +52,14 @@ def test_aux_states_as_wide_as_the_draft_are_never_projected():
         check_servable(eagle3(aux_layers=(1, 3), hidden_size=16), NEWEST)
 
 
-def test_the_targets_head_cannot_read_a_draft_of_another_size():
+def test_the_target_head_needs_a_draft_of_the_target_hidden_size():
     check_servable(eagle3(draft_vocab_size=None), NEWEST)
     with pytest.raises(UserError, match=r"draft\.vocab_size is target_head: .* reads 8 features, and .* is 12"):
         check_servable(eagle3(draft_vocab_size=None, hidden_size=12), NEWEST)
 
 
 @pytest.mark.parametrize("version", ["", "newest", "0.5.x"])
-def test_what_is_no_version(version):
+def test_a_malformed_version_is_refused(version):
     with pytest.raises(UserError, match=r"exporter\.sglang_version"):
         parse_version(version)
 

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from nemo_speculative.algorithms.common.draft import Draft, DraftShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Servable, SpeculativeSettings, write_servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.data.vocab_mapping import VocabMapping
 
 VOCAB, DRAFT_VOCAB = 120, 72

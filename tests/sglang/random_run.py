@@ -18,9 +18,11 @@ from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.slots import Layout, Slots
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, SpeculativeSettings, write_servable
+from nemo_speculative.checkpoint.draft_checkpoint import write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.data.vocab_mapping import VocabMapping
-from nemo_speculative.targets.embedding_and_head import target_fingerprint
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget
 
 NAMES = ("eagle3", "eagle3_1", "eagle1")

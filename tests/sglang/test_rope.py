@@ -13,7 +13,7 @@ from nemo_speculative.algorithms.common.draft import numbers_for
 from nemo_speculative.algorithms.common.layers import Rotary, rotate
 from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
 from nemo_speculative.checkpoint.contract import contract_of, fields_of
-from nemo_speculative.serving.command import CPU_ENGINE, CPU_ENVIRONMENT
+from nemo_speculative.utils.sglang import CPU_ENGINE, CPU_ENVIRONMENT
 from tests.sglang.conftest import ROOT
 
 ORIGINAL, SHORT, LONGEST, HEAD = 64, 32, 256, 16

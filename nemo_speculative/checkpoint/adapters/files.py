@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from yaml import YAMLError
 
-from nemo_speculative.checkpoint.draft_checkpoint import find_model, read_config
+from nemo_speculative.checkpoint.metadata import find_model, read_config
 from nemo_speculative.utils.errors import UserError
 
 Tensors = dict[str, torch.Tensor]

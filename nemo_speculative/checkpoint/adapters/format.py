@@ -10,7 +10,7 @@ import torch
 
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.checkpoint.adapters.files import Source, Tensors
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance
+from nemo_speculative.checkpoint.metadata import Provenance
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from nemo_speculative.checkpoint.adapters.files import Source
 from nemo_speculative.checkpoint.adapters.format import ForeignDraft, Format, Reading
-from nemo_speculative.checkpoint.draft_checkpoint import OWN_KEY, Servable, read_servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
+from nemo_speculative.checkpoint.metadata import OWN_KEY
 from nemo_speculative.utils.errors import UserError
 
 

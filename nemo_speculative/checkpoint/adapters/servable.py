@@ -8,10 +8,12 @@ import torch
 from nemo_speculative.checkpoint.adapters.format import ForeignDraft
 from nemo_speculative.checkpoint.adapters.read import read_foreign, stated_target
 from nemo_speculative.checkpoint.contract import contract_of
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, Servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable
+from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.schema import ModelConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.targets.embedding_and_head import target_fingerprint, text_config
+from nemo_speculative.targets.embedding_and_head import text_config
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.utils.errors import UserError
 

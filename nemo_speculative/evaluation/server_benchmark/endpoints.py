@@ -15,14 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from nemo_speculative.checkpoint.draft_checkpoint import find_model
+from nemo_speculative.checkpoint.metadata import find_model
 from nemo_speculative.config.schema import BenchmarkJob
 from nemo_speculative.evaluation.server_benchmark.results_log import accelerator, setting_name
 from nemo_speculative.serving.client import Client
 from nemo_speculative.serving.command import ServeOptions, from_checkpoint, serve_command, serve_environment
-from nemo_speculative.serving.match import check_target
 from nemo_speculative.serving.server import Server, require_free
-from nemo_speculative.targets.embedding_and_head import target_fingerprint
+from nemo_speculative.serving.target_check import check_target
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UsageError, UserError
 from nemo_speculative.utils.http import api_key
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.checkpoint.draft_checkpoint import find_model, restate
+from nemo_speculative.checkpoint.metadata import find_model, update_speculative_settings
 from nemo_speculative.config.schema import BenchmarkJob, ModelConfig
 from nemo_speculative.evaluation.server_benchmark.endpoints import Endpoint, endpoints_of
 from nemo_speculative.evaluation.server_benchmark.measure import converse, measure
@@ -17,7 +17,7 @@ from nemo_speculative.evaluation.server_benchmark.metrics import Figures
 from nemo_speculative.evaluation.server_benchmark.results_log import Cell, Measured, ResultsLog
 from nemo_speculative.evaluation.server_benchmark.suites import Suite, load_suite
 from nemo_speculative.serving.client import Client
-from nemo_speculative.serving.process import ServerError
+from nemo_speculative.serving.server import ServerError
 from nemo_speculative.targets.embedding_and_head import load_tokenizer
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.utils.errors import UserError
@@ -157,7 +157,7 @@ def write_back(benchmark: Benchmark, best: Measured | None) -> None:
     if speculative is None:
         raise UserError(f"write_back={benchmark.job.write_back}: no setting of the draft was measured there")
     model = find_model(benchmark.job.checkpoint or "")
-    restate(model, speculative)
+    update_speculative_settings(model, speculative)
     print(f"{model} is now served with {speculative}")
 
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, SpeculativeSettings, write_servable
-from nemo_speculative.targets.embedding_and_head import target_fingerprint
+from nemo_speculative.checkpoint.draft_checkpoint import write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils import network
 from tests.evaluation.server_benchmark import fake_sglang
 

@@ -1,4 +1,4 @@
-"""A target directory that is not the model that the draft was trained for is refused before anything starts."""
+"""A target directory with another model than the draft was trained for is refused before anything starts."""
 
 import json
 from dataclasses import fields
@@ -8,15 +8,17 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
-from nemo_speculative.checkpoint.draft_checkpoint import Provenance, SpeculativeSettings, write_servable
+from nemo_speculative.checkpoint.draft_checkpoint import write_servable
+from nemo_speculative.checkpoint.metadata import Provenance
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.serve_sglang import main
-from nemo_speculative.targets.embedding_and_head import target_fingerprint
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from tests.serving.conftest import SHAPE
 
 
 @pytest.fixture
 def printed(capsys, run_dir, target):
-    """The exit code of --print-only beside ``target``, and what was said."""
+    """Runs --print-only with ``target``; returns the exit code and the output."""
 
     def run(*given: str) -> tuple[int, str]:
         code = main(["--draft", str(run_dir), "--target", str(target), "--print-only", *given])
@@ -37,7 +39,7 @@ def edit_target(target):
     return edit
 
 
-def test_the_model_that_it_was_trained_for(printed):
+def test_the_trained_target_is_accepted(printed):
     assert printed()[0] == 0
 
 
@@ -55,10 +57,10 @@ def test_a_model_of_another_shape_is_refused(printed, edit_target, target, chang
     edit_target(**changed)
     for given in ((), ("--target-variant",)):
         code, said = printed(*given)
-        assert code == 2 and named in said and f"--target {target}" in said and "remembered as org/target" in said
+        assert code == 2 and named in said and f"--target {target}" in said and "recorded as org/target" in said
 
 
-def test_other_weights_are_refused_unless_they_are_a_copy(printed, target):
+def test_other_weights_are_refused_without_target_variant(printed, target):
     save_file({"weights": torch.zeros(4)}, target / "model.safetensors")
     code, said = printed()
     assert code == 2 and "fingerprint" in said and "--target-variant" in said
@@ -71,7 +73,7 @@ def test_another_architecture_of_the_same_shape_is_refused(printed, edit_target)
     assert code == 2 and "fingerprint" in said
 
 
-def test_an_eagle1_draft_reads_no_aux_layers(printed, edit_target, model_dir, target):
+def test_an_eagle1_draft_needs_no_aux_layers(printed, edit_target, model_dir, target):
     edit_target(num_hidden_layers=1)
     shape = EagleShape(**{field.name: getattr(SHAPE, field.name) for field in fields(EagleShape)})
     provenance = Provenance("org/target", target_fingerprint(target), "bfloat16", SpeculativeSettings(5, 1, 6), step=3)
@@ -80,7 +82,7 @@ def test_an_eagle1_draft_reads_no_aux_layers(printed, edit_target, model_dir, ta
     assert code == 0 and "--speculative-algorithm EAGLE " in said
 
 
-def test_a_directory_that_holds_no_model_is_refused(printed, target):
+def test_a_directory_without_a_model_is_refused(printed, target):
     (target / "config.json").unlink()
     code, said = printed()
     assert code == 2 and f"{target}: not a usable model configuration" in said

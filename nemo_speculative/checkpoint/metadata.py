@@ -1,0 +1,105 @@
+"""A checkpoint without its tensors: its directory, its ``config.json`` and what that records for serving.
+
+Imports neither torch nor transformers, so that ``serve_sglang --print-only`` is quick.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.files import atomic_write_text
+
+OWN_KEY = "nemo_speculative"
+"""Section of ``config.json`` that this project writes and servers ignore."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Origin of a draft and the settings to serve it with, stored in ``config.json``."""
+
+    target: str
+    """The target's directory or hub name."""
+    target_fingerprint: str
+    target_dtype: str
+    """float32 or bfloat16."""
+    speculative: SpeculativeSettings
+    step: int
+    """Optimizer steps it was trained for."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Provenance":
+        known = {k: values[k] for k in ("target", "target_fingerprint", "target_dtype", "step")}
+        return cls(**known, speculative=SpeculativeSettings(**values["speculative"]))
+
+
+def find_model(path: str | Path) -> Path:
+    """The ``model/`` directory of a run directory (its best, else its latest checkpoint), a step directory or itself.
+
+    Raises:
+        UserError: the path is missing or holds no checkpoint.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise UserError(f"{root} does not exist; expected a run directory, a step_<N> directory or its model/")
+    candidates = [root, root / "model"]
+    candidates += [root / folder / link / "model" for link in ("best", "latest") for folder in ("checkpoints", ".")]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
+            return candidate
+    raise UserError(f"{root} holds no checkpoint; expected a run directory, a step_<N> directory or its model/")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a model directory.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}/config.json: cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{directory}/config.json: found a {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def provenance_of(config: dict[str, Any], directory: Path) -> Provenance:
+    """The provenance recorded in ``config``, the contents of ``directory``'s ``config.json``.
+
+    Raises:
+        UserError: it was not written by this project.
+    """
+    try:
+        return Provenance.from_dict(config[OWN_KEY])
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{directory}/config.json: no usable {OWN_KEY!r} section; expected a checkpoint written by this "
+            "project, or another one's after recipes/convert_draft.py"
+        ) from None
+
+
+def update_speculative_settings(directory: Path, speculative: SpeculativeSettings) -> None:
+    """Atomically replaces the speculative settings in the ``config.json`` of ``directory``."""
+    config = read_config(directory)
+    config[OWN_KEY]["speculative"] = asdict(speculative)
+    atomic_write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def check_not_truncated(directory: Path) -> None:
+    """Refuses weights that are cut off, from the header of the file alone.
+
+    Raises:
+        UserError: the file ends early or has no readable header.
+    """
+    file = directory / "model.safetensors"
+    try:
+        with safe_open(file, "np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cut off or not readable ({error})") from None
