@@ -24,7 +24,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import urllib3
 import uvicorn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,9 +31,9 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.demo import train_tokenizer
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.remote.client import RemoteTarget, Server, Servers
-from nemo_speculative.targets.remote.protocol import Identity, Layout, pack_batch
-from nemo_speculative.targets.remote.server import Limits, TargetServer
+from nemo_speculative.targets.remote.client import RemoteTarget, ServerConnection, ServerPool
+from nemo_speculative.targets.remote.protocol import OutputLayout, TargetIdentity, pack_batch
+from nemo_speculative.targets.remote.server import ServerLimits, TargetServer
 
 TOKENS, HIDDEN, AUX, VOCAB = 2048, 4096, 3, 512
 ANSWER_BYTES = TOKENS * (AUX + 1) * HIDDEN * torch.bfloat16.itemsize
@@ -65,7 +64,7 @@ def serve(directory: str | None, port: Any) -> None:
     torch.set_num_threads(1)
     target: Any = HFTarget(Path(directory), aux_layers=None) if directory else ReadyTensors()
     listener = socket.create_server(("127.0.0.1", 0))
-    app = TargetServer(target, Limits(queue=8, max_tokens=TOKENS, io_timeout=60)).app
+    app = TargetServer(target, ServerLimits(queue=8, max_tokens=TOKENS, io_timeout=60)).app
     port.send(listener.getsockname()[1])
     uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off")).run([listener])
 
@@ -119,17 +118,17 @@ def socket_ways(port: int) -> dict[str, Ask]:
 
 def server_ways(port: int, requests: int) -> dict[str, Callable[[], object]]:
     """One request after the other, and two at once, as a training has them."""
-    servers = Servers([Server(f"http://127.0.0.1:{port}", urllib3.Timeout(60))], timeout=60, attempts=1, rest=1)
-    identity, asked = Identity.of(ReadyTensors()), batch()  # type: ignore[arg-type]
-    layout, frame = Layout.of(asked, HIDDEN, identity), pack_batch(asked)
+    servers = ServerPool([ServerConnection(f"http://127.0.0.1:{port}", 60, 60)], timeout=60, attempts=1, backoff_seconds=1)
+    identity, asked = TargetIdentity.of(ReadyTensors()), batch()  # type: ignore[arg-type]
+    layout, frame = OutputLayout.of(asked, HIDDEN, identity), pack_batch(asked)
     threads = ThreadPoolExecutor(2)
 
     def at_once() -> None:
-        for done in [threads.submit(servers.ask, frame, identity, layout) for _ in range(requests)]:
+        for done in [threads.submit(servers.request, frame, identity, layout) for _ in range(requests)]:
             done.result()
 
     return {
-        "ready tensors, one at a time": lambda: [servers.ask(frame, identity, layout) for _ in range(requests)],
+        "ready tensors, one at a time": lambda: [servers.request(frame, identity, layout) for _ in range(requests)],
         "ready tensors, two at once": at_once,
     }
 

@@ -1,4 +1,4 @@
-"""A target server, for trainings with ``backend=remote`` on other GPUs or machines.
+"""Runs a target server, for trainings with ``backend=remote`` on other GPUs or machines.
 
 python -m nemo_speculative.serve_target model=llama31_8b backend=hf port=31000
 python -m nemo_speculative.serve_target model=local model.path=DIR backend=sglang host=0.0.0.0
@@ -20,83 +20,73 @@ from nemo_speculative.utils.devices import choose_device
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.network import bind_socket
 
-NEEDS = ("starlette", "uvicorn", "prometheus_client")
+REQUIRED_PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 KEEP_ALIVE_SECONDS = 600
 
 
 @recipe("serve_target")
 def main(job: ServeTargetJob) -> None:
-    """Serves until SIGTERM or Ctrl-C; then answers what it has taken on, and ends.
+    """Serves until SIGTERM or Ctrl-C; then answers the accepted requests and ends.
 
     Raises:
-        UserError: the target or the address cannot be had, or requests were left unanswered at the end.
+        UserError: the target or the address is not available, or accepted requests were not answered at the end.
     """
-    require_packages()
+    if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
+        raise UserError(
+            f"a target server needs {missing[0]}, which is not installed: pip install {' '.join(REQUIRED_PACKAGES)}"
+        )
     token = bearer_token()
     device = choose_device(job.device, "device")
     with bind_socket(job.host, job.port, f"host={job.host} port={job.port}") as listener, fast_float32_matmuls(device):
-        serve(job, build_target(job, device), token, listener)
-
-
-def require_packages() -> None:
-    """
-    Raises:
-        UserError: what a server needs is not installed.
-    """
-    if missing := [name for name in NEEDS if find_spec(name) is None]:
-        raise UserError(f"a target server needs {missing[0]}, which is not installed: pip install {' '.join(NEEDS)}")
-
-
-def build_target(job: ServeTargetJob, device: torch.device) -> Target:
-    """The target as a training loads it."""
-    return instantiate(
-        job.backend,
-        path=get_method(job.model._target_)(job.model),
-        aux_layers=job.aux_layers,
-        dtype=getattr(torch, job.model.dtype.value),
-        device=device,
-        trust_remote_code=job.model.trust_remote_code,
-    )
+        target: Target = instantiate(
+            job.backend,
+            path=get_method(job.model._target_)(job.model),
+            aux_layers=job.aux_layers,
+            dtype=getattr(torch, job.model.dtype.value),
+            device=device,
+            trust_remote_code=job.model.trust_remote_code,
+        )
+        serve(job, target, token, listener)
 
 
 def serve(job: ServeTargetJob, target: Target, token: str | None, listener: socket.socket) -> None:
-    """Until a signal comes.
+    """Serves on ``listener`` until SIGTERM or SIGINT.
 
     Raises:
-        UserError: ``job.drain`` seconds after it there were requests without an answer.
+        UserError: accepted requests were not answered within ``job.drain`` seconds after the signal.
     """
     import uvicorn
 
-    from nemo_speculative.targets.remote.server import Limits, TargetServer
+    from nemo_speculative.targets.remote.server import ServerLimits, TargetServer
 
-    served = TargetServer(target, Limits(job.queue, job.max_tokens, job.io_timeout), token, job.backend)
+    server = TargetServer(target, ServerLimits(job.queue, job.max_tokens, job.io_timeout), token, job.backend)
     config = uvicorn.Config(
-        served.app, log_level="error", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
+        server.app, log_level="error", access_log=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
         timeout_graceful_shutdown=job.drain,
     )  # fmt: skip
 
-    class Announcing(uvicorn.Server):
+    class AnnouncingServer(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             print(announcement(target, token, listener), flush=True)
 
-    # uvicorn drains, and then raises the signal once more, which would end the process with it.
+    # After draining, uvicorn raises the signal again, which by default would kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    Announcing(config).run([listener])
-    if served.unanswered:
-        raise UserError(f"drain={job.drain}: {served.unanswered} requests were not answered in these seconds")
-    print("stopped; every request taken on was answered", flush=True)
+    AnnouncingServer(config).run([listener])
+    if server.unanswered:
+        raise UserError(f"drain={job.drain}: {server.unanswered} requests were not answered in these seconds")
+    print("stopped; every accepted request was answered", flush=True)
 
 
 def announcement(target: Target, token: str | None, listener: socket.socket) -> str:
-    """What is served where, and who may ask."""
+    """One line: the target, the address, and whether a token is needed."""
     host, port = listener.getsockname()[:2]
     layers = ", ".join(map(str, target.aux_layers)) or "none"
-    who = "with the token" if token else f"without a token ({TOKEN_VARIABLE} sets one)"
+    access = "with the token" if token else f"without a token ({TOKEN_VARIABLE} sets one)"
     return (
-        f"serving {target.path} (aux layers {layers}) on http://{f'[{host}]' if ':' in host else host}:{port} {who}; "
-        "SIGTERM or Ctrl-C ends it"
+        f"serving {target.path} (aux layers {layers}) on http://{f'[{host}]' if ':' in host else host}:{port} "
+        f"{access}; SIGTERM or Ctrl-C ends it"
     )
 
 

@@ -16,7 +16,7 @@ from nemo_speculative.config.schema import CaptureJob
 
 @recipe("capture_features")
 def main(job: CaptureJob) -> None:
-    from nemo_speculative.targets.cached.upkeep import merge, verify
+    from nemo_speculative.targets.cached.store import merge, verify
     from nemo_speculative.training.capture_features import capture
 
     if job.merge:

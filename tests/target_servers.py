@@ -11,7 +11,7 @@ import uvicorn
 
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.remote.server import Limits, TargetServer
+from nemo_speculative.targets.remote.server import ServerLimits, TargetServer
 
 HIDDEN, VOCAB = 4, 50
 
@@ -58,14 +58,15 @@ def batch_of(*ids, document=4):
 
 def same(one, two):
     """Whether two supervisions are equal bit by bit."""
-    return all(torch.equal(getattr(one, n), getattr(two, n)) for n in ("aux", "last_hidden"))
+    names = ("aux_hidden_states", "last_hidden_state")
+    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in names)
 
 
 @contextlib.contextmanager
 def serving(target, *, port=0, token=None, queue=8, max_tokens=256, io_timeout=20.0, backend=None):
     """A target server; yields the object, whose ``url`` says where it listens."""
     listener = socket.create_server(("127.0.0.1", port))
-    server = TargetServer(target, Limits(queue, max_tokens, io_timeout), token, backend)
+    server = TargetServer(target, ServerLimits(queue, max_tokens, io_timeout), token, backend)
     server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     runner = uvicorn.Server(uvicorn.Config(server.app, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=runner.run, args=([listener],), daemon=True)

@@ -1,4 +1,4 @@
-"""What a draft learns from: the frozen target, behind one protocol."""
+"""The frozen target model of a training, behind one protocol."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,68 +15,79 @@ from nemo_speculative.distributed.context_parallel import ContextShard
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """What the target computed for a batch of B rows of L tokens; of a share of m of them, B is 1 and L is m."""
+    """The target's hidden states for a batch of B rows of L tokens; for a context shard of m tokens B is 1, L is m."""
 
     aux_hidden_states: torch.Tensor
-    """[B, L, A * h]: outputs of the A aux layers, lowest first."""
+    """[B, L, A * h]: outputs of the A aux layers, lowest layer first."""
     last_hidden_state: torch.Tensor
-    """[B, L, h]: after the final norm, so that ``logits(last_hidden_state)`` predicts the next token."""
+    """[B, L, h]: output of the final norm, so that ``logits(last_hidden_state)`` predicts the next token."""
 
-    def of(self, shard: ContextShard) -> "TargetOutput":
-        """The share of what was computed for a whole batch."""
+    def shard(self, shard: ContextShard) -> "TargetOutput":
+        """The tokens of ``shard``, of the output for a whole batch."""
         return TargetOutput(shard.local(self.aux_hidden_states), shard.local(self.last_hidden_state))
 
 
 class Target(Protocol):
-    """A frozen target model.  Logits are never part of the supervision: the loss derives what it needs."""
+    """A frozen target model, as ``backend=`` chooses it.
+
+    To add one, write a file here with a subclass of :class:`.embedding_and_head.EmbeddingAndHead`, which loads
+    configuration, tokenizer, embedding, norm and head, and implements everything below but
+    :meth:`compute_hidden_states`.  That method takes packed rows and must keep their documents apart: the states of a
+    document are those that it has alone.  It returns the tokens of ``batch.shard`` only, on ``device``, in ``dtype``.
+    Set ``requests_ahead`` if the class waits for something else than this process's device, and ``collective`` if ranks
+    compute together.  Constructor arguments beyond those of ``EmbeddingAndHead`` are the fields of a dataclass in
+    config/schema/model.py, whose ``_target_`` names the class, plus a YAML in conf/backend/.  hf.py is the example to
+    read; a test of a new target compares it with :class:`.hf.HFTarget`.  Logits are never part of the output: losses
+    compute those that they need from the head.
+    """
 
     path: Path
     config: Any
-    """The model's transformers configuration (the text part of it)."""
+    """The model's transformers configuration (its text part)."""
     tokenizer: Any
     stop_ids: frozenset[int]
-    """The ids that end an answer."""
+    """Token ids that end an answer."""
     aux_layers: list[int]
     device: torch.device
     requests_ahead: int
-    """How many batches it may be asked for beforehand, in threads, as it only waits for what computes them; 0: none."""
+    """Number of batches that may be requested ahead, in threads; 0 if this process's own device computes them."""
 
     collective: bool
-    """Whether all ranks compute what one asks for, so that each must ask equally often, in one order with whatever
-    else they exchange."""
+    """Whether all ranks take part in each call, so that they must call equally often, in one order with their other
+    collectives."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its states and its head."""
+        """Dtype of the hidden states and of the head."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Tells one target's weights from another's."""
+        """Hash that identifies the target's weights."""
         ...
 
     def expect(self, *documents: Sequence[TokenRow]) -> None:
-        """Told once what it will be asked for.
+        """Called once, before training, with all documents that will be requested.
 
         Raises:
-            UserError: there is what it cannot supervise.
+            UserError: the target has no hidden states for one of them.
         """
         ...
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
-        """Of the batch's share."""
+        """The hidden states of this rank's tokens, ``batch.shard``."""
         ...
 
     def close(self) -> None:
-        """The run is at its end, whatever ended it."""
+        """Called at the end of the run, also after an error."""
         ...
 
     def compile(self) -> None:
-        """Compiles what it can of :meth:`compute_hidden_states`."""
+        """Compiles the parts of :meth:`compute_hidden_states` that can be compiled."""
         ...
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [...] → [..., h], from the frozen embedding."""
+        """int64 [...] → [..., h], through the frozen embedding."""
         ...
 
     def logits(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
@@ -85,14 +96,14 @@ class Target(Protocol):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V, h]: the rows of the frozen head."""
+        """[V, h]: weight of the frozen head."""
         ...
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm in front of the head, where the decoder has one under its usual name."""
+        """The norm in front of the head, if the decoder has one under its usual name."""
         ...
 
     def last_layers(self, count: int) -> Sequence[nn.Module]:
-        """The last decoder layers, as many as there are up to ``count``."""
+        """The last ``count`` decoder layers, or all if there are fewer."""
         ...

@@ -1,12 +1,12 @@
-"""The embedded target: a small Llama that answers questions on the standard library, made on the spot.
+"""The embedded target: a small Llama that answers questions about the standard library, trained on first use.
 
-It exists so that the whole way from conversations to a served draft runs on a machine without a GPU, an account
-or a download.  It is an ordinary Hugging Face directory; nothing downstream knows that it is special.
+With it everything from conversations to a served draft runs on a machine without a GPU, an account or a download.  It
+is an ordinary Hugging Face directory; nothing downstream treats it specially.
 
 Notable choices:
-- rows of packed conversations, attended across like a pre-training corpus: it is the mechanics that count;
-- Muon for the matrices, AdamW for the rest: at this budget AdamW alone never learns to copy the name asked for;
-- stopped by steps, never by seconds, so that two machines make the same target.
+- rows of packed conversations that attend to each other, like a pre-training corpus: only the mechanics matter;
+- Muon for the matrices, AdamW for the rest: with this budget AdamW alone never learns to copy a name from the question;
+- stopped after a number of steps, never after seconds, so that two machines make the same target.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SAMPLE_QUESTIONS = 3
-NOT_SHAPING = {"cache_dir", "path", "revision", "dtype", "trust_remote_code"}
+NOT_IN_CACHE_KEY = {"cache_dir", "path", "revision", "dtype", "trust_remote_code"}
 RECIPE_VERSION = 1
-"""Raised when the conversations or the training change, so that no stale target is taken from the cache."""
+"""Part of the cache key; increase it when the conversations or the training change."""
 
 
 def prepare_tiny(config: TinyModelConfig) -> Path:
-    """The directory of the embedded target, made on first use and cached by everything that shapes it."""
+    """The directory of the embedded target, trained on first use and cached by all settings that affect it."""
     directory = directory_of(config)
     if directory.exists():
         print(f"embedded target: {directory} (made before)", flush=True)
@@ -59,9 +59,9 @@ def prepare_tiny(config: TinyModelConfig) -> Path:
 
 
 def directory_of(config: TinyModelConfig) -> Path:
-    """Where the target of this configuration, Python version and template is cached."""
-    shape = {k: v for k, v in asdict(config).items() if k not in NOT_SHAPING}
-    recipe = json.dumps([shape, TEMPLATE, RECIPE_VERSION, sys.version_info[:2]], sort_keys=True, default=str)
+    """The cache directory of the target with this configuration, Python version and chat template."""
+    settings = {k: v for k, v in asdict(config).items() if k not in NOT_IN_CACHE_KEY}
+    recipe = json.dumps([settings, TEMPLATE, RECIPE_VERSION, sys.version_info[:2]], sort_keys=True, default=str)
     return Path(config.cache_dir) / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 
 
@@ -71,7 +71,7 @@ def make_tokenizer(config: TinyModelConfig) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(conversations: list[Conversation], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a chat template that marks what the assistant says."""
+    """A byte-level BPE with a chat template that marks the assistant's tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -121,8 +121,8 @@ def llama_config(config: TinyModelConfig) -> LlamaConfig:
 
 def _optimizers(model: LlamaForCausalLM, config: TinyModelConfig) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    matrix_ids = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in matrix_ids]
     return [
         torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.1, momentum=0.95),
         torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -130,8 +130,10 @@ def _optimizers(model: LlamaForCausalLM, config: TinyModelConfig) -> list[torch.
 
 
 def train_tiny(config: TinyModelConfig, rows: torch.Tensor) -> LlamaForCausalLM:
-    """Trains on ``rows`` [R, L] for ``config.steps`` steps of next-token cross-entropy, in the faster of float32 and
-    bf16 autocast."""
+    """Trains on ``rows`` [R, L] for ``config.steps`` steps of next-token cross-entropy.
+
+    In bfloat16 autocast where the CPU has units for it; without them float32 is faster.
+    """
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(llama_config(config))
     optimizers = _optimizers(model, config)
@@ -140,31 +142,22 @@ def train_tiny(config: TinyModelConfig, rows: torch.Tensor) -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.empty(0, dtype=torch.long)
     progress = Progress("embedded target", config.steps)
-    low = _multiplies_bfloat16()
+    units = torch.cpu.get_capabilities()
+    has_bfloat16 = any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     for _ in range(config.steps):
         if len(order) < config.rows_per_step:
             order = torch.randperm(len(rows), generator=generator)
         batch, order = rows[order[: config.rows_per_step]], order[config.rows_per_step :]
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16):
             loss = model(batch, labels=batch, use_cache=False).loss
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        progress.advance(partial(_loss_note, loss.detach()))
+        progress.advance(partial("loss {:.3f}".format, loss.detach()))
     progress.close()
     return model.eval()
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has units for it; without them float32 is the faster."""
-    units = torch.cpu.get_capabilities()
-    return any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _loss_note(loss: torch.Tensor) -> str:
-    return f"loss {loss.item():.3f}"
 
 
 @torch.no_grad()
@@ -175,8 +168,8 @@ def _held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _print_samples(model: Any, tokenizer: Any, held_out: list[Conversation]) -> None:
-    asked = [c for c in held_out if c.id.endswith("/doc")]
-    for conversation in random.Random(0).sample(asked, min(SAMPLE_QUESTIONS, len(asked))):
+    candidates = [c for c in held_out if c.id.endswith("/doc")]
+    for conversation in random.Random(0).sample(candidates, min(SAMPLE_QUESTIONS, len(candidates))):
         prompt = tokenizer.apply_chat_template(
             conversation.messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
@@ -186,7 +179,7 @@ def _print_samples(model: Any, tokenizer: Any, held_out: list[Conversation]) -> 
 
 
 def _save(model: LlamaForCausalLM, tokenizer, directory: Path) -> None:
-    """Written beside its place and renamed, so that an interrupted run leaves no half of a target."""
+    """Writes the target under another name and renames it, so that an interrupted run leaves no incomplete target."""
     quiet_transformers()
     unfinished = directory.with_name(directory.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A target's configuration and tokenizer, before any of its weights are there."""
+"""A target's configuration and tokenizer without its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,46 +13,46 @@ from nemo_speculative.targets.resolve import resolve_target
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a target is, but for its weights."""
+class TargetDescription:
+    """A target without its weights."""
 
     config: Any
-    """The part of it that is about text."""
+    """The text part of its transformers configuration."""
     tokenizer: Any
     stop_ids: frozenset[int]
-    """What ends an answer."""
+    """Token ids that end an answer."""
 
 
 def target_config(model: ModelConfig) -> Any:
-    """The (text) configuration of the target; of the embedded one even before it is made.
+    """The text part of the target's configuration; the demo target need not exist yet.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it is not available.
     """
     if isinstance(model, TinyModelConfig):
         return llama_config(model)
     return text_config(resolve_target(model, weights=False), model.trust_remote_code)
 
 
-def describe_target(model: ModelConfig) -> Description:
-    """The target without its weights; the embedded one even before it is made.
+def describe_target(model: ModelConfig) -> TargetDescription:
+    """The target without its weights; the demo target need not exist yet.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it is not available.
     """
     config = target_config(model)
     if isinstance(model, TinyModelConfig) and not directory_of(model).exists():
         tokenizer = make_tokenizer(model)
-        return Description(config, tokenizer, stop_ids(config.eos_token_id, tokenizer))
+        return TargetDescription(config, tokenizer, stop_ids(config.eos_token_id, tokenizer))
     directory = directory_of(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
     tokenizer = load_tokenizer(directory, model.trust_remote_code)
-    return Description(config, tokenizer, stop_ids_of(directory, config, tokenizer))
+    return TargetDescription(config, tokenizer, stop_ids_of(directory, config, tokenizer))
 
 
 def stop_ids_of(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """What ends an answer of the target in ``directory``, as the loaded model has it."""
+    """The ids that end an answer of the target in ``directory``, the same as the loaded model's."""
     try:
         eos = GenerationConfig.from_pretrained(directory).eos_token_id
-    except OSError:  # it ships none
+    except OSError:  # it has no generation_config.json
         eos = config.eos_token_id
     return stop_ids(eos, tokenizer)

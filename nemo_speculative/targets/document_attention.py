@@ -1,16 +1,16 @@
 """Causal attention of packed rows, document by document.
 
-transformers keeps the documents of a row apart by a dense [B, 1, L, L] mask: quadratic memory, and work on scores that
-are thrown away. Here documents of about one length lie side by side, padded at their ends, and each such group is one
-causal call of torch's ``scaled_dot_product_attention``: causality hides the padding, so no mask is needed. Where a
-layer has a sliding window of w, a longer document is cut into pieces of w queries, each with the w - 1 keys before it;
-one mask [w, 2w - 1] serves them all. Memory grows with the tokens.
+transformers separates the documents of a row by a dense [B, 1, L, L] mask: quadratic memory, and scores that are
+computed only to be masked.  Here documents of similar length are padded to one length and batched in one causal call of
+torch's ``scaled_dot_product_attention``; causality hides the padding, so no mask is needed.  For layers with a sliding
+window w, longer documents are cut into pieces of w queries, each with the w - 1 keys before it; all of them share one
+mask [w, 2w - 1].  Memory grows linearly with the tokens.
 
-Where ranks share the tokens of the rows, queries are those of this rank's share, and keys and values are gathered. A
-part of a document is then cut into pieces with all the keys before them, small enough for a mask of each.
+With context parallelism the queries are this rank's shard, and keys and values are gathered.  A document's part in the
+shard is then cut into pieces with all the keys before them, small enough for one mask each.
 
-What transformers hands from its mask function to every layer is a :class:`DocumentMask`, as flex attention's is a
-BlockMask. It carries the window that transformers gives this kind of layer: some layers do not say it again.
+What transformers passes from its mask function to every layer is a :class:`DocumentMask`, as it passes a BlockMask for
+flex attention.  It carries the window of its kind of layer, since some layers do not pass it to the attention again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,22 +28,22 @@ from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextSha
 from nemo_speculative.utils.devices import send
 
 BY_DOCUMENT = "by_document"
-"""The name under which transformers knows this attention."""
-SHORTEST_SHARE = 0.75
-"""Documents share a call down to this share of the longest: more calls cost their start, fewer cost padding."""
-MASKED_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Scores of a head, at most, of a piece with all the keys before it: its mask is made whole."""
+"""Name of this attention in transformers' registry."""
+MIN_LENGTH_RATIO = 0.75
+"""Shortest document of a call relative to its longest: more calls cost launches, fewer cost padding."""
+MAX_MASK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Largest mask of a piece that attends to keys before it, by device type."""
 
-_packed: ContextVar[tuple[tuple[int, ...], ContextShard]] = ContextVar(
-    "document lengths, and who computes what of them"
-)
+_packed: ContextVar[tuple[tuple[int, ...], ContextShard]] = ContextVar("document lengths and context shard")
 
 
 @contextmanager
 def packed_documents(lengths: Sequence[int], shard: ContextShard = FULL_BATCH) -> Iterator[None]:
-    """While it is open, the rows of a model with this attention hold documents of these lengths, row after row.
+    """Sets the documents for forward passes of models with this attention.
 
-    The model is given ``shard`` of them.
+    Args:
+        lengths: tokens of every document, row after row, including padding's.
+        shard: the tokens that the model is given.
     """
     token = _packed.set((tuple(lengths), shard))
     try:
@@ -54,16 +54,16 @@ def packed_documents(lengths: Sequence[int], shard: ContextShard = FULL_BATCH) -
 
 @dataclass(frozen=True)
 class _Piece:
-    """Queries ``start`` to ``end`` of a document, which see its keys from ``first``; counted over all rows."""
+    """Queries ``start`` to ``end`` of a document, which attend to its keys from ``first``; flat positions."""
 
     first: int
     start: int
     end: int
-    at: int
-    """Where in the share its queries are."""
+    offset: int
+    """Position of the first query within the shard."""
 
     @property
-    def before(self) -> int:
+    def keys_before(self) -> int:
         return self.start - self.first
 
     @property
@@ -73,138 +73,132 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of torch's attention."""
+    """One batched call of torch's attention."""
 
     pieces: int
     queries: int
-    """Of each piece, padding included."""
+    """Queries of each piece, including padding."""
     keys: int
-    """Of each piece, likewise."""
-    at: slice | torch.Tensor
-    """Where these are among those of all B * L tokens, int64 [pieces * keys]; of one piece a slice: no copy."""
-    window: torch.Tensor | None
-    """bool [queries, keys]: what is seen within a window; None: all before."""
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Its own of the keys or values [B * L, H_kv, d] of all tokens."""
-        return x[self.at] if isinstance(self.at, slice) else x.index_select(0, self.at)
+    """Keys of each piece, including padding."""
+    key_positions: slice | torch.Tensor
+    """Flat positions of the keys, int64 [pieces * keys]; for a single piece a slice, which copies nothing."""
+    window_mask: torch.Tensor | None
+    """bool [queries, keys] for layers with a sliding window."""
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """bool [queries, keys]; None: causal."""
         before = self.keys - self.queries
-        if self.window is not None or not before:
-            return self.window
-        # Of one call only: of all of them it would be as large as the scores of all tokens.
+        if self.window_mask is not None or not before:
+            return self.window_mask
+        # Made per call: the masks of all calls together would be as large as all scores.
         return torch.ones(self.queries, self.keys, dtype=torch.bool, device=device).tril_(before)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which of the m tokens of the share are the Q queries of the calls, one call after the other."""
+    """Assignment of the shard's m tokens to the Q queries (with padding) of the calls, which follow each other."""
 
     queries: torch.Tensor
-    """int64 [Q]"""
+    """int64 [Q]: token of each query."""
     results: torch.Tensor
-    """int64 [m]: which of the Q results is a token's."""
+    """int64 [m]: query whose result is the token's."""
     calls: tuple[_Call, ...]
 
 
 class DocumentMask:
-    """What the tokens of packed rows see: their own document up to themselves, or the last ``window`` of that."""
+    """Packed documents, each token of which attends to its own document up to itself, or the last ``window`` of that.
+
+    Args:
+        lengths: tokens of every document, row after row, including padding's.
+        shard: the tokens whose attention is computed.
+    """
 
     def __init__(self, lengths: Sequence[int], window: int | None, shard: ContextShard = FULL_BATCH):
-        """``lengths``: tokens of every document, padding's included, row after row."""
         self.shard = shard
         self._lengths, self._window = lengths, window
         self._plans: dict[torch.device, _Plan] = {}
 
     def plan(self, device: torch.device) -> _Plan:
-        """Made once for each device that holds layers."""
+        """The plan, made once for each device that holds layers."""
         if device not in self._plans:
-            parts = _parts(self._lengths, self.shard)
-            pieces = _pieces(parts, self._window, MASKED_SCORES[device.type])
-            self._plans[device] = _planned(_grouped(list(pieces)), self._window, device)
+            pieces = self._pieces(MAX_MASK_ELEMENTS[device.type])
+            self._plans[device] = _make_plan(_group_by_length(pieces), self._window, device)
         return self._plans[device]
 
-
-def _parts(lengths: Sequence[int], shard: ContextShard) -> Iterator[_Piece]:
-    """What the share has of each document, behind all of the document's keys before it."""
-    at = 0
-    for run in shard.ranges(sum(lengths)):
-        for length, end in zip(lengths, accumulate(lengths), strict=True):
-            part = range(max(end - length, run.start), min(end, run.stop))
-            if part:
-                yield _Piece(end - length, part.start, part.stop, at)
-                at += len(part)
-
-
-def _pieces(parts: Iterator[_Piece], window: int | None, most: int) -> Iterator[_Piece]:
-    """``parts`` cut where a window or ``most`` scores of a mask ask for it."""
-    for part in parts:
-        step = part.queries
-        if window:
-            step = min(step, window)
-        elif part.before:
-            step = min(step, max(most // (part.end - part.first), 1))
-        for start in range(part.start, part.end, step):
-            first = max(part.first, start - window + 1) if window else part.first
-            yield _Piece(first, start, min(start + step, part.end), part.at + start - part.start)
+    def _pieces(self, max_mask_elements: int) -> list[_Piece]:
+        """The shard's part of each document, cut into pieces of one window, or of the largest mask."""
+        pieces, offset, window = [], 0, self._window
+        for run in self.shard.ranges(sum(self._lengths)):
+            for length, end in zip(self._lengths, accumulate(self._lengths), strict=True):
+                document, part = end - length, range(max(end - length, run.start), min(end, run.stop))
+                if not part:
+                    continue
+                step = len(part)
+                if window:
+                    step = min(step, window)
+                elif part.start > document:
+                    step = min(step, max(max_mask_elements // (part.stop - document), 1))
+                for start in range(part.start, part.stop, step):
+                    first = max(document, start - window + 1) if window else document
+                    stop = min(start + step, part.stop)
+                    pieces.append(_Piece(first, start, stop, offset + start - part.start))
+                offset += len(part)
+        return pieces
 
 
-def _grouped(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Pieces that share a call, the longest first: as many keys before their queries, and about as many queries."""
+def _group_by_length(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Pieces that share a call, the longest first: equally many keys before, and similarly many queries."""
     groups: list[list[_Piece]] = []
-    for piece in sorted(pieces, key=lambda p: (p.before, p.queries), reverse=True):
-        if not groups or not _fits(piece, groups[-1][0]):
+    for piece in sorted(pieces, key=lambda p: (p.keys_before, p.queries), reverse=True):
+        longest = groups[-1][0] if groups else None
+        if (
+            longest is None
+            or piece.keys_before != longest.keys_before
+            or piece.queries < MIN_LENGTH_RATIO * longest.queries
+        ):
             groups.append([])
         groups[-1].append(piece)
     return groups
 
 
-def _fits(piece: _Piece, longest: _Piece) -> bool:
-    return piece.before == longest.before and piece.queries >= SHORTEST_SHARE * longest.queries
+def _make_plan(groups: list[list[_Piece]], window: int | None, device: torch.device) -> _Plan:
+    queries, is_real = (torch.cat(part) for part in zip(*map(_padded_queries, groups), strict=True))
+    real = is_real.nonzero()[:, 0]
+    results = torch.empty_like(real)
+    results[queries[real]] = real
+    calls = tuple(_make_call(group, window, device) for group in groups)
+    return _Plan(send(queries, device), send(results, device), calls)
 
 
-def _planned(groups: list[list[_Piece]], window: int | None, device: torch.device) -> _Plan:
-    queries, real = (torch.cat(part) for part in zip(*map(_queries, groups), strict=True))
-    kept = real.nonzero()[:, 0]
-    results = torch.empty_like(kept)
-    results[queries[kept]] = kept
-    return _Plan(send(queries, device), send(results, device), tuple(_call(group, window, device) for group in groups))
-
-
-def _queries(group: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one call, int64 [Q'], and bool [Q'], which are not padding.
+def _padded_queries(group: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a call's queries, int64 [Q'], and bool [Q'], which of them are not padding.
 
     Padding repeats the last token of its own piece, so that not even a NaN passes from one document to another.
     """
-    at, last = torch.tensor([(p.at, p.at + p.queries - 1) for p in group]).T[..., None]
-    queries = at + torch.arange(group[0].queries)
+    start, last = torch.tensor([(p.offset, p.offset + p.queries - 1) for p in group]).T[..., None]
+    queries = start + torch.arange(group[0].queries)
     return queries.minimum(last).flatten(), (queries <= last).flatten()
 
 
-def _keys(group: list[_Piece]) -> torch.Tensor:
-    """Of one call, int64 [K']; padded likewise."""
-    first, last = torch.tensor([(p.first, p.end - 1) for p in group]).T[..., None]
-    return (first + torch.arange(group[0].before + group[0].queries)).minimum(last).flatten()
-
-
-def _call(group: list[_Piece], window: int | None, device: torch.device) -> _Call:
-    queries, before = group[0].queries, group[0].before
+def _make_call(group: list[_Piece], window: int | None, device: torch.device) -> _Call:
+    queries, before = group[0].queries, group[0].keys_before
     mask = None
     if window and before:
         own = before + torch.arange(queries, device=device)[:, None]
         key = torch.arange(before + queries, device=device)
         mask = (key <= own) & (key > own - window)
-    at = slice(group[0].first, group[0].end) if len(group) == 1 else send(_keys(group), device)
-    return _Call(len(group), queries, before + queries, at, mask)
+    if len(group) == 1:
+        return _Call(1, queries, before + queries, slice(group[0].first, group[0].end), mask)
+    first, last = torch.tensor([(p.first, p.end - 1) for p in group]).T[..., None]
+    keys = (first + torch.arange(before + queries)).minimum(last).flatten()  # padded like the queries
+    return _Call(len(group), queries, before + queries, send(keys, device), mask)
 
 
 def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> DocumentMask:
-    """What transformers calls for the mask of each kind of layer.
+    """Mask function that transformers calls for each kind of layer.
 
     Raises:
-        NotImplementedError: the layers see something else than their document, or a window of it.
+        NotImplementedError: the layers attend to something else than their document, or a window of it.
     """
     if use_vmap or (local_size is not None and local_size != getattr(config, "sliding_window", None)):
         raise NotImplementedError("attention by document knows causality and sliding windows alone")
@@ -222,27 +216,27 @@ def attention_by_document(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls for the attention of a layer.
+    """Attention function that transformers calls in each layer.
 
     Args:
-        query: [B, H, L, d], of a share [1, H, m, d].
-        key, value: [B, H_kv, L, d] and [B, H_kv, L, d_v], of a share likewise.
-        scaling: of the scores; None: d ** -0.5.
+        query: [B, H, L, d], for a context shard [1, H, m, d].
+        key, value: [B, H_kv, L, d] and [B, H_kv, L, d_v], for a context shard likewise.
+        scaling: factor of the scores; None: d ** -0.5.
 
     Returns:
         [B, L, H, d_v], and no weights.
 
     Raises:
-        NotImplementedError: the layer asks for what torch's attention has not, or its model made a mask of its own.
+        NotImplementedError: the layer needs an option that torch's attention lacks, or its model made its own mask.
     """
-    asked = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if asked or dropout or not isinstance(attention_mask, DocumentMask):
-        raise NotImplementedError(f"attention by document with {asked or dropout or type(attention_mask).__name__}")
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if unsupported or dropout or not isinstance(attention_mask, DocumentMask):
+        option = unsupported or dropout or type(attention_mask).__name__
+        raise NotImplementedError(f"attention by document with {option}")
     plan = attention_mask.plan(query.device)
     keys, values = attention_mask.shard.all_gather(_by_token(key), _by_token(value))
     queries = _by_token(query).index_select(0, plan.queries).split([call.pieces * call.queries for call in plan.calls])
-    parts = zip(plan.calls, queries, strict=True)
-    out = torch.cat([_attend(call, q, call.of(keys), call.of(values), scaling) for call, q in parts])
+    out = torch.cat([_attend(call, q, keys, values, scaling) for call, q in zip(plan.calls, queries, strict=True)])
     return out.index_select(0, plan.results).unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -252,12 +246,14 @@ def _by_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    call: _Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    call: _Call, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """[pieces * queries, H, d], [pieces * keys, H_kv, d] and [pieces * keys, H_kv, d_v] → [pieces * queries, H, d_v]"""
+    """[pieces * queries, H, d], all keys [N, H_kv, d] and values [N, H_kv, d_v] → [pieces * queries, H, d_v]"""
+    at = call.key_positions
+    key, value = (x[at] if isinstance(at, slice) else x.index_select(0, at) for x in (keys, values))
     q, k, v = (x.unflatten(0, (call.pieces, -1)).transpose(1, 2) for x in (query, key, value))
     if (groups := q.shape[1] // k.shape[1]) > 1:
-        # Not every kernel takes fewer heads of keys, and torch then falls to the one that makes the scores whole.
+        # Not every kernel takes fewer key-value heads; torch would fall back to the one that stores all scores.
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     mask = call.mask(query.device)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)

@@ -1,9 +1,4 @@
-"""The ends of a frozen target: configuration, tokenizer, embedding, final norm and head.
-
-All that a draft needs of its target beside the supervision.  They are a transformers model whose decoder layers were
-never loaded, where something else computes those (:class:`EmbeddingAndHead`), or those of a whole one
-(:class:`nemo_speculative.targets.hf.HFTarget`).
-"""
+"""The parts of a frozen target that a draft needs besides hidden states: tokenizer, embedding, final norm and head."""
 
 import contextlib
 import copy
@@ -24,18 +19,21 @@ from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import quiet_transformers
 
-UNSCALED = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of weights that say all of themselves: none is scaled by another tensor."""
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that need no scale from another tensor."""
 
 
 class EmbeddingAndHead:
-    """The ends of the model in ``path``; :meth:`logits` is its head as the model itself applies it.
+    """Base class of targets: a transformers model in ``path`` whose decoder layers are not loaded.
+
+    Subclasses get the hidden states from elsewhere, or load the layers as well
+    (:class:`nemo_speculative.targets.hf.TransformersTarget`).
 
     Args:
-        aux_layers: whose outputs are wanted; None: EAGLE-3's choice.
-        dtype, device: of what is loaded.
+        aux_layers: layers whose outputs are captured; None: EAGLE-3's choice.
+        dtype, device: those of the loaded weights.
         trust_remote_code: whether the repository's own code may run.
-        loading: transformers' further options.
+        options: further options of transformers' ``from_pretrained``.
 
     Raises:
         UserError: the directory holds no usable model or tokenizer, or ``aux_layers`` cannot be captured in it.
@@ -52,15 +50,14 @@ class EmbeddingAndHead:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
-        **loading: Any,
+        **options: Any,
     ):
         self.path, self.device, self.trust_remote_code = Path(path), torch.device(device), trust_remote_code
         self.config = text_config(self.path, trust_remote_code)
         self.aux_layers = aux_layers_for(self.config.num_hidden_layers, aux_layers)
         self.tokenizer = load_tokenizer(self.path, trust_remote_code)
-        self.model = self._load(dtype=dtype, trust_remote_code=trust_remote_code, **loading)
+        self.model = self._load(dtype=dtype, trust_remote_code=trust_remote_code, **options)
         self.stop_ids = stop_ids(self.model.generation_config.eos_token_id, self.tokenizer)
-        """The ids that end an answer: the generation configuration's, and the tokenizer's own."""
         self._head = self.model.get_output_embeddings()
         self._embedding = self.model.get_input_embeddings()
 
@@ -69,14 +66,16 @@ class EmbeddingAndHead:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells one target's weights from another's, without reading all of them."""
+        """Hash that identifies the target's weights, from samples of them."""
         return target_fingerprint(self.path)
 
     @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [...] → [..., h]"""
         return self._embedding(input_ids.to(self._embedding.weight.device)).to(self.device)
 
     def logits(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        """[..., h] → [..., V], scaled and capped as the model itself does."""
         logits = self._head(last_hidden_state.to(self._head.weight.device)).to(self.device)
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
@@ -88,7 +87,7 @@ class EmbeddingAndHead:
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm in front of the head, where the decoder has one under its usual name."""
+        """The norm in front of the head, if the decoder has one under its usual name."""
         return getattr(self.model.get_decoder(), "norm", None)
 
     @property
@@ -97,49 +96,50 @@ class EmbeddingAndHead:
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V, h]: the rows of the frozen head."""
+        """[V, h]"""
         return self._head.weight
 
+    @torch.no_grad()
     def last_layers(self, count: int) -> Sequence[nn.Module]:
-        """The last decoder layers, as many as there are up to ``count``; read from the files for it, onto the CPU.
+        """The last ``count`` decoder layers, or all if there are fewer, read from the files onto the CPU.
 
         Raises:
-            UserError: the files name their weights otherwise than the model does.
+            UserError: the files store a layer's weights under other names, or quantized.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
         layers = decoder_layers(model.get_decoder(), self.config.num_hidden_layers)
         first = max(len(layers) - count, 0)
-        return [_filled(layer, self.path, first + n) for n, layer in enumerate(layers[first:])]
+        return [_load_layer(layer, self.path, first + n) for n, layer in enumerate(layers[first:])]
 
     def expect(self, *documents: Sequence[TokenRow]) -> None:
-        """Whatever it is asked for will be computed."""
+        """Nothing to check: any document can be computed."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
     def compile(self) -> None:
-        """Nothing of the supervision is computed here."""
+        """Nothing to compile."""
 
 
 def load_model(path: Path, device: torch.device | None, num_layers: int | None = None, **options: Any) -> Any:
-    """The model, frozen, in eval mode.
+    """The model in ``path``, frozen and in eval mode.
 
     Args:
         device: None leaves the placement to ``options``.
-        num_layers: how many of its decoder layers are loaded; None: all.
+        num_layers: number of decoder layers to load; None: all.
 
     Raises:
         UserError: transformers cannot load it, or its files lack weights.
     """
     quiet_transformers()
-    report: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    logs: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if num_layers is not None:
-        options["config"] = _cut(load_config(path, options.get("trust_remote_code", False)), num_layers)
-        report = _no_report_of_what_is_left_out()
+        options["config"] = _truncate(load_config(path, options.get("trust_remote_code", False)), num_layers)
+        logs = _errors_only()  # transformers would report every layer that is left out
     loaded: Any
     try:
-        with report:
+        with logs:
             loaded = AutoModelForCausalLM.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True, **options
             )
@@ -152,7 +152,7 @@ def load_model(path: Path, device: torch.device | None, num_layers: int | None =
 
 
 @contextlib.contextmanager
-def _no_report_of_what_is_left_out() -> Iterator[None]:
+def _errors_only() -> Iterator[None]:
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -161,43 +161,45 @@ def _no_report_of_what_is_left_out() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _cut(config: Any, num_layers: int) -> Any:
-    """``config`` of the same model with its first layers only."""
+def _truncate(config: Any, num_layers: int) -> Any:
+    """The configuration of the same model with only its first layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
     if not num_layers:
-        for described in (config, text):  # of the layers; what quantises the ends as well, lacks their weights
-            vars(described).pop("quantization_config", None)
+        # It describes the layers; a quantizer would also expect quantized embeddings, which the files lack.
+        for part in (config, text):
+            vars(part).pop("quantization_config", None)
     if kinds := getattr(text, "layer_types", None):
         text.layer_types = kinds[:num_layers]
     return config
 
 
-@torch.no_grad()
-def _filled(layer: nn.Module, path: Path, number: int) -> nn.Module:
-    """``layer``, which has no storage, with the weights that the files in ``path`` have for it."""
+def _load_layer(layer: nn.Module, path: Path, number: int) -> nn.Module:
+    """``layer``, which has no storage, on the CPU with the weights of layer ``number`` in ``path``."""
     layer = layer.to_empty(device="cpu")
-    found: dict[str, torch.Tensor] = {}
+    parameters = dict(layer.named_parameters())
+    weights: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             for name in names:
-                _, here, own = name.rpartition(f"layers.{number}.")
-                if here and own in dict(layer.named_parameters()):
-                    found[own] = tensors.get_tensor(name)
-    for name, parameter in layer.named_parameters():
-        if name not in found or found[name].shape != parameter.shape or found[name].dtype not in UNSCALED:
+                _, prefix, parameter = name.rpartition(f"layers.{number}.")
+                if prefix and parameter in parameters:
+                    weights[parameter] = tensors.get_tensor(name)
+    for name, parameter in parameters.items():
+        weight = weights.get(name)
+        if weight is None or weight.shape != parameter.shape or weight.dtype not in PLAIN_DTYPES:
             raise UserError(
                 f"{path}: its files have no layers.{number}.{name} of shape {tuple(parameter.shape)} as it is, which "
-                "draft.init_from_target.layer copies; set it to false, or take backend=hf"
+                "draft.init_from_target.layer copies; set it to false, or use backend=hf"
             )
-        parameter.copy_(found[name])
+        parameter.copy_(weight)
     return layer
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of the model in ``path``, without its weights.
+    """The configuration of the model in ``path``.
 
     Raises:
         UserError: there is none, or transformers does not know its type.
@@ -209,7 +211,7 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any:
 
 
 def text_config(path: Path, trust_remote_code: bool = False) -> Any:
-    """The part of :func:`load_config` that is about text."""
+    """The text part of :func:`load_config`."""
     return load_config(path, trust_remote_code).get_text_config()
 
 
@@ -230,10 +232,10 @@ def _first_line(error: Exception) -> str:
 
 
 def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Those of ``decoder``, which has so many.
+    """The list of the ``num_layers`` decoder layers in ``decoder``.
 
     Raises:
-        UserError: there is no such list of them.
+        UserError: there is no such list.
     """
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
@@ -242,6 +244,6 @@ def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
 
 
 def stop_ids(generation_eos: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer."""
+    """The ids that end an answer: those of the generation configuration, and the tokenizer's end-of-text id."""
     eos = generation_eos if isinstance(generation_eos, list) else [generation_eos]
     return frozenset(i for i in [*eos, tokenizer.eos_token_id] if i is not None)

@@ -1,4 +1,4 @@
-"""Where a target's files are, before anything heavy starts."""
+"""The directory of a target's files."""
 
 from pathlib import Path
 
@@ -7,17 +7,19 @@ from huggingface_hub import snapshot_download
 from nemo_speculative.config.schema import ModelConfig
 from nemo_speculative.utils.errors import UserError, describe_error
 
-DESCRIPTION = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+CONFIG_AND_TOKENIZER = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 WEIGHTS = ["*.safetensors"]
 
 
 def resolve_target(config: ModelConfig, weights: bool = True, key: str = "model.path") -> Path:
     """The local directory of ``config.path``: a directory, the hub's cache, or a download into it.
 
-    Without ``weights`` only the configuration and the tokenizer are downloaded; ``key`` is where the path was given.
+    Args:
+        weights: whether to download the weights too, or only configuration and tokenizer.
+        key: the configuration key that names the path, for errors.
 
     Raises:
-        UserError: it is neither a model directory nor to be had from the hub.
+        UserError: it is neither a model directory nor available on the hub.
     """
     local = Path(config.path).expanduser()
     if local.is_dir():
@@ -26,11 +28,11 @@ def resolve_target(config: ModelConfig, weights: bool = True, key: str = "model.
         return local
     if local.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
         raise UserError(f"{key}: {config.path} does not exist; expected a Hugging Face model directory")
-    wanted = DESCRIPTION + WEIGHTS if weights else DESCRIPTION
+    patterns = CONFIG_AND_TOKENIZER + WEIGHTS if weights else CONFIG_AND_TOKENIZER
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=wanted))
-    except Exception as error:  # one class per way in which a hub can fail
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many classes
         raise UserError(
-            f"{key}: the weights of {config.path} are not on this machine and the hub could not give them "
+            f"{key}: the weights of {config.path} are not on this machine and could not be downloaded from the hub "
             f"({describe_error(error, 100)}); point {key} at a directory that holds them: {key}=/path/to/model"
         ) from None

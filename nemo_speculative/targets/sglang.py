@@ -1,7 +1,7 @@
-"""The target through SGLang's ModelRunner in this process, ``backend=sglang``.
+"""``backend=sglang``: the target through SGLang's ModelRunner in this process.
 
-Its kernels, its quantised weights and its tensor parallelism, for a target that is faster there, or that one GPU cannot
-hold: every rank of the job takes part in the forward of every rank's batch, and keeps what belongs to its own.
+For a target that is faster with SGLang's kernels, is quantized, or does not fit one GPU: with several ranks it is
+tensor-parallel over all of them, which compute the batch of each rank in turn.
 """
 
 import contextlib
@@ -19,131 +19,113 @@ from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.utils.errors import UserError
 
-Place = tuple[int, int]
-"""First token of a document and the one behind its last, of a batch's rows laid end to end."""
-
 
 class SGLangTarget(EmbeddingAndHead):
-    """A frozen model that SGLang runs; embedding and head are transformers' own, on every rank whole.
+    """A frozen model that SGLang runs; transformers' embedding and head are on every rank as a whole.
 
     Args:
-        max_tokens: in one forward; documents longer than that are refused.
-        flags: further ones of SGLang's server, such as ``--quantization``.
-        ends: those of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
+        max_tokens: number of tokens in one forward pass; longer documents are refused.
+        flags: further flags of SGLang's server, such as ``--quantization``.
+        options: arguments of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
 
     Raises:
         UserError: see :class:`nemo_speculative.targets.sglang_runner.Runner`; or SGLang's logits are not the head's.
     """
 
-    def __init__(self, path: Path, *, max_tokens: int = 16384, flags: Sequence[str] = (), **ends: Any):
-        from nemo_speculative.targets.sglang_runner import Runner  # SGLang is imported for nobody else
+    def __init__(self, path: Path, *, max_tokens: int = 16384, flags: Sequence[str] = (), **options: Any):
+        from nemo_speculative.targets.sglang_runner import Runner  # needs SGLang, which no other backend does
 
-        super().__init__(path, **ends)
+        super().__init__(path, **options)
         trusted = ["--trust-remote-code"] if self.trust_remote_code else []
         self.runner = Runner(
             self.path, aux_layers=self.aux_layers, dtype=self.dtype, device=self.device,
             max_tokens=max_tokens, flags=[*trusted, *flags],
         )  # fmt: skip
         self.collective = dist.is_initialized() and dist.get_world_size() > 1
-        self._last: torch.cuda.Event | None = None
+        self._last_forward: torch.cuda.Event | None = None
         self._check_head()
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
-        """Positions that belong to no document are zeros."""
-        with self._after_the_last():
-            return self._supervise(batch).of(batch.shard)
+        """The states at padding are zeros."""
+        with self._one_at_a_time():
+            return self._compute(batch).shard(batch.shard)
 
     @contextlib.contextmanager
-    def _after_the_last(self) -> Iterator[None]:
-        """SGLang's cache is one for all forwards: on CUDA one must not begin beside another, on whatever stream."""
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Orders forward passes of different CUDA streams: all use the same KV cache."""
         if self.device.type != "cuda":
             yield
             return
         current = torch.cuda.current_stream(self.device)
-        if self._last is not None:
-            current.wait_event(self._last)
+        if self._last_forward is not None:
+            current.wait_event(self._last_forward)
         yield
-        self._last = current.record_event()
+        self._last_forward = current.record_event()
 
-    def _supervise(self, batch: Batch) -> TargetOutput:
-        places = _places(batch)
-        # Of the host's: SGLang schedules there, and to ask the device would wait for all that it still has to do.
-        flat = batch.on_host.input_ids.flatten().tolist()
-        own = [flat[start:end] for start, end in places]
-        found = [self._extended(texts, keep=texts is own) for texts in _of_all_ranks(own)]
-        aux, hidden = next(kept for kept in found if kept is not None)
+    def _compute(self, batch: Batch) -> TargetOutput:
         rows, length = batch.input_ids.shape
-        at = torch.cat([torch.arange(start, end) for start, end in places] or [torch.arange(0)]).to(aux.device)
-        return TargetOutput(*(_laid_out(x, at, rows, length) for x in (aux, hidden)))
-
-    def _extended(self, texts: Sequence[list[int]], keep: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """aux [N, A * h] and last hidden states [N, h] of the tokens of ``texts``; None for another rank's."""
-        made = [self.runner.extend(some) for some in _portions(texts, self.runner.max_tokens)]
-        if not keep:
-            return None
-        width, dtype = self.config.hidden_size, self.dtype
-        empty = torch.zeros(0, width, dtype=dtype, device=self.device)
-        aux = [empty.new_zeros(0, width * len(self.aux_layers)), *(part.aux_hidden_states for part in made)]
-        return torch.cat(aux), torch.cat([empty, *(part.last_hidden_state for part in made)])
+        ranges = [(span.row * length + span.start, span.row * length + span.end) for span in batch.spans]
+        # From the host: SGLang schedules there, and reading the device would wait for all of its queued work.
+        flat = batch.on_host.input_ids.flatten().tolist()
+        own = [flat[start:end] for start, end in ranges]
+        width, empty = self.config.hidden_size, torch.zeros(0, dtype=self.dtype, device=self.device)
+        aux, hidden = [empty.new_zeros(0, width * len(self.aux_layers))], [empty.new_zeros(0, width)]
+        for documents in _documents_of_all_ranks(own):
+            for group in _groups(documents, self.runner.max_tokens):
+                output = self.runner.forward(group)
+                if documents is own:
+                    aux.append(output.aux_hidden_states)
+                    hidden.append(output.last_hidden_state)
+        at = torch.cat([torch.arange(start, end) for start, end in ranges] or [torch.arange(0)]).to(self.device)
+        return TargetOutput(*(_to_rows(torch.cat(x), at, rows, length) for x in (aux, hidden)))
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """SGLang may scale or cap what ends up as logits in its own way."""
+        """Refuses a model whose logits SGLang scales or caps in another way."""
         probe = [i % self.config.vocab_size for i in range(8)]
-        found = self.runner.extend([probe])
-        expected, ours = found.last_logits[0].float(), self.logits(found.last_hidden_state[-1]).float()
-        if not torch.allclose(expected, ours, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        output = self.runner.forward([probe])
+        expected, logits = output.last_logits[0].float(), self.logits(output.last_hidden_state[-1]).float()
+        if not torch.allclose(expected, logits, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             raise UserError(
                 f"{self.path}: SGLang's logits are not the head applied to its last hidden state; this architecture is "
                 "not supported by backend=sglang, try backend=hf"
             )
 
 
-def _places(batch: Batch) -> list[Place]:
-    """Its documents; what no span covers is padding."""
-    length = batch.input_ids.shape[1]
-    return [(span.row * length + span.start, span.row * length + span.end) for span in batch.spans]
-
-
-def _of_all_ranks(own: list[list[int]]) -> Iterator[list[list[int]]]:
-    """The documents of one rank after the other; this one's are ``own``."""
+def _documents_of_all_ranks(own: list[list[int]]) -> Iterator[list[list[int]]]:
+    """The documents of each rank in turn; this rank's are the object ``own``."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield own
         return
-    # As numbers: torch's collectives of objects unpickle what comes.
+    # Packed as numbers (count, lengths, ids): torch's object collectives unpickle what they receive.
     packed = torch.tensor([len(own), *map(len, own), *chain.from_iterable(own)])
     for rank, numbers in enumerate(all_gather_ragged(packed)):
-        yield own if rank == dist.get_rank() else _texts(numbers.tolist())
+        count, *rest = numbers.tolist()
+        lengths, ids = rest[:count], iter(rest[count:])
+        yield own if rank == dist.get_rank() else [list(islice(ids, length)) for length in lengths]
 
 
-def _texts(numbers: list[int]) -> list[list[int]]:
-    """From how many there are, how long each is, and their ids."""
-    count, rest = numbers[0], iter(numbers[1:])
-    lengths = list(islice(rest, count))
-    return [list(islice(rest, length)) for length in lengths]
-
-
-def _portions(texts: Sequence[list[int]], most: int) -> Iterator[list[list[int]]]:
-    """Neighbouring texts of at most so many tokens together.
+def _groups(documents: Sequence[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:
+    """Consecutive documents of at most ``max_tokens`` tokens together.
 
     Raises:
-        UserError: one of them has more.
+        UserError: a document is longer.
     """
-    portion: list[list[int]] = []
-    for text in texts:
-        if len(text) > most:
+    group: list[list[int]] = []
+    for document in documents:
+        if len(document) > max_tokens:
             raise UserError(
-                f"backend.max_tokens: a document has {len(text)} tokens, and SGLang's cache has room for {most}; raise "
-                "backend.max_tokens, or lower data.max_length"
+                f"backend.max_tokens: a document has {len(document)} tokens, and SGLang's cache has room for "
+                f"{max_tokens}; raise backend.max_tokens, or lower data.max_length"
             )
-        if sum(map(len, portion)) + len(text) > most:
-            yield portion
-            portion = []
-        portion.append(text)
-    if portion:
-        yield portion
+        if sum(map(len, group)) + len(document) > max_tokens:
+            yield group
+            group = []
+        group.append(document)
+    if group:
+        yield group
 
 
-def _laid_out(x: torch.Tensor, at: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """[N, w] at the places [N] of [rows * length, w], as [rows, length, w]."""
+def _to_rows(x: torch.Tensor, at: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Scatters x [N, w] to the flat positions ``at`` [N]: → [rows, length, w], zeros elsewhere."""
     return x.new_zeros(rows * length, x.shape[-1]).index_copy_(0, at, x).unflatten(0, (rows, length))

@@ -1,7 +1,6 @@
-"""SGLang's ModelRunner in this process, made to say what it computes of texts.
+"""SGLang's ModelRunner in this process, used for the hidden states of whole documents.
 
-The only module that knows SGLang from inside; it is imported where ``backend=sglang`` is built, and nowhere else.  What
-it takes for granted holds for the versions in ``VERSIONS``.
+The only module that depends on SGLang's internals, as they are in ``VERSIONS``; imported only for ``backend=sglang``.
 """
 
 import logging
@@ -22,30 +21,30 @@ from nemo_speculative.utils.network import free_port
 from nemo_speculative.utils.sglang import CPU_ENGINE, CPU_ENVIRONMENT, installed_version, parse_flags
 
 VERSIONS = ("0.5.23",)
-"""Those that it was run with."""
+"""Tested versions."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Extended:
-    """Of the tokens of some texts, one after the other."""
+class ForwardOutput:
+    """Output for the N tokens of some documents, end to end."""
 
     aux_hidden_states: torch.Tensor
-    """[N, A * h]: outputs of the aux layers, in their order."""
+    """[N, A * h]: outputs of the aux layers, lowest layer first."""
     last_hidden_state: torch.Tensor
-    """[N, h]: after the final norm."""
+    """[N, h]: output of the final norm."""
     last_logits: torch.Tensor
-    """[texts, V]: of each text's last token."""
+    """[documents, V]: logits of each document's last token."""
 
 
 class Runner:
-    """A target that SGLang runs, tensor-parallel over all ranks of this job; one for each process.
+    """A model that SGLang runs, tensor-parallel over all ranks of this job; one per process.
 
-    Every rank must make it, and give it the same texts at the same time.
+    Every rank must construct it, and call it with the same documents in the same order.
 
     Args:
-        max_tokens: in one forward.
-        flags: further ones of SGLang's server.
+        max_tokens: number of tokens in one forward pass.
+        flags: further flags of SGLang's server.
 
     Raises:
         UserError: SGLang is missing or of another version, or refuses the target or ``flags``.
@@ -58,79 +57,78 @@ class Runner:
         self._version = _check_version()
         _make_importable(device)
         own = _own_flags(path, aux_layers, dtype, device, max_tokens)
-        _check_flags(own, flags)
+        for flag in (word.split("=")[0] for word in flags):
+            if flag.startswith("--") and flag in own:
+                raise UserError(f"backend.flags holds {flag}, which the backend sets itself: leave it out")
         self.has_aux = bool(aux_layers)
         self._runner = _as_one_line(self._version, lambda: _start(parse_flags([*own, *flags], "backend.flags"), device))
         self.max_tokens = min(max_tokens, self._runner.max_total_num_tokens)
 
-    def extend(self, texts: Sequence[Sequence[int]]) -> Extended:
-        """What it computes of ``texts``, token ids, none of which sees another; at most ``max_tokens`` together.
+    def forward(self, documents: Sequence[Sequence[int]]) -> ForwardOutput:
+        """Runs the model on token ids of ``documents``, separated from each other; at most ``max_tokens`` together.
 
         Raises:
-            UserError: a changed internal of SGLang.
+            UserError: SGLang's internals are not as expected.
         """
-        return _as_one_line(self._version, lambda: self._forward(texts))
+        return _as_one_line(self._version, lambda: self._forward(documents))
 
     @torch.no_grad()
-    def _forward(self, texts: Sequence[Sequence[int]]) -> Extended:
+    def _forward(self, documents: Sequence[Sequence[int]]) -> ForwardOutput:
         from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch
 
-        batch = _scheduled(self._runner, texts)
+        batch = _schedule_batch(self._runner, documents)
         forward_batch = ForwardBatch.init_new(
             batch, self._runner, capture_hidden_mode=CaptureHiddenMode.FULL, return_hidden_states_before_norm=False
         )
-        found = self._runner.forward(forward_batch).logits_output
-        # Nothing is continued: the next texts find the whole cache free.
+        output = self._runner.forward(forward_batch).logits_output
+        # Nothing is continued, so the whole cache is free for the next call.
         self._runner.req_to_token_pool.clear()
         self._runner.token_to_kv_pool_allocator.clear()
         if not self.has_aux:
-            return Extended(found.hidden_states[:, :0], found.hidden_states, found.next_token_logits)
-        return Extended(found.hidden_states, found.last_hidden_states, found.next_token_logits)
+            return ForwardOutput(output.hidden_states[:, :0], output.hidden_states, output.next_token_logits)
+        return ForwardOutput(output.hidden_states, output.last_hidden_states, output.next_token_logits)
 
 
 def _check_version() -> str:
-    found = installed_version()
-    if found is None:
+    installed = installed_version()
+    if installed is None:
         raise UserError(
-            f"backend=sglang: SGLang is not installed beside {sys.executable}; install it as docs/backends.md says, or "
-            "take backend=hf"
+            f"backend=sglang: SGLang is not installed for {sys.executable}; install it as docs/backends.md says, or "
+            "use backend=hf"
         )
-    if found not in VERSIONS:
+    if installed not in VERSIONS:
         raise UserError(
-            f"backend=sglang: SGLang {found} is installed; it is used from inside, which works with "
-            f"{', '.join(VERSIONS)}: install that, or take backend=hf"
+            f"backend=sglang: SGLang {installed} is installed; this backend uses its internals, and works with "
+            f"{', '.join(VERSIONS)}: install that, or use backend=hf"
         )
-    return found
+    return installed
 
 
-def _as_one_line(found: str, call: Callable[[], T]) -> T:
-    """``call()``, where what SGLang raises is a line that says with what it works."""
+def _as_one_line(version: str, call: Callable[[], T]) -> T:
+    """Returns ``call()``; an error of SGLang becomes a one-line UserError that names the tested versions."""
     try:
         return call()
     except UserError:
         raise
     except (ImportError, AttributeError, TypeError, KeyError) as error:
         raise UserError(
-            f"backend=sglang: SGLang {found} is not as expected from inside ({type(error).__name__}: {error}); it "
-            f"works with {', '.join(VERSIONS)} as published: reinstall it, or take backend=hf"
+            f"backend=sglang: the internals of SGLang {version} are not as expected ({type(error).__name__}: {error}); "
+            f"this works with {', '.join(VERSIONS)} as published: reinstall it, or use backend=hf"
         ) from error
     except (ValueError, RuntimeError, AssertionError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"backend=sglang: SGLang {found} refuses: {first}") from error
+        raise UserError(f"backend=sglang: SGLang {version} refuses: {first}") from error
 
 
 def _make_importable(device: torch.device) -> None:
-    """What SGLang looks for when it is imported."""
+    """Sets what SGLang reads from the environment when it is imported."""
     if device.type == "cpu":
         os.environ["SGLANG_USE_CPU_ENGINE"] = CPU_ENVIRONMENT["SGLANG_USE_CPU_ENGINE"]
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _core_of_each_rank())
+        # One core per rank: SGLang's own choice fails with more ranks than NUMA nodes.
+        cores = sorted(os.sched_getaffinity(0))
+        binding = "|".join(str(cores[rank % len(cores)]) for rank in range(_world_size()))
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
         sys.path[:] = [str(CPU_ENGINE), *(p for p in sys.path if p != str(CPU_ENGINE))]
-
-
-def _core_of_each_rank() -> str:
-    """SGLang wants to be told where there are more ranks than NUMA nodes."""
-    cores = sorted(os.sched_getaffinity(0))
-    return "|".join(str(cores[rank % len(cores)]) for rank in range(_world_size()))
 
 
 def _own_flags(
@@ -142,7 +140,7 @@ def _own_flags(
         "--disable-radix-cache", "--disable-cuda-graph", "--skip-tokenizer-init", "--grammar-backend", "none",
     ]  # fmt: skip
     if aux_layers:
-        # The algorithm names the convention, by which v is the output of layer v; no draft is loaded.
+        # The algorithm selects the convention that layer id v is the output of layer v; no draft is loaded.
         flags += ["--enable-return-aux-hidden-states", "--speculative-algorithm", "EAGLE3"]
         flags += ["--return-aux-hidden-state-layer-ids", *map(str, aux_layers)]
     if device.type == "cpu":
@@ -150,19 +148,13 @@ def _own_flags(
     return flags
 
 
-def _check_flags(own: Sequence[str], given: Sequence[str]) -> None:
-    for flag in (word.split("=")[0] for word in given):
-        if flag.startswith("--") and flag in own:
-            raise UserError(f"backend.flags holds {flag}, which the backend sets itself: leave it out")
-
-
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _start(server_args: Any, device: torch.device) -> Any:
-    """A loaded ModelRunner with memory for its cache.  As SGLang's own benchmark of a single batch does it."""
-    # Every model that lacks a package says so.
+    """A loaded ModelRunner with its KV cache, made as SGLang's one_batch benchmark makes it."""
+    # Silences one line for each model class whose packages are missing.
     logging.getLogger("sglang").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
         from sglang.benchmark.one_batch import _init_process_global_configs
@@ -190,8 +182,8 @@ def _start(server_args: Any, device: torch.device) -> Any:
     return runner
 
 
-def _scheduled(runner: Any, texts: Sequence[Sequence[int]]) -> Any:
-    """One batch of whole texts, for which the cache holds nothing."""
+def _schedule_batch(runner: Any, documents: Sequence[Sequence[int]]) -> Any:
+    """A batch of whole documents, none of which is in the cache."""
     from sglang.benchmark.one_batch import TreeCacheNamespace
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.runtime_context import get_schedule
@@ -203,7 +195,7 @@ def _scheduled(runner: Any, texts: Sequence[Sequence[int]]) -> Any:
         token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
     )
     batch = ScheduleBatch.init_new(
-        reqs=[_request(number, text) for number, text in enumerate(texts)],
+        reqs=[_request(number, document) for number, document in enumerate(documents)],
         req_to_token_pool=runner.req_to_token_pool,
         token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
         tree_cache=cache,
@@ -218,16 +210,16 @@ def _scheduled(runner: Any, texts: Sequence[Sequence[int]]) -> Any:
     return batch
 
 
-def _request(number: int, text: Sequence[int]) -> Any:
+def _request(number: int, input_ids: Sequence[int]) -> Any:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     request = Req(
         rid=number,
         origin_input_text="",
-        origin_input_ids=array("q", text),
+        origin_input_ids=array("q", input_ids),
         sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
     )
     request.full_untruncated_fill_ids = request.origin_input_ids
-    request.logprob_start_len, request.extend_end = -1, len(text)
+    request.logprob_start_len, request.extend_end = -1, len(input_ids)
     return request

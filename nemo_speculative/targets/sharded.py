@@ -1,32 +1,285 @@
-"""A target sharded by FSDP2, ``backend=hf_fsdp2``: a layer is gathered while it computes."""
+"""``backend=hf_fsdp2`` and ``backend=hf_tp``: a transformers model divided over the ranks of the job.
 
+Embedding and head are divided by rows.  The head stays gathered from the end of a forward pass to the start of the next
+one: the draft's loss reads it in chunks of its own slots, whose number differs between ranks.
+"""
+
+from abc import abstractmethod
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import AutoModelForCausalLM
+from transformers.integrations import tensor_parallel as transformers_tp
 
-from nemo_speculative.distributed.collectives import register_group
-from nemo_speculative.targets.placed import PlacedTarget
+from nemo_speculative.config.schema import TensorParallelHFBackendConfig
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.distributed.collectives import all_gather_ragged, on_first_rank, register_group
+from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.targets.describe import stop_ids_of
+from nemo_speculative.targets.embedding_and_head import (
+    PLAIN_DTYPES,
+    EmbeddingAndHead,
+    decoder_layers,
+    load_config,
+    load_model,
+)
+from nemo_speculative.targets.hf import TransformersTarget
+from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.progress import quiet_transformers
 
 
-class ShardedTarget(PlacedTarget):
-    """Layers, embedding and head are divided over all ranks; each rank computes its own batches.
+class DistributedTarget(TransformersTarget):
+    """A frozen Hugging Face model divided over ranks, which run its forward passes together.
+
+    Ranks also embed tokens together, and gather the head together, except right after :meth:`compute_hidden_states`,
+    which leaves it gathered.  One process of the job reads the files into host memory and broadcasts tensor by tensor;
+    every rank keeps its part, so no device ever holds more than its parts and one whole tensor.
 
     Args:
-        options: those of :class:`nemo_speculative.targets.placed.PlacedTarget`.
+        options: arguments of :class:`nemo_speculative.targets.hf.TransformersTarget`.
+
+    Raises:
+        UserError: the model cannot be divided.
+    """
+
+    collective = True
+
+    def __init__(self, path: Path, **options: Any):
+        super().__init__(path, **options)
+        self.release()
+        self.stop_ids = stop_ids_of(self.path, self.config, self.tokenizer)
+
+    @torch.no_grad()
+    def _load(self, **options: Any) -> Any:
+        quiet_transformers()
+        config = load_config(self.path, self.trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise UserError(
+                f"{self.path}: its weights are quantized, which backend=hf_fsdp2 and hf_tp cannot divide; use "
+                "backend=sglang or backend=remote"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **options).eval().requires_grad_(False)
+        layers = decoder_layers(model.get_decoder(), self.config.num_hidden_layers)
+        self._check(model, layers)
+        weights = on_first_rank(lambda: _read_weights(self.path, model, options))
+        _broadcast_dtypes(model, weights)
+        mesh = self._mesh()
+        self._embedding_rows = ShardedRows(model.get_input_embeddings(), mesh)
+        self._head_rows = ShardedRows(model.get_output_embeddings(), mesh)
+        self._divide(model, layers, mesh)
+        model.to_empty(device=self.device)
+        model.tie_weights()
+        _broadcast_weights(model, weights, self.device)
+        return model
+
+    def _check(self, model: Any, layers: nn.ModuleList) -> None:
+        """
+        Raises:
+            UserError: ``model`` cannot be divided.
+        """
+
+    @abstractmethod
+    def _mesh(self) -> DeviceMesh:
+        """The ranks that share one copy of the model, as a one-dimensional mesh."""
+
+    @abstractmethod
+    def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+        """Replaces the parameters of ``layers``, which have no storage yet, by this rank's parts of them."""
+
+    def compute_hidden_states(self, batch: Batch) -> TargetOutput:
+        self.release()
+        output = self._compute(batch)
+        self._embedding_rows.release()
+        self._head_rows.gather()
+        return output
+
+    def release(self) -> None:
+        """Frees the gathered embedding and head; their next use gathers them again."""
+        self._embedding_rows.release()
+        self._head_rows.release()
+
+    def _compute(self, batch: Batch) -> TargetOutput:
+        """The hidden states of this rank's tokens; called by all ranks that share a copy."""
+        return super().compute_hidden_states(batch)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = super().embed(input_ids)
+        self._embedding_rows.release()
+        return embedded
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self._head_rows.gather()
+
+    def last_layers(self, count: int) -> list[nn.Module]:
+        return list(EmbeddingAndHead.last_layers(self, count))
+
+
+class FSDP2Target(DistributedTarget):
+    """A target sharded over all ranks by FSDP2; each rank computes its own batches, and gathers layer by layer.
+
+    Args:
+        options: arguments of :class:`DistributedTarget`.
     """
 
     def _mesh(self) -> DeviceMesh:
-        # Of its own: what the draft's ranks tell each other comes in an order of its own.
+        # A group of its own: the draft's collectives run in an order of their own.
         return DeviceMesh.from_group(register_group(dist.new_group()), self.device.type)
 
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
-        # It goes before the layers are gathered.
-        self._embedding_rows.module.register_forward_hook(lambda *_: self._embedding_rows.drop())
-        ends = set(model.parameters()) - set(layers.parameters())
+        # Frees the embedding before the layers are gathered.
+        self._embedding_rows.module.register_forward_hook(lambda *_: self._embedding_rows.release())
+        embedding_and_head = set(model.parameters()) - set(layers.parameters())
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        # Around them all, so that the next layer is gathered while one computes.
-        fully_shard(model.get_decoder(), mesh=mesh, ignored_params=ends)
+        # The root wraps all layers, so that the next one is gathered while one computes.
+        fully_shard(model.get_decoder(), mesh=mesh, ignored_params=embedding_and_head)
+
+
+class TensorParallelTarget(DistributedTarget):
+    """A target whose layers are divided over ``tp_size`` neighboring ranks, by transformers' own plan for the model.
+
+    Every rank trains on rows of its own: the ranks of a group compute the batch of the first rank together, then that
+    of the second, and so on, and each keeps the output for its own batch.
+
+    Args:
+        tp_size: number of ranks that share a copy; -1: all.
+        options: arguments of :class:`DistributedTarget`.
+
+    Raises:
+        UserError: there is no such plan, or ``tp_size`` does not divide the number of ranks.
+    """
+
+    def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
+        group, _ = dist.new_subgroups(TensorParallelHFBackendConfig(tp_size=tp_size).group(dist.get_world_size()))
+        self.group = register_group(group)
+        super().__init__(path, **options)
+
+    def _check(self, model: Any, layers: nn.ModuleList) -> None:
+        if not hasattr(transformers_tp, "apply_tensor_parallelism"):
+            raise UserError("backend=hf_tp needs transformers 5.23 or newer; update it, or use backend=hf_fsdp2")
+        if not _tensor_parallel_plan(model, layers):
+            raise UserError(
+                f"{self.path}: transformers has no tensor-parallel plan for {type(model).__name__}; use "
+                "backend=hf_fsdp2"
+            )
+
+    def _mesh(self) -> DeviceMesh:
+        return DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))
+
+    def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
+        transformers_tp.apply_tensor_parallelism(model, mesh, _tensor_parallel_plan(model, layers))
+
+    def _compute(self, batch: Batch) -> TargetOutput:
+        host, own, own_output = batch.on_host, dist.get_rank(self.group), None
+        for rank, (ids, positions) in enumerate(all_gather_ragged(torch.stack([host.input_ids, host.positions]), self.group)):
+            if rank == own:
+                own_output = super()._compute(batch.whole)
+            else:  # freed at once: the output belongs to another rank
+                documents = (positions == 0).cumsum(-1)
+                rows = Batch(ids, torch.zeros_like(ids, dtype=torch.bool), positions, documents)
+                super()._compute(rows.to(self.device))
+        assert own_output is not None
+        return own_output.shard(batch.shard)
+
+
+def _tensor_parallel_plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:
+    """How each parameter and module of ``layers`` is divided, by name; parameters come before their module."""
+    to_pattern = transformers_tp.replace_layer_number_by_wildcard
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    styles = {name: style for name, style in (model.tp_plan or {}).items() if name.startswith(f"{prefix}.")}
+    plan: dict[str, str] = {}
+    for name, module in model.named_modules():
+        module_style = styles.get(to_pattern(name))
+        for parameter, _ in module.named_parameters(name, recurse=False):
+            if style := styles.get(to_pattern(parameter), module_style):
+                plan[parameter] = style
+        if module_style:
+            plan[name] = module_style
+    return plan
+
+
+class ShardedRows:
+    """The weight of an embedding or a head: each rank holds some rows; between its use and :meth:`release`, all.
+
+    Args:
+        module: its weight has no storage yet.
+        mesh: ranks over which the rows are divided.
+    """
+
+    def __init__(self, module: Any, mesh: DeviceMesh):
+        self.module = module
+        self._shard: Any = None
+        """The sharded weight while the module holds the gathered one."""
+        module.weight = _frozen(distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None))
+        module.register_forward_pre_hook(self._gather_hook)
+
+    def _gather_hook(self, *_: Any) -> None:
+        self.gather()
+
+    def gather(self) -> torch.Tensor:
+        """Gathers the weight, together with the other ranks, unless it is gathered already."""
+        if self._shard is None:
+            self._shard = self.module.weight
+            self.module.weight = _frozen(self._shard.full_tensor())
+        return self.module.weight
+
+    def release(self) -> None:
+        """Frees the gathered weight and keeps this rank's rows."""
+        if self._shard is not None:
+            self.module.weight, self._shard = self._shard, None
+
+
+def _frozen(weight: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, including those that are not saved; tied ones once."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+def _read_weights(path: Path, model: nn.Module, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The values of every tensor of ``model``, from its files.
+
+    Raises:
+        UserError: the files hold another model.
+    """
+    weights = _tensors(load_model(path, None, **options))
+    if differing := sorted(weights.keys() ^ _tensors(model).keys()):
+        raise UserError(f"{path}: {type(model).__name__} has another {differing[0]} when it is loaded; use backend=hf")
+    return weights
+
+
+def _broadcast_dtypes(model: nn.Module, weights: dict[str, torch.Tensor] | None) -> None:
+    """Gives ``model`` the dtypes of the loaded weights: transformers keeps some in float32 whatever the model's is."""
+    tensors = _tensors(model)
+    codes = torch.empty(len(tensors), dtype=torch.int64)
+    if weights is not None:
+        dtypes = [weights[name].dtype for name in tensors]
+        codes.copy_(torch.tensor([PLAIN_DTYPES.index(dtype) if dtype in PLAIN_DTYPES else -1 for dtype in dtypes]))
+    dist.broadcast(codes, src=0)
+    for tensor, code in zip(tensors.values(), codes.tolist(), strict=True):
+        if code >= 0:
+            tensor.data = tensor.data.to(PLAIN_DTYPES[code])
+
+
+def _broadcast_weights(model: nn.Module, weights: dict[str, torch.Tensor] | None, device: torch.device) -> None:
+    """Broadcasts the first rank's ``weights`` tensor by tensor; every rank keeps its part."""
+    for name, own in _tensors(model).items():
+        source = torch.empty(own.shape, dtype=own.dtype, device=device) if weights is None else weights.pop(name)
+        whole = source.to(device).contiguous()
+        dist.broadcast(whole, src=0)
+        if isinstance(own, DTensor):
+            part = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+            own.to_local().copy_(part.to_local())
+        else:
+            own.copy_(whole)

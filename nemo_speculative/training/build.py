@@ -42,7 +42,7 @@ from nemo_speculative.generate_data.answers import answer, unanswered
 from nemo_speculative.serving.versions import check_servable
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.base import Target
-from nemo_speculative.targets.describe import Description, describe_target, target_config
+from nemo_speculative.targets.describe import TargetDescription, describe_target, target_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training.background import Background, beside
 from nemo_speculative.training.checkpointer import Checkpointer, check_newest
@@ -254,7 +254,7 @@ def _enough(job: TrainJob) -> int:
     return max(job.evaluation.num_questions, job.evaluation.selection_questions)
 
 
-def _how(job: TrainJob, target: Target | Description) -> Tokenization:
+def _how(job: TrainJob, target: Target | TargetDescription) -> Tokenization:
     max_length, _ = job.data.lengths(target.config.max_position_embeddings)
     return Tokenization(target.tokenizer, target.stop_ids, max_length, target.config.vocab_size)
 

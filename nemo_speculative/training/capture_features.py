@@ -21,20 +21,19 @@ from nemo_speculative.distributed.collectives import ignore_sigterm, on_first_ra
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.cached.budget import Budget
-from nemo_speculative.targets.cached.codecs import CODECS, Codec
+from nemo_speculative.targets.cached.documents import document_key
 from nemo_speculative.targets.cached.eagle_files import EagleFiles
-from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.positions import key_of
-from nemo_speculative.targets.cached.store import Store
-from nemo_speculative.targets.cached.upkeep import (
+from nemo_speculative.targets.cached.manifest import CODECS, Codec, Manifest
+from nemo_speculative.targets.cached.shards import MIB, ShardWriter
+from nemo_speculative.targets.cached.store import (
     HELD_OUT,
     TRAINING,
-    prepare,
-    remove_unfinished,
-    require_same_kind,
+    FeatureStore,
+    prepare_directory,
+    remove_partial_files,
+    require_same_manifest,
     seal,
 )
-from nemo_speculative.targets.cached.writer import MIB, Writer
 from nemo_speculative.training import build
 from nemo_speculative.utils.devices import choose_device
 from nemo_speculative.utils.errors import PeerLostError, UserError
@@ -62,8 +61,8 @@ def capture(job: CaptureJob) -> None:
         documents: Any = ConcatDataset(list(parts.values()))  # reads them where they are
         manifest = Manifest.of(target, job.draft.mask_convention, job.draft._target_, CODEC[job.dtype])
         output = Path(job.output)
-        require_same_kind(output, manifest)
-        budget = Budget.of(Store(output, manifest), *parts.values())
+        require_same_manifest(output, manifest)
+        budget = Budget.of(FeatureStore(output, manifest), *parts.values())
         on_first_rank(lambda: print(budget.report(output), flush=True))
         if job.plan:
             return
@@ -95,9 +94,9 @@ def _held(output: Path) -> Iterator[None]:
 
 
 def _begin(output: Path, manifest: Manifest, budget: Budget, parts: dict[str, Sequence[TokenRow]]) -> None:
-    remove_unfinished(output)
+    remove_partial_files(output)
     budget.require_room(output, "output")
-    prepare(output, manifest)
+    prepare_directory(output, manifest)
     for name, documents in parts.items():
         write_documents(output / name, documents)
 
@@ -127,7 +126,7 @@ def run(
     missing = list(budget.missing.values())
     batches = _of_this_rank(pack(budget.lengths, row_tokens, seed=0), rows)
     progress = Progress("capturing", sum(len(row) for batch in batches for row in batch))
-    writer = Writer(output, budget.manifest, megabytes * MIB)
+    writer = ShardWriter(output, budget.manifest, megabytes * MIB)
     with closing(writer), _stopping() as stop:
         for batch_rows in batches:
             taken = [[documents[missing[d]] for d in row] for row in batch_rows]
@@ -143,11 +142,11 @@ def run(
 
 
 @torch.no_grad()
-def _capture(target: Target, batch: Batch, writer: Writer) -> None:
+def _capture(target: Target, batch: Batch, writer: ShardWriter) -> None:
     supervision, host = target.compute_hidden_states(batch), batch.on_host
     for span in host.spans:
         place = span.row, slice(span.start, span.end)
-        writer.put(key_of(host.input_ids[place], host.loss_mask[place]), batch, span, supervision)
+        writer.add(document_key(host.input_ids[place], host.loss_mask[place]), batch, span, supervision)
 
 
 def _together(work: Callable[[], None]) -> None:

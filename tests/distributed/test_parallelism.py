@@ -23,8 +23,7 @@ from nemo_speculative.distributed.parallelism import (
     shard_draft,
     start_unshard,
 )
-from nemo_speculative.targets.sharded import ShardedTarget
-from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
+from nemo_speculative.targets.sharded import FSDP2Target, TensorParallelTarget
 from nemo_speculative.training.build import check_sharing
 from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.errors import UserError
@@ -82,7 +81,7 @@ def one_step(case, config, dtype=torch.float32):
         start_unshard(module)
         for n, (schedule, supervision) in enumerate(micro_batches):
             set_gradient_sync(module, last=n + 1 == len(micro_batches))
-            out = module(schedule, supervision.of(schedule.batch.shard), counts)
+            out = module(schedule, supervision.shard(schedule.batch.shard), counts)
             out.loss.backward()
             loss += out.loss.detach()
     norm = titan.clip_grad_norm_(module.parameters(), 1e9)
@@ -267,7 +266,7 @@ def group_timeouts(path):
     titan.bind_device("cpu")
     with first_rank_waiting_group():
         dims = mesh(ParallelismConfig(context=2))
-        keep_alive = context_group(dims), ShardedTarget(path, aux_layers=[]), TensorParallelTarget(path, aux_layers=[])
+        keep_alive = context_group(dims), FSDP2Target(path, aux_layers=[]), TensorParallelTarget(path, aux_layers=[])
         limit_collective_waits(dims, 40)
         groups = [group for group in dist.distributed_c10d._world.pg_map if dist.get_backend(group) == "gloo"]
         timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.sharded import ShardedTarget
+from nemo_speculative.targets.sharded import FSDP2Target
 from nemo_speculative.utils.errors import PeerLostError
 from tests.integration.conftest import ENVIRONMENT, drive, metrics, torchrun, train
 from tests.programs import Program, ranks_of
@@ -166,7 +166,7 @@ def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, mom
     assert re.findall(r"rank (\d) \(host \S+\) computes \S+ times as long as most", ended.stdout) == ["1"]
 
 
-class AsDriven(ShardedTarget):
+class AsDriven(FSDP2Target):
     """Ranks hold it together, and it does what the driver makes of one that each rank holds whole."""
 
     def compute_hidden_states(self, batch):

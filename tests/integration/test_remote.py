@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load
 
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.remote.protocol import Identity, pack_batch
+from nemo_speculative.targets.remote.protocol import TargetIdentity, pack_batch
 from tests.integration.conftest import ENVIRONMENT, metrics, run, train
 from tests.integration.test_training import only_error
 from tests.programs import Program
@@ -139,7 +139,7 @@ def test_a_run_whose_server_hangs_ends_when_it_is_asked_to(settings, target_dir,
 
 
 def ask(url, target, batch):
-    tag = Identity.of(target).tag
+    tag = TargetIdentity.of(target).tag
     return httpx.post(f"{url}/supervise", content=pack_batch(batch), headers={"If-Match": tag}, timeout=60)
 
 
@@ -161,7 +161,7 @@ def test_sigterm_answers_what_was_taken_on_and_takes_nothing_more(target_dir):
                 found, target.compute_hidden_states(batch).aux_hidden_states, rtol=1e-4, atol=1e-4
             )
         assert one.process.wait(30) == 0
-        assert "every request taken on was answered" in "".join(one.process.stdout)
+        assert "every accepted request was answered" in "".join(one.process.stdout)
 
 
 def test_a_drain_that_takes_too_long_is_cut_off(target_dir):

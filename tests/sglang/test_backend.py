@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative.targets.cached.upkeep import opened
+from nemo_speculative.targets.cached.store import open_store
 from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
 from tests.targets.test_embedding_and_head import quantised
@@ -140,7 +140,7 @@ def captured_by(backend: str, settings: list[str], directory: Path, ranks: int) 
 def test_captured_features_are_those_of_transformers(settings, captured, expected, tmp_path, ranks):
     """And a draft trains from them as with transformers in the process."""
     found = captured_by("sglang", settings, tmp_path / "sglang", ranks)
-    one, two = (opened(directory, "output") for directory in (captured, found))
+    one, two = (open_store(directory, "output") for directory in (captured, found))
     one.manifest.require_same(two.manifest, captured)
     assert one.content == two.content and len(one) == 20
     for key in (entry["key"] for shard in one.shards for entry in shard.entries):

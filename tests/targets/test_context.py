@@ -12,8 +12,7 @@ from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets import document_attention
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.sharded import ShardedTarget
-from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
+from nemo_speculative.targets.sharded import FSDP2Target, TensorParallelTarget
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_tokenizer
 from tests.targets.test_document_attention import FAMILIES, draw
@@ -52,7 +51,7 @@ def world() -> ContextGroup:
 
 def shares(directories, scores):
     """What this rank computes of each batch, and which tokens these are."""
-    document_attention.MASKED_SCORES["cpu"] = scores
+    document_attention.MAX_MASK_ELEMENTS["cpu"] = scores
     context, found = world(), {}
     for name, directory in directories.items():
         target = HFTarget(directory, aux_layers=[0, 1, 2])
@@ -89,7 +88,7 @@ def test_hidden_states_are_those_of_one_rank(found, directories, name, ranks):
 def of_divided_targets(directory):
     """What this rank computes of a batch by targets that ranks hold together."""
     context, batch, found = world(), batch_of("documents across the borders of chunks"), []
-    for placement in (ShardedTarget, TensorParallelTarget):
+    for placement in (FSDP2Target, TensorParallelTarget):
         shard = context.shard(batch.num_tokens, HALO)
         made = placement(Path(directory), aux_layers=[0, 1, 2]).compute_hidden_states(replace(batch, shard=shard))
         found.append(

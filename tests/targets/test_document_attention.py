@@ -29,7 +29,7 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.document_attention import (
     BY_DOCUMENT,
-    SHORTEST_SHARE,
+    MIN_LENGTH_RATIO,
     DocumentMask,
     attention_by_document,
     document_mask,
@@ -209,7 +209,7 @@ def test_many_short_documents_take_few_calls():
     lengths = random.Random(0).choices(range(40, 160), k=200)
     plan = DocumentMask(lengths, None).plan(torch.device("cpu"))
     assert len(plan.calls) <= 6
-    assert len(plan.queries) <= sum(lengths) / SHORTEST_SHARE
+    assert len(plan.queries) <= sum(lengths) / MIN_LENGTH_RATIO
 
 
 @pytest.mark.parametrize("asked", ["softcap", "s_aux", "position_bias", "dropout"])

@@ -9,9 +9,9 @@ from nemo_speculative.config.vocab_and_aux_layers import aux_layers_for
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_target, make_tokenizer
 
@@ -141,7 +141,7 @@ def test_fingerprint_tells_weights_apart_and_survives_a_copy(tmp_path, target_di
     [
         ("/no/such/dir", "does not exist"),
         ("./nowhere", "does not exist"),
-        ("nobody/nothing-here", "not on this machine and the hub could not give them"),
+        ("nobody/nothing-here", "not on this machine and could not be downloaded"),
     ],
 )
 def test_a_target_that_is_not_there_is_one_line_that_says_what_to_do(path, said):

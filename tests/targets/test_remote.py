@@ -9,38 +9,37 @@ from dataclasses import replace
 
 import pytest
 import torch
-import urllib3
 
 from nemo_speculative.config.schema import RemoteBackendConfig
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.remote.client import RemoteTarget, Server, Servers
+from nemo_speculative.targets.remote.client import RemoteTarget, ServerConnection, ServerPool
 from nemo_speculative.targets.remote.protocol import (
     TOKEN_VARIABLE,
-    Identity,
-    Layout,
+    OutputLayout,
+    TargetIdentity,
     bearer_token,
-    frame_supervision,
     pack_batch,
+    pack_output,
 )
 from nemo_speculative.utils.errors import PeerLostError, UserError
 from nemo_speculative.utils.network import free_port
 from tests.target_servers import HIDDEN, Gated, StandIn, batch_of, same, serving, until
 
 ASKED = batch_of(*range(12))
-IDENTITY = Identity.of(StandIn())
-FRAME = b"".join(frame_supervision(StandIn().compute_hidden_states(ASKED)))
+IDENTITY = TargetIdentity.of(StandIn())
+FRAME = b"".join(pack_output(StandIn().compute_hidden_states(ASKED)))
 
 
-def servers_at(*urls, timeout=20.0, attempts=2, rest=0.05):
-    limits = urllib3.Timeout(connect=2.0, read=timeout)
-    return Servers([Server(url, limits) for url in urls], timeout, attempts, rest)
+def servers_at(*urls, timeout=20.0, attempts=2, backoff_seconds=0.05):
+    servers = [ServerConnection(url, timeout, connect_timeout=2.0) for url in urls]
+    return ServerPool(servers, timeout, attempts, backoff_seconds)
 
 
 def ask(servers, batch=ASKED):
-    return servers.ask(pack_batch(batch), IDENTITY, Layout.of(batch, HIDDEN, IDENTITY))
+    return servers.request(pack_batch(batch), IDENTITY, OutputLayout.of(batch, HIDDEN, IDENTITY))
 
 
 def right(found, batch=ASKED):
@@ -59,7 +58,7 @@ def test_packed_rows_are_supervised_as_in_process_bit_by_bit(target_dir, dtype, 
         remote = RemoteTarget(target_dir, aux_layers=aux_layers, dtype=dtype, urls=[server.url])
         found, expected = remote.compute_hidden_states(batch), local.compute_hidden_states(batch)
         shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
-        assert same(remote.compute_hidden_states(replace(batch, shard=shard)), expected.of(shard))
+        assert same(remote.compute_hidden_states(replace(batch, shard=shard)), expected.shard(shard))
     assert (
         same(found, expected)
         and found.aux_hidden_states.dtype == dtype
@@ -131,7 +130,7 @@ def test_something_else_that_listens_there_is_no_target_server():
 def test_a_wrong_token_is_refused(monkeypatch, token):
     monkeypatch.setenv(TOKEN_VARIABLE, token) if token else monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with serving(StandIn(), token="right") as server:
-        with pytest.raises(UserError, match=f"{server.url} refuses: .*{TOKEN_VARIABLE}"):
+        with pytest.raises(UserError, match=f"{server.url}: refuses the token .*{TOKEN_VARIABLE}"):
             servers_at(server.url).check(IDENTITY)
         monkeypatch.setenv(TOKEN_VARIABLE, "right")
         servers_at(server.url).check(IDENTITY)
@@ -174,13 +173,13 @@ def test_requests_at_once_are_spread_over_the_servers():
         servers = servers_at(one.url, two.url)
         batches = [batch_of(*range(n, n + 12)) for n in range(4)]
         asked = [threads.submit(ask, servers, batch) for batch in batches]
-        until(lambda: [one.compute_hidden_states.inside, two.compute_hidden_states.inside] == [2, 2])
+        until(lambda: [one.endpoint.active, two.endpoint.active] == [2, 2])
         for target in targets:
             target.gate.set()
         assert all(right(a.result(), b) for a, b in zip(asked, batches, strict=True))
 
 
-def test_one_after_the_other_they_take_turns():
+def test_one_after_the_other_they_take_count():
     targets = [StandIn(), StandIn()]
     with serving(targets[0]) as one, serving(targets[1]) as two:
         servers = servers_at(one.url, two.url)
@@ -201,7 +200,7 @@ def test_a_slow_server_is_asked_less():
 
 def test_full_queues_are_waited_for_and_nothing_is_lost(monkeypatch):
     """Six clients of a server with room for one."""
-    monkeypatch.setattr("nemo_speculative.targets.remote.server.RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("nemo_speculative.targets.remote.server.RETRY_AFTER_SECONDS", 0.02)
     target, batches = StandIn(), [batch_of(*range(n, n + 12)) for n in range(30)]
     with serving(target, queue=1) as server, ThreadPoolExecutor(6) as threads:
         clients = [servers_at(server.url, attempts=1) for _ in range(6)]
@@ -210,7 +209,7 @@ def test_full_queues_are_waited_for_and_nothing_is_lost(monkeypatch):
 
 
 def test_a_queue_that_stays_full_ends_the_run(monkeypatch):
-    monkeypatch.setattr("nemo_speculative.targets.remote.server.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("nemo_speculative.targets.remote.server.RETRY_AFTER_SECONDS", 0.05)
     target = Gated()
     with serving(target, queue=1) as server, ThreadPoolExecutor(1) as threads:
         held = threads.submit(ask, servers_at(server.url))
@@ -232,7 +231,7 @@ class FailsOnce(StandIn):
 def test_a_request_that_fails_is_asked_elsewhere():
     broken, sound = FailsOnce(), StandIn()
     with serving(broken) as one, serving(sound) as two:
-        servers = servers_at(one.url, two.url, rest=30.0)
+        servers = servers_at(one.url, two.url, backoff_seconds=30.0)
         assert all(right(ask(servers)) for _ in range(3))
         assert len(broken.read) == 1 and len(sound.read) == 3, "what failed is left alone for a while"
 
@@ -332,44 +331,44 @@ def full(times):
 )
 def test_what_is_no_answer_is_asked_elsewhere(bad):
     with bad() as url, serving(StandIn()) as server:
-        servers = servers_at(url, server.url, timeout=0.5, rest=30.0)
+        servers = servers_at(url, server.url, timeout=0.5, backoff_seconds=30.0)
         assert all(right(ask(servers)) for _ in range(2))
-        assert servers.servers[0].turn == 1, "it was asked first, and no more"
+        assert servers.servers[0].last_acquired == 1, "it was asked first, and no more"
 
 
 @pytest.mark.parametrize("hangs_first", [True, False])
 def test_waiting_for_one_that_hangs_does_not_use_up_the_patience_with_one_that_is_full(hangs_first):
     with silent() as hangs, full(times=2) as busy:
-        servers = servers_at(*((hangs, busy) if hangs_first else (busy, hangs)), timeout=0.4, rest=30.0)
-        assert right(ask(servers)) and servers._turns == 4
+        servers = servers_at(*((hangs, busy) if hangs_first else (busy, hangs)), timeout=0.4, backoff_seconds=30.0)
+        assert right(ask(servers)) and servers._count == 4
 
 
 def test_one_that_is_dead_does_not_use_up_the_attempts_of_one_that_is_full():
     """It fails as often as both may together, before there is a place at the other; and is asked no more then."""
     dead = f"http://127.0.0.1:{free_port()}"
     with full(times=12) as busy:
-        servers = servers_at(dead, busy, attempts=3, rest=0.01)
-        assert right(ask(servers)) and servers.servers[0].failing
+        servers = servers_at(dead, busy, attempts=3, backoff_seconds=0.01)
+        assert right(ask(servers)) and servers.servers[0].health_error
     with full(times=10**6) as busy, pytest.raises(UserError, match="queue is full"):
-        ask(servers_at(dead, busy, timeout=0.5, attempts=3, rest=0.01))
+        ask(servers_at(dead, busy, timeout=0.5, attempts=3, backoff_seconds=0.01))
 
 
 def test_every_server_has_attempts_of_its_own():
     with answering(503, b"going down") as one, answering(503, b"going down") as two:
-        servers = servers_at(one, two, attempts=3, rest=0.01)
+        servers = servers_at(one, two, attempts=3, backoff_seconds=0.01)
         with pytest.raises(UserError, match="no target server answers any more"):
             ask(servers)
-        assert servers._turns == 6
+        assert servers._count == 6
 
 
-def test_a_server_that_is_back_takes_its_turns_and_no_more(monkeypatch):
+def test_a_server_that_is_back_takes_its_count_and_no_more(monkeypatch):
     port, other, back = free_port(), StandIn(), StandIn()
     with serving(other) as two:
-        servers = servers_at(f"http://127.0.0.1:{port}", two.url, rest=0.01)
-        servers.servers[0].rest(3600)
+        servers = servers_at(f"http://127.0.0.1:{port}", two.url, backoff_seconds=0.01)
+        servers.pause(servers.servers[0], 3600)
         assert all(right(ask(servers)) for _ in range(6))
         with serving(back, port=port):
-            servers.servers[0].rest(0)
+            servers.pause(servers.servers[0], 0)
             assert all(right(ask(servers)) for _ in range(6))
     assert (len(back.read), len(other.read)) == (3, 6 + 3)
 

@@ -12,13 +12,13 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.remote.protocol import (
-    HEADER_BYTES,
-    TOKEN_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_TOKEN_BYTES,
     FrameError,
-    Identity,
-    Layout,
-    frame_supervision,
+    OutputLayout,
+    TargetIdentity,
     pack_batch,
+    pack_output,
     unpack_batch,
 )
 from tests.target_servers import VOCAB, StandIn, batch_of
@@ -56,17 +56,17 @@ def test_a_supervision_is_a_safetensors_file_bit_by_bit(dtype, layers):
     width = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     bits = torch.randint(torch.iinfo(width).min, torch.iinfo(width).max, (2, 16, 4 * 8), dtype=width)
     sent = TargetOutput(bits.view(dtype)[..., : layers * 8], bits.view(dtype)[..., -8:])
-    frame = b"".join(frame_supervision(sent))
-    layout = Layout.of(packed_batch(), 8, Identity("", str(dtype)[6:], [0] * layers))
+    frame = b"".join(pack_output(sent))
+    layout = OutputLayout.of(packed_batch(), 8, TargetIdentity("", str(dtype)[6:], [0] * layers))
     found, ours = load(frame), layout.read(filled(layout, frame))
-    for name in ("aux", "last_hidden"):
+    for name, field in (("aux", "aux_hidden_states"), ("last_hidden", "last_hidden_state")):
         assert found[name].dtype == dtype
-        for read in (found[name], getattr(ours, name)):
-            assert torch.equal(read.view(width), getattr(sent, name).contiguous().view(width))
+        for read in (found[name], getattr(ours, field)):
+            assert torch.equal(read.view(width), getattr(sent, field).contiguous().view(width))
 
 
 def filled(layout, frame):
-    buffer = layout.buffer(pinned=False)
+    buffer = layout.allocate(pinned=False)
     buffer.numpy()[:] = list(frame)
     return buffer
 
@@ -75,12 +75,12 @@ def test_the_bytes_of_a_token_are_what_the_documentation_says():
     """(A + 1) * h numbers, and a header of a few."""
     batch = packed_batch()
     made = TargetOutput(torch.zeros(2, 16, 24, dtype=torch.bfloat16), torch.zeros(2, 16, 8, dtype=torch.bfloat16))
-    assert 0 < sum(piece.nbytes for piece in frame_supervision(made)) - batch.num_tokens * 4 * 8 * 2 < 256
+    assert 0 < sum(piece.nbytes for piece in pack_output(made)) - batch.num_tokens * 4 * 8 * 2 < 256
 
 
 def test_no_request_is_larger_than_the_server_reads():
     ids = [0] * 500
-    assert len(pack_batch(batch_of(*ids, document=1))) <= HEADER_BYTES + TOKEN_BYTES * len(ids)
+    assert len(pack_batch(batch_of(*ids, document=1))) <= MAX_HEADER_BYTES + MAX_TOKEN_BYTES * len(ids)
 
 
 def shifted(name, change):
@@ -160,8 +160,8 @@ def test_no_damage_makes_anything_else_than_a_refusal():
 def test_an_answer_of_another_layout_is_refused(at):
     target, batch = StandIn(), batch_of(*range(8))
     layout, frame = (
-        Layout.of(batch, 4, Identity.of(target)),
-        b"".join(frame_supervision(target.compute_hidden_states(batch))),
+        OutputLayout.of(batch, 4, TargetIdentity.of(target)),
+        b"".join(pack_output(target.compute_hidden_states(batch))),
     )
     layout.read(filled(layout, frame))
     with pytest.raises(FrameError, match=r"expected .*F32"):
@@ -169,10 +169,11 @@ def test_an_answer_of_another_layout_is_refused(at):
 
 
 def test_an_identity_says_in_what_it_differs():
-    one = Identity("f", "float32", [1, 3])
-    assert one.difference(Identity("f", "float32", [1, 3])) is None
-    assert one.difference(Identity("f", "bfloat16", [1, 3])) == "dtype is bfloat16 there and float32 here"
+    one = TargetIdentity("f", "float32", [1, 3])
+    assert one.difference(TargetIdentity("f", "float32", [1, 3])) is None
+    assert one.difference(TargetIdentity("f", "bfloat16", [1, 3])) == "dtype is bfloat16 there and float32 here"
     tags = {
-        Identity(*parts).tag for parts in (("f", "float32", [1, 3]), ("g", "float32", [1, 3]), ("f", "float32", [1]))
+        TargetIdentity(*parts).tag
+        for parts in (("f", "float32", [1, 3]), ("g", "float32", [1, 3]), ("f", "float32", [1]))
     }
     assert len(tags) == 3

@@ -13,8 +13,8 @@ from safetensors.torch import load
 
 from nemo_speculative.config.schema import SGLangBackendConfig
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.remote.protocol import Identity, pack_batch
-from nemo_speculative.targets.remote.server import Limits, RequireToken
+from nemo_speculative.targets.remote.protocol import TargetIdentity, pack_batch
+from nemo_speculative.targets.remote.server import BearerTokenMiddleware, ServerLimits
 from nemo_speculative.utils.errors import UserError
 from tests.target_servers import Gated, StandIn, batch_of, serving, until
 
@@ -22,7 +22,7 @@ ASKED = batch_of(*range(12))
 
 
 def post(server, content=None, target=None, **headers):
-    tag = Identity.of(target or StandIn()).tag
+    tag = TargetIdentity.of(target or StandIn()).tag
     content = pack_batch(ASKED) if content is None else content
     return httpx.post(f"{server.url}/supervise", content=content, headers={"If-Match": tag} | headers, timeout=30)
 
@@ -99,7 +99,7 @@ def test_only_the_right_token_gets_in():
         assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-@pytest.mark.parametrize(("pieces", "read"), [(3, 3), (10**6, 11)], ids=["all of it", "what there may be"])
+@pytest.mark.parametrize(("pieces", "read"), [(3, 3), (10**6, 103)], ids=["all of it", "what there may be"])
 def test_what_is_refused_for_its_token_is_read_first(pieces, read):
     """Else a connection that is closed on unread bytes may lose the answer."""
     taken, sent = [], []
@@ -112,7 +112,8 @@ def test_what_is_refused_for_its_token_is_read_first(pieces, read):
         sent.append((len(taken), message))
 
     scope = {"type": "http", "method": "POST", "path": "/supervise", "headers": []}
-    asyncio.run(RequireToken(None, "s3cret", 100, Limits(1, 1, 5.0))(scope, receive, send))
+    limits = ServerLimits(queue=1, max_tokens=0, io_timeout=5.0)
+    asyncio.run(BearerTokenMiddleware(None, "s3cret", limits)(scope, receive, send))
     assert sent[0][0] == len(taken) == read and sent[0][1]["status"] == 401
 
 
@@ -146,7 +147,7 @@ def test_it_is_not_well_after_failures_in_a_row():
 
 
 def test_it_is_not_well_while_a_forward_hangs(monkeypatch):
-    monkeypatch.setattr("nemo_speculative.targets.remote.server.SICK_SECONDS", 0.2)
+    monkeypatch.setattr("nemo_speculative.targets.remote.server.UNHEALTHY_SECONDS", 0.2)
     target = Gated()
     with serving(target) as server, ThreadPoolExecutor(1) as clients:
         held = clients.submit(post, server)
@@ -162,7 +163,7 @@ def test_no_more_requests_arrive_at_once_than_there_are_places():
     frame = pack_batch(ASKED)
     with serving(StandIn(), queue=1, io_timeout=1.5) as server, raw(server) as slow, raw(server) as next_one:
         slow.sendall(head(len(frame)) + frame[:-1])
-        until(lambda: server.compute_hidden_states._arriving.locked())
+        until(lambda: server.endpoint._arriving.locked())
         next_one.sendall(head(len(frame)) + frame)
         assert figure(server, "nemo_target_received_bytes_total") == 0
         assert b" 408 " in slow.recv(1000) and b" 200 " in next_one.recv(1000)
@@ -180,7 +181,7 @@ def test_a_full_queue_says_so_and_loses_nothing():
     target = Gated()
     with serving(target, queue=2) as server, ThreadPoolExecutor(2) as clients:
         waiting = [clients.submit(post, server) for _ in range(2)]
-        until(lambda: server.compute_hidden_states.inside == 2)
+        until(lambda: server.endpoint.active == 2)
         full = post(server)
         assert full.status_code == 429 and float(full.headers["Retry-After"]) > 0
         assert figure(server, "nemo_target_queue_depth") == 2
@@ -196,9 +197,9 @@ def test_who_goes_away_before_his_turn_is_not_computed():
         first = clients.submit(post, server)
         until(lambda: target.inside == 1)
         with contextlib.suppress(httpx.ReadTimeout):
-            tag = Identity.of(StandIn()).tag
+            tag = TargetIdentity.of(StandIn()).tag
             httpx.post(f"{server.url}/supervise", content=pack_batch(ASKED), headers={"If-Match": tag}, timeout=0.2)
-        until(lambda: server.compute_hidden_states.inside == 1)
+        until(lambda: server.endpoint.active == 1)
         target.gate.set()
         assert first.result().status_code == 200 and answers_rightly(server) and len(target.read) == 2
         assert figure(server, 'nemo_target_requests_total{code="499"}') == 1
@@ -238,7 +239,7 @@ def raw(server):
 
 
 def head(length):
-    tag = Identity.of(StandIn()).tag
+    tag = TargetIdentity.of(StandIn()).tag
     return f"POST /supervise HTTP/1.1\r\nHost: x\r\nIf-Match: {tag}\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
@@ -261,12 +262,9 @@ def test_an_answer_that_nobody_takes_gives_its_place_free():
     frame = pack_batch(ASKED)
     with serving(Large(), io_timeout=0.5, queue=1) as server, raw(server) as deaf:
         deaf.sendall(head(len(frame)) + frame)
-        until(lambda: server.compute_hidden_states.inside == 1)
-        until(lambda: server.compute_hidden_states.inside == 0)
-        assert (
-            server.compute_hidden_states.worker.target.read
-            and figure(server, 'nemo_target_requests_total{code="499"}') == 1
-        )
+        until(lambda: server.endpoint.active == 1)
+        until(lambda: server.endpoint.active == 0)
+        assert server.endpoint.worker.target.read and figure(server, 'nemo_target_requests_total{code="499"}') == 1
 
 
 def test_every_client_gets_its_own_answer():

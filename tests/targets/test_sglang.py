@@ -16,7 +16,7 @@ from nemo_speculative.targets import sglang as sglang_target
 from nemo_speculative.targets import sglang_runner
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sglang import SGLangTarget
-from nemo_speculative.targets.sglang_runner import Extended
+from nemo_speculative.targets.sglang_runner import ForwardOutput
 from nemo_speculative.utils.errors import UserError
 from tests.training.ranks import on_ranks
 
@@ -38,11 +38,11 @@ def asked(monkeypatch, whole):
         def __init__(self, path, *, aux_layers, max_tokens, **_):
             self.max_tokens = max_tokens
 
-        def extend(self, texts):
+        def forward(self, texts):
             log.append([len(text) for text in texts])
             made = [whole.forward(torch.tensor([text])) for text in texts]
             aux, hidden = (torch.cat([pair[i][0] for pair in made]) for i in range(2))
-            return Extended(aux, hidden, torch.stack([whole.logits(pair[1][0, -1]) for pair in made]))
+            return ForwardOutput(aux, hidden, torch.stack([whole.logits(pair[1][0, -1]) for pair in made]))
 
     monkeypatch.setattr(sglang_runner, "Runner", Runner)
     return log
@@ -79,13 +79,13 @@ def test_packed_rows_are_laid_out_as_they_were(asked, whole, target_dir, batch, 
     assert asked == {41: [[11, 7, 19, 4]], 26: [[11, 7], [19, 4]], 19: [[11, 7], [19], [4]]}[most]
     shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
     assert torch.equal(
-        ours.compute_hidden_states(replace(batch, shard=shard)).aux_hidden_states, found.of(shard).aux_hidden_states
+        ours.compute_hidden_states(replace(batch, shard=shard)).aux_hidden_states, found.shard(shard).aux_hidden_states
     )
 
 
 def test_the_ranks_share_every_forward_and_keep_their_own(asked, whole, target_dir, batch, monkeypatch):
     ours, other = SGLangTarget(target_dir, aux_layers=None), [[5, 6, 7], [8]]
-    monkeypatch.setattr(sglang, "_of_all_ranks", lambda own: iter([other, own, []]))
+    monkeypatch.setattr(sglang_target, "_documents_of_all_ranks", lambda own: iter([other, own, []]))
     asked.clear()
     equal(ours.compute_hidden_states(batch), whole.compute_hidden_states(batch), batch)
     assert asked == [[3, 1], LENGTHS]
@@ -93,7 +93,7 @@ def test_the_ranks_share_every_forward_and_keep_their_own(asked, whole, target_d
 
 def texts_of_all():
     own = [[[5, 6, 7], [8]], [], [[9]]][dist.get_rank()]
-    found = list(sglang_target._of_all_ranks(own))
+    found = list(sglang_target._documents_of_all_ranks(own))
     return {"found": found, "own is kept": found[dist.get_rank()] is own}
 
 
@@ -123,11 +123,11 @@ def test_a_document_that_does_not_fit_is_refused(asked, target_dir, batch):
 
 
 def test_logits_that_are_not_the_heads_are_refused(asked, target_dir, monkeypatch):
-    extend = sglang_runner.Runner.extend
+    forward = sglang_runner.Runner.forward
 
     def scaled(self, texts):
-        found = extend(self, texts)
-        return Extended(found.aux_hidden_states, found.last_hidden_state, 3 * found.last_logits)
+        found = forward(self, texts)
+        return ForwardOutput(found.aux_hidden_states, found.last_hidden_state, 3 * found.last_logits)
 
     monkeypatch.setattr(sglang_runner.Runner, "extend", scaled)
     with pytest.raises(UserError, match="SGLang's logits are not the head applied"):

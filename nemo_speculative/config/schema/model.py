@@ -134,7 +134,7 @@ class ShardedHFBackendConfig(BackendConfig):
 
     GATHERED_LAYERS: ClassVar[int] = 2  # the one that computes, and the buffer that the next one arrives in
     SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
-    _target_: str = "nemo_speculative.targets.sharded.ShardedTarget"
+    _target_: str = "nemo_speculative.targets.sharded.FSDP2Target"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
 
@@ -151,7 +151,7 @@ class TensorParallelHFBackendConfig(BackendConfig):
 
     SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
     WHOLE_ROWS: ClassVar[bool] = True
-    _target_: str = "nemo_speculative.targets.tensor_parallel.TensorParallelTarget"
+    _target_: str = "nemo_speculative.targets.sharded.TensorParallelTarget"
     attn_implementation: str = "sdpa"
     """transformers' name of the target's attention."""
     tp_size: int = -1

@@ -1,8 +1,9 @@
-"""EAGLE's offline format: a ``.ckpt`` for each sample, as the official code (``ge_data``) and others after it write.
+"""EAGLE's offline format: one ``.ckpt`` per sample, as the official code (``ge_data``) and its successors write it.
 
-Each is a ``torch.save`` of ``{"input_ids": [L], "loss_mask": [L], "hidden_state": [L, h]}``, of which the last is after
-the final norm; for EAGLE-3 (SpecForge) with ``"aux_hidden_state": [L, A * h]``.  A leading dimension of 1 is accepted.
-The files do not say which model computed them: the share of next tokens that the head finds in them does.
+Each is a ``torch.save`` of ``{"input_ids": [L], "loss_mask": [L], "hidden_state": [L, h]}``, whose hidden state is the
+output of the final norm; for EAGLE-3 (SpecForge) also ``"aux_hidden_state": [L, A * h]``.  A leading dimension of 1 is
+accepted.  The files do not name the model that computed them: the share of next tokens that the target's head predicts
+from them shows it.
 """
 
 from functools import cached_property
@@ -18,41 +19,44 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.tokenized_dataset import tokenize_conversations
 from nemo_speculative.distributed.collectives import first_rank_first
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.cached.positions import key_of, key_of_lists
+from nemo_speculative.targets.cached.documents import document_key
+from nemo_speculative.targets.cached.manifest import Tensors
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.utils.devices import send
 from nemo_speculative.utils.errors import UserError, describe_error
 
-SAMPLE = 16
-"""Files that are tried with the head."""
-Sample = dict[str, torch.Tensor]
+PROBED_FILES = 16
+"""Number of files that are tried with the head."""
 
 
 class EagleFiles(EmbeddingAndHead):
-    """The ends of the model in ``path``, and supervision from the files below ``directory``.
+    """Hidden states from the ``.ckpt`` files below ``directory``.
 
     Args:
-        max_length: documents are cut to so many tokens.
-        ends: those of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
+        max_length: number of tokens to which documents are cut.
+        options: arguments of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
 
     Raises:
-        UserError: there are none, or one cannot be read, lacks a key or has other shapes.
+        UserError: there are no files, or one cannot be read, lacks a key or has other shapes.
     """
 
-    def __init__(self, path: Path, directory: Path, *, max_length: int, row_tokens: int, **ends: Any):
-        super().__init__(path, **ends)
+    def __init__(self, path: Path, directory: Path, *, max_length: int, row_tokens: int, **options: Any):
+        super().__init__(path, **options)
         self.directory, self.row_tokens = directory, row_tokens
         self.files = {str(file.relative_to(directory)): file for file in sorted(directory.rglob("*.ckpt"))}
         if not self.files:
             raise UserError(f"eagle: {directory} holds no .ckpt file; expected those that EAGLE's ge_data wrote")
-        rows = [self._row(name, file) for name, file in self.files.items()]
-        found = tokenize_conversations(rows, self.tokenizer, self.stop_ids, max_length, self.config.vocab_size)
-        self.documents, self.left_out = list(found.rows), found.report()
+        rows = []
+        for name, file in self.files.items():
+            sample = self._read(file)
+            rows.append(TokenRow(name, sample["input_ids"].tolist(), (sample["loss_mask"] != 0).tolist(), str(file)))
+        documents = tokenize_conversations(rows, self.tokenizer, self.stop_ids, max_length, self.config.vocab_size)
+        self.documents, self.dropped = list(documents.rows), documents.report()
 
     @classmethod
     def of(cls, job: CaptureJob, device: torch.device) -> "EagleFiles":
-        """Those that ``job.eagle`` names."""
+        """The files that ``job.eagle`` names, with the embedding and head of the job's model."""
         config = target_config(job.model)
         max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
         return cls(
@@ -66,22 +70,17 @@ class EagleFiles(EmbeddingAndHead):
             trust_remote_code=job.model.trust_remote_code,
         )
 
-    def _row(self, name: str, file: Path) -> TokenRow:
-        sample = self._read(file)
-        return TokenRow(name, sample["input_ids"].tolist(), (sample["loss_mask"] != 0).tolist(), str(file))
-
-    def _read(self, file: Path) -> Sample:
-        """A file's tensors; mapped, so that only what is looked at is read.
+    def _read(self, file: Path) -> Tensors:
+        """The tensors of a file, memory-mapped.
 
         Raises:
             UserError: see the class.
         """
         try:
             sample = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # pickle, zipfile and torch have their own
+        except Exception as error:  # pickle, zipfile and torch raise classes of their own
             raise UserError(
-                f"{file}: cannot be read as tensors alone ({describe_error(error, 120)}); "
-                "what runs code is never loaded"
+                f"{file}: cannot be read as tensors alone ({describe_error(error, 120)}); files that run code are never loaded"
             ) from None
         hidden = self.config.hidden_size
         widths = {"input_ids": None, "loss_mask": None, "hidden_state": hidden}
@@ -90,52 +89,50 @@ class EagleFiles(EmbeddingAndHead):
         if not isinstance(sample, dict) or not widths.keys() <= sample.keys():
             keys = sorted(map(str, sample)) if isinstance(sample, dict) else type(sample).__name__
             raise UserError(f"{file}: found {keys}, expected the keys {', '.join(widths)}")
-        read = {name: _unbatched(sample[name], 1 if width is None else 2, name, file) for name, width in widths.items()}
-        length = len(read["input_ids"])
+        tensors: Tensors = {}
         for name, width in widths.items():
-            shape = [length] if width is None else [length, width]
-            if list(read[name].shape) != shape:
-                raise UserError(f"{file}: {name} has shape {list(read[name].shape)}, expected {shape} for this target")
-        return read
+            if not isinstance(x := sample[name], torch.Tensor):
+                raise UserError(f"{file}: {name} is a {type(x).__name__}, expected a tensor")
+            batched = x.dim() == (2 if width is None else 3) and len(x) == 1
+            tensors[name] = x[0] if batched else x
+        length = len(tensors["input_ids"])
+        for name, width in widths.items():
+            shape, expected = list(tensors[name].shape), [length] if width is None else [length, width]
+            if shape != expected:
+                raise UserError(f"{file}: {name} has shape {shape}, expected {expected} for this target")
+        return tensors
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
         host, h = batch.on_host, self.config.hidden_size
-        dtype, shape = self.dtype, batch.input_ids.shape
-        hidden = torch.zeros(*shape, h, dtype=dtype)
-        aux = torch.zeros(*shape, h * len(self.aux_layers), dtype=dtype)
+        hidden = torch.zeros(*batch.input_ids.shape, h, dtype=self.dtype)
+        aux = torch.zeros(*batch.input_ids.shape, h * len(self.aux_layers), dtype=self.dtype)
         for span in host.spans:
-            place = span.row, slice(span.start, span.end)
-            file = self._of_document[key_of(host.input_ids[place], host.loss_mask[place])]
+            tokens = span.row, slice(span.start, span.end)
+            file = self._file_of_document[document_key(host.input_ids[tokens], host.loss_mask[tokens])]
             sample, length = self._read(file), span.end - span.start
-            hidden[place] = sample["hidden_state"][:length].to(dtype)
+            hidden[tokens] = sample["hidden_state"][:length].to(self.dtype)
             if self.aux_layers:
-                aux[place] = sample["aux_hidden_state"][:length].to(dtype)
+                aux[tokens] = sample["aux_hidden_state"][:length].to(self.dtype)
         return TargetOutput(send(aux, self.device), send(hidden, self.device))
 
     @cached_property
-    def _of_document(self) -> dict[bytes, Path]:
-        return {key_of_lists(row.input_ids, row.loss_mask): self.files[row.id] for row in self.documents}
+    def _file_of_document(self) -> dict[bytes, Path]:
+        return {document_key(row.input_ids, row.loss_mask): self.files[row.id] for row in self.documents}
 
     def report(self) -> str:
-        """What was found, and whether it is this target's."""
+        """One line: the documents read, and how well the target's head fits them."""
         return (
-            f"{self.directory}: {self.left_out}; the head of {self.path} puts {self.agreement():.0%} of the supervised "
-            "tokens first there (near 0: they are another model's)"
+            f"{self.directory}: {self.dropped}; the head of {self.path} ranks {self.agreement():.0%} of the supervised "
+            "tokens first there (near 0: another model computed them)"
         )
 
     @torch.no_grad()
     def agreement(self) -> float:
-        """Share of the supervised tokens of some files that the target's head puts first."""
+        """Share of the supervised tokens of some files that the target's head ranks first."""
         hits = count = 0
-        for row in self.documents[:SAMPLE]:
+        for row in self.documents[:PROBED_FILES]:
             ids, mask = torch.tensor(row.input_ids), torch.tensor(row.loss_mask)
             hidden = self._read(self.files[row.id])["hidden_state"][: len(ids) - 1].to(self.device, self.dtype)
-            right = self.logits(hidden[mask[1:].to(hidden.device)]).argmax(-1).cpu() == ids[1:][mask[1:]]
-            hits, count = hits + int(right.sum()), count + len(right)
+            correct = self.logits(hidden[mask[1:].to(hidden.device)]).argmax(-1).cpu() == ids[1:][mask[1:]]
+            hits, count = hits + int(correct.sum()), count + len(correct)
         return hits / max(count, 1)
-
-
-def _unbatched(value: Any, dimensions: int, name: str, file: Path) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise UserError(f"{file}: {name} is a {type(value).__name__}, expected a tensor")
-    return value[0] if value.dim() == dimensions + 1 and len(value) == 1 else value

@@ -59,7 +59,7 @@ def trained(case, context, **settings):
         dist.all_reduce(counts, group=context.group)
     loss, sums = torch.zeros(()), {}
     for schedule, supervision in made:
-        out = goal.loss(draft, schedule, supervision.of(schedule.batch.shard), counts)
+        out = goal.loss(draft, schedule, supervision.shard(schedule.batch.shard), counts)
         out.loss.backward()
         loss = loss + out.loss.detach()
         sums = {name: value + sums.get(name, 0) for name, value in out.sums.items()}

@@ -16,9 +16,8 @@ from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.store import Store
+from nemo_speculative.targets.cached.store import FeatureStore, prepare_directory, seal
 from nemo_speculative.targets.cached.target import FeaturesTarget
-from nemo_speculative.targets.cached.upkeep import prepare, seal
 from nemo_speculative.training.capture_features import run
 
 ROW, VOCAB = 96, 300
@@ -81,8 +80,8 @@ def capture_into(directory: Path, target, documents, algorithm, *, codec=None, m
     """The directory, with the features of ``documents``."""
     manifest = Manifest.of(target, algorithm.config.mask_convention, algorithm.name, codec)
     directory.mkdir(parents=True, exist_ok=True)
-    manifest = prepare(directory, manifest)
-    budget = Budget.of(Store(directory, manifest), documents)
+    manifest = prepare_directory(directory, manifest)
+    budget = Budget.of(FeatureStore(directory, manifest), documents)
     run(target, documents, budget, directory, row_tokens=ROW, rows=3, megabytes=megabytes)
     if seal_it:
         seal(directory)

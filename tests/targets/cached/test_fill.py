@@ -8,11 +8,10 @@ import torch
 
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.distributed.context_parallel import ContextGroup
-from nemo_speculative.targets.cached import writer
+from nemo_speculative.targets.cached import shards
 from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.store import Store
-from nemo_speculative.targets.cached.upkeep import verify
+from nemo_speculative.targets.cached.store import FeatureStore, verify
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
@@ -103,12 +102,12 @@ def test_ranks_that_share_rows_write_each_document_once_and_whole(
     first, second = epochs(documents, 2)
     # Shards of the same documents in the same order would have the same name.
     written: list[bytes] = []
-    keep = writer.write_shard
-    monkeypatch.setattr(writer, "write_shard", lambda at, some: written.extend(d.key for d in some) or keep(at, some))
+    keep = shards.write_shard
+    monkeypatch.setattr(shards, "write_shard", lambda at, some: written.extend(d.key for d in some) or keep(at, some))
     for batch in first:
         expected = online.compute_hidden_states(batch)
         for rank, part in shared_by(ranks, batch):
-            found, own = rank.compute_hidden_states(part), expected.of(part.shard)
+            found, own = rank.compute_hidden_states(part), expected.shard(part.shard)
             assert torch.equal(found.aux_hidden_states, own.aux_hidden_states) and torch.equal(
                 found.last_hidden_state, own.last_hidden_state
             )
@@ -181,7 +180,7 @@ def test_other_trainings_stay_out_until_the_last_rank_has_left(algorithm, docume
 
 def test_a_disk_that_is_too_small_is_refused_at_the_start(algorithm, documents, target_dir, tmp_path, monkeypatch):
     mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
-    monkeypatch.setattr("nemo_speculative.targets.cached.budget.free", lambda directory: 1000)
+    monkeypatch.setattr("nemo_speculative.targets.cached.budget.free_bytes", lambda directory: 1000)
     with pytest.raises(UserError, match=r"backend.directory: the features take .* GB free; make room"):
         mixed.expect(documents)
     mixed.close()
@@ -190,9 +189,9 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(algorithm, documents, 
 def test_the_size_is_known_beforehand_to_the_byte(algorithm, online, documents, tmp_path):
     manifest = Manifest.of(online, algorithm.config.mask_convention, algorithm.name)
     (tmp_path / "f").mkdir()
-    budget = Budget.of(Store(tmp_path / "f", manifest), documents, documents)
+    budget = Budget.of(FeatureStore(tmp_path / "f", manifest), documents, documents)
     capture_into(tmp_path / "f", online, documents, algorithm)
-    store = Store(tmp_path / "f", Manifest.read(tmp_path / "f"))
+    store = FeatureStore(tmp_path / "f", Manifest.read(tmp_path / "f"))
     keys = [bytes(entry["key"]) for entry in store.shards[0].entries]
     stored = [store.tensors(place) for place in store.find(keys)]
     assert budget.nbytes == sum(x.numel() * x.element_size() for tensors in stored for x in tensors.values())

@@ -9,8 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_speculative.config.app import to_job
 from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.store import Store
-from nemo_speculative.targets.cached.upkeep import verify
+from nemo_speculative.targets.cached.store import FeatureStore, verify
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
 from tests.config.test_groups import composed
@@ -71,17 +70,17 @@ def test_two_ranks_capture_what_a_training_reports_on_like_an_online_one(setting
 def test_mixed_mode_reports_what_an_online_training_does(settings, online, tmp_path):  # noqa: F811
     backend = ["backend=features", f"backend.directory={tmp_path / 'features'}", "backend.fill=true"]
     done = train(settings, tmp_path / "run", *backend)
-    assert done.returncode == 0 and "captured on the way" in done.stdout, done.stderr
+    assert done.returncode == 0 and "captured during training" in done.stdout, done.stderr
     agree(metrics(tmp_path / "run"), online)
     verify(str(tmp_path / "features"))
 
 
 WATCHED = """
 import os, runpy, sys
-from nemo_speculative.targets.cached import writer
+from nemo_speculative.targets.cached import shards
 from nemo_speculative.targets.hf import HFTarget
 log, compute_hidden_states = sys.argv.pop(1), HFTarget.compute_hidden_states
-load, keep = HFTarget.__init__, writer.write_shard
+load, keep = HFTarget.__init__, shards.write_shard
 def note(said):
     with open(log, "a") as file:
         file.write(f"{os.environ['RANK']} {said}\\n")
@@ -90,7 +89,7 @@ def watched(self, batch):
     return compute_hidden_states(self, batch)
 HFTarget.compute_hidden_states = watched
 HFTarget.__init__ = lambda self, *given, **settings: (note("loads"), load(self, *given, **settings))[1]
-writer.write_shard = lambda at, documents: (note(f"writes {len(documents)}"), keep(at, documents))[1]
+shards.write_shard = lambda at, documents: (note(f"writes {len(documents)}"), keep(at, documents))[1]
 runpy.run_path("recipes/train_eagle3.py", run_name="__main__")
 """
 """A training that tells when the target itself is loaded, what epochs' batches it is asked for, and what is written."""
@@ -114,7 +113,7 @@ def test_two_ranks_capture_in_the_first_epoch_and_read_from_then_on(settings, on
         asked = [what for who, what, *_ in said if who == rank and what.isdigit()]
         # One look ahead may come before the other rank has written what it held back.
         assert asked.count("0") >= 4 and asked.count("1") <= 3 and asked.count("0") + asked.count("1") == len(asked)
-    store = Store(features, Manifest.read(features))
+    store = FeatureStore(features, Manifest.read(features))
     held = sum(len(shard.entries) for shard in store.shards)
     assert len(store) == 54 == Manifest.read(features).documents and 54 <= held < 2 * 54
     verify(str(features))
@@ -192,17 +191,17 @@ def test_what_was_written_survives_and_the_same_command_goes_on(many, tmp_path):
     program.write_text(SLOW)
     code, _ = interrupted(program, many, features, signal.SIGKILL, already=0)
     assert code == -signal.SIGKILL
-    first = Store(features, Manifest.read(features))
+    first = FeatureStore(features, Manifest.read(features))
     first.verify()
     code, said = interrupted(program, many, features, signal.SIGTERM, already=len(first.shards))
-    assert code == 130 and f"({len(first)} more are there)" in said and "the same command goes on" in said
-    second = Store(features, Manifest.read(features))
+    assert code == 130 and f"({len(first)} more are present)" in said and "the same command goes on" in said
+    second = FeatureStore(features, Manifest.read(features))
     done = capture(many, features)
     assert done.returncode == 0, done.stderr
-    whole = len(Store(features, Manifest.read(features)))
+    whole = len(FeatureStore(features, Manifest.read(features)))
     captured = sum(len((features / name).read_text().splitlines()) for name in ("training.jsonl", "held_out.jsonl"))
     assert len(first) < len(second) < whole == captured
-    assert f"({len(second)} more are there)" in done.stdout and f"{whole} documents in" in done.stdout
+    assert f"({len(second)} more are present)" in done.stdout and f"{whole} documents in" in done.stdout
     assert not list(features.glob("*.partial")) and f"{whole} documents" in verify(str(features))
 
 

@@ -12,12 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_speculative.targets.cached import shards
-from nemo_speculative.targets.cached.codecs import CODECS
-from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.positions import key_of_lists
-from nemo_speculative.targets.cached.shards import Document, checksum, write_shard
-from nemo_speculative.targets.cached.store import Store
-from nemo_speculative.targets.cached.upkeep import merge, verify
+from nemo_speculative.targets.cached.documents import Document, document_key
+from nemo_speculative.targets.cached.manifest import CODECS, Manifest
+from nemo_speculative.targets.cached.shards import checksum, write_shard
+from nemo_speculative.targets.cached.store import FeatureStore, merge, verify
 from nemo_speculative.training.capture_features import _together
 from nemo_speculative.utils.errors import UserError, describe_error
 from tests.targets.cached.cases import assert_same, batches_of, capture_into, eagle3, loss_of, make_documents, reading
@@ -43,7 +41,7 @@ def documents(count=5, stored="float32", first=0):
             aux, hidden = aux[:0], hidden[:0]
         parts = {"aux": codec.encode(aux, HIDDEN), "last_hidden": codec.encode(hidden, HIDDEN)}
         tensors = {kind + suffix: x for kind, found in parts.items() for suffix, x in found.items() if len(x)}
-        made.append(Document(key_of_lists([n], [True]), tensors))
+        made.append(Document(document_key([n], [True]), tensors))
     return made
 
 
@@ -52,7 +50,7 @@ def test_every_document_is_found_as_it_was_written(tmp_path, stored):
     parts = [documents(5, stored), documents(4, stored, first=5)]
     for part in parts:
         write_shard(tmp_path, part)
-    store, all_of_them = Store(tmp_path, manifest(stored)), [*parts[1], *parts[0]]
+    store, all_of_them = FeatureStore(tmp_path, manifest(stored)), [*parts[1], *parts[0]]
     for document, place in zip(all_of_them, store.find([d.key for d in all_of_them]), strict=True):
         found = store.tensors(place)
         assert found.keys() == document.tensors.keys()
@@ -62,7 +60,7 @@ def test_every_document_is_found_as_it_was_written(tmp_path, stored):
 
 def large_document(aux_rows, hidden_rows):
     tensors = {"aux": torch.randn(aux_rows, 2 * HIDDEN), "last_hidden": torch.randn(hidden_rows, HIDDEN)}
-    return Document(key_of_lists([99], [True]), tensors)
+    return Document(document_key([99], [True]), tensors)
 
 
 def test_all_that_a_document_is_made_of_is_asked_for_before_it_is_touched(tmp_path, monkeypatch):
@@ -78,7 +76,7 @@ def test_all_that_a_document_is_made_of_is_asked_for_before_it_is_touched(tmp_pa
     monkeypatch.setattr(shards, "checksum", lambda tensors: (asked.append(None), checksum(tensors))[1])
     write_shard(tmp_path, [*documents(3), large_document(5000, 900)])
     asked.clear()
-    found = Store(tmp_path, manifest()).tensors((0, 3))
+    found = FeatureStore(tmp_path, manifest()).tensors((0, 3))
     *before, touched = asked
     assert touched is None and max(end - start for start, end in before) == 128 * 1024
     begin, end = {start for start, _ in before}, {end for _, end in before}
@@ -118,7 +116,7 @@ def test_a_document_of_many_of_the_devices_requests_is_read_as_a_whole(tmp_path,
     index = write_shard(tmp_path, [large_document(700_000, 100)])
     dropped(index.with_suffix(".safetensors"))
     monkeypatch.setattr(shards, "checksum", wait_and_hash)
-    Store(tmp_path, manifest()).tensors((0, 0))
+    FeatureStore(tmp_path, manifest()).tensors((0, 0))
     assert len(read) == 1 and read[0] >= 1
 
 
@@ -175,7 +173,7 @@ def test_a_flipped_bit_is_found_at_the_first_reading(features, target_dir):
     shard = only(features, "*.safetensors")
     damage(shard, -100)
     refused_by_all(
-        features, target_dir, f"{re.escape(str(shard))} is damaged: document [0-9a-f]+ is not what was written"
+        features, target_dir, f"{re.escape(str(shard))} is damaged: the checksum of document [0-9a-f]+ does not match"
     )
 
 
@@ -246,25 +244,25 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, target,
     publish = shards.write_shard
     monkeypatch.setattr(shards.os, "write", write)
     monkeypatch.setattr(
-        "nemo_speculative.targets.cached.writer.write_shard", lambda *a: written.append(publish(*a)) or written[-1]
+        "nemo_speculative.targets.cached.shards.write_shard", lambda *a: written.append(publish(*a)) or written[-1]
     )
     with pytest.raises(UserError, match=r"the disk is full, and [0-9a-f]+\.safetensors was not written") as refused:
         capture_into(tmp_path / "f", target, documents, eagle3(), megabytes=30_000)
     assert "\n" not in str(refused.value) and not list(tmp_path.rglob("*.partial"))
     monkeypatch.undo()
-    store = Store(tmp_path / "f", Manifest.read(tmp_path / "f"))
+    store = FeatureStore(tmp_path / "f", Manifest.read(tmp_path / "f"))
     assert len(store.shards) == 2 and 0 < len(store) < 60
     capture_into(tmp_path / "f", target, documents, eagle3())
     assert (
         verify(str(tmp_path / "f")).endswith("every checksum is right")
-        and len(Store(tmp_path / "f", store.manifest)) == 60
+        and len(FeatureStore(tmp_path / "f", store.manifest)) == 60
     )
 
 
 def test_an_unfinished_shard_is_no_shard(features):
     (features / "0123.safetensors.77.partial").write_bytes(b"half")
     (features / "0123.json.77.partial").write_text("{")
-    assert len(Store(features, Manifest.read(features))) == 8
+    assert len(FeatureStore(features, Manifest.read(features))) == 8
 
 
 def test_parts_are_merged_and_read_as_one(tmp_path, target, target_dir):
@@ -303,4 +301,7 @@ def failing_on_the_second_rank():
 
 def test_a_rank_that_fails_ends_the_others():
     first, second = on_ranks(2, failing_on_the_second_rank)
-    assert (first, second) == ("LostError: another rank failed; its message says why", "UserError: the disk is full")
+    assert (first, second) == (
+        "PeerLostError: another rank failed; its message says why",
+        "UserError: the disk is full",
+    )

@@ -11,8 +11,8 @@ import torch
 from nemo_speculative.config.schema import MaskConvention
 from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
-from nemo_speculative.targets.cached.codecs import CODECS
-from nemo_speculative.targets.cached.positions import Positions
+from nemo_speculative.targets.cached.documents import StoredPositions
+from nemo_speculative.targets.cached.manifest import CODECS
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, make_target, make_tokenizer
@@ -54,8 +54,8 @@ def test_everything_that_is_stored_is_what_the_target_computed(algorithm, online
         found, expected = features.compute_hidden_states(batch), online.compute_hidden_states(batch)
         for span in batch.spans:
             place = slice(span.start, span.end)
-            positions = Positions.of(batch.loss_mask[span.row, place], MaskConvention.serving)
-            front, labels = slice(span.start, span.start + positions.attended), positions.labels + span.start
+            positions = StoredPositions.of(batch.loss_mask[span.row, place], features.store.manifest)
+            front, labels = slice(span.start, span.start + positions.num_aux), positions.last_hidden + span.start
             torch.testing.assert_close(
                 found.aux_hidden_states[span.row, front],
                 expected.aux_hidden_states[span.row, front],
@@ -73,7 +73,7 @@ def test_everything_that_is_stored_is_what_the_target_computed(algorithm, online
             and found.aux_hidden_states.dtype == expected.aux_hidden_states.dtype
         )
         shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
-        mine, its = features.compute_hidden_states(replace(batch, shard=shard)), found.of(shard)
+        mine, its = features.compute_hidden_states(replace(batch, shard=shard)), found.shard(shard)
         assert torch.equal(mine.aux_hidden_states, its.aux_hidden_states) and torch.equal(
             mine.last_hidden_state, its.last_hidden_state
         )
@@ -91,7 +91,9 @@ def test_fewer_bytes_cost_precision_and_nothing_else(
     features = reading(target_dir, small, algorithm)
     shard = ContextGroup.planned(2).shard(batches[0].num_tokens, halo=3)
     mine = features.compute_hidden_states(replace(batches[0], shard=shard))
-    assert torch.equal(mine.aux_hidden_states, features.compute_hidden_states(batches[0]).of(shard).aux_hidden_states)
+    assert torch.equal(
+        mine.aux_hidden_states, features.compute_hidden_states(batches[0]).shard(shard).aux_hidden_states
+    )
     loss, _ = loss_of(algorithm, features, batches)
     assert abs(loss - loss_of(algorithm, online, batches)[0]) < tolerance * abs(loss)
 
@@ -111,7 +113,7 @@ def test_a_target_in_bfloat16_is_read_back_bit_by_bit(target_dir, documents, tmp
     capture_into(tmp_path / "f", target, documents[:1], algorithm)
     features = reading(target_dir, tmp_path / "f", algorithm, dtype=torch.bfloat16)
     batch = collate([documents[:1]], 96, pad_id=1)
-    front = Positions.of(batch.loss_mask[0, : len(documents[0].input_ids)], MaskConvention.serving).attended
+    front = StoredPositions.of(batch.loss_mask[0, : len(documents[0].input_ids)], features.store.manifest).num_aux
     found, expected = (
         features.compute_hidden_states(batch).aux_hidden_states,
         target.compute_hidden_states(batch).aux_hidden_states,

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,8 @@ import torch
 from nemo_speculative.algorithms.common.supervision_mask import supervision_mask
 from nemo_speculative.config.schema import MaskConvention
 from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.targets.cached.documents import StoredPositions, document_key
 from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.positions import Positions, key_of, key_of_lists
-from nemo_speculative.targets.cached.writer import stored_hidden
 from tests.targets.cached.cases import assert_same, batches_of, eagle1, eagle3, loss_of
 
 CONVENTIONS = list(MaskConvention)
@@ -31,14 +31,14 @@ def read_by_hand(mask, steps, convention):
 
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
 def test_every_step_reads_what_the_first_one_does(convention):
-    draw = random.Random(0)
+    draw, manifest = random.Random(0), SimpleNamespace(convention=convention, last_hidden="supervised")
     for length in (1, 2, 3, 5, 12):
         for _ in range(60):
             mask = torch.tensor([draw.random() < 0.6 for _ in range(length)])
-            positions = Positions.of(mask, convention)
+            positions = StoredPositions.of(mask, manifest)
             for steps in (1, 2, 4, 7):
                 features, labels = read_by_hand(mask, steps, convention)
-                assert set(range(positions.attended)) == features and set(positions.labels.tolist()) == labels
+                assert set(range(positions.num_aux)) == features and set(positions.last_hidden.tolist()) == labels
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
@@ -57,10 +57,10 @@ def test_no_loss_and_no_gradient_depends_on_what_is_not_stored(make, convention,
         )
         for span in batch.spans:
             place = slice(span.start, span.end)
-            positions = Positions.of(batch.loss_mask[span.row, place], convention)
-            kept = stored_hidden(positions, manifest) + span.start
+            positions = StoredPositions.of(batch.loss_mask[span.row, place], manifest)
+            kept = positions.last_hidden + span.start
             hidden[span.row, kept] = supervision.last_hidden_state[span.row, kept]
-            front = slice(span.start, span.start + positions.attended)
+            front = slice(span.start, span.start + positions.num_aux)
             aux[span.row, front] = supervision.aux_hidden_states[span.row, front]
         return TargetOutput(aux, hidden)
 
@@ -69,12 +69,13 @@ def test_no_loss_and_no_gradient_depends_on_what_is_not_stored(make, convention,
 
 def test_labels_may_be_nan_where_nothing_is_stored(target, documents):
     algorithm, batches = eagle3(), batches_of(documents)
+    manifest = Manifest.of(target, algorithm.config.mask_convention, algorithm.name)
 
     def poisoned(batch, supervision):
         hidden = torch.full_like(supervision.last_hidden_state, float("nan"))
         for span in batch.spans:
             place = slice(span.start, span.end)
-            kept = Positions.of(batch.loss_mask[span.row, place], algorithm.config.mask_convention).labels + span.start
+            kept = StoredPositions.of(batch.loss_mask[span.row, place], manifest).last_hidden + span.start
             hidden[span.row, kept] = supervision.last_hidden_state[span.row, kept]
         return TargetOutput(supervision.aux_hidden_states, hidden)
 
@@ -83,11 +84,11 @@ def test_labels_may_be_nan_where_nothing_is_stored(target, documents):
 
 def test_a_document_is_named_by_its_ids_and_its_mask():
     ids, mask = [5, 6, 7], [False, True, True]
-    key = key_of_lists(ids, mask)
-    assert key == key_of(torch.tensor(ids), torch.tensor(mask)) and len(key) == 16
+    key = document_key(ids, mask)
+    assert key == document_key(torch.tensor(ids), torch.tensor(mask)) and len(key) == 16
     assert (
         len(
-            {key, key_of_lists([5, 6, 8], mask), key_of_lists(ids, [True, True, True]), key_of_lists(ids[:2], mask[:2])}
+            {key, document_key([5, 6, 8], mask), document_key(ids, [True, True, True]), document_key(ids[:2], mask[:2])}
         )
         == 4
     )

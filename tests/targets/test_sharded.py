@@ -10,10 +10,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OPTConfig, OPT
 from nemo_speculative.config.schema import ModelConfig, TensorParallelHFBackendConfig, TrainJob
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.targets import placed
+from nemo_speculative.targets import sharded
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.targets.sharded import ShardedTarget
-from nemo_speculative.targets.tensor_parallel import TensorParallelTarget
+from nemo_speculative.targets.sharded import FSDP2Target, TensorParallelTarget
 from nemo_speculative.training.build import check_target
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_target, make_tokenizer
@@ -26,7 +25,7 @@ LLAMAS = {
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
 PLACEMENTS = {
-    "FSDP2 on 2": (2, ShardedTarget, {}),
+    "FSDP2 on 2": (2, FSDP2Target, {}),
     "TP on 2": (2, TensorParallelTarget, {}),
     "TP of 2 on 4": (4, TensorParallelTarget, {"tp_size": 2}),
 }
@@ -92,8 +91,8 @@ def bytes_of_ends_over_time(target):
 
 def supervised(placement, options, directories):
     """Of every model: its numbers and stop ids, and the bytes on this rank of its layers, its ends and the rest."""
-    load, reads = placed.load_model, []
-    placed.load_model = lambda *args, **more: reads.append(1) or load(*args, **more)
+    load, reads = sharded.load_model, []
+    sharded.load_model = lambda *args, **more: reads.append(1) or load(*args, **more)
     found = {}
     for name, directory in directories.items():
         target = placement(directory, aux_layers=None, **options)
@@ -137,7 +136,7 @@ def test_a_rank_holds_its_part_and_the_head_whole_for_the_loss(found, directorie
         row = one // whole.config.vocab_size
         assert rest == bytes_of(whole.model) - layers - ends
         # FSDP2 needs the room for the layers that it gathers.
-        computing = ends / 2 if found[0] is ShardedTarget else 1.5 * one
+        computing = ends / 2 if found[0] is FSDP2Target else 1.5 * one
         for found_ends, expected in zip(held_ends, [computing, 1.5 * one, 1.5 * one], strict=True):
             assert abs(found_ends - expected) <= 2 * row  # an odd number of rows is gathered with one of padding
 
@@ -174,8 +173,8 @@ def of_kind(directory, kind):
 REFUSED = [
     ("no plan", TensorParallelTarget, "no tensor-parallel plan for OPTForCausalLM; take backend=hf_fsdp2"),
     ("quantised", TensorParallelTarget, "its weights are quantised"),
-    ("quantised", ShardedTarget, "its weights are quantised"),
-    ("cut", ShardedTarget, "the target cannot be loaded"),
+    ("quantised", FSDP2Target, "its weights are quantised"),
+    ("cut", FSDP2Target, "the target cannot be loaded"),
 ]
 
 
@@ -206,8 +205,8 @@ def test_groups_that_do_not_divide_are_found_before_the_target_is_looked_for(mon
 
 
 def dtypes(directory):
-    target = ShardedTarget(directory, aux_layers=None, dtype=torch.bfloat16)
-    return {name: str(tensor.dtype) for name, tensor in placed._tensors(target.model).items()}
+    target = FSDP2Target(directory, aux_layers=None, dtype=torch.bfloat16)
+    return {name: str(tensor.dtype) for name, tensor in sharded._tensors(target.model).items()}
 
 
 def test_what_transformers_keeps_in_float32_is_so_here(tmp_path):
@@ -221,6 +220,6 @@ def test_what_transformers_keeps_in_float32_is_so_here(tmp_path):
     DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model = HFTarget(tmp_path, aux_layers=None, dtype=torch.bfloat16).model
-    expected = {name: str(tensor.dtype) for name, tensor in placed._tensors(model).items()}
+    expected = {name: str(tensor.dtype) for name, tensor in sharded._tensors(model).items()}
     assert len(set(expected.values())) == 2
     assert on_ranks(2, dtypes, tmp_path) == [expected, expected]
