@@ -129,7 +129,7 @@ def test_logits_that_are_not_the_heads_are_refused(asked, target_dir, monkeypatc
         found = forward(self, texts)
         return ForwardOutput(found.aux_hidden_states, found.last_hidden_state, 3 * found.last_logits)
 
-    monkeypatch.setattr(sglang_runner.Runner, "extend", scaled)
+    monkeypatch.setattr(sglang_runner.Runner, "forward", scaled)
     with pytest.raises(UserError, match="SGLang's logits are not the head applied"):
         SGLangTarget(target_dir, aux_layers=None)
 
@@ -148,7 +148,7 @@ def test_a_version_that_was_never_run_is_refused(target_dir, monkeypatch, instal
 
 def test_without_sglang_it_is_one_line(target_dir, monkeypatch):
     monkeypatch.setattr(sglang_runner, "installed_version", lambda: None)
-    with pytest.raises(UserError, match="SGLang is not installed beside"):
+    with pytest.raises(UserError, match="SGLang is not installed for"):
         make_runner(target_dir)
 
 
@@ -184,7 +184,7 @@ def test_flags_that_cannot_be_passed_on_are_refused(target_dir, sglang, flags, s
 
 
 def test_a_changed_internal_is_one_line_with_the_versions(target_dir, sglang):
-    said = r"not as expected from inside \(ModuleNotFoundError.*works with 0\.5\.23"
+    said = r"internals of SGLang 0\.5\.23 are not as expected \(ModuleNotFoundError.*works with 0\.5\.23"
     with pytest.raises(UserError, match=said) as error:
         make_runner(target_dir, "--quantization", "fp8")
     assert "\n" not in str(error.value)
