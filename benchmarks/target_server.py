@@ -118,7 +118,9 @@ def socket_ways(port: int) -> dict[str, Ask]:
 
 def server_ways(port: int, requests: int) -> dict[str, Callable[[], object]]:
     """One request after the other, and two at once, as a training has them."""
-    servers = ServerPool([ServerConnection(f"http://127.0.0.1:{port}", 60, 60)], timeout=60, attempts=1, backoff_seconds=1)
+    servers = ServerPool(
+        [ServerConnection(f"http://127.0.0.1:{port}", 60, 60)], timeout=60, attempts=1, backoff_seconds=1
+    )
     identity, asked = TargetIdentity.of(ReadyTensors()), batch()  # type: ignore[arg-type]
     layout, frame = OutputLayout.of(asked, HIDDEN, identity), pack_batch(asked)
     threads = ThreadPoolExecutor(2)

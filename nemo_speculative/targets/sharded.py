@@ -180,7 +180,9 @@ class TensorParallelTarget(DistributedTarget):
 
     def _compute(self, batch: Batch) -> TargetOutput:
         host, own, own_output = batch.on_host, dist.get_rank(self.group), None
-        for rank, (ids, positions) in enumerate(all_gather_ragged(torch.stack([host.input_ids, host.positions]), self.group)):
+        for rank, (ids, positions) in enumerate(
+            all_gather_ragged(torch.stack([host.input_ids, host.positions]), self.group)
+        ):
             if rank == own:
                 own_output = super()._compute(batch.whole)
             else:  # freed at once: the output belongs to another rank

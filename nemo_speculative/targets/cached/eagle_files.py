@@ -80,7 +80,8 @@ class EagleFiles(EmbeddingAndHead):
             sample = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # pickle, zipfile and torch raise classes of their own
             raise UserError(
-                f"{file}: cannot be read as tensors alone ({describe_error(error, 120)}); files that run code are never loaded"
+                f"{file}: cannot be read as tensors alone ({describe_error(error, 120)}); files that run code "
+                "are never loaded"
             ) from None
         hidden = self.config.hidden_size
         widths = {"input_ids": None, "loss_mask": None, "hidden_state": hidden}

@@ -170,7 +170,7 @@ class ServerPool(LoadBalancer[ServerConnection]):
         self.timeout, self.attempts = timeout, attempts
 
     def is_available(self, server: ServerConnection) -> bool:
-        # Threads do not take turns at a failing server: RemoteBackendConfig.longest_wait bounds each by its own attempts.
+        # Threads do not take turns at a failing server: RemoteBackendConfig.longest_wait counts only own attempts.
         return time.monotonic() >= server.retry_at
 
     def check(self, identity: TargetIdentity) -> None:
