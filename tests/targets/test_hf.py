@@ -9,9 +9,9 @@ from nemo_speculative.config.vocab_and_aux_layers import aux_layers_for
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
+from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_target, make_tokenizer
 
