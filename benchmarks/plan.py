@@ -167,18 +167,20 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
 
     from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
     from nemo_speculative.training import build, prediction
+    from nemo_speculative.training.build_data import build_data, build_loader, load_split
+    from nemo_speculative.training.checks import draft_shape
     from nemo_speculative.utils.progress import quiet_transformers
 
     quiet_transformers()
     job, device = _job("train_eagle3", overrides), torch.device("cpu")
     with process_group(device, job.parallelism) as dims, fast_float32_matmuls(device):
         target = build.build_target(job, device)
-        data = build.build_data(job, target, build.load_split(job))
+        data = build_data(job, target, load_split(job))
         vocabulary = build.build_draft_vocabulary(job, target, data.training)
         draft = build.build_draft(job, target, vocabulary)
         trainer = build.build_trainer(
             job, target=target, draft=draft, objective=build.build_objective(job, target, context_group(dims)),
-            data=data, run=build.prepare_run(job), dims=dims, device=device,
+            data=data, run=build.prepare_run_dir(job), dims=dims, device=device,
         )  # fmt: skip
         read = StatesRead(target) if target.requests_ahead else None
         with closing(trainer):
@@ -192,9 +194,9 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             peak = peak_of_tensors(lambda: _steps(trainer, PROFILED)) + _bytes(kept) + (read.most if read else 0)
             most = torch.tensor([peak + _bytes(stay), added - peak], dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            shape = build.draft_shape(job, target.config, vocabulary.size)
+            shape = draft_shape(job, target.config, vocabulary.size)
             models = prediction.Models.of(job, target.config, shape)
-            batches = build.build_stream(job, target, data, dims).next_global_batch()
+            batches = build_loader(job, target, data, dims).next_global_batch()
             amounts = prediction.count(job, models, batches, device)
             predicted, measured = [], []
             for _ in range(rounds):

@@ -28,10 +28,8 @@ from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import OptimizerConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.training.checkpointer import Checkpointer
-from nemo_speculative.training.ema import WeightAverage
-from nemo_speculative.training.optimizer import build_optimizers, build_schedules
-from nemo_speculative.training.resume_state import Position, ResumeState
+from nemo_speculative.training.checkpointer import Checkpointer, ResumeMetadata, ResumeState
+from nemo_speculative.training.optimizer import WeightAverage, build_optimizers, build_schedules
 
 PLAIN_STEPS = 5
 
@@ -50,7 +48,8 @@ class Saved(Ours):
         served = Provenance(str(setup.target), "", "float32", SpeculativeSettings(3, 1, 4), 0)
         self.saver = Checkpointer(
             run=RunDirectory(out), keep=1, draft=type(draft), shape=draft.shape, provenance=served,
-            export_dtype=torch.float32, special_ids={}, start=Position(0, {}, {}, "", ""), measure=None, minutes=None,
+            export_dtype=torch.float32, special_ids={}, start=ResumeMetadata(0, {}, {}, "", ""), measure=None,
+            minutes=None,
         )  # fmt: skip
         self.saved = 0
 

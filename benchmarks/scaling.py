@@ -41,7 +41,7 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.training import prediction
-from nemo_speculative.training.build import draft_shape
+from nemo_speculative.training.checks import draft_shape
 from nemo_speculative.training.cost import FLOAT32, Amount
 from nemo_speculative.training.peak import Placement, step_memory
 

@@ -42,9 +42,9 @@ from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.targets import hf
 from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
+from nemo_speculative.training.metrics import GIB, StepTimer, peak_memory_gib
 from nemo_speculative.training.optimizer import build_optimizers
 from nemo_speculative.training.prefetch import TargetPrefetcher
-from nemo_speculative.training.step_timer import GIB, StepTimer, peak_memory_gib
 from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.devices import choose_device
 
@@ -169,7 +169,7 @@ class Bench:
         """One step for each of ``schedules``, as the trainer takes them."""
         for n, schedule in enumerate(schedules):
             coming = [schedules[(n + 1) % len(schedules)]]
-            for taken, supervision in ahead.over([schedule], partial(list, coming)):
+            for taken, supervision in ahead.iterate([schedule], partial(list, coming)):
                 self.trainee(taken, supervision, taken.counts).loss.backward()
             titan.clip_grad_norm_(self.trainee.parameters(), 0.5)
             self.optimizers.step()

@@ -24,6 +24,7 @@ MODULES = {
     "serving.sglang_target": "targets.sglang",
     "targets.remote": "targets.remote.client",
     "targets.tiny": "targets.demo",
+    "training.loggers": "training.metrics",
     "training.optimization": "training.optimizer",
 }
 """Modules of this package."""

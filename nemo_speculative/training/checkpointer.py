@@ -1,28 +1,204 @@
-"""Checkpoints of a run: what is written, in which order, by whom, and what happens when the disk is full.
+"""Checkpoints of a run: a resume state that DCP writes in the background, and a servable model next to it.
 
-Training stands still only while the tensors are copied to the host's memory.  Threads write them from there, on every
-rank its own; the first rank's then reads the weights back and writes ``model/``.  A later step finds that all of it is
-on the disk, and only then gives the checkpoint its name.
+Training pauses only while the tensors are copied to host memory.  Threads write them from there, on every rank its own
+part; rank 0's thread then reads the weights back and writes ``model/``.  A later step finds that everything is on disk,
+and only then publishes the checkpoint under its name.
+
+``state/`` holds float32 weights, optimizer and schedule in torch's distributed checkpoint format (DCP), and metadata as
+JSON.  A checkpoint saved on N ranks resumes on M: DCP reshards, and the position in the data is a count of rows.
+Contradictions in the metadata and damaged files are found before anything is loaded.
 """
 
 import contextlib
+import json
 import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from omegaconf import OmegaConf
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from nemo_speculative.algorithms.common.draft import Draft, DraftShape
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
-from nemo_speculative.distributed.collectives import on_first_rank
-from nemo_speculative.training.resume_state import Damaged, Position, ResumeState, checksums, root_cause
+from nemo_speculative.config.renames import translate
+from nemo_speculative.distributed import titan
+from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, on_first_rank
+from nemo_speculative.training.optimizer import WeightAverage
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.files import atomic_write_text
+
+# Rank 0 reads its own weights back alone, which DCP takes for a mistake.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+METADATA = "position.json"
+CRC_CHUNK = 1 << 24
+REUSABLE_STAGER = "2.13"
+"""The first torch whose stager works for more than one save, and then reuses its memory."""
+
+FREE_TO_CHANGE = (
+    "resume", "plan", "output_dir", "logger", "parallelism", "exporter.dtype", "exporter.topk",
+    "exporter.num_draft_tokens", "evaluation.num_questions", "evaluation.num_threads", "evaluation.ngram",
+    "trainer.max_steps",
+    "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.ttt_chunk_slots",
+    "trainer.compile", "trainer.log_interval", "trainer.save_interval", "trainer.save_minutes", "trainer.async_save",
+    "trainer.keep_checkpoints", "trainer.timeout_seconds",
+    "trainer.val_interval", "trainer.val_rows", "trainer.profile", "data.cache_dir", "data.generation_batch_size",
+    "data.workers",
+    "model.cache_dir", "model.path", "data.path", "data.held_out_path", "backend",
+)  # fmt: skip
+"""Keys that a resumed run may change; for model.path and data.path the contents are compared instead."""
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read back; the message says why."""
+
+
+@dataclass(frozen=True)
+class ResumeMetadata:
+    """A run's position and what it was started with: ``state/position.json``."""
+
+    step: int
+    data: dict[str, int]
+    """State of the loader."""
+    config: dict[str, Any]
+    target_fingerprint: str
+    data_fingerprint: str
+    files: dict[str, list[int]] = field(default_factory=dict)
+    """Size in bytes and CRC-32 of each tensor file in ``state/``."""
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "ResumeMetadata":
+        """Raises DamagedError if the file is missing or truncated."""
+        try:
+            metadata = cls(**json.loads((checkpoint / "state" / METADATA).read_text()))
+            return replace(metadata, config=translate(metadata.config))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DamagedError(f"state/{METADATA}: {root_cause(error)}") from None
+
+    def write(self, checkpoint: Path) -> None:
+        atomic_write_text(checkpoint / "state" / METADATA, json.dumps(vars(self)) + "\n")
+
+    def check_files(self, checkpoint: Path) -> None:
+        """Raises DamagedError if a tensor file has changed since it was written: DCP would not notice every change."""
+        for name, (size, checksum) in self.files.items():
+            file = checkpoint / "state" / name
+            if not file.is_file():
+                raise DamagedError(f"state/{name} is missing")
+            if (actual := file.stat().st_size) != size:
+                raise DamagedError(f"state/{name} has {actual} bytes, {size} were written")
+            if crc32(file) != checksum:
+                raise DamagedError(f"state/{name} holds other bytes than were written")
+
+    def check_same_run(self, start: "ResumeMetadata", checkpoint: Path) -> None:
+        """Raises UserError where ``start``, that of a new run, does not continue this one."""
+        self.check_same_config(start.config, checkpoint)
+        if self.target_fingerprint != start.target_fingerprint:
+            raise UserError(f"{checkpoint}: trained for another target than model.path; resume with the same target")
+        if self.data_fingerprint != start.data_fingerprint:
+            raise UserError(f"{checkpoint}: trained on other data than data.path holds; resume with the same data")
+
+    def check_same_config(self, config: dict[str, Any], checkpoint: Path) -> None:
+        """Raises UserError where a run of ``config`` would give other results than this one."""
+        new = OmegaConf.create(config)
+        changed = [
+            f"{key} is {OmegaConf.select(new, key)!r}, the run was started with {value!r}"
+            for key, value in _leaves(self.config)
+            if not key.startswith(FREE_TO_CHANGE) and OmegaConf.select(new, key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"{checkpoint}: cannot resume from it: {'; '.join(changed)}; set the same values, or another output_dir"
+            )
+
+
+def _leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class ResumeState:
+    """The tensors of a run: writes them to a checkpoint's ``state/`` and loads them.
+
+    Args:
+        device: of the tensors; from CUDA they are copied to pinned memory, which torch 2.13 reuses from save to save.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: titan.OptimizersContainer, schedules: titan.LRSchedulersContainer,
+        average: WeightAverage, device: torch.device,
+    ):  # fmt: skip
+        self.model, self.optimizers, self.schedules = titan.ModelWrapper(model), optimizers, schedules
+        self.average = average
+        self._exported = {name: (x.shape, x.dtype) for name, x in self.model.state_dict().items()}
+        # A group of its own: a thread uses it next to the training's collectives, and a slow disk is no lost rank.
+        self._group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
+        self._pin = device.type == "cuda"
+        self._stager = self._new_stager()
+
+    def _new_stager(self) -> DefaultStager:
+        return DefaultStager(StagingOptions(self._pin, False, False, self._pin))
+
+    def _states(self) -> dict[str, Any]:
+        rest = {"optimizer": self.optimizers, "lr_scheduler": self.schedules, "ema": self.average}
+        return {**self.model.state_dict(), **rest}
+
+    def save(self, checkpoint: Path) -> "Future[Any]":
+        """Copies the tensors to host memory and starts to write them, on every rank at once.
+
+        Returns:
+            A future that is done when the tensors of all ranks are on disk.
+        """
+        if torch.__version__ < REUSABLE_STAGER:
+            self._stager = self._new_stager()
+        written = dcp.async_save(
+            self._states(), checkpoint_id=str(checkpoint / "state"), process_group=self._group,
+            async_stager=self._stager,
+        )  # fmt: skip
+        assert isinstance(written, Future)  # staging is synchronous
+        return written
+
+    def weights(self, checkpoint: Path) -> dict[str, torch.Tensor]:
+        """The full weights that a checkpoint exports, float32 and on the host: their average if there is one.
+
+        This rank reads them from ``state/`` alone, so that the ranks that train need not gather them.
+        """
+        weights = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self._exported.items()}
+        averaged = {name: weights[name] for name in self.average.names}
+        requested: dict[str, Any] = {name: x for name, x in weights.items() if name not in averaged}
+        if averaged:
+            requested["ema"] = averaged
+        dcp.load(requested, checkpoint_id=str(checkpoint / "state"), no_dist=True)
+        return weights
+
+    def load(self, checkpoint: Path) -> None:
+        """Raises DamagedError if the checkpoint is truncated or belongs to another draft shape."""
+        states = self._states()
+        try:
+            # Read the metadata first: for a damaged file DCP prints a traceback of its own.
+            dcp.FileSystemReader(str(checkpoint / "state")).read_metadata()
+            dcp.load(states, checkpoint_id=str(checkpoint / "state"))
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            raise DamagedError(f"or of another draft shape: {root_cause(error)}") from error
+        self.model.load_state_dict(states)
+
+    def close(self) -> None:
+        """Frees the host memory."""
+        self._stager.close()
 
 
 @dataclass(frozen=True)
@@ -31,14 +207,14 @@ class PendingSave:
 
     step: int
     written: "Future[Any]"
-    """Done when this rank's part is on the disk, or could not be written; the first rank's, when all of it is."""
+    """Done when this rank's part is on disk or has failed; on rank 0, when all of the checkpoint is."""
     paused: float
-    """Seconds for which training has stood still for it."""
+    """Seconds for which it has paused training."""
 
 
 @dataclass
 class Checkpointer:
-    """Writes ``model/`` and ``state/`` of a step, measures the draft as it lies on disk, then names the checkpoint."""
+    """Writes ``model/`` and ``state/`` of a step, measures the stored draft, and publishes the checkpoint."""
 
     run: RunDirectory
     keep: int
@@ -47,51 +223,52 @@ class Checkpointer:
     provenance: Provenance
     export_dtype: torch.dtype
     special_ids: dict[str, Any]
-    start: Position
-    """The position of a fresh start: what a resumed run must agree with."""
+    start: ResumeMetadata
+    """Metadata of a fresh start, with which a resumed run must agree."""
     measure: Callable[[Servable], float] | None
-    """τ of a draft on the selection questions; None where there are none."""
+    """Measures τ of a draft on the selection questions; None where there are none."""
     minutes: float | None
-    """Between two checkpoints, by the first rank's clock."""
-    under_way: PendingSave | None = None
+    """Interval between checkpoints by rank 0's clock."""
+    pending: PendingSave | None = None
     _begun: float = field(default_factory=time.monotonic)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="model"))
 
     @property
-    def first(self) -> bool:
+    def is_first_rank(self) -> bool:
         return dist.get_rank() == 0
 
     @property
     def written(self) -> bool:
-        """Whether a checkpoint is under way of which this rank has nothing more to write."""
-        return self.under_way is not None and self.under_way.written.done()
+        """Whether there is a pending checkpoint of which this rank has nothing more to write."""
+        return self.pending is not None and self.pending.written.done()
 
     @property
     def due(self) -> bool:
-        """Whether the first rank's clock asks for a checkpoint."""
-        return self.first and self.minutes is not None and time.monotonic() - self._begun > 60 * self.minutes
+        """Whether this is rank 0 and a checkpoint is due by its clock."""
+        return self.is_first_rank and self.minutes is not None and time.monotonic() - self._begun > 60 * self.minutes
 
     def begin(self, step: int, state: ResumeState, data: dict[str, int]) -> None:
-        """Copies ``state`` and begins to write the checkpoint of ``step``; the one before it must be finished.
+        """Copies ``state`` and starts to write the checkpoint of ``step``; no other may be pending.
 
         Raises:
-            UserError: it could not be begun; the checkpoints before it are as they were.
+            UserError: it could not be started; earlier checkpoints are unchanged.
         """
-        assert self.under_way is None
+        assert self.pending is None
         self._begun, started = time.monotonic(), time.perf_counter()
-        with self._named_failure(step):
+        with self._write_errors(step):
             on_first_rank(lambda: self.run.begin(step))
             written = state.save(self.run.partial(step))
-        if self.first:
+        if self.is_first_rank:
             written = self._thread.submit(self._complete, step, written, state, data)
-        self.under_way = PendingSave(step, written, time.perf_counter() - started)
+        self.pending = PendingSave(step, written, time.perf_counter() - started)
 
     def _complete(self, step: int, tensors: "Future[Any]", state: ResumeState, data: dict[str, int]) -> None:
-        """What the first rank adds when the tensors of all ranks are on the disk."""
+        """Rank 0's part, once the tensors of all ranks are on disk."""
         tensors.result()
         partial = self.run.partial(step)
         self._write_model(step, state)
-        replace(self.start, step=step, data=data, files=checksums(partial / "state")).write(partial)
+        files = {f.name: [f.stat().st_size, crc32(f)] for f in sorted((partial / "state").iterdir())}
+        replace(self.start, step=step, data=data, files=files).write(partial)
 
     def _write_model(self, step: int, state: ResumeState) -> None:
         partial = self.run.partial(step)
@@ -102,47 +279,48 @@ class Checkpointer:
         )
 
     def finish(self, *, measure: bool, before_publishing: Callable[[dict[str, float]], None]) -> None:
-        """Waits for the checkpoint under way, on all ranks at once, and gives it its name.
+        """Waits for the pending checkpoint, on all ranks at once, and publishes it.
 
         Args:
-            measure: whether the first rank measures what it accepts when it decodes.
-            before_publishing: is given ``perf/save_pause_seconds`` and, where measured, ``val/tau_decoded``.
+            measure: whether rank 0 decodes with the draft to measure its acceptance length.
+            before_publishing: called with ``perf/save_pause_seconds`` and, if measured, ``val/tau_decoded``.
 
         Raises:
-            UserError: it could not be written; the checkpoints before it are as they were.
+            UserError: it could not be written; earlier checkpoints are unchanged.
         """
-        assert self.under_way is not None
-        ended, self.under_way = self.under_way, None
+        assert self.pending is not None
+        save, self.pending = self.pending, None
 
         def publish() -> None:
             waiting = time.perf_counter()
-            ended.written.result()
-            figures = {"perf/save_pause_seconds": ended.paused + time.perf_counter() - waiting}
+            save.written.result()
+            metrics = {"perf/save_pause_seconds": save.paused + time.perf_counter() - waiting}
             tau = None
             if measure and self.measure:
-                tau = figures["val/tau_decoded"] = self.measure(read_servable(self.run.partial(ended.step)))
-            before_publishing(figures)
-            self.run.publish(ended.step, tau, self.keep)
+                tau = metrics["val/tau_decoded"] = self.measure(read_servable(self.run.partial(save.step)))
+            before_publishing(metrics)
+            self.run.publish(save.step, tau, self.keep)
 
-        with self._named_failure(ended.step):
+        with self._write_errors(save.step):
             on_first_rank(publish)
-        # A thread of this rank that is late would meet those of the next save; what failed, the first rank has told.
-        if not self.first:
-            ended.written.exception()
+        # A late thread of this rank would collide with the next save; rank 0 has already reported any failure.
+        if not self.is_first_rank:
+            save.written.exception()
 
     @contextlib.contextmanager
-    def _named_failure(self, step: int) -> Iterator[None]:
+    def _write_errors(self, step: int) -> Iterator[None]:
+        """Removes the checkpoint of ``step`` if it cannot be written, and raises one line about it."""
         try:
             yield
         except (OSError, CheckpointException) as error:
-            if self.first:
+            if self.is_first_rank:
                 self.run.abandon(step)
             raise UserError(
                 f"{self.run.path(step)}: could not be written ({root_cause(error)}); the last good checkpoint is "
-                f"{self.last_good()}; make room and go on with resume=auto"
+                f"{self.last_good()}; free some space and resume with resume=auto"
             ) from error
 
-    def load_latest(self, state: ResumeState) -> Position | None:
+    def load_latest(self, state: ResumeState) -> ResumeMetadata | None:
         """Loads the newest checkpoint into ``state``; None where there is none.
 
         Raises:
@@ -151,52 +329,71 @@ class Checkpointer:
         checkpoint = self.run.newest()
         if checkpoint is None:
             return None
-        with _named_damage(self.run):
-            position = Position.read(checkpoint)
-            position.check_same_run(self.start, checkpoint)
+        with _damage_errors(self.run):
+            metadata = ResumeMetadata.read(checkpoint)
+            metadata.check_same_run(self.start, checkpoint)
             state.load(checkpoint)
-        if self.first:
-            self.run.keep_metrics_until(position.step)
-        return position
+        if self.is_first_rank:
+            self.run.keep_metrics_until(metadata.step)
+        return metadata
 
-    def report(self, step: int) -> str:
-        """What was saved, what it accepts when it decodes, and which is the best so far."""
+    def describe(self, step: int) -> str:
+        """One line on a published checkpoint: its acceptance length, if measured, and the best one so far."""
         tau = self.run.tau(step)
         measured = "" if tau is None else f", tau {tau:.2f} decoded"
         return f"saved {self.run.path(step).name}{measured}; best: step_{self.run.best()}"
 
     def last_good(self) -> str:
-        steps = self.run.steps()
-        return str(self.run.path(steps[-1])) if steps else "none"
+        return str(self.run.newest() or "none")
 
     def close(self) -> None:
-        """Waits for nothing: what is under way has no name, and the next start removes it."""
+        """Does not wait: a pending checkpoint has no name yet, and the next start removes it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def check_newest(run: RunDirectory, config: dict[str, Any]) -> None:
-    """Before anything is loaded: the newest checkpoint, if any, is whole, and a run of ``config`` can go on from it.
+    """Checks, before anything is loaded, that a run of ``config`` can resume from the newest checkpoint, if any.
 
     Raises:
-        UserError: it is not, or cannot.
+        UserError: the checkpoint is damaged, or the configuration is another.
     """
     checkpoint = run.newest()
     if checkpoint is None:
         return
-    with _named_damage(run):
-        position = Position.read(checkpoint)
-        position.check_same_config(config, checkpoint)
-        position.check_whole(checkpoint)
+    with _damage_errors(run):
+        metadata = ResumeMetadata.read(checkpoint)
+        metadata.check_same_config(config, checkpoint)
+        metadata.check_files(checkpoint)
 
 
 @contextlib.contextmanager
-def _named_damage(run: RunDirectory) -> Iterator[None]:
+def _damage_errors(run: RunDirectory) -> Iterator[None]:
+    """Turns a DamagedError into one line that names the checkpoint before the damaged one."""
     try:
         yield
-    except Damaged as error:
+    except DamagedError as error:
         *before, newest = run.steps()
         other = f"the one before it is step_{before[-1]}" if before else "there is none before it"
-        goes_on = "goes on from there" if before else "starts at step 0"
+        resumes = "resumes from there" if before else "starts at step 0"
         raise UserError(
-            f"{run.path(newest)}: is damaged ({error}); {other}: remove this directory, and resume=auto {goes_on}"
+            f"{run.path(newest)}: is damaged ({error}); {other}: remove this directory, and resume=auto {resumes}"
         ) from error
+
+
+def crc32(file: Path) -> int:
+    """CRC-32 of a file's contents."""
+    checksum = 0
+    with file.open("rb") as content:
+        while chunk := content.read(CRC_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def root_cause(error: BaseException) -> str:
+    """One line on the failure of the first rank that failed, which DCP wraps."""
+    if isinstance(error, CheckpointException) and error.failures:
+        failure = next(iter(error.failures.values()))
+        error = failure[0] if isinstance(failure, tuple) else failure
+    if "inline_container" in str(error):  # torch's writer reports only the line of its own source code
+        return "a file could not be written to its end; most likely the disk is full"
+    return (str(error).strip().splitlines() or [repr(error)])[-1][:200]

@@ -1,4 +1,4 @@
-"""``draft.init_from``: a draft that starts from one that was trained before, here or by another project."""
+"""``draft.init_from``: starting from a draft that was trained before, here or by another project."""
 
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,29 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def read_start(config: DraftConfig, target_config: Any) -> ForeignDraft | None:
-    """The draft that ``draft.init_from`` names; None where it names none.
+def read_init_from(config: DraftConfig, target_config: Any) -> ForeignDraft | None:
+    """The draft that ``draft.init_from`` names, or None.
 
     Raises:
-        UserError: it cannot be read, or is another algorithm's.
+        UserError: it cannot be read, or is of another algorithm.
     """
     if config.init_from is None:
         return None
-    found = read_foreign(Path(config.init_from).expanduser(), target_config, getattr(config, "aux_layers", None))
-    wanted: type = get_class(config._target_)
-    if not issubclass(wanted, found.draft):
+    start = read_foreign(Path(config.init_from).expanduser(), target_config, getattr(config, "aux_layers", None))
+    draft: type = get_class(config._target_)
+    if not issubclass(draft, start.draft):
         raise UserError(
-            f"draft.init_from: {found.directory} is a {found.draft.__name__}, and draft._target_ a {wanted.__name__}; "
+            f"draft.init_from: {start.directory} is a {start.draft.__name__}, and draft._target_ a {draft.__name__}; "
             "choose the draft group of its algorithm"
         )
-    return found
+    return start
 
 
-def with_its_shape(config: DraftConfig, start: ForeignDraft) -> DraftConfig:
+def use_init_shape(config: DraftConfig, start: ForeignDraft) -> DraftConfig:
     """``config`` with the shape of ``start``.
 
     Raises:
-        UserError: it says something else itself.
+        UserError: ``config`` sets another shape.
     """
     known = {name: getattr(start.shape, name) for name in NUMBERS if hasattr(config, name)}
     numbers = {name: value for name, value in known.items() if value is not False}

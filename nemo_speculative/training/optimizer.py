@@ -1,12 +1,14 @@
-"""The optimizer and its schedule, from torchtitan's containers."""
+"""Optimizer, learning-rate schedule and weight average, on torchtitan's containers."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from hydra.utils import get_method
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
@@ -14,11 +16,13 @@ from nemo_speculative.config.schema import MuonConfig, OptimizerConfig
 from nemo_speculative.distributed import titan
 
 NOT_HIDDEN = ("embed_tokens.weight", "lm_head.weight")
-"""Matrices with a row per token: Muon is for hidden layers."""
+"""Matrices with a row per token, which Muon does not train: it is for hidden layers."""
+EMA_WARMUP = 10
+"""At step n the decay of the weight average is at most (1 + n) / (10 + n)."""
 
 
 def build_optimizers(config: OptimizerConfig, model: nn.Module) -> titan.OptimizersContainer:
-    """What ``config`` names, over every trainable parameter; its state is float32, as the parameters are."""
+    """The optimizer of ``config`` over every trainable parameter; its state is float32, like the parameters."""
     return get_method(config._target_)(config, model)
 
 
@@ -30,8 +34,8 @@ def adamw(config: OptimizerConfig, model: nn.Module) -> titan.OptimizersContaine
 def muon(config: MuonConfig, model: nn.Module) -> titan.OptimizersContainer:
     """torch's Muon for the matrices of the hidden layers; AdamW for norms, biases, embedding and head.
 
-    Updates of the matrices are scaled to the RMS that AdamW's have (2502.16982, section 2.2), so that one learning rate
-    suits both.
+    Updates of the matrices are scaled to the RMS of AdamW's (2502.16982, section 2.2), so that one learning rate suits
+    both.
     """
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [name for name, p in parameters if p.ndim == 2 and not name.endswith(NOT_HIDDEN)]
@@ -64,7 +68,7 @@ def _container(groups: list[titan.ParamGroupConfig], model: nn.Module) -> titan.
 
 
 class Optimizers(titan.OptimizersContainer):
-    """torchtitan's container, which knows AdamW, and torch's Muon besides: torchtitan's own needs CUDA."""
+    """torchtitan's container, extended by torch's Muon: torchtitan's own needs CUDA."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -72,11 +76,10 @@ class Optimizers(titan.OptimizersContainer):
 
 
 def gathered_muon(params: Any, **kwargs: Any) -> torch.optim.Muon:
-    """torch's Muon, whose steps see whole matrices where FSDP2 keeps shards of them.
+    """torch's Muon over full matrices, gathered from FSDP2's shards for the step only.
 
-    It orthogonalises a matrix as a whole.  On shards DTensor would communicate in each of the fifteen products of
-    a step, and round partial sums to bfloat16: another result on every number of ranks.  Gathered before the step each
-    rank computes the same one; between steps a rank holds its shards alone.
+    Muon orthogonalizes a matrix as a whole.  On shards DTensor would communicate in each of the fifteen products of a
+    step, and round partial sums to bfloat16, so that the result would depend on the number of ranks.
     """
     optimizer = torch.optim.Muon(params, **kwargs)
     optimizer.register_step_pre_hook(_gather)
@@ -85,21 +88,22 @@ def gathered_muon(params: Any, **kwargs: Any) -> torch.optim.Muon:
 
 
 def _gather(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for p in _sharded(optimizer):
-        _place(optimizer, p, [Replicate()] * p.device_mesh.ndim)
+    for p in _sharded_parameters(optimizer):
+        _redistribute(optimizer, p, [Replicate()] * p.device_mesh.ndim)
 
 
 def _scatter(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for p in _sharded(optimizer):
-        _place(optimizer, p, p.placements)
+    for p in _sharded_parameters(optimizer):
+        _redistribute(optimizer, p, p.placements)
 
 
-def _sharded(optimizer: torch.optim.Optimizer) -> list[DTensor]:
+def _sharded_parameters(optimizer: torch.optim.Optimizer) -> list[DTensor]:
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return [p for p in parameters if isinstance(p, DTensor) and p.grad is not None]
 
 
-def _place(optimizer: torch.optim.Optimizer, p: DTensor, placements: Sequence[Placement]) -> None:
+def _redistribute(optimizer: torch.optim.Optimizer, p: DTensor, placements: Sequence[Placement]) -> None:
+    """Changes the placement of a parameter's gradient and momentum."""
     gradient: Any = p.grad
     p.grad = gradient.redistribute(placements=placements)
     if state := optimizer.state.get(p):
@@ -109,7 +113,7 @@ def _place(optimizer: torch.optim.Optimizer, p: DTensor, placements: Sequence[Pl
 def build_schedules(
     config: OptimizerConfig, optimizers: titan.OptimizersContainer, total_steps: int
 ) -> titan.LRSchedulersContainer:
-    """Warm-up, stable, decay over ``total_steps``; the same shape for every learning rate."""
+    """Warm-up, stable, decay over ``total_steps``; every learning rate is scaled by the same factor."""
     warmup = max(1, round(config.warmup_ratio * total_steps))
     return titan.LRSchedulersContainer.Config(
         warmup_steps=warmup,
@@ -118,3 +122,59 @@ def build_schedules(
         decay_type=config.decay_type.value,
         min_lr_factor=config.min_lr_factor,
     ).build(optimizers=optimizers, training_steps=total_steps)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's trainable weights: float32, sharded as they are.
+
+    a ← d · a + (1 - d) · w after every optimizer step, with d = min(decay, (1 + n) / (10 + n)) at step n, so that the
+    average soon forgets the initial weights (the rule of TensorFlow's ``ExponentialMovingAverage``).  With
+    ``decay=None`` it is empty and does nothing.
+
+    A ``Stateful`` of torch's distributed checkpoint, so that a resumed run continues the average exactly.
+    """
+
+    def __init__(self, model: nn.Module, decay: float | None):
+        self.model, self.decay = model, decay or 0.0
+        named = [] if decay is None else [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._weights = dict(named)
+        self._averages = {name: p.detach().to(torch.float32, copy=True) for name, p in named}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the averaged parameters."""
+        return list(self._averages)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Adds the weights after optimizer step ``step``; the first one is step 1."""
+        decay = min(self.decay, (1 + step) / (EMA_WARMUP + step))
+        for name, average in self._averages.items():
+            average.lerp_(self._weights[name].float(), 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Replaces the model's weights by their average within the block, and restores them bit for bit."""
+        own = {name: p.detach().clone() for name, p in self._weights.items()}
+        self._write(self._averages)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self._weights[name].copy_(value)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # weights that a forward pass without a backward has gathered are out of date
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The averages by parameter name."""
+        return dict(self._averages)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restores the averages; raises KeyError where one is missing."""
+        for name, average in self._averages.items():
+            average.copy_(state[name])

@@ -18,7 +18,8 @@ from nemo_speculative.distributed.collectives import num_ranks
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
-from nemo_speculative.training.build import check_job, check_ranks, draft_shape, load_split
+from nemo_speculative.training.build_data import load_split
+from nemo_speculative.training.checks import check_job, check_ranks, draft_shape
 from nemo_speculative.training.cost import TargetCost
 from nemo_speculative.training.peak import Memory
 from nemo_speculative.training.prediction import (

@@ -1,8 +1,8 @@
-"""What a step needs, ready before it starts: rows scheduled on the host, sent to the device, read by the target.
+"""Prefetching of what a training step reads: batches packed and scheduled on the host, and the target's outputs.
 
-A thread packs and schedules the next global batch while this one trains.  On CUDA the target reads the next micro-batch
-on a stream of its own, beside the draft's work on this one, unless ranks compute it together; a target elsewhere is
-asked ahead in threads.
+A thread packs and schedules the next global batch while this one trains.  On CUDA the target computes the next
+micro-batch on a stream of its own while the draft trains, unless ranks compute the target together; a remote target is
+requested ahead in threads.
 """
 
 import contextlib
@@ -22,75 +22,80 @@ from nemo_speculative.algorithms.common.objective import Objective
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.targets.base import Target, TargetOutput
-from nemo_speculative.training.step_timer import StepTimer
+from nemo_speculative.training.metrics import StepTimer
 from nemo_speculative.utils.errors import UserError, describe_error
 
-LOOK_SECONDS = 0.2
-"""How often who waits for a target elsewhere looks whether to stop."""
+POLL_SECONDS = 0.2
+"""Interval at which the wait for a remote target checks whether to stop."""
 STOP_SECONDS = 10.0
-"""How long an answer is waited for after that: one that comes lets the step end, and be saved."""
+"""How long an answer is awaited after a signal: if it comes, the step ends and is saved."""
 
 
-class Interrupted(UserError):
-    """Asked to stop while the target did not answer."""
+class InterruptedTargetError(UserError):
+    """A signal arrived while a remote target did not answer."""
 
     exit_code = 130
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """This rank's share of one step."""
+    """This rank's part of one step's batch."""
 
     schedules: list[Any]
-    """One for each micro-batch."""
+    """One per micro-batch."""
     counts: torch.Tensor
-    """float64 [T], on the host: their sum."""
+    """float64 [T], on the host: the sum of the schedules' counts."""
     ids: tuple[str, ...]
+    """Conversations in it."""
     num_tokens: int
-    state: dict[str, int]
-    """Of the stream behind it: where a run goes on that has trained on it."""
+    loader_state: dict[str, int]
+    """State of the loader after this batch: a run that has trained on it resumes there."""
     epoch: int
 
 
 class BatchPrefetcher:
-    """Global batches of ``stream``, one ahead."""
+    """Produces the global batches of ``loader`` in a thread, one ahead."""
 
-    def __init__(self, stream: PackedLoader, objective: Objective, device: torch.device):
-        self.stream, self.objective, self.device = stream, objective, device
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        self._next: Future[GlobalBatch] | None = None
+    def __init__(self, loader: PackedLoader, objective: Objective, device: torch.device):
+        self.loader, self.objective, self.device = loader, objective, device
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._future: Future[GlobalBatch] | None = None
 
-    def take(self) -> GlobalBatch:
-        """The next global batch; work on the one after it begins."""
-        taken = self.peek()
-        self._next = self._thread.submit(self._make)
-        return taken
+    def next(self) -> GlobalBatch:
+        """Returns the next global batch and starts to make the one after it."""
+        batch = self.peek()
+        self._future = self._thread.submit(self._make)
+        return batch
 
     def peek(self) -> GlobalBatch:
-        """What :meth:`take` will return."""
-        self._next = self._next or self._thread.submit(self._make)
+        """Returns what :meth:`next` will return.
+
+        Raises:
+            UserError: it could not be made.
+        """
+        if self._future is None:
+            self._future = self._thread.submit(self._make)
         try:
-            return self._next.result()
+            return self._future.result()
         except UserError:
             raise
         except Exception as error:
             *_, last = traceback.extract_tb(error.__traceback__)
             raise UserError(
-                f"data: the next batch could not be made ({describe_error(error)}, "
-                f"{Path(last.filename).name}:{last.lineno}); "
-                "if the data changed on the disk, put it back, and start again with resume=auto"
+                f"data: the next batch could not be made ({describe_error(error)}, {Path(last.filename).name}:"
+                f"{last.lineno}); if the data changed on disk, restore it, and start again with resume=auto"
             ) from error
 
     def _make(self) -> GlobalBatch:
-        batches = self.stream.next_global_batch()
+        batches = self.loader.next_global_batch()
         schedules = [self.objective.schedule(batch, self.device) for batch in batches]
         return GlobalBatch(
             schedules,
             torch.stack([schedule.counts for schedule in schedules]).sum(0),
             tuple(i for batch in batches for i in batch.ids),
             sum(batch.num_tokens for batch in batches),
-            self.stream.state_dict(),
-            self.stream.epoch,
+            self.loader.state_dict(),
+            self.loader.epoch,
         )
 
     def close(self) -> None:
@@ -99,139 +104,133 @@ class BatchPrefetcher:
 
 
 T = TypeVar("T")
-Wait = Callable[[], TargetOutput]
-"""Returns what the target was asked for, once it is there."""
+GetOutput = Callable[[], TargetOutput]
+"""Waits for the target's output and returns it."""
 
 
-class InTurn:
-    """The target asked when its answer is needed."""
+class SynchronousTarget:
+    """Computes the target's output when it is needed."""
 
     ahead = 0
 
-    def __init__(self, target: Target, clock: StepTimer):
-        self.target, self.clock = target, clock
+    def __init__(self, target: Target, timer: StepTimer):
+        self.target, self.timer = target, timer
 
-    def start(self, batch: Batch) -> Wait:
-        return partial(self._read, batch)
+    def start(self, batch: Batch) -> GetOutput:
+        return partial(self._compute, batch)
 
-    def _read(self, batch: Batch) -> TargetOutput:
-        timed = contextlib.nullcontext if self.target.collective else self.clock.local
-        with self.clock.section("target"), timed():
+    def _compute(self, batch: Batch) -> TargetOutput:
+        timed = contextlib.nullcontext if self.target.collective else self.timer.local
+        with self.timer.section("target"), timed():
             return self.target.compute_hidden_states(batch)
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Nothing is pending."""
 
 
-class OnSideStream:
-    """The target on a CUDA stream of its own, beside the draft's work."""
+class SideStreamTarget:
+    """Computes the target's output on a CUDA stream of its own, overlapping with the draft."""
 
     ahead = 1
 
-    def __init__(self, target: Target, clock: StepTimer, device: torch.device):
-        self.target, self.clock, self.side = target, clock, torch.cuda.Stream(device)
+    def __init__(self, target: Target, timer: StepTimer, device: torch.device):
+        self.target, self.timer, self.stream = target, timer, torch.cuda.Stream(device)
 
-    def start(self, batch: Batch) -> Wait:
-        # The batch arrives on the draft's stream; and no more than one step's outputs wait there.
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side), self.clock.section("target"), self.clock.local():
-            return partial(_received, self.target.compute_hidden_states(batch), self.side.record_event())
+    def start(self, batch: Batch) -> GetOutput:
+        # The batch is copied on the draft's stream; waiting also limits the outputs in memory to one step's.
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream), self.timer.section("target"), self.timer.local():
+            return partial(_to_current_stream, self.target.compute_hidden_states(batch), self.stream.record_event())
 
     def close(self) -> None:
-        """Nothing is under way that could not be left."""
+        """Nothing is pending that has to be waited for."""
 
 
-class InThreads:
-    """A target that only waits for others, asked in threads; the clock counts what is waited for it."""
+class ThreadedTarget:
+    """Requests a remote target's outputs in threads; the timer counts only the time spent waiting."""
 
-    def __init__(self, target: Target, clock: StepTimer, device: torch.device, stop: threading.Event):
-        self.target, self.clock, self.stop, self.ahead = target, clock, stop, target.requests_ahead
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, target: Target, timer: StepTimer, device: torch.device, stop: threading.Event):
+        self.target, self.timer, self.stop, self.ahead = target, timer, stop, target.requests_ahead
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._threads = ThreadPoolExecutor(max_workers=1 + self.ahead, thread_name_prefix="target")
 
-    def start(self, batch: Batch) -> Wait:
-        if self.side is None:
+    def start(self, batch: Batch) -> GetOutput:
+        if self.stream is None:
             return partial(self._wait, self._threads.submit(self.target.compute_hidden_states, batch))
-        arrived = torch.cuda.current_stream().record_event()
-        asked = self._threads.submit(self._read_on, self.side, batch, arrived)
-        return lambda: _received(*self._wait(asked))
+        batch_ready = torch.cuda.current_stream().record_event()
+        request = self._threads.submit(self._compute_on, self.stream, batch, batch_ready)
+        return lambda: _to_current_stream(*self._wait(request))
 
-    def _read_on(self, side: torch.cuda.Stream, batch: Batch, arrived: torch.cuda.Event) -> tuple[TargetOutput, Any]:
-        """Its copies to and from the device wait for nothing that the draft's stream still has to do."""
-        side.wait_event(arrived)
-        with torch.cuda.stream(side):
-            return self.target.compute_hidden_states(batch), side.record_event()
+    def _compute_on(self, stream: torch.cuda.Stream, batch: Batch, ready: torch.cuda.Event) -> tuple[TargetOutput, Any]:
+        """Copies to and from the device on ``stream``, which does not wait for pending work of the draft."""
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            return self.target.compute_hidden_states(batch), stream.record_event()
 
-    def _wait(self, asked: Future[T]) -> T:
+    def _wait(self, request: Future[T]) -> T:
         """
         Raises:
-            Interrupted: the run was asked to stop, and there is no answer.
+            InterruptedTargetError: the run was stopped, and there is no answer.
         """
-        with self.clock.section("target"):
-            while not wait([asked], LOOK_SECONDS).done:
-                if self.stop.is_set() and not wait([asked], STOP_SECONDS).done:
-                    raise Interrupted(
-                        "interrupted while no target server answered: this step is lost; go on with resume=auto"
+        with self.timer.section("target"):
+            while not wait([request], POLL_SECONDS).done:
+                if self.stop.is_set() and not wait([request], STOP_SECONDS).done:
+                    raise InterruptedTargetError(
+                        "interrupted while no target server answered: this step is lost; resume with resume=auto"
                     )
-            return asked.result()
+            return request.result()
 
     def close(self) -> None:
-        # Not waited for: it may be a server that does not answer.
+        # Does not wait: the server may not answer.
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _received(supervision: TargetOutput, done: torch.cuda.Event) -> TargetOutput:
-    """``supervision``, made on another stream, for the current one."""
+def _to_current_stream(output: TargetOutput, done: torch.cuda.Event) -> TargetOutput:
+    """Makes ``output``, computed on another stream, usable on the current one."""
     current = torch.cuda.current_stream()
     current.wait_event(done)
-    for made in (supervision.aux_hidden_states, supervision.last_hidden_state):
-        made.record_stream(current)
-    return supervision
+    for states in (output.aux_hidden_states, output.last_hidden_state):
+        states.record_stream(current)
+    return output
 
 
 class TargetPrefetcher:
-    """The target's outputs for one schedule after the other; where it can be, asked for ahead of the draft's work.
+    """Yields the target's outputs for one schedule after another, computed ahead where the target allows it.
 
     Args:
-        stop: set when the run is to end: a target elsewhere that does not answer is then waited for no longer.
+        stop: set when the run is to stop: a remote target that does not answer is then not waited for any longer.
     """
 
-    def __init__(self, target: Target, device: torch.device, clock: StepTimer, stop: threading.Event | None = None):
-        self.asker = _asker(target, device, clock, stop or threading.Event())
-        self._started: deque[Wait] = deque()
+    def __init__(self, target: Target, device: torch.device, timer: StepTimer, stop: threading.Event | None = None):
+        self.runner: SynchronousTarget | SideStreamTarget | ThreadedTarget
+        if target.requests_ahead:
+            self.runner = ThreadedTarget(target, timer, device, stop or threading.Event())
+        elif device.type == "cuda" and not target.collective:
+            self.runner = SideStreamTarget(target, timer, device)
+        else:  # ranks that compute the target together keep one order of all collectives
+            self.runner = SynchronousTarget(target, timer)
+        self._pending: deque[GetOutput] = deque()
 
-    def over(self, schedules: list[Any], coming: Callable[[], list[Any]]) -> Iterator[tuple[Any, TargetOutput]]:
-        """Each schedule with its supervision.
+    def iterate(
+        self, schedules: list[Any], next_schedules: Callable[[], list[Any]]
+    ) -> Iterator[tuple[Any, TargetOutput]]:
+        """Yields each schedule with the target's output.
 
         Args:
-            coming: the schedules of the next call.
+            next_schedules: returns the schedules of the next call.
         """
         for n, schedule in enumerate(schedules):
-            self._start(schedules[n:], coming)
-            yield schedule, self._started.popleft()()
+            upcoming, depth = schedules[n:], 1 + self.runner.ahead
+            if depth > len(upcoming):
+                upcoming = upcoming + next_schedules()
+            for other in upcoming[len(self._pending) : depth]:
+                self._pending.append(self.runner.start(other.batch))
+            yield schedule, self._pending.popleft()()
 
-    def _start(self, schedules: list[Any], coming: Callable[[], list[Any]]) -> None:
-        """Asks for the first of ``schedules``, and for as many behind it as the target may be ahead."""
-        wanted = 1 + self.asker.ahead
-        if wanted > len(schedules):
-            schedules = schedules + coming()
-        for schedule in schedules[len(self._started) : wanted]:
-            self._started.append(self.asker.start(schedule.batch))
-
-    def at_once(self, batch: Batch) -> TargetOutput:
-        """The target's outputs for a batch out of turn; what was asked for ahead is left as it is."""
-        return self.asker.start(batch)()
+    def compute_now(self, batch: Batch) -> TargetOutput:
+        """The target's output for a batch out of order; outputs that are pending stay so."""
+        return self.runner.start(batch)()
 
     def close(self) -> None:
-        """Gives up what was asked for ahead."""
-        self.asker.close()
-
-
-def _asker(
-    target: Target, device: torch.device, clock: StepTimer, stop: threading.Event
-) -> InTurn | OnSideStream | InThreads:
-    if target.requests_ahead:
-        return InThreads(target, clock, device, stop)
-    # What ranks compute together keeps its place among what they exchange for the draft.
-    beside = device.type == "cuda" and not target.collective
-    return OnSideStream(target, clock, device) if beside else InTurn(target, clock)
+        """Abandons pending requests."""
+        self.runner.close()

@@ -1,31 +1,48 @@
-"""What every training recipe does, from a job to a measured checkpoint."""
+"""The training recipe: from a job to a measured checkpoint."""
 
+import json
+import shlex
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
+import torch
+
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
+from nemo_speculative.checkpoint.metadata import find_model, update_speculative_settings
+from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import Resume, TrainJob
+from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.distributed.collectives import first_rank_first, is_first_rank, on_first_rank
 from nemo_speculative.distributed.health import Heartbeat, report_lost_ranks
 from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
-from nemo_speculative.training import build
-from nemo_speculative.training.finish import measure_and_summarize, save_questions
+from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
+from nemo_speculative.evaluation.checkpoint import QUESTIONS
+from nemo_speculative.evaluation.report import describe as describe_evaluation
+from nemo_speculative.evaluation.widths import cheapest, describe_widths, measure_widths
+from nemo_speculative.serving.command import sglang_command
+from nemo_speculative.targets.base import Target
+from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.training import build, checks
+from nemo_speculative.training.build_data import build_data, load_split, tokenize_in_background
 from nemo_speculative.training.plan import describe
 from nemo_speculative.utils.devices import choose_device
 
 
 def train(job: TrainJob) -> None:
-    """Trains the draft of ``job``, measures it and writes ``summary.json``; with ``plan=true`` says what it would do.
+    """Trains the draft of ``job``, measures it and writes ``summary.json``; with ``plan=true`` only prints an estimate.
 
     Raises:
         UserError: bad input, a loss that is not finite, or another rank is gone.
-        SystemExit: asked to stop; a checkpoint was saved.
+        SystemExit: after a signal; a checkpoint was saved.
     """
     if job.plan:
         return print(describe(job)) if is_first_rank() else None
-    build.check_output_dir(job)
-    build.check_target(job)
-    build.check_resumed(job)
-    split = build.load_split(job)
+    checks.check_output_dir(job)
+    checks.check_target(job)
+    checks.check_resumed(job)
+    split = load_split(job)
     device = choose_device(job.trainer.device, "trainer.device")
     with (
         process_group(device, job.parallelism) as dims,
@@ -34,17 +51,17 @@ def train(job: TrainJob) -> None:
     ):
         with (
             fast_float32_matmuls(device),
-            build.tokenizing(job, split) as rows,
+            tokenize_in_background(job, split) as tokenization,
             closing(build.build_target(job, device)) as target,
         ):
-            on_first_rank(rows.wait)
-            data = build.build_data(job, target, split)
+            on_first_rank(tokenization.wait)
+            data = build_data(job, target, split)
             target.expect(data.training.rows, data.held_out.rows)
             vocabulary = first_rank_first(partial(build.build_draft_vocabulary, job, target, data.training))
-            build.announce(data, vocabulary)
+            build.print_data_report(data, vocabulary)
             draft = build.build_draft(job, target, vocabulary)
             objective = build.build_objective(job, target, context_group(dims))
-            run = build.prepare_run(job)
+            run = build.prepare_run_dir(job)
             trainer = build.build_trainer(
                 job, target=target, draft=draft, objective=objective, data=data, run=run, dims=dims, device=device
             )
@@ -53,7 +70,62 @@ def train(job: TrainJob) -> None:
                 if job.resume is Resume.auto:
                     trainer.resume()
                 build.save_config(job, run)
-                save_questions(run, data.prompts[: job.evaluation.num_questions])
+                questions = data.prompts[: job.evaluation.num_questions]
+                on_first_rank(lambda: save_questions(run, questions))
                 trainer.train()
-        measure_and_summarize(job, target, run, data.prompts)
+        on_first_rank(lambda: measure_and_summarize(job, target, run, questions))
     return None
+
+
+def save_questions(run: RunDirectory, questions: Sequence[list[int]]) -> None:
+    """Writes ``questions.jsonl`` before the first checkpoint, so that each can be measured while training runs."""
+    rows = [json.dumps({"input_ids": q, "loss_mask": [0] * len(q)}) + "\n" for q in questions]
+    if rows:
+        (run.root / QUESTIONS).write_text("".join(rows))
+
+
+def measure_and_summarize(job: TrainJob, target: Target, run: RunDirectory, questions: Sequence[list[int]]) -> None:
+    """Measures the best checkpoint next to its baselines, writes ``summary.json`` and prints it."""
+    servable = read_servable(run.root)
+    model = servable.directory.resolve().parent / "model"
+    summary: dict[str, object] = dict.fromkeys(Evaluation.FIGURES)  # None where nothing could be measured
+    if questions and isinstance(target, HFTarget):
+        evaluation = _measure(job, target, run, servable, questions)
+        summary = evaluation.summary()
+        print(describe_evaluation(evaluation))
+    elif questions:
+        command = f"python recipes/evaluate.py checkpoint={shlex.quote(str(run.root))}"
+        print(f"the draft was not measured, as only backend=hf decodes; to measure it: {command}")
+    else:
+        print(
+            "no held-out questions: the draft was not measured (data.held_out_path or data.held_out_share gives some)"
+        )
+    summary |= {"checkpoint": str(model), "serve_command": sglang_command(model)}
+    (run.root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"checkpoint: {model}\nserve it:   {summary['serve_command']}", flush=True)
+    if not torch.accelerator.is_available():
+        print(
+            f"on a CPU:   python -m nemo_speculative.serve_sglang --draft {shlex.quote(str(run.root))} --device cpu   "
+            "(in the environment of SGLang: docs/serving.md)",
+            flush=True,
+        )
+
+
+def _measure(
+    job: TrainJob, target: HFTarget, run: RunDirectory, servable: Servable, questions: Sequence[list[int]]
+) -> Evaluation:
+    draft = servable.build(target.device, getattr(torch, job.model.dtype.value))
+    settings = servable.provenance.speculative
+    if job.exporter.measure_width:
+        settings = _choose_width(job, target, draft, questions)
+        for checkpoint in {servable.directory, find_model(run.root / "checkpoints" / "latest")}:
+            update_speculative_settings(checkpoint, settings)
+    return evaluate_draft(target, draft, questions, settings, job.evaluation)
+
+
+def _choose_width(job: TrainJob, target: HFTarget, draft: Draft, questions: Sequence[list[int]]) -> SpeculativeSettings:
+    """The speculative settings whose trees cost the least time per token; prints a table of all."""
+    exporter, selection = job.exporter, questions[: job.evaluation.selection_questions]
+    widths = measure_widths(target, draft, selection, exporter.num_steps, exporter.topk, job.evaluation)
+    print(describe_widths(widths))
+    return cheapest(widths).settings

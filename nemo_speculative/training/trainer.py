@@ -1,7 +1,7 @@
 """The training loop, composed of torchtitan's parts.
 
 Everything that decides a number is the same on any number of ranks and after any restart: a global batch is a fixed set
-of rows, losses are divided by counts over all of it, and the only state beside the tensors is how many rows were read.
+of rows, losses are divided by counts over all of it, and the only state besides the tensors is the number of rows read.
 """
 
 import signal
@@ -31,21 +31,18 @@ from nemo_speculative.distributed.parallelism import (
     start_unshard,
 )
 from nemo_speculative.targets.base import Target, TargetOutput
-from nemo_speculative.training.checkpointer import Checkpointer
-from nemo_speculative.training.ema import WeightAverage
-from nemo_speculative.training.optimizer import build_optimizers, build_schedules
+from nemo_speculative.training.checkpointer import Checkpointer, ResumeState
+from nemo_speculative.training.metrics import MetricsLogger, StepTimer
+from nemo_speculative.training.optimizer import WeightAverage, build_optimizers, build_schedules
 from nemo_speculative.training.prefetch import BatchPrefetcher, GlobalBatch, TargetPrefetcher
-from nemo_speculative.training.reporting import Reporter
-from nemo_speculative.training.resume_state import ResumeState
-from nemo_speculative.training.step_timer import StepTimer
 from nemo_speculative.utils.errors import UserError
 
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}
-"""Of a run that was asked to stop and has saved: a scheduler that takes its machine back starts it anew."""
+"""Exit status after a signal and a save; 0 for the scheduler that takes its machine back and restarts the run later."""
 
 
 class TTTModule(nn.Module):
-    """What FSDP wraps: one forward is one loss, so that the parameters are gathered once per micro-batch."""
+    """Draft and loss as the unit that FSDP wraps: parameters are gathered once per micro-batch, not per TTT step."""
 
     def __init__(
         self, draft: Draft, objective: Objective, timed: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -58,256 +55,255 @@ class TTTModule(nn.Module):
             return self.objective.loss(self.draft, schedule, supervision, counts)
 
 
-@dataclass
-class Taken:
-    """A step whose loss has not been looked at yet."""
+@dataclass(frozen=True)
+class StepSync:
+    """Values that all ranks agree on before a step."""
 
-    step: int
-    figures: torch.Tensor
-    """[2]: its loss on this rank, and the norm of its gradient, which is that of all ranks."""
-    ids: tuple[str, ...]
+    counts: torch.Tensor
+    """float64 [T]: supervised slots of the global batch, per TTT step."""
+    stop_signal: signal.Signals | None
+    """The signal that any rank has received."""
+    save_due: bool
+    """Whether trainer.save_minutes have passed on rank 0's clock."""
+    save_written: bool
+    """Whether the pending checkpoint is on disk on every rank, or has failed."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What all ranks have told each other before a step."""
+class StepResult:
+    """The result of an optimizer step on this rank; its tensors are still being computed on a GPU."""
 
-    counts: torch.Tensor
-    """float64 [T]: the supervised slots of the global batch."""
-    asked: signal.Signals | None
-    """With what any of them was asked to stop."""
-    due: bool
-    """The first one's clock asks for a checkpoint."""
-    written: bool
-    """All of the checkpoint under way is on the disk, or could not be written."""
+    step: int
+    batch: GlobalBatch
+    sync: StepSync
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    """The norm of the gradient over all ranks, before clipping."""
+    learning_rate: float
+    sums: dict[str, torch.Tensor]
+    """Sums of metrics over this rank's micro-batches."""
 
 
 class DraftTrainer:
-    """Trains a draft against a frozen target; ``saver`` writes its checkpoints, ``reporter`` its metrics."""
+    """Trains a draft against a frozen target."""
 
     def __init__(
-        self, job: TrainJob, *, target: Target, draft: Draft, objective: Objective, stream: PackedLoader,
+        self, job: TrainJob, *, target: Target, draft: Draft, objective: Objective, loader: PackedLoader,
         validation: list[Batch], total_steps: int, parallel_dims: titan.ParallelDims, device: torch.device,
-        saver: Checkpointer, reporter: Reporter,
+        checkpointer: Checkpointer, metrics: MetricsLogger,
     ):  # fmt: skip
         self.job, self.config, self.device = job, job.trainer, device
-        self.target, self.objective, self.stream = target, objective, stream
+        self.objective, self.loader, self.parallel_dims = objective, loader, parallel_dims
         self.validation = [objective.schedule(batch, device, training=False) for batch in validation]
-        self.parallel_dims, self.saver, self.reporter = parallel_dims, saver, reporter
+        self.checkpointer, self.metrics = checkpointer, metrics
         self.step, self.total_steps = 0, total_steps
         if job.trainer.compile:
             target.compile()
             for layer in draft.stack:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
+        self.timer, self.stragglers = StepTimer(device), StragglerDetector(metrics.print)
         dtype = getattr(torch, job.trainer.dtype.value)
-        self.clock, self.pace, self.learning_rate = StepTimer(device), StragglerDetector(reporter.say), 0.0
-        trainee = TTTModule(draft.to(device), objective, self.clock.local)
-        self.trainee = shard_draft(trainee, parallel_dims, dtype, job.parallelism.offload)
-        self.optimizers = build_optimizers(job.optimizer, self.trainee)
+        module = TTTModule(draft.to(device), objective, self.timer.local)
+        self.module = shard_draft(module, parallel_dims, dtype, job.parallelism.offload)
+        self.optimizers = build_optimizers(job.optimizer, self.module)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
-        self.average = WeightAverage(self.trainee, job.optimizer.ema_decay)
-        self.state = ResumeState(self.trainee, self.optimizers, self.lr_schedulers, self.average, device)
-        self._stop, self._asked = threading.Event(), set[int]()
-        self.feed, self.ahead = (
-            BatchPrefetcher(stream, objective, device),
-            TargetPrefetcher(target, device, self.clock, self._stop),
-        )
-        self.position: GlobalBatch
-        self._unchecked: list[Taken] = []
+        self.average = WeightAverage(self.module, job.optimizer.ema_decay)
+        self.state = ResumeState(self.module, self.optimizers, self.lr_schedulers, self.average, device)
+        self._stop, self._signals = threading.Event(), set[int]()
+        self.batches = BatchPrefetcher(loader, objective, device)
+        self.targets = TargetPrefetcher(target, device, self.timer, self._stop)
+        self._unchecked: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
+        """Step, ids of its conversations, and [loss, gradient norm] on the device, of steps not yet checked."""
 
     def resume(self) -> None:
-        """Goes on from the newest checkpoint of the run directory, if there is one."""
-        position = self.saver.load_latest(self.state)
-        if position:
-            self.step = position.step
-            self.stream.load_state_dict(position.data)
+        """Resumes from the newest checkpoint of the run directory, if there is one."""
+        metadata = self.checkpointer.load_latest(self.state)
+        if metadata:
+            self.step = metadata.step
+            self.loader.load_state_dict(metadata.data)
             ended = self.step >= self.total_steps
             done = f": all {self.total_steps} steps are done, trainer.max_steps or epochs adds some" if ended else ""
-            self.reporter.say(f"resumed from step {self.step}{done}")
+            self.metrics.print(f"resumed from step {self.step}{done}")
 
     def train(self) -> None:
-        """Runs to the last step.  An interrupt saves a checkpoint and ends the program.
+        """Runs to the last step.  A signal saves a checkpoint and ends the program.
 
         Raises:
-            UserError: a loss is not finite, or no target server answers, be it after an interrupt; nothing is saved.
-            SystemExit: asked to stop, with status 130 by SIGINT, 0 by SIGTERM.
+            UserError: a loss is not finite, or no target server answers, possibly after a signal; nothing is saved.
+            SystemExit: after a signal, with status 130 for SIGINT and 0 for SIGTERM.
         """
         limit_collective_waits(self.parallel_dims, max(self.config.timeout_seconds, self.job.backend.longest_wait))
-        handlers = {number: signal.signal(number, self._ask_to_stop) for number in EXIT_STATUS}
+        handlers = {number: signal.signal(number, self._on_signal) for number in EXIT_STATUS}
+        profiler_config = titan.Profiler.Config(enable_profiling=self.config.profile, save_traces_folder="profile")
         try:
-            with self._profiler() as profiler:
+            with profiler_config.build(global_step=self.step, base_folder=self.job.output_dir) as profiler:
                 while self.step < self.total_steps:
-                    self._advance()
+                    self._finish_step(self.train_step())
                     profiler.step()
         finally:
-            for signal_number, handler in handlers.items():
-                signal.signal(signal_number, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
-    def _ask_to_stop(self, number: int, _frame: Any) -> None:
-        self._asked.add(number)
-        self._stop.set()
-
-    def progress(self) -> Progress:
-        """Where this rank stands, for the others."""
-        return Progress(self.clock.sections, self.step, self.clock.current)
-
-    def _profiler(self) -> titan.Profiler:
-        config = titan.Profiler.Config(enable_profiling=self.config.profile, save_traces_folder="profile")
-        return config.build(global_step=self.step, base_folder=self.job.output_dir)
-
-    def _advance(self) -> None:
-        sums, grad_norm, tokens, told = self.train_step()
-        self.reporter.count_tokens(tokens)
-        if told.written:
-            with self.clock.excluded():
-                self._finish_save()
-        last = self.step == self.total_steps
-        ending = last or told.asked is not None
-        save = ending or told.due or self.step % self.config.save_interval == 0
-        validate = last or self.step % self.config.val_interval == 0
-        if save or validate or self.step == 1 or self.step % self.config.log_interval == 0:
-            self._check_losses()
-            metrics = self._train_metrics(sums, grad_norm) | (self.validate() if validate else {})
-            self._report_and_save(metrics, save, wait=ending or not self.config.async_save)
-            # What validation, measurement and saving took is no part of the steps that follow.
-            self.clock.reset()
-        if told.asked:
-            self.reporter.say(f"interrupted: saved step {self.step}; go on with resume=auto")
-            raise SystemExit(EXIT_STATUS[told.asked])
-
-    def train_step(self) -> tuple[dict[str, torch.Tensor], torch.Tensor, int, Told]:
-        """One optimizer step over a global batch.
-
-        Returns:
-            This rank's sums of metrics, the gradient's norm before clipping, this rank's tokens, and what all ranks
-            have told each other.
-        """
-        with self.clock.section("data"):
-            taken = self.feed.take()
-            self.position = taken
-            told = self._over_all_ranks(taken.counts)
-        start_unshard(self.trainee)
+    def train_step(self) -> StepResult:
+        """Runs one optimizer step over a global batch."""
+        with self.timer.section("data"):
+            batch = self.batches.next()
+            sync = self._sync_ranks(batch.counts)
+        start_unshard(self.module)
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
-        for schedule, supervision in self.ahead.over(taken.schedules, lambda: self.feed.peek().schedules):
-            with self.clock.section("draft"):
-                set_gradient_sync(self.trainee, last=len(losses) + 1 == len(taken.schedules))
-                out = self.trainee(schedule, supervision, told.counts)
+        for schedule, supervision in self.targets.iterate(batch.schedules, lambda: self.batches.peek().schedules):
+            with self.timer.section("draft"):
+                set_gradient_sync(self.module, last=len(losses) + 1 == len(batch.schedules))
+                out = self.module(schedule, supervision, sync.counts)
                 out.loss.backward()
             losses.append(out.loss.detach())
-            sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
-        with self.clock.section("draft"):
-            grad_norm = titan.clip_grad_norm_(self.trainee.parameters(), self.job.optimizer.clip_norm)
-            self.learning_rate = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
+            sums = _add(sums, out.sums)
+        with self.timer.section("draft"):
+            grad_norm = titan.clip_grad_norm_(self.module.parameters(), self.job.optimizer.clip_norm)
+            learning_rate = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
             self.optimizers.step()
             self.lr_schedulers.step()
             self.optimizers.zero_grad()
         self.step += 1
         self.average.update(self.step)
-        norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
-        # Both: a gradient can overflow where the loss does not.
-        figures = torch.stack([torch.stack(losses).sum(), norm.to(losses[0].device)])
-        self._unchecked.append(Taken(self.step, figures, taken.ids))
-        return sums, grad_norm, taken.num_tokens, told
+        grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
+        return StepResult(self.step, batch, sync, torch.stack(losses).sum(), grad_norm, learning_rate, sums)
 
-    def _over_all_ranks(self, counts: torch.Tensor) -> Told:
-        """One small reduction on the CPU: ``counts`` [T] are this rank's."""
-        asked = list(EXIT_STATUS)
-        signs = [*(number in self._asked for number in asked), self.saver.due, self.saver.written]
-        packed = torch.cat([counts, torch.tensor(signs, dtype=torch.float64)])
+    def _finish_step(self, result: StepResult) -> None:
+        """Checks, validates, logs and saves after a step, where they are due.
+
+        Raises:
+            SystemExit: a rank has received a signal.
+        """
+        values = torch.stack([result.loss, result.grad_norm.to(result.loss.device)])
+        self._unchecked.append((result.step, result.batch.ids, values))
+        self.metrics.count_tokens(result.batch.num_tokens)
+        if result.sync.save_written:
+            with self.timer.excluded():
+                self._finish_save()
+        last, stop_signal = self.step == self.total_steps, result.sync.stop_signal
+        ending = last or stop_signal is not None
+        save = ending or result.sync.save_due or self.step % self.config.save_interval == 0
+        validate = last or self.step % self.config.val_interval == 0
+        if save or validate or self.step == 1 or self.step % self.config.log_interval == 0:
+            self._check_losses()
+            metrics = self._train_metrics(result) | (self.validate() if validate else {})
+            self.metrics.print_step(self.step, metrics)
+            if save:
+                self._finish_save()
+                # The checkpoint's own metrics belong to this step's line, and are measured when it is written.
+                self.metrics.hold()
+            self.metrics.write(self.step, metrics)
+            if save:
+                self.checkpointer.begin(self.step, self.state, result.batch.loader_state)
+                if ending or not self.config.async_save:
+                    self._finish_save()
+            # Time for validation, measurement and saving is not part of the following steps.
+            self.timer.reset()
+        if stop_signal:
+            self.metrics.print(f"interrupted: saved step {self.step}; resume with resume=auto")
+            raise SystemExit(EXIT_STATUS[stop_signal])
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        self._signals.add(number)
+        self._stop.set()
+
+    def _sync_ranks(self, counts: torch.Tensor) -> StepSync:
+        """One small reduction on the CPU; ``counts`` [T] are this rank's."""
+        signals = list(EXIT_STATUS)
+        flags = [*(number in self._signals for number in signals), self.checkpointer.due, self.checkpointer.written]
+        packed = torch.cat([counts, torch.tensor(flags, dtype=torch.float64)])
         dist.all_reduce(packed)
         *stopping, due, written = packed[len(counts) :].tolist()
-        number = next((number for number, ranks in zip(asked, stopping, strict=True) if ranks), None)
-        return Told(packed[: len(counts)], number, due > 0, written == dist.get_world_size())
+        stop_signal = next((number for number, ranks in zip(signals, stopping, strict=True) if ranks), None)
+        return StepSync(packed[: len(counts)], stop_signal, due > 0, written == dist.get_world_size())
 
     def _check_losses(self) -> None:
-        """Looks at all losses since the last time at once, so that a step needs no synchronisation."""
-        finite = torch.stack([taken.figures for taken in self._unchecked]).isfinite().tolist()
+        """Checks the losses of all steps since the last check at once, so that a step needs no synchronization.
+
+        Gradients are checked as well: they can overflow where the loss does not.
+
+        Raises:
+            UserError: a loss or gradient of any rank is not finite.
+        """
+        finite = torch.stack([values for *_, values in self._unchecked]).isfinite().tolist()
         bad, loss_is_finite = None, True
-        for taken, (loss_is_finite, norm_is_finite) in zip(self._unchecked, finite, strict=True):
+        for (step, ids, _), (loss_is_finite, norm_is_finite) in zip(self._unchecked, finite, strict=True):
             if not (loss_is_finite and norm_is_finite):
-                bad = taken
+                bad = step, ids
                 break
         self._unchecked.clear()
         ranks = torch.tensor([float(bad is not None), float(not loss_is_finite)])
         dist.all_reduce(ranks)
-        anywhere, of_a_loss = ranks.tolist()
-        if not anywhere:
+        any_bad, any_bad_loss = ranks.tolist()
+        if not any_bad:
             return
         self._finish_save()  # of an earlier step, whose losses were finite
-        if bad is None or (of_a_loss and loss_is_finite):
+        if bad is None or (any_bad_loss and loss_is_finite):
             raise UserError("the loss or its gradient is not finite on another rank; its message names the batch")
-        named = ", ".join(bad.ids[:8]) + (", …" if len(bad.ids) > 8 else "")
+        step, ids = bad
+        shown = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
         raise UserError(
-            f"step {bad.step}: the loss or its gradient is not finite on the batch of {named}; training stopped, "
-            f"the last good checkpoint is {self.saver.last_good()}; lower optimizer.lr or look at these conversations"
+            f"step {step}: the loss or its gradient is not finite on the batch of {shown}; training stopped, "
+            f"the last good checkpoint is {self.checkpointer.last_good()}; lower optimizer.lr or look at these "
+            "conversations"
         )
 
-    def _train_metrics(self, sums: dict[str, torch.Tensor], grad_norm: torch.Tensor) -> dict[str, float]:
-        learned = self.objective.metrics(reduce_sums(sums))
-        metrics = {f"train/{name}": value for name, value in learned.items()}
-        metrics["train/lr"] = self.learning_rate
-        metrics["train/grad_norm"] = float(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
-        lap = self.clock.reset()
-        supervised = float(reduce_sums({"count": sums["count"]})["count"][0])
-        rows = self.config.global_batch_size * self.stream.row_tokens
-        return (
-            metrics
-            | self.reporter.performance(lap.wall, lap.shares, data_rank(self.parallel_dims)[1])
-            # Ranks that share rows wait for each other in all that they compute.
-            | (self.pace.compare(self.step, lap.local) if self.job.parallelism.context == 1 else {})
-            | {
-                "data/epoch": self.position.epoch,
-                "data/rows": self.position.state["rows_consumed"],
-                "data/supervised_share": supervised / rows,
-            }
-        )
+    def _train_metrics(self, result: StepResult) -> dict[str, float]:
+        sums = _reduce(result.sums)
+        metrics = {f"train/{k}": v for k, v in self.objective.metrics(sums).items()}
+        metrics |= {"train/lr": result.learning_rate, "train/grad_norm": float(result.grad_norm)}
+        times = self.timer.reset()
+        metrics |= self.metrics.performance(times, data_rank(self.parallel_dims)[1])
+        if self.job.parallelism.context == 1:  # else ranks that share rows wait for each other in all they compute
+            metrics |= self.stragglers.compare(self.step, times.local)
+        return metrics | {
+            "data/epoch": result.batch.epoch,
+            "data/rows": result.batch.loader_state["rows_consumed"],
+            "data/supervised_share": float(sums["count"][0]) / (self.config.global_batch_size * self.loader.row_tokens),
+        }
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The objective on held-out rows: ``val/loss``, ``val/acc_i``, ``val/tau``."""
+        """The objective's metrics on held-out rows: ``val/loss``, ``val/acc_i``, ``val/tau``."""
         if not self.validation:
             return {}
         sums: dict[str, torch.Tensor] = {}
         with self.average.applied():
             for schedule in self.validation:
-                out = self.trainee(schedule, self.ahead.at_once(schedule.batch), schedule.counts)
-                sums = {name: value + sums[name] if sums else value for name, value in out.sums.items()}
-            if isinstance(self.trainee, FSDPModule):
-                self.trainee.reshard()  # no backward pass will
-        return {f"val/{name}": value for name, value in self.objective.metrics(reduce_sums(sums)).items()}
-
-    def _report_and_save(self, metrics: dict[str, float], save: bool, wait: bool) -> None:
-        self.reporter.line(self.step, metrics)
-        if not save:
-            return self.reporter.write(self.step, metrics)
-        self._finish_save()
-        # What is measured of a checkpoint belongs to the line of its step, which is there before the checkpoint is.
-        self.reporter.hold()
-        self.reporter.write(self.step, metrics)
-        self.saver.begin(self.step, self.state, self.position.state)
-        if wait:
-            self._finish_save()
-        return None
+                out = self.module(schedule, self.targets.compute_now(schedule.batch), schedule.counts)
+                sums = _add(sums, out.sums)
+            if isinstance(self.module, FSDPModule):
+                self.module.reshard()  # no backward pass will
+        return {f"val/{k}": v for k, v in self.objective.metrics(_reduce(sums)).items()}
 
     def _finish_save(self) -> None:
-        """The checkpoint under way, if any, gets its name; waited for if it must be."""
-        under_way = self.saver.under_way
-        if under_way:
+        """Publishes the pending checkpoint, if any; waits until it is written."""
+        pending = self.checkpointer.pending
+        if pending:
             measure = self.step == self.total_steps or not self._stop.is_set()
-            self.saver.finish(measure=measure, before_publishing=self.reporter.release)
-            self.reporter.say(self.saver.report(under_way.step))
+            self.checkpointer.finish(measure=measure, before_publishing=self.metrics.release)
+            self.metrics.print(self.checkpointer.describe(pending.step))
+
+    def progress(self) -> Progress:
+        """This rank's progress, for the heartbeat."""
+        return Progress(self.timer.sections, self.step, self.timer.current)
 
     def close(self) -> None:
-        self.ahead.close()
-        self.feed.close()
-        self.saver.close()
+        self.targets.close()
+        self.batches.close()
+        self.checkpointer.close()
         self.state.close()
-        self.reporter.close()
+        self.metrics.close()
 
 
-def reduce_sums(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Adds the sums of all ranks, on the CPU, in one reduction."""
+def _add(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value + a[name] if a else value for name, value in b.items()}
+
+
+def _reduce(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sums over all ranks, on the CPU, in one reduction."""
     packed = torch.stack([value.cpu() for value in sums.values()])
     dist.all_reduce(packed)
     return dict(zip(sums, packed, strict=True))

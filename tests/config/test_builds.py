@@ -19,6 +19,7 @@ from nemo_speculative.targets import demo
 from nemo_speculative.targets.embedding_and_head import text_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import build
+from nemo_speculative.training.build_data import load_split
 from nemo_speculative.training.optimizer import build_optimizers, build_schedules
 from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import GROUPS, composed
@@ -147,7 +148,7 @@ def test_data(option, data_dir):
             source.path = str(data_dir / "train.jsonl")
     elif job.data.path == "somewhere":
         job.data.path = str(data_dir / "train.jsonl")
-    split = build.load_split(job)
+    split = load_split(job)
     assert split.training and split.held_out
 
 

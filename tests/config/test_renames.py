@@ -4,7 +4,7 @@ import pytest
 from hydra.utils import get_object
 
 from nemo_speculative.config.renames import KEYS, MODULES, current_class, translate
-from nemo_speculative.training.resume_state import Position
+from nemo_speculative.training.checkpointer import ResumeMetadata
 from tests.config.test_refusals import refused
 
 ROOTS = {"engine": ("generate_data", ["engine=endpoint"]), "backend": ("train_eagle3", ["backend=remote"])}
@@ -21,7 +21,8 @@ CLASSES = {
     "drafts.eagle": "EagleDraft", "drafts.eagle3": "Eagle3Draft", "objectives.eagle": "EagleObjective",
     "objectives.eagle3": "Eagle3Objective", "objectives.losses": "SoftCrossEntropy",
     "features.target": "FeaturesTarget", "preparation.load": "load_prepared", "serving.sglang_target": "SGLangTarget",
-    "targets.remote": "RemoteTarget", "targets.tiny": "prepare_tiny", "training.optimization": "adamw",
+    "targets.remote": "RemoteTarget", "targets.tiny": "prepare_tiny", "training.loggers": "WandbLogger",
+    "training.optimization": "adamw",
 }  # fmt: skip
 
 
@@ -46,5 +47,5 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path):
     }  # fmt: skip
     assert translate(old) == new == translate(new)
     (tmp_path / "state").mkdir()
-    Position(5, {}, old, "a", "b").write(tmp_path)
-    Position.read(tmp_path).check_same_run(Position(5, {}, new, "a", "b"), tmp_path)
+    ResumeMetadata(5, {}, old, "a", "b").write(tmp_path)
+    ResumeMetadata.read(tmp_path).check_same_run(ResumeMetadata(5, {}, new, "a", "b"), tmp_path)

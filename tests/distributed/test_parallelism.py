@@ -24,7 +24,7 @@ from nemo_speculative.distributed.parallelism import (
     start_unshard,
 )
 from nemo_speculative.targets.sharded import FSDP2Target, TensorParallelTarget
-from nemo_speculative.training.build import check_sharing
+from nemo_speculative.training.checks import check_context_parallel_rope
 from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.errors import UserError
 from tests.algorithms.objectives.cases import eagle, eagle3, lay_out, make_documents
@@ -210,7 +210,7 @@ def test_frequencies_that_depend_on_the_longest_position_are_rejected_under_cont
         if refused
         else nullcontext()
     ):
-        check_sharing(SimpleNamespace(rope_parameters=parameters))
+        check_context_parallel_rope(SimpleNamespace(rope_parameters=parameters))
 
 
 @pytest.fixture

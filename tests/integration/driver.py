@@ -71,12 +71,12 @@ def kill_in_measurement(step):
     """While the first rank decodes: the first itself, or another that waits for it."""
     finish = Checkpointer.finish
 
-    def finished(self, **how):
-        if self.under_way.step == step:
+    def finish_or_die(self, **how):
+        if self.pending.step == step:
             self.measure = die
-        return die() if self.under_way.step == step and not self.first else finish(self, **how)
+        return die() if self.pending.step == step and not self.is_first_rank else finish(self, **how)
 
-    Checkpointer.finish = finished
+    Checkpointer.finish = finish_or_die
 
 
 def terminate_in_step(step):
@@ -122,7 +122,7 @@ def break_feed_at(step):
     make = BatchPrefetcher._make
 
     def broken(self):
-        if self.stream.rows_consumed == (step - 1) * self.stream.global_batch_size:
+        if self.loader.rows_consumed == (step - 1) * self.loader.global_batch_size:
             raise KeyError("rows.arrow")
         return make(self)
 

@@ -82,7 +82,7 @@ def test_a_nan_names_the_step_and_the_batch_and_keeps_the_last_good_checkpoint(s
 
 
 def test_resuming_as_another_run_is_refused(settings, finished, tmp_path):
-    """Which keys count is tested in tests/training/test_resume_state.py."""
+    """Which keys count is tested in tests/training/test_checkpointer.py."""
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
     kept = ("metrics.jsonl", "config.yaml")
     before = [(tmp_path / "run" / name).read_text() for name in kept]

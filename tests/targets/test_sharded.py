@@ -13,7 +13,7 @@ from nemo_speculative.data.packing import collate
 from nemo_speculative.targets import sharded
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import FSDP2Target, TensorParallelTarget
-from nemo_speculative.training.build import check_target
+from nemo_speculative.training.checks import check_target
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_target, make_tokenizer
 from tests.training.ranks import on_ranks

@@ -44,8 +44,7 @@ from nemo_speculative.distributed.parallelism import context_group, mesh, shard_
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.training import prediction
 from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
-from nemo_speculative.training.ema import WeightAverage
-from nemo_speculative.training.optimizer import build_optimizers
+from nemo_speculative.training.optimizer import WeightAverage, build_optimizers
 from nemo_speculative.training.peak import Memory, Placement, step_memory
 from nemo_speculative.training.prediction import Models, Prediction, count, predict
 from nemo_speculative.training.speed_probe import Rates, piece_of

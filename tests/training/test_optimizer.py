@@ -1,3 +1,5 @@
+"""Optimizers and schedules: against torch's own and closed forms, on one and two ranks, and from the configuration."""
+
 import functools
 import math
 
@@ -24,7 +26,7 @@ CONFIGS = {"adamw": OptimizerConfig, "muon": MuonConfig}
 
 
 def curve(config, steps):
-    """The learning rates that each step uses: one list for each optimizer."""
+    """Learning rates of all steps, one list per optimizer."""
     optimizers = build_optimizers(config, nn.Linear(2, 2))
     schedules, rates = build_schedules(config, optimizers, steps), []
     for _ in range(steps):
@@ -44,7 +46,7 @@ FALLING = {
 
 @pytest.mark.parametrize("decay", FALLING)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_rises_linearly_then_falls_to_the_end(name, decay):
+def test_schedule_warms_up_linearly_then_decays_to_the_end(name, decay):
     steps, warmup, lr = 100, 10, 3e-3
     curves = curve(CONFIGS[name](lr=lr, warmup_ratio=0.1, decay_type=DecayType(decay)), steps)
     assert len(curves) == {"adamw": 1, "muon": 2}[name]
@@ -55,19 +57,19 @@ def test_rises_linearly_then_falls_to_the_end(name, decay):
         assert rates[warmup + 1 :] == pytest.approx(expected, abs=1e-9)
 
 
-def test_matrices_may_have_a_rate_of_their_own_on_the_same_schedule():
+def test_muon_lr_follows_the_same_schedule():
     matrices, rest = curve(MuonConfig(lr=1e-3, muon_lr=5e-3, warmup_ratio=0.1), 20)
     assert matrices == pytest.approx([5 * rate for rate in rest])
 
 
-def test_keeps_a_floor_and_a_plateau():
+def test_schedule_has_a_plateau_and_a_floor():
     (rates,) = curve(OptimizerConfig(lr=1.0, warmup_ratio=0.1, decay_ratio=0.5, min_lr_factor=0.1), 100)
     assert rates[12:50] == (1.0,) * 38
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_short_runs_train_at_all(steps):
+def test_short_runs_reach_a_useful_learning_rate(steps):
     (rates,) = curve(OptimizerConfig(lr=1.0), steps)
     assert max(rates) > 0.4
 
@@ -83,7 +85,7 @@ def trained(model, optimizer, steps=5):
 
 
 class Small(nn.Module):
-    """A matrix that is wide, one that is tall, and one of everything that is no hidden matrix."""
+    """A wide and a tall hidden matrix, and one parameter of each other kind."""
 
     def __init__(self):
         super().__init__()
@@ -98,23 +100,23 @@ class Small(nn.Module):
         return self.lm_head(self.norm(self.wide(self.tall(x).tanh())) + table)
 
 
-def test_adamw_steps_as_torchs_own_does():
-    ours, theirs = Small(), Small()
-    mine = trained(ours, build_optimizers(OptimizerConfig(lr=0.01, weight_decay=0.1), ours))
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    for name, expected in trained(theirs, reference).items():
-        torch.testing.assert_close(mine[name], expected, msg=name)
+def test_adamw_matches_torchs_adamw():
+    ours, other = Small(), Small()
+    result = trained(ours, build_optimizers(OptimizerConfig(lr=0.01, weight_decay=0.1), ours))
+    reference = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for name, expected in trained(other, reference).items():
+        torch.testing.assert_close(result[name], expected, msg=name)
 
 
 def newton_schulz(matrix, steps=5):
-    """What the quintic iteration of Muon does to the singular values, in float64."""
+    """Muon's quintic iteration applied to the singular values, in float64."""
     u, values, v = torch.linalg.svd(matrix.double() / matrix.double().norm(), full_matrices=False)
     for _ in range(steps):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     return u @ torch.diag(values) @ v
 
 
-def test_muon_moves_matrices_along_their_orthogonalised_momentum():
+def test_muon_moves_matrices_along_their_orthogonalized_momentum():
     config = MuonConfig(lr=0.01, muon_lr=0.02, weight_decay=0.1, momentum=0.9)
     model = Small()
     optimizers = build_optimizers(config, model)
@@ -135,14 +137,14 @@ def test_muon_moves_matrices_along_their_orthogonalised_momentum():
 
 
 def test_muon_leaves_norms_biases_embedding_and_head_to_adamw():
-    ours, theirs = Small(), Small()
+    ours, other = Small(), Small()
     optimizers = build_optimizers(MuonConfig(lr=0.01, weight_decay=0.1), ours)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    mine, expected = trained(ours, optimizers, 1), trained(theirs, reference, 1)
+    reference = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    result, expected = trained(ours, optimizers, 1), trained(other, reference, 1)
     for name in ("wide.bias", "norm.weight", "lm_head.weight", "embed_tokens.weight"):
-        torch.testing.assert_close(mine[name], expected[name], msg=name)
+        torch.testing.assert_close(result[name], expected[name], msg=name)
     for name in ("tall.weight", "wide.weight"):
-        assert (mine[name] - expected[name]).abs().max() > 1e-3, name
+        assert (result[name] - expected[name]).abs().max() > 1e-3, name
 
 
 SIZES = {
@@ -161,7 +163,7 @@ LAYER = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
         ),
     ],
 )
-def test_muon_takes_exactly_the_hidden_matrices_of_a_draft(make):
+def test_muon_trains_exactly_the_hidden_matrices_of_a_draft(make):
     draft = make()
     by_muon, by_adamw = build_optimizers(MuonConfig(), draft)
     names = [name for group in by_muon.param_groups for name in group["param_names"]]
@@ -180,7 +182,7 @@ def test_a_model_of_matrices_alone_trains_with_muon():
 
 
 def sharded(config):
-    """Small over the ranks as the trainer shards a draft: gradients are summed."""
+    """Small, sharded as the trainer shards a draft: gradients are summed."""
     model = Small()
     if dist.is_initialized():
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",)))
@@ -191,7 +193,7 @@ def sharded(config):
 
 
 def take_steps(run, first, last):
-    """Every rank's loss is its equal part of the whole."""
+    """Runs optimizer steps; every rank's loss is an equal part of the total."""
     model, optimizers, schedules = run
     parts = dist.get_world_size() if dist.is_initialized() else 1
     for step in range(first, last):
@@ -202,7 +204,7 @@ def take_steps(run, first, last):
         optimizers.zero_grad()
 
 
-def whole(tensors):
+def full_tensors(tensors):
     return {name: getattr(t, "full_tensor", lambda t=t: t)().detach().clone() for name, t in tensors.items()}
 
 
@@ -211,64 +213,64 @@ def states(run):
     return {**titan.ModelWrapper(model).state_dict(), "optimizer": optimizers, "lr_scheduler": schedules}
 
 
-def on_one(config, steps):
+def one_rank_weights(config, steps):
     run = sharded(config)
     take_steps(run, 0, steps)
-    return whole(dict(run[0].named_parameters()))
+    return full_tensors(dict(run[0].named_parameters()))
 
 
-def on_two(config, folder):
-    """Six steps; and three, a checkpoint, and three more of a run that starts from it."""
+def two_rank_results(config, folder):
+    """Six steps; and three, a checkpoint, and three more of a run that resumes from it."""
     straight, first, second = sharded(config), sharded(config), sharded(config)
     take_steps(straight, 0, 6)
     take_steps(first, 0, 3)
     dcp.save(states(first), checkpoint_id=folder)
-    into = states(second)
-    dcp.load(into, checkpoint_id=folder)
-    titan.ModelWrapper(second[0]).load_state_dict(into)
+    state = states(second)
+    dcp.load(state, checkpoint_id=folder)
+    titan.ModelWrapper(second[0]).load_state_dict(state)
     take_steps(second, 3, 6)
     buffers = [s["momentum_buffer"] for o in straight[1] for s in o.state.values() if "momentum_buffer" in s]
     return {
-        "straight": whole(dict(straight[0].named_parameters())),
-        "resumed": whole(dict(second[0].named_parameters())),
+        "straight": full_tensors(dict(straight[0].named_parameters())),
+        "resumed": full_tensors(dict(second[0].named_parameters())),
         "stored": [b.to_local().untyped_storage().nbytes() for b in buffers],
         "whole": [b.numel() * 4 for b in buffers],
         "gradients": [p.grad is None for p in straight[0].parameters()],
     }
 
 
-def both(folder):
-    return {name: on_two(config(lr=0.01), f"{folder}/{name}") for name, config in CONFIGS.items()}
+def both_optimizers(folder):
+    return {name: two_rank_results(config(lr=0.01), f"{folder}/{name}") for name, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    return folder, on_ranks(2, both, str(folder))
+    return folder, on_ranks(2, both_optimizers, str(folder))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_ranks_train_what_one_trains(two_ranks, name):
-    expected = on_one(CONFIGS[name](lr=0.01), 6)
+def test_two_ranks_give_the_weights_of_one(two_ranks, name):
+    expected = one_rank_weights(CONFIGS[name](lr=0.01), 6)
     for rank in two_ranks[1]:
         for key, value in rank[name]["straight"].items():
             torch.testing.assert_close(value, expected[key], msg=key, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_resumed_run_is_the_same_run(two_ranks, name):
+def test_a_resumed_run_is_identical(two_ranks, name):
     for rank in two_ranks[1]:
         for key, value in rank[name]["straight"].items():
             assert torch.equal(value, rank[name]["resumed"][key]), key
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_run_of_two_ranks_goes_on_on_one(two_ranks, name):
+def test_a_run_of_two_ranks_resumes_on_one(two_ranks, name):
     folder, ranks = two_ranks
     run = sharded(CONFIGS[name](lr=0.01))
-    into = states(run)
-    dcp.load(into, checkpoint_id=f"{folder}/{name}", no_dist=True)
-    titan.ModelWrapper(run[0]).load_state_dict(into)
+    state = states(run)
+    dcp.load(state, checkpoint_id=f"{folder}/{name}", no_dist=True)
+    titan.ModelWrapper(run[0]).load_state_dict(state)
     take_steps(run, 3, 6)
     for key, value in run[0].named_parameters():
         torch.testing.assert_close(value.detach(), ranks[0][name]["straight"][key], msg=key, atol=1e-7, rtol=1e-6)
@@ -277,15 +279,15 @@ def test_a_run_of_two_ranks_goes_on_on_one(two_ranks, name):
 def test_between_steps_a_rank_holds_only_its_shard_of_the_momentum(two_ranks):
     ranks = [rank["muon"] for rank in two_ranks[1]]
     assert len(ranks[0]["whole"]) == 2
-    for first, second, all_of_it in zip(ranks[0]["stored"], ranks[1]["stored"], ranks[0]["whole"], strict=True):
-        assert first + second == all_of_it
+    for first, second, total in zip(ranks[0]["stored"], ranks[1]["stored"], ranks[0]["whole"], strict=True):
+        assert first + second == total
 
 
 # --- the configuration
 
 
 @pytest.mark.parametrize(("name", "cls"), CONFIGS.items())
-def test_the_group_names_what_builds_it(name, cls):
+def test_each_config_group_builds_its_optimizer(name, cls):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = to_job(compose(overrides=[f"+optimizer={name}", "optimizer.decay_type=constant"]).optimizer)
     assert type(config) is cls and config.decay_type is DecayType.constant
@@ -293,7 +295,7 @@ def test_the_group_names_what_builds_it(name, cls):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (functools.partial(MuonConfig, muon_lr=0.0), "optimizer.muon_lr is 0.0"),
         (functools.partial(MuonConfig, momentum=1.0), "optimizer.momentum is 1.0"),
@@ -307,7 +309,7 @@ def test_the_group_names_what_builds_it(name, cls):
         ),
     ],
 )
-def test_a_number_that_makes_no_step_is_refused_by_name(make, said):
+def test_an_invalid_value_is_rejected_by_name(make, message):
     with pytest.raises(UserError) as error:
         make()
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What a step is fed: the stream's own order, one global batch ahead, and the target's outputs beside it."""
+"""Prefetching: batches in the order of the loader, one ahead, and the target's outputs for them."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +11,13 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.training.prefetch import BatchPrefetcher, Interrupted, InTurn, TargetPrefetcher
-from nemo_speculative.training.step_timer import StepTimer
+from nemo_speculative.training.metrics import StepTimer
+from nemo_speculative.training.prefetch import (
+    BatchPrefetcher,
+    InterruptedTargetError,
+    SynchronousTarget,
+    TargetPrefetcher,
+)
 from nemo_speculative.utils.errors import UserError
 from tests.algorithms.objectives import cases
 from tests.algorithms.objectives.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
@@ -20,98 +25,98 @@ from tests.observing import LargestTensor
 from tests.target_servers import until
 
 CPU = torch.device("cpu")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and synchronisation are CUDA's")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA streams")
 
 
-def stream(**where):
+def make_loader(**shard):
     rows = [TokenRow(f"c{n}", [n % VOCAB] * (6 + n), [t > 2 for t in range(6 + n)], "") for n in range(11)]
     numbers = {"row_tokens": 24, "global_batch_size": 4, "micro_batch_size": 2, "pad_id": 0, "seed": 3}
-    return PackedLoader(TokenizedDataset(VOCAB, rows), **numbers, **where)
+    return PackedLoader(TokenizedDataset(VOCAB, rows), **numbers, **shard)
 
 
 @pytest.fixture
-def feeds():
-    """Makes feeds, and closes them."""
-    made = []
+def prefetch():
+    """Makes batch prefetchers, and closes them."""
+    prefetchers = []
 
-    def feed(source, objective=None):
-        made.append(BatchPrefetcher(source, objective or eagle3().make_objective(), CPU))
-        return made[-1]
+    def make(loader, objective=None):
+        prefetchers.append(BatchPrefetcher(loader, objective or eagle3().make_objective(), CPU))
+        return prefetchers[-1]
 
-    yield feed
-    for one in made:
-        one.close()
+    yield make
+    for prefetcher in prefetchers:
+        prefetcher.close()
 
 
-@pytest.mark.parametrize("where", [{}, {"rank": 1, "world_size": 2}], ids=["alone", "second of two ranks"])
-def test_batches_come_in_the_order_of_the_stream(feeds, where):
-    """Over several epochs; what is said of a batch is what the stream says right after it."""
-    feed, expected, goal = feeds(stream(**where)), stream(**where), eagle3().make_objective()
+@pytest.mark.parametrize("shard", [{}, {"rank": 1, "world_size": 2}], ids=["one rank", "second of two ranks"])
+def test_batches_come_in_the_order_of_the_loader(prefetch, shard):
+    """Over several epochs; a batch has the loader's state right after it."""
+    batches, loader, objective = prefetch(make_loader(**shard)), make_loader(**shard), eagle3().make_objective()
     for _ in range(9):
-        taken, batches = feed.take(), expected.next_global_batch()
-        assert [s.batch.ids for s in taken.schedules] == [b.ids for b in batches]
-        for schedule, batch in zip(taken.schedules, batches, strict=True):
-            assert torch.equal(schedule.batch.input_ids, batch.input_ids)
-        assert torch.equal(taken.counts, sum(goal.schedule(batch).counts for batch in batches))
-        assert taken.ids == tuple(name for batch in batches for name in batch.ids)
-        assert taken.num_tokens == sum(batch.input_ids.numel() for batch in batches)
-        assert taken.state == expected.state_dict() and taken.epoch == expected.epoch
-    assert taken.epoch > 1
+        batch, expected = batches.next(), loader.next_global_batch()
+        assert [s.batch.ids for s in batch.schedules] == [b.ids for b in expected]
+        for schedule, micro_batch in zip(batch.schedules, expected, strict=True):
+            assert torch.equal(schedule.batch.input_ids, micro_batch.input_ids)
+        assert torch.equal(batch.counts, sum(objective.schedule(b).counts for b in expected))
+        assert batch.ids == tuple(name for b in expected for name in b.ids)
+        assert batch.num_tokens == sum(b.input_ids.numel() for b in expected)
+        assert batch.loader_state == loader.state_dict() and batch.epoch == loader.epoch
+    assert batch.epoch > 1
 
 
-def test_the_state_is_that_of_the_batch_in_use_though_the_thread_is_ahead(feeds):
-    source = stream()
-    feed = feeds(source)
+def test_the_state_is_that_of_the_batch_in_use_though_the_thread_is_ahead(prefetch):
+    loader = make_loader()
+    batches = prefetch(loader)
     for step in range(1, 4):
-        taken = feed.take()
-        feed.peek()  # waits for the thread
-        assert taken.state == {"rows_consumed": 4 * step} and source.rows_consumed == 4 * (step + 1)
-    resumed = stream()
-    resumed.load_state_dict(taken.state)
-    assert feeds(resumed).take().ids == feed.take().ids
+        batch = batches.next()
+        batches.peek()  # waits for the thread
+        assert batch.loader_state == {"rows_consumed": 4 * step} and loader.rows_consumed == 4 * (step + 1)
+    resumed = make_loader()
+    resumed.load_state_dict(batch.loader_state)
+    assert prefetch(resumed).next().ids == batches.next().ids
 
 
-def test_peek_is_what_take_returns(feeds):
-    feed = feeds(stream())
-    assert feed.peek() is feed.peek() is feed.take()
-    assert feed.peek() is feed.take()
+def test_peek_returns_the_next_batch(prefetch):
+    batches = prefetch(make_loader())
+    assert batches.peek() is batches.peek() is batches.next()
+    assert batches.peek() is batches.next()
 
 
-class Breaks:
-    """An objective that fails at the n-th micro-batch."""
+class FailingObjective:
+    """Fails at the n-th micro-batch."""
 
     def __init__(self, at):
-        self.goal, self.left = eagle3().make_objective(), at
+        self.objective, self.left = eagle3().make_objective(), at
 
     def schedule(self, batch, device):
         self.left -= 1
         if not self.left:
             raise RuntimeError("no such row")
-        return self.goal.schedule(batch, device)
+        return self.objective.schedule(batch, device)
 
 
-def test_an_error_in_the_thread_is_raised_where_its_batch_is_taken(feeds):
-    feed = feeds(stream(), Breaks(at=5))  # the third global batch
-    feed.take()
-    feed.take()
+def test_an_error_in_the_thread_is_raised_for_its_batch(prefetch):
+    batches = prefetch(make_loader(), FailingObjective(at=5))  # the third global batch
+    batches.next()
+    batches.next()
     for _ in range(2):
         with pytest.raises(
             UserError, match=r"data: the next batch could not be made \(RuntimeError: no such row, test_"
         ):
-            feed.take()
+            batches.next()
 
 
 def test_close_ends_the_thread():
     before = set(threading.enumerate())
-    feed = BatchPrefetcher(stream(), eagle3().make_objective(), CPU)
-    feed.take()
+    batches = BatchPrefetcher(make_loader(), eagle3().make_objective(), CPU)
+    batches.next()
     (thread,) = set(threading.enumerate()) - before
-    feed.close()
+    batches.close()
     assert not thread.is_alive()
 
 
-class Reads:
-    """A target that notes what it read; its outputs follow from the tokens, by way of some work on the device."""
+class LocalTarget:
+    """Records the batches it computes; its outputs depend on the tokens, after some work on the device."""
 
     requests_ahead, collective = 0, False
 
@@ -119,10 +124,10 @@ class Reads:
         random = torch.Generator().manual_seed(0)
         self.table = torch.randn(VOCAB, HIDDEN, generator=random).to(device)
         self.mix = torch.randn(HIDDEN, HIDDEN, generator=random).to(device) / HIDDEN**0.5
-        self.read = []
+        self.computed = []
 
     def compute_hidden_states(self, batch):
-        self.read.append(batch.ids)
+        self.computed.append(batch.ids)
         hidden = self.table[batch.input_ids]
         for _ in range(50):
             hidden = torch.tanh(hidden @ self.mix)
@@ -130,112 +135,112 @@ class Reads:
 
 
 def never():
-    raise AssertionError("nobody asked for the next step")
+    raise AssertionError("the next step's schedules are not needed")
 
 
-def test_on_a_cpu_the_target_reads_each_micro_batch_when_its_turn_comes(feeds):
-    target, schedules = Reads(), feeds(stream()).take().schedules
-    ahead = TargetPrefetcher(target, CPU, StepTimer(CPU))
-    for n, (schedule, supervision) in enumerate(ahead.over(schedules, never)):
-        assert schedule is schedules[n] and len(target.read) == n + 1
+def test_on_a_cpu_the_target_computes_each_micro_batch_when_it_is_needed(prefetch):
+    target, schedules = LocalTarget(), prefetch(make_loader()).next().schedules
+    targets = TargetPrefetcher(target, CPU, StepTimer(CPU))
+    for n, (schedule, supervision) in enumerate(targets.iterate(schedules, never)):
+        assert schedule is schedules[n] and len(target.computed) == n + 1
         assert torch.equal(
-            supervision.last_hidden_state, Reads().compute_hidden_states(schedule.batch).last_hidden_state
+            supervision.last_hidden_state, LocalTarget().compute_hidden_states(schedule.batch).last_hidden_state
         )
-    assert target.read == [schedule.batch.ids for schedule in schedules]
+    assert target.computed == [schedule.batch.ids for schedule in schedules]
 
 
-class Together(Reads):
-    """A target that ranks compute together."""
+class CollectiveTarget(LocalTarget):
+    """Stands for a target that ranks compute together."""
 
     collective = True
 
 
-def test_on_a_gpu_too_a_target_that_ranks_compute_together_has_its_turn():
-    ahead = TargetPrefetcher(Together(), torch.device("cuda"), StepTimer(CPU))
-    assert isinstance(ahead.asker, InTurn)
+def test_a_collective_target_is_synchronous_on_a_gpu():
+    targets = TargetPrefetcher(CollectiveTarget(), torch.device("cuda"), StepTimer(CPU))
+    assert isinstance(targets.runner, SynchronousTarget)
 
 
-def test_what_a_target_computes_counts_as_a_ranks_own_unless_ranks_compute_it_together(feeds):
-    (schedule, *_), found = feeds(stream()).take().schedules, {}
-    for target in (Reads(), Together()):
-        clock = StepTimer(CPU)
-        InTurn(target, clock).start(schedule.batch)()
-        lap = clock.reset()
-        found[target.collective] = lap.local
-        assert lap.shares["target"] > 0
-    assert found[False] > 0 and found[True] == 0
+def test_a_targets_time_is_rank_local_unless_it_is_collective(prefetch):
+    (schedule, *_), local = prefetch(make_loader()).next().schedules, {}
+    for target in (LocalTarget(), CollectiveTarget()):
+        timer = StepTimer(CPU)
+        SynchronousTarget(target, timer).start(schedule.batch)()
+        times = timer.reset()
+        local[target.collective] = times.local
+        assert times.shares["target"] > 0
+    assert local[False] > 0 and local[True] == 0
 
 
-class Waits(Reads):
-    """A target elsewhere: it answers while its gate is open."""
+class RemoteTarget(LocalTarget):
+    """A remote target that answers while its gate is open."""
 
     def __init__(self, requests_ahead):
         super().__init__()
-        self.requests_ahead, self.gate, self.asked = requests_ahead, threading.Event(), 0
+        self.requests_ahead, self.gate, self.requests = requests_ahead, threading.Event(), 0
 
     def compute_hidden_states(self, batch):
-        self.asked += 1
+        self.requests += 1
         assert self.gate.wait(20)
         return super().compute_hidden_states(batch)
 
 
-@pytest.mark.parametrize("ahead_by", [1, 2, 3])
-def test_a_target_elsewhere_is_asked_ahead_and_gives_the_same_in_the_same_order(feeds, ahead_by):
-    """Over three steps of two micro-batches: never more ahead than it takes, nor than what is there."""
-    target, plain, feed = Waits(ahead_by), Reads(), feeds(stream())
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_remote_target_is_requested_ahead_with_the_same_outputs_in_order(prefetch, depth):
+    """Over three steps of two micro-batches: at most as many requests as it takes, and as there are batches."""
+    target, plain, batches = RemoteTarget(depth), LocalTarget(), prefetch(make_loader())
     target.gate.set()
-    ahead, asked = TargetPrefetcher(target, CPU, StepTimer(CPU)), 0
+    targets, requested = TargetPrefetcher(target, CPU, StepTimer(CPU)), 0
     for step in range(3):
-        schedules = feed.take().schedules
-        for n, (schedule, supervision) in enumerate(ahead.over(schedules, lambda: feed.peek().schedules)):
+        schedules = batches.next().schedules
+        for n, (schedule, supervision) in enumerate(targets.iterate(schedules, lambda: batches.peek().schedules)):
             assert schedule is schedules[n]
             assert torch.equal(
                 supervision.last_hidden_state, plain.compute_hidden_states(schedule.batch).last_hidden_state
             )
-            asked = 2 * step + n + 1 + min(ahead_by, 3 - n)
-            assert len(target.read) <= asked
-    until(lambda: len(target.read) == asked)
-    assert set(plain.read) <= set(target.read)
-    ahead.close()
+            requested = 2 * step + n + 1 + min(depth, 3 - n)
+            assert len(target.computed) <= requested
+    until(lambda: len(target.computed) == requested)
+    assert set(plain.computed) <= set(target.computed)
+    targets.close()
 
 
-def test_what_a_target_elsewhere_fails_with_is_raised_where_it_is_taken(feeds):
-    class Fails(Waits):
+def test_an_error_of_a_remote_target_is_raised_for_its_batch(prefetch):
+    class FailingTarget(RemoteTarget):
         def compute_hidden_states(self, batch):
             raise RuntimeError("no server left")
 
-    ahead = TargetPrefetcher(Fails(1), CPU, StepTimer(CPU))
+    targets = TargetPrefetcher(FailingTarget(1), CPU, StepTimer(CPU))
     with pytest.raises(RuntimeError, match="no server left"):
-        next(ahead.over(feeds(stream()).take().schedules, never))
+        next(targets.iterate(prefetch(make_loader()).next().schedules, never))
 
 
-def test_closing_waits_for_no_server(feeds):
-    """Neither for one that does not answer, nor for what was not asked yet."""
-    target, schedules = Waits(1), feeds(stream()).take().schedules
-    ahead = TargetPrefetcher(target, CPU, StepTimer(CPU))
+def test_close_does_not_wait_for_a_server(prefetch):
+    """Neither for one that does not answer, nor for requests that were not sent yet."""
+    target, schedules = RemoteTarget(1), prefetch(make_loader()).next().schedules
+    targets = TargetPrefetcher(target, CPU, StepTimer(CPU))
     with ThreadPoolExecutor(1) as trainer:
-        taking = trainer.submit(lambda: next(ahead.over(schedules, never)))
-        until(lambda: target.asked == 2)
-        ahead.close()
-        assert not target.read and not taking.done()
+        first = trainer.submit(lambda: next(targets.iterate(schedules, never)))
+        until(lambda: target.requests == 2)
+        targets.close()
+        assert not target.computed and not first.done()
         target.gate.set()
-        assert taking.result()[0] is schedules[0]
+        assert first.result()[0] is schedules[0]
 
 
 @pytest.fixture
-def interrupted(feeds, monkeypatch):
-    """What is raised in a run that asks ``target`` and is told to stop meanwhile."""
+def interrupt(prefetch, monkeypatch):
+    """The error of a run that is stopped while it waits for ``target``."""
     monkeypatch.setattr("nemo_speculative.training.prefetch.STOP_SECONDS", 1.0)
 
     def run(target, wait):
         stop = threading.Event()
-        ahead = TargetPrefetcher(target, CPU, StepTimer(CPU), stop)
+        targets = TargetPrefetcher(target, CPU, StepTimer(CPU), stop)
         with ThreadPoolExecutor(1) as trainer:
-            waiting = trainer.submit(wait, ahead, feeds(stream()).take().schedules)
-            until(lambda: target.asked)
+            waiting = trainer.submit(wait, targets, prefetch(make_loader()).next().schedules)
+            until(lambda: target.requests)
             stop.set()
             error = waiting.exception(20)
-        ahead.close()
+        targets.close()
         target.gate.set()
         return error
 
@@ -244,63 +249,63 @@ def interrupted(feeds, monkeypatch):
 
 @pytest.mark.parametrize(
     "wait",
-    [lambda ahead, some: next(ahead.over(some, never)), lambda ahead, some: ahead.at_once(some[0].batch)],
+    [lambda targets, s: next(targets.iterate(s, never)), lambda targets, s: targets.compute_now(s[0].batch)],
     ids=["training", "validation"],
 )
-def test_a_run_that_is_asked_to_stop_waits_for_no_server(interrupted, wait):
-    error = interrupted(Waits(1), wait)
-    assert isinstance(error, Interrupted) and error.exit_code == 130
+def test_a_stopped_run_does_not_wait_for_a_server(interrupt, wait):
+    error = interrupt(RemoteTarget(1), wait)
+    assert isinstance(error, InterruptedTargetError) and error.exit_code == 130
     assert "interrupted" in str(error) and "resume=auto" in str(error)
 
 
-def test_an_answer_that_comes_soon_after_it_is_taken(interrupted):
-    class Soon(Waits):
+def test_an_answer_soon_after_the_stop_is_used(interrupt):
+    class QuickTarget(RemoteTarget):
         def compute_hidden_states(self, batch):
-            self.asked += 1
+            self.requests += 1
             self.gate.wait(0.5)
-            return Reads.compute_hidden_states(self, batch)
+            return LocalTarget.compute_hidden_states(self, batch)
 
-    assert interrupted(Soon(1), lambda ahead, some: next(ahead.over(some, never))) is None
+    assert interrupt(QuickTarget(1), lambda targets, s: next(targets.iterate(s, never))) is None
 
 
-def test_out_of_turn_nothing_is_mixed_up(feeds):
-    target, plain, feed = Waits(1), Reads(), feeds(stream())
+def test_compute_now_leaves_pending_requests_in_order(prefetch):
+    target, plain, batches = RemoteTarget(1), LocalTarget(), prefetch(make_loader())
     target.gate.set()
-    ahead = TargetPrefetcher(target, CPU, StepTimer(CPU))
+    targets = TargetPrefetcher(target, CPU, StepTimer(CPU))
     for _ in range(2):
-        for schedule, supervision in ahead.over(feed.take().schedules, lambda: feed.peek().schedules):
+        for schedule, supervision in targets.iterate(batches.next().schedules, lambda: batches.peek().schedules):
             assert torch.equal(
                 supervision.last_hidden_state, plain.compute_hidden_states(schedule.batch).last_hidden_state
             )
-            other = stream().next_global_batch()[1]
+            other = make_loader().next_global_batch()[1]
             assert torch.equal(
-                ahead.at_once(other).last_hidden_state, plain.compute_hidden_states(other).last_hidden_state
+                targets.compute_now(other).last_hidden_state, plain.compute_hidden_states(other).last_hidden_state
             )
-    ahead.close()
+    targets.close()
 
 
 @needs_cuda
-def test_the_side_stream_gives_the_same_and_reads_one_ahead():
+def test_the_side_stream_gives_the_same_outputs_and_computes_one_ahead():
     cuda = torch.device("cuda")
-    target, plain = Reads(cuda), Reads(cuda)
-    feed = BatchPrefetcher(stream(), eagle3().make_objective(), cuda)
+    target, plain = LocalTarget(cuda), LocalTarget(cuda)
+    batches = BatchPrefetcher(make_loader(), eagle3().make_objective(), cuda)
     try:
-        ahead, sums = TargetPrefetcher(target, cuda, StepTimer(cuda)), []
-        steps = [feed.take() for _ in range(2)]
-        for step, coming in zip(steps, [steps[1], feed.peek()], strict=True):
-            for schedule, supervision in ahead.over(step.schedules, lambda coming=coming: coming.schedules):
-                # Whatever the allocator hands out next must not be what was just read.
-                scribbled = torch.full_like(supervision.last_hidden_state, 7.0)
-                sums.append(
+        targets, pairs = TargetPrefetcher(target, cuda, StepTimer(cuda)), []
+        steps = [batches.next() for _ in range(2)]
+        for step, coming in zip(steps, [steps[1], batches.peek()], strict=True):
+            for schedule, supervision in targets.iterate(step.schedules, lambda coming=coming: coming.schedules):
+                # The allocator's next block must not be that of the output.
+                filled = torch.full_like(supervision.last_hidden_state, 7.0)
+                pairs.append(
                     (
-                        supervision.last_hidden_state + scribbled * 0,
+                        supervision.last_hidden_state + filled * 0,
                         plain.compute_hidden_states(schedule.batch).last_hidden_state,
                     )
                 )
-        assert all(torch.equal(found, expected) for found, expected in sums)
-        assert target.read == [*plain.read, feed.peek().schedules[0].batch.ids]
+        assert all(torch.equal(output, expected) for output, expected in pairs)
+        assert target.computed == [*plain.computed, batches.peek().schedules[0].batch.ids]
     finally:
-        feed.close()
+        batches.close()
 
 
 STEPS = {
@@ -312,7 +317,7 @@ STEPS = {
 
 
 def one_step(case, settings, device):
-    """A function that computes the loss and its gradients once, everything being on ``device``."""
+    """A function that computes the loss and its gradients once on ``device``."""
     ends = FrozenStandIn()
     ends.embedding, ends.head = ends.embedding.to(device), ends.head.to(device)
     draft, goal = case.make_draft().to(device).attach(ends), case.make_objective(**settings)
@@ -324,8 +329,8 @@ def one_step(case, settings, device):
 
 
 @pytest.mark.parametrize(("case", "settings"), STEPS.values(), ids=STEPS)
-def test_nothing_in_a_step_looks_at_a_tensor(case, settings):
-    """Each look would wait for the device."""
+def test_a_step_reads_no_tensor_on_the_host(case, settings):
+    """Each read would synchronize with the device."""
     step = one_step(case, settings, CPU)
     with LargestTensor() as mode:
         step()
@@ -337,8 +342,8 @@ def test_nothing_in_a_step_looks_at_a_tensor(case, settings):
 
 @needs_cuda
 @pytest.mark.parametrize(("case", "settings"), STEPS.values(), ids=STEPS)
-def test_nothing_in_a_step_waits_for_the_device(case, settings, monkeypatch):
-    monkeypatch.setitem(cases.NUMBERS, "head_dim", 16)  # the least that the kernel takes
+def test_a_step_does_not_synchronize_with_the_device(case, settings, monkeypatch):
+    monkeypatch.setitem(cases.NUMBERS, "head_dim", 16)  # the kernel's minimum
     step = one_step(case, settings, torch.device("cuda"))
     step()  # compiles
     try:

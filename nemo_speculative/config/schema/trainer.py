@@ -116,17 +116,17 @@ class TrainerConfig:
 class LoggerConfig:
     """Where metrics go beside the console and metrics.jsonl."""
 
-    _target_: str = "nemo_speculative.training.loggers.no_logger"
+    _target_: str = "nemo_speculative.training.metrics.no_logger"
 
 
 @dataclass
 class TensorBoardConfig(LoggerConfig):
-    _target_: str = "nemo_speculative.training.loggers.tensorboard"
+    _target_: str = "nemo_speculative.training.metrics.tensorboard"
 
 
 @dataclass
 class WandbConfig(LoggerConfig):
-    _target_: str = "nemo_speculative.training.loggers.WandbLogger"
+    _target_: str = "nemo_speculative.training.metrics.WandbLogger"
     project: str = "nemo_speculative"
     name: Optional[str] = None
     """The run's name; null: wandb's own choice."""

@@ -16,7 +16,7 @@ from nemo_speculative.targets.cached.documents import Document, document_key
 from nemo_speculative.targets.cached.manifest import CODECS, Manifest
 from nemo_speculative.targets.cached.shards import checksum, write_shard
 from nemo_speculative.targets.cached.store import FeatureStore, merge, verify
-from nemo_speculative.training.capture_features import _together
+from nemo_speculative.training.capture_features import on_all_ranks
 from nemo_speculative.utils.errors import UserError, describe_error
 from tests.targets.cached.cases import assert_same, batches_of, capture_into, eagle3, loss_of, make_documents, reading
 from tests.training.ranks import on_ranks
@@ -295,7 +295,7 @@ def failing_on_the_second_rank():
             raise UserError("the disk is full")
 
     with pytest.raises(UserError) as ended:
-        _together(work)
+        on_all_ranks(work)
     return describe_error(ended.value)
 
 

@@ -1,3 +1,5 @@
+"""The moving average of the weights: its formula, its use in place of the weights, and its resume."""
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nemo_speculative.training.ema import WeightAverage
+from nemo_speculative.training.optimizer import WeightAverage
 from tests.training.ranks import on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -16,7 +18,7 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Small(nn.Module):
-    """A matrix, a vector, what is not trained, and what is no weight."""
+    """A matrix, a vector, a frozen weight and a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +32,7 @@ class Small(nn.Module):
 
 
 def move(model, step):
-    """Stands for an optimizer step: the weights are those of the step, whatever they were."""
+    """Stands for an optimizer step: sets the weights to values that depend on the step alone."""
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for p in model.parameters():
@@ -40,7 +42,7 @@ def move(model, step):
 
 
 def averaged(decay, steps):
-    """The formula, one number at a time, in float64."""
+    """The formula in float64."""
     model = Small()
     average = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
     for n in range(1, steps + 1):
@@ -62,26 +64,26 @@ def run(decay, steps):
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("steps", [0, 1, 30])
-def test_is_the_formulas_average(decay, steps):
-    found = run(decay, steps)[1].state_dict()
+def test_average_follows_the_formula(decay, steps):
+    state = run(decay, steps)[1].state_dict()
     expected = averaged(decay, steps)
-    assert found.keys() == expected.keys() == {"layer.weight", "layer.bias"}
+    assert state.keys() == expected.keys() == {"layer.weight", "layer.bias"}
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(state[name].double(), value, atol=1e-6, rtol=1e-6)
 
 
-def test_is_float32_where_the_weights_are_not():
+def test_average_of_bfloat16_weights_is_float32():
     model = Small().to(torch.bfloat16)
     average = WeightAverage(model, 0.999)
     for n in range(1, 200):
         with torch.no_grad():
             model.layer.weight.fill_(1 + 2**-7 * (n % 2))  # bfloat16 has nothing between the two
         average.update(n)
-    found = average.state_dict()["layer.weight"]
-    assert found.dtype == torch.float32 and (found > 1.001).all() and (found < 1.007).all()
+    weight = average.state_dict()["layer.weight"]
+    assert weight.dtype == torch.float32 and (weight > 1.001).all() and (weight < 1.007).all()
 
 
-def test_applied_is_the_average_within_and_the_weights_after():
+def test_applied_replaces_the_weights_and_restores_them():
     model, average = run(0.9, 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with average.applied():
@@ -93,7 +95,7 @@ def test_applied_is_the_average_within_and_the_weights_after():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_weights_come_back_after_an_error():
+def test_applied_restores_the_weights_after_an_error():
     model, average = run(0.9, 5)
     before = model.layer.weight.detach().clone()
     with pytest.raises(OSError), average.applied():
@@ -101,7 +103,7 @@ def test_the_weights_come_back_after_an_error():
     assert torch.equal(model.layer.weight, before)
 
 
-def test_without_a_decay_nothing_is_kept_and_nothing_done(tmp_path):
+def test_without_decay_the_average_is_empty(tmp_path):
     model, average = run(None, 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with average.applied():
@@ -111,21 +113,21 @@ def test_without_a_decay_nothing_is_kept_and_nothing_done(tmp_path):
     dcp.load({"ema": average, "other": torch.ones(1)}, checkpoint_id=tmp_path / "state", no_dist=True)
 
 
-def test_a_loaded_average_is_a_copy_of_its_own():
-    average, given = run(0.9, 1)[1], {"layer.weight": torch.ones(5, 6), "layer.bias": torch.zeros(5)}
-    average.load_state_dict(given)
-    given["layer.weight"].zero_()
+def test_load_copies_the_tensors():
+    average, loaded = run(0.9, 1)[1], {"layer.weight": torch.ones(5, 6), "layer.bias": torch.zeros(5)}
+    average.load_state_dict(loaded)
+    loaded["layer.weight"].zero_()
     assert average.state_dict()["layer.weight"].eq(1).all() and average.state_dict()["layer.bias"].eq(0).all()
 
 
-def test_a_missing_average_is_an_error():
+def test_loading_an_incomplete_average_is_an_error():
     average = run(0.9, 1)[1]
     with pytest.raises(KeyError, match=r"layer\.bias"):
         average.load_state_dict({"layer.weight": torch.zeros(5, 6)})
 
 
-def on_two(folder):
-    """Six updates; three, a checkpoint, and three more after it; and a forward pass with the average in place."""
+def two_rank_results(folder):
+    """Six updates; three, a checkpoint, and three more after it; and a forward pass with the average applied."""
     straight, first, second = sharded_run(), sharded_run(), sharded_run()
     advance(straight, 1, 6)
     advance(first, 1, 3)
@@ -166,10 +168,10 @@ def advance(run, first, last):
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks") / "state"
-    return folder, on_ranks(2, on_two, str(folder))
+    return folder, on_ranks(2, two_rank_results, str(folder))
 
 
-def test_two_ranks_average_what_one_does_and_hold_half_each(two_ranks):
+def test_two_ranks_compute_the_average_of_one_and_hold_half_each(two_ranks):
     expected = run(0.9, 6)[1].state_dict()
     ranks = two_ranks[1]
     for rank in ranks:
@@ -178,27 +180,27 @@ def test_two_ranks_average_what_one_does_and_hold_half_each(two_ranks):
     assert sum(rank["local"] for rank in ranks) == 5 * 6 + 5
 
 
-def test_a_resumed_average_is_the_same_average(two_ranks):
+def test_a_resumed_average_is_identical(two_ranks):
     for rank in two_ranks[1]:
         assert all(torch.equal(value, rank["resumed"][name]) for name, value in rank["straight"].items())
 
 
-def test_a_run_of_two_ranks_goes_on_on_one(two_ranks):
+def test_an_average_of_two_ranks_resumes_on_one(two_ranks):
     average = WeightAverage(Small(), 0.9)
     dcp.load({"ema": average}, checkpoint_id=two_ranks[0], no_dist=True)
     for name, value in run(0.9, 3)[1].state_dict().items():
         torch.testing.assert_close(average.state_dict()[name], value)
 
 
-def test_what_is_exported_is_the_average(two_ranks):
+def test_the_exported_weights_are_the_average(two_ranks):
     first = two_ranks[1][0]
     for name in ("layer.weight", "layer.bias"):
         assert torch.equal(first["exported"][name], first["straight"][name])
     assert torch.equal(first["exported"]["d2t"], torch.arange(3))
 
 
-def test_a_forward_pass_sees_the_weights_of_its_moment(two_ranks):
-    """FSDP2 keeps gathered weights after a forward pass without a backward: they must not outlive the exchange."""
+def test_a_forward_pass_uses_the_current_weights(two_ranks):
+    """FSDP2 keeps gathered weights after a forward pass without a backward: they must not outlive a change."""
     for rank in two_ranks[1]:
         plain, within, after = rank["outputs"]
         expected = Small()
