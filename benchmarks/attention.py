@@ -10,10 +10,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from nemo_speculative.algorithms.common.attention import DenseBlock, Pair
+from nemo_speculative.algorithms.common.attention import Pair
 from nemo_speculative.algorithms.common.blocks import block_for
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls
 
@@ -26,6 +27,20 @@ SHAPES = {
 }
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class DenseBlock:
+    """The causal block in its readable form, to which the others are held: a mask bool [n, m]."""
+
+    visible: torch.Tensor
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        groups = q.unflatten(1, (len(keys), -1))
+        scores = torch.einsum("nhgd,hmd->nhgm", groups, keys).float() * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~self.visible[:, None, None], float("-inf"))
+        out = torch.einsum("nhgm,hmd->nhgd", scores.softmax(-1).to(values.dtype), values)
+        return out.flatten(1, 2), scores.logsumexp(-1).flatten(1, 2)
 
 
 def make_ways(heads: int, kv_heads: int, dim: int, lengths: list[int]) -> dict[str, Callable[[], object]]:

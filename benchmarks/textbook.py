@@ -21,7 +21,7 @@ def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int
     logits = target.logits(supervision.last_hidden_state).float()
     embeddings = target.embed(batch.input_ids)
     feature, keys, values, visible = (
-        draft.read(supervision.aux_hidden_states, supervision.last_hidden_state),
+        draft.project_hidden_states(supervision.aux_hidden_states, supervision.last_hidden_state),
         [],
         [],
         [],
@@ -29,7 +29,7 @@ def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int
     unbroken = _left(batch.loss_mask, 1)
     loss = feature.new_zeros(())
     for i in range(num_steps):
-        x, _ = draft.enter(draft.token_input(_left(embeddings, 1 + i)), feature)
+        x = torch.cat((layer.input_layernorm(_left(embeddings, 1 + i)), layer.hidden_norm(feature)), -1)
         cos, sin = draft.rotary(batch.positions + i, x.dtype)
         q, (k, v) = rotate(layer.queries(x), cos, sin), layer.keys_values(x, cos, sin)
         keys.append(k.repeat_interleave(groups, 1))
@@ -41,7 +41,8 @@ def textbook_loss(draft: Eagle3Draft, target, batch, supervision, num_steps: int
         unbroken = unbroken & _left(batch.loss_mask, 2 + i) & (_left(documents, 2 + i, -1) == documents)
         label = _left(logits, 1 + i)
         inside = unbroken & draft.t2d[label.argmax(-1)]
-        cross_entropy = -(label[..., draft.draft_ids].softmax(-1) * log_softmax(draft.logits(feature), -1)).sum(-1)
+        log_q = log_softmax(draft.compute_logits(feature), -1)
+        cross_entropy = -(label[..., draft.draft_ids].softmax(-1) * log_q).sum(-1)
         loss = loss + decay**i * (cross_entropy * inside).sum() / unbroken.sum().clamp(min=1)
     return loss
 

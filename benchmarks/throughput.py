@@ -133,10 +133,10 @@ class Bench:
         ids = torch.arange(size.draft_vocab_size)
         draft.set_vocab_mapping(VocabMapping(ids, target.config.vocab_size, 1.0))
         if compiled:
-            for layer in draft.stack:
+            for layer in draft.decoder_layers:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         slots = TrainerConfig(ttt_chunk_slots=alive).slots(target.config.hidden_size, self.device.type)
-        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, slots_alive=slots)
+        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, chunk_slots=slots)
         with torch.device("meta"):
             aux, hidden = len(target.aux_layers), target.config.hidden_size
             self.draft_cost = DraftCost(Eagle3Draft(shape), aux_layers=aux, target_hidden=hidden)

@@ -29,7 +29,7 @@ from benchmarks.training_step.implementations.base import Trainer
 from benchmarks.training_step.implementations.own import Ours
 from benchmarks.training_step.setup import write_setup
 from benchmarks.training_step.table import machine
-from nemo_speculative.algorithms.common import attention, unroll_objective
+from nemo_speculative.algorithms.common import attention, ttt
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.targets.hf import TransformersTarget
 
@@ -42,7 +42,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "target: head, for the labels": (EmbeddingAndHead, "logits"),
     "draft: attention, forward": (attention._PieceAttention, "forward"),
     "draft: attention, backward": (attention._PieceAttention, "backward"),
-    "draft: head and loss, with gradients": (unroll_objective, "head_loss"),
+    "draft: head and loss, with gradients": (ttt, "chunked_linear_loss"),
     "clipping and AdamW": (Trainer, "update"),
 }
 

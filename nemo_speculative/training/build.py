@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.init_from_target import init_from_target
-from nemo_speculative.algorithms.common.objective import Objective
-from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
+from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
@@ -91,16 +90,16 @@ def build_draft(job: TrainJob, target: Target, vocabulary: VocabMapping) -> Draf
     return draft
 
 
-def build_objective(job: TrainJob, target: Target, context: ContextGroup = NO_CONTEXT_PARALLELISM) -> Objective:
+def build_objective(job: TrainJob, target: Target, context: ContextGroup = NO_CONTEXT_PARALLELISM) -> TTTObjective:
     """The training objective that goes with the draft."""
-    objective: type[UnrollObjective] = get_class(job.draft.objective)
+    objective: type[TTTObjective] = get_class(job.draft.objective)
     hidden_size = getattr(job.draft, "hidden_size", None) or target.config.hidden_size
     return objective.build(
         target,
         job.draft,
         seed=job.seed,
         tau_steps=job.exporter.num_steps,
-        slots_alive=job.trainer.slots(hidden_size, target.device.type),
+        chunk_slots=job.trainer.slots(hidden_size, target.device.type),
         context=context,
     )
 
@@ -129,7 +128,7 @@ def save_config(job: TrainJob, run: RunDirectory) -> None:
 
 
 def build_trainer(
-    job: TrainJob, *, target: Target, draft: Draft, objective: Objective, data: RunData, run: RunDirectory,
+    job: TrainJob, *, target: Target, draft: Draft, objective: TTTObjective, data: RunData, run: RunDirectory,
     dims: titan.ParallelDims, device: torch.device,
 ) -> DraftTrainer:  # fmt: skip
     """The trainer with all its parts."""

@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_speculative.algorithms.common.attention import Block, Piece, PieceBlock
+from nemo_speculative.algorithms.common.attention import CausalBlock, Piece, PieceBlock
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.linear_loss import LOGITS_ALIVE, LOGITS_JUDGED
+from nemo_speculative.algorithms.common.losses import LOGITS_PER_BLOCK, LOGITS_PER_CHUNK
 from nemo_speculative.algorithms.common.schedule import LABEL_CHUNK, Schedule
-from nemo_speculative.algorithms.common.ttt import EVERYTHING, Entry
 
 FLOAT32 = 4
 FORWARD_ATTENTION, BACKWARD_ATTENTION = 2, 5
@@ -60,25 +59,27 @@ class Amount:
     @classmethod
     def of(cls, schedule: Schedule, deeper: bool = False) -> "Amount":
         """Of a schedule on the host; ``deeper``: the draft has several layers."""
-        largest = max(schedule.parts, key=lambda part: sum(part.slots.alive))
+        largest = max(schedule.chunks, key=lambda part: sum(part.slots.active))
         layout = schedule.layout
         # The target's own, which the draft need not be told.
         all_gather = layout.host_positions.double() + 1
-        pairs = all_gather[layout.shard.to_global(torch.arange(len(layout.positions)))]
+        pairs = all_gather[layout.shard.to_global(torch.arange(len(layout.position_ids)))]
         return cls(
-            tokens=len(schedule.layout.positions),
+            tokens=len(schedule.layout.position_ids),
             all_gather=schedule.batch.num_tokens,
-            slots=_by_step([part.slots.alive for part in schedule.parts]),
-            scores=_by_step([list(map(_scores, part.slots.blocks)) for part in schedule.parts]),
+            slots=_by_step([part.slots.active for part in schedule.chunks]),
+            scores=_by_step([list(map(_scores, part.slots.blocks)) for part in schedule.chunks]),
             lower_scores=_scores(schedule.layout.block) if deeper else 0,
-            rows=sum(len(part.rows.output) for part in schedule.parts),
-            labels=sum(len(part.rows.labels) for part in schedule.parts),
+            rows=sum(len(part.rows.output) for part in schedule.chunks),
+            labels=sum(len(part.rows.label_positions) for part in schedule.chunks),
             pairs=float(pairs.sum()),
             pairs_everywhere=float(all_gather.sum()),
-            alive=_by_step([largest.slots.alive]),
+            alive=_by_step([largest.slots.active]),
             rows_alive=len(largest.rows.output),
-            rows_at_once=max(rows.stop - rows.start for part in schedule.parts for rows, _ in part.rows.chunks),
-            scores_alive=max(map(_area, (p for part in schedule.parts for b in part.slots.blocks for p in _pieces(b)))),
+            rows_at_once=max(rows.stop - rows.start for part in schedule.chunks for rows, _ in part.rows.chunks),
+            scores_alive=max(
+                map(_area, (p for part in schedule.chunks for b in part.slots.blocks for p in _pieces(b)))
+            ),
         )
 
     @classmethod
@@ -104,11 +105,11 @@ def _by_step(values: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(map(sum, zip_longest(*values, fillvalue=0)))
 
 
-def _scores(block: Block) -> int:
+def _scores(block: CausalBlock) -> int:
     return sum(map(_area, _pieces(block)))
 
 
-def _pieces(block: Block) -> Sequence[Piece]:
+def _pieces(block: CausalBlock) -> Sequence[Piece]:
     assert isinstance(block, PieceBlock)
     return block.pieces
 
@@ -183,7 +184,7 @@ class DraftCost:
         self.matrices = [name for name, p in draft.named_parameters() if p.ndim == 2]
         self.hidden, self.entries = draft.shape.hidden_size, len(draft.draft_ids)
         self.own_head = draft.head_weight is not None
-        layers = list(draft.stack)
+        layers = list(draft.decoder_layers)
         self.num_layers = len(layers)
         attention, self.head_dim = layers[0].self_attn, layers[0].head_dim
         self.wide, self.narrow = len(attention.q_proj.weight), len(attention.k_proj.weight)
@@ -206,14 +207,14 @@ class DraftCost:
             return torch.empty(1, width, device="meta")
 
         states = nothing(self.aux_layers * self.target_hidden), nothing(self.target_hidden)
-        self.read, _ = _products(lambda: draft.read(*states))
-        entry = draft.entry()
-        self.token, token = _products(lambda: entry.token(nothing(self.hidden)))
+        self.read, _ = _products(lambda: draft.project_hidden_states(*states))
+        packed = draft.pack_first_layer()
+        self.token, token = _products(lambda: draft.project_tokens(nothing(self.hidden)))
         self.token_width = token.shape[1]
         feature = nothing(self.hidden)
-        parts = (slice(0, self.wide), slice(self.wide, None), EVERYTHING)
+        parts = (slice(0, self.wide), slice(self.wide, None), slice(None))
         self.queries, self.keys, self.project = (
-            _products(partial(_projected, entry, token, feature, rows))[0] for rows in parts
+            _products(partial(draft.project_first_layer, packed, token, feature, rows))[0] for rows in parts
         )
         self.embedding_trained = any(name.endswith("embed_tokens.weight") for name in self.parameters)
 
@@ -278,7 +279,7 @@ class DraftCost:
     def logits_bytes(self, amount: Amount, vocabulary: int, element: int, device_type: str) -> float:
         """A chunk of logits, what is judged of it at once, and a chunk of labels."""
         whole = amount.rows_at_once * self.entries
-        chunk, judged = min(whole, LOGITS_ALIVE[device_type]), 3 * min(whole, LOGITS_JUDGED[device_type])
+        chunk, judged = min(whole, LOGITS_PER_CHUNK[device_type]), 3 * min(whole, LOGITS_PER_BLOCK[device_type])
         labels = LABEL_CHUNK[device_type] * (vocabulary * element + self.entries * 2 * FLOAT32)
         return chunk * element + judged * FLOAT32 + labels
 
@@ -287,11 +288,7 @@ class DraftCost:
         return self.entries * self.hidden * FLOAT32 if self.own_head else 0
 
 
-def _projected(entry: Entry, token: torch.Tensor, feature: torch.Tensor, rows: slice) -> torch.Tensor:
-    return entry.project(token, feature, rows)[0]
-
-
-def _products(run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+def _products(run: Callable[[], Any]) -> tuple[int, Any]:
     """Multiply-adds of ``run``, and what it returned."""
     with FlopCounterMode(display=False) as counter:
         result = run()

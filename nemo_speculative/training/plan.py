@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_speculative.algorithms.common.draft import DraftShape
+from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.conversations import Conversations

@@ -8,8 +8,9 @@ import torch
 from hydra.utils import get_class
 from transformers import AutoModelForCausalLM
 
-from nemo_speculative.algorithms.common.draft import Draft, DraftShape
-from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.shape import DraftShape
+from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.distributed.collectives import num_ranks
@@ -68,10 +69,10 @@ class Prediction:
 
 def count(job: TrainJob, models: Models, batches: list[Batch], device: torch.device) -> list[Amount]:
     """What there is to compute on ``device`` in each of ``batches``."""
-    objective: type[UnrollObjective] = get_class(job.draft.objective)
+    objective: type[TTTObjective] = get_class(job.draft.objective)
     alive = job.trainer.slots(models.draft.hidden, device.type)
     context = ContextGroup.planned(job.parallelism.context)
-    built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, slots_alive=alive, context=context)  # type: ignore[arg-type]
+    built = objective.build(None, job.draft, seed=job.seed, tau_steps=1, chunk_slots=alive, context=context)  # type: ignore[arg-type]
     return [Amount.of(built.schedule(batch), models.draft.num_layers > 1) for batch in batches[:SAMPLE]]
 
 

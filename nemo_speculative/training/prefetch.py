@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nemo_speculative.algorithms.common.objective import Objective
+from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.targets.base import Target, TargetOutput
@@ -56,7 +56,7 @@ class GlobalBatch:
 class BatchPrefetcher:
     """Produces the global batches of ``loader`` in a thread, one ahead."""
 
-    def __init__(self, loader: PackedLoader, objective: Objective, device: torch.device):
+    def __init__(self, loader: PackedLoader, objective: TTTObjective, device: torch.device):
         self.loader, self.objective, self.device = loader, objective, device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._future: Future[GlobalBatch] | None = None

@@ -17,8 +17,9 @@ from hydra.utils import get_class
 from torch.nn.functional import embedding, linear
 from transformers import AutoModel
 
-from nemo_speculative.algorithms.common.draft import Draft, DraftShape
-from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.shape import DraftShape
+from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.distributed import titan
@@ -68,13 +69,13 @@ class SpeedProbe:
         draft: type[Draft] = get_class(job.draft._target_)
         with device:
             self.draft = draft(shape).attach(self.stand_in)  # type: ignore[call-arg]
-        objective: type[UnrollObjective] = get_class(job.draft.objective)
+        objective: type[TTTObjective] = get_class(job.draft.objective)
         self.objective = objective.build(
             self.stand_in,  # type: ignore[arg-type]
             job.draft,
             seed=job.seed,
             tau_steps=1,
-            slots_alive=job.trainer.slots(shape.hidden_size, device.type),
+            chunk_slots=job.trainer.slots(shape.hidden_size, device.type),
         )
 
     def rates(self, target: TargetCost, draft: DraftCost) -> Rates:

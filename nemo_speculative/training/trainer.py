@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.objective import LossSum, Objective
+from nemo_speculative.algorithms.common.ttt import LossSum, TTTObjective
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.loader import PackedLoader
@@ -45,7 +45,7 @@ class TTTModule(nn.Module):
     """Draft and loss as the unit that FSDP wraps: parameters are gathered once per micro-batch, not per TTT step."""
 
     def __init__(
-        self, draft: Draft, objective: Objective, timed: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, draft: Draft, objective: TTTObjective, timed: Callable[[], AbstractContextManager[None]] = nullcontext
     ):
         super().__init__()
         self.draft, self.objective, self.timed = draft, objective, timed
@@ -88,7 +88,7 @@ class DraftTrainer:
     """Trains a draft against a frozen target."""
 
     def __init__(
-        self, job: TrainJob, *, target: Target, draft: Draft, objective: Objective, loader: PackedLoader,
+        self, job: TrainJob, *, target: Target, draft: Draft, objective: TTTObjective, loader: PackedLoader,
         validation: list[Batch], total_steps: int, parallel_dims: titan.ParallelDims, device: torch.device,
         checkpointer: Checkpointer, metrics: MetricsLogger,
     ):  # fmt: skip
@@ -99,7 +99,7 @@ class DraftTrainer:
         self.step, self.total_steps = 0, total_steps
         if job.trainer.compile:
             target.compile()
-            for layer in draft.stack:
+            for layer in draft.decoder_layers:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         self.timer, self.stragglers = StepTimer(device), StragglerDetector(metrics.print)
         dtype = getattr(torch, job.trainer.dtype.value)

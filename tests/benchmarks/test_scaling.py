@@ -196,7 +196,7 @@ def tiny_draft(config, target, ranks):
     """Draft and objective."""
     draft_class = get_class(config._target_)
     shape = draft_class.shape_for(config, TINY, [1, 2, 3], 48)
-    objective = get_class(config.objective).build(target, config, seed=0, tau_steps=1, slots_alive=64, context=ranks)
+    objective = get_class(config.objective).build(target, config, seed=0, tau_steps=1, chunk_slots=64, context=ranks)
     return draft_class(shape), objective
 
 
@@ -238,7 +238,7 @@ def train(draft, objective, target, dims):
     draft.set_vocab_mapping(VocabMapping(torch.arange(48), TINY.vocab_size, 1.0))
     trainee = parallelism.shard_draft(TTTModule(draft.attach(target), objective), dims, torch.bfloat16)
     schedules = [objective.schedule(tiny_batch()) for _ in range(MICRO_BATCHES)]
-    assert all(len(schedule.parts) > 1 for schedule in schedules)
+    assert all(len(schedule.chunks) > 1 for schedule in schedules)
     for schedule in schedules:
         trainee(
             schedule, target.compute_hidden_states(schedule.batch), sum(s.counts for s in schedules)
@@ -250,7 +250,7 @@ def tiny_work(config):
     with torch.device("meta"):
         target = TargetCost(LlamaForCausalLM(TINY))
         cost = DraftCost(tiny_draft(config, None, ContextGroup.planned(2))[0], aux_layers=3, target_hidden=64)
-    amount = Amount.of(objective.schedule(tiny_batch()), len(draft.stack) > 1)
+    amount = Amount.of(objective.schedule(tiny_batch()), len(draft.decoder_layers) > 1)
     return Work(Models(target, cost), amount, MICRO_BATCHES)
 
 

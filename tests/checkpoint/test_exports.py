@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from nemo_speculative.algorithms.common.kv_cache import KVCache
 from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
 from nemo_speculative.checkpoint.adapters.read import detect, read_foreign
@@ -98,8 +97,9 @@ class TestSpeculators:
         expected, _ = layouts.naive_eagle3(theirs, embeddings, aux, 500000.0, "layers.0.")
         draft = exported.build(dtype=torch.float64)
         rotation = draft.rotary(torch.arange(5)[None], draft.dtype)
-        output = draft.extend(embeddings[None], draft.read(aux[None], aux[None]), rotation, KVCache())[0]
-        assert torch.allclose(draft.logits(output), expected, atol=1e-6)
+        feature = draft.project_hidden_states(aux[None], aux[None])
+        output = exported.contract.session(draft).extend(embeddings[None], feature, rotation)[0]
+        assert torch.allclose(draft.compute_logits(output), expected, atol=1e-6)
 
     def test_the_tensors_are_exactly_those_of_the_format(self, tmp_path):
         SpeculatorsExport().write(tmp_path / "out", servable("two layers"), TARGET)
@@ -202,18 +202,18 @@ class TestRemoteCode:
     @pytest.mark.parametrize(("name", "dtype"), REMOTE)
     def test_it_computes_what_the_draft_does(self, root, name, dtype):
         draft, given = servable(name, dtype).build(), inputs_for(name, dtype)
+        session = contract_of(type(draft)).session(draft)
         found = load_file(root / directory_of(name, dtype) / "outputs")
         embeddings, seen, positions = given["embeddings"], given["seen"], given["positions"]
         draft.attach(SimpleNamespace(logits=lambda hidden: hidden @ given["head"].T))
         rotation = draft.rotary(positions, dtype)
-        cache = KVCache()
         rotations = [tuple(part[:, :, at] for part in rotation) for at in (slice(None, -1), slice(-1, None))]
         with torch.no_grad():
-            first = draft.extend(embeddings[:, :-1], draft.read(seen, seen), rotations[0], cache)
-            cache.advance(first.shape[1])
-            second = draft.extend(embeddings[:, -1:], draft.feed_back(first[:, -1:]), rotations[1], cache)
+            first = session.extend(embeddings[:, :-1], draft.project_hidden_states(seen, seen), rotations[0])
+            session.cache.advance(first.shape[1])
+            second = session.extend(embeddings[:, -1:], draft.next_feature(first[:, -1:]), rotations[1])
             output = torch.cat((first, second), dim=1)
-            logits = draft.logits(output)
+            logits = draft.compute_logits(output)
         for key, expected in (("output", output), ("logits", logits)):
             allowed = (1e-5 if dtype is torch.float32 else 0.03) * float(expected.abs().max())
             assert torch.allclose(found[key], expected, atol=allowed, rtol=0), key
@@ -224,7 +224,8 @@ class TestRemoteCode:
         draft, given = servable(name, dtype).build(), inputs_for(name, dtype)
         found = load_file(root / directory_of(name, dtype) / "outputs")
         rotation = tuple(part[:, :, :1] for part in draft.rotary(given["positions"], dtype))
-        alone = draft.extend(given["embeddings"][:, :1], draft.read(given["seen"][:, :1], None), rotation, KVCache())
+        feature = draft.project_hidden_states(given["seen"][:, :1], None)
+        alone = contract_of(type(draft)).session(draft).extend(given["embeddings"][:, :1], feature, rotation)
         assert torch.allclose(found["alone"][:, :1], alone, atol=1e-5)
         assert torch.allclose(found["alone"][:, 0], found["output"][:, 0], atol=1e-5)
         assert not torch.allclose(found["alone"][:, 1], found["output"][:, 1], atol=1e-2)

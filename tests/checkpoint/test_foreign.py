@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_speculative.algorithms.common.kv_cache import KVCache
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.adapters.read import detect, read_foreign, stated_target
+from nemo_speculative.checkpoint.contract import contract_of
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings
@@ -54,9 +54,9 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 def outputs(draft, embeddings: torch.Tensor, aux: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
     """What the built draft computes over a causal sequence: [n, h]."""
-    features = draft.read(aux[None], last_hidden_state[None])
+    features = draft.project_hidden_states(aux[None], last_hidden_state[None])
     rotation = draft.rotary(torch.arange(len(embeddings))[None], draft.dtype)
-    return draft.extend(embeddings[None], features, rotation, KVCache())[0]
+    return contract_of(type(draft)).session(draft).extend(embeddings[None], features, rotation)[0]
 
 
 def inputs(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,7 +89,7 @@ def test_an_eagle3_draft_computes_what_its_own_network_does(
     logits, output = layouts.naive_eagle3(stored(source), embeddings, aux, theta, layer, outer)
     got = outputs(draft, embeddings, aux, last_hidden_state)
     assert torch.allclose(got, output, atol=1e-6)
-    assert torch.allclose(draft.logits(got), logits, atol=1e-6)
+    assert torch.allclose(draft.compute_logits(got), logits, atol=1e-6)
     assert draft.draft_ids.tolist() == DRAFT_IDS
     assert snapshot(source) == before
 
@@ -101,10 +101,10 @@ def test_norm_output_is_fed_back_as_its_server_feeds_it(tmp_path, target, make):
     weights = stored(source)
     output = inputs()[0]
     expected = layouts.norm(output, weights.get("norm.weight", weights.get("model.norm.weight")))
-    assert torch.allclose(draft.feed_back(output), expected)
+    assert torch.allclose(draft.next_feature(output), expected)
     config = json.loads(next(source.rglob("config.json")).read_text()) | {"norm_output": False}
     next(source.rglob("config.json")).write_text(json.dumps(config))
-    assert torch.equal(read_foreign(source, target).build(dtype=torch.float64).feed_back(output), output)
+    assert torch.equal(read_foreign(source, target).build(dtype=torch.float64).next_feature(output), output)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,8 +3,9 @@ import itertools
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.kv_cache import KVCache
-from nemo_speculative.algorithms.common.slots import Layout, Slots
+from nemo_speculative.algorithms.common.schedule import Layout, Slots
+from nemo_speculative.algorithms.common.ttt import compute_step0, unroll
+from nemo_speculative.checkpoint.contract import contract_of
 from nemo_speculative.decoding.cached_target import CachedTarget
 from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
@@ -26,22 +27,23 @@ def test_decoding_a_chain_equals_the_training_unroll(target, kind):
     """Train = serve: the draft's outputs behind a cache are those of the unroll on the same tokens."""
     draft, num_steps = random_draft(kind, target, seed=1), 4
     ids = torch.randint(0, VOCAB_SIZE, (1, 20), generator=torch.Generator().manual_seed(5))
-    features, embeddings = draft.read(*target.forward(ids)), draft.embed(ids)
+    features, embeddings = draft.project_hidden_states(*target.forward(ids)), draft.embed_input_ids(ids)
     positions = torch.arange(20)[None]
     steps = torch.where(positions < 20 - num_steps - 1, num_steps, 0)
     layout, slots = Layout.of(positions, positions), Slots.of(positions, steps, CPU)
-    unrolled = draft.unroll(draft.first_pass(embeddings, features, layout).seen_by(slots), slots)
+    state = compute_step0(draft, embeddings[0], features[0], layout)
+    unrolled = unroll(draft, state.window(slots), slots)
     for t in range(20 - num_steps - 1):
-        cache = KVCache(1)
+        session = contract_of(type(draft)).session(draft)
         here = draft.rotary(positions[:, : t + 1], torch.float32)
-        output = draft.extend(embeddings[:, 1 : t + 2], features[:, : t + 1], here, cache)[:, -1:]
-        cache.advance(t + 1)
+        output = session.extend(embeddings[:, 1 : t + 2], features[:, : t + 1], here)[:, -1:]
+        session.cache.advance(t + 1)
         for i in range(num_steps):
             torch.testing.assert_close(output[0, 0], unrolled[i][t], rtol=1e-4, atol=1e-4)
             token = embeddings[:, t + 2 + i : t + 3 + i]
             here = draft.rotary(positions[:, t + 1 + i : t + 2 + i], torch.float32)
-            output = draft.extend(token, draft.feed_back(output), here, cache)
-            cache.advance(1)
+            output = session.extend(token, draft.next_feature(output), here)
+            session.cache.advance(1)
 
 
 def states(target, sequences):
@@ -78,16 +80,17 @@ def test_a_tree_node_is_drafted_as_behind_its_path_alone(target, kind, tree):
 
 def _logits(draft, target, tokens, path):
     """The draft's logits behind a path: true features up to the last verified token, then its own outputs."""
-    feature = draft.read(*target.forward(torch.tensor([tokens[:-1]])))
-    cache, length = KVCache(1), len(tokens) - 1
+    feature = draft.project_hidden_states(*target.forward(torch.tensor([tokens[:-1]])))
+    session, length = contract_of(type(draft)).session(draft), len(tokens) - 1
     rotation = draft.rotary(torch.arange(length)[None], torch.float32)
-    output = draft.extend(draft.embed(torch.tensor([tokens[1:]])), feature, rotation, cache)[:, -1:]
-    cache.advance(length)
+    output = session.extend(draft.embed_input_ids(torch.tensor([tokens[1:]])), feature, rotation)[:, -1:]
+    session.cache.advance(length)
     for i, token in enumerate(path):
         rotation = draft.rotary(torch.tensor([[length + i]]), torch.float32)
-        output = draft.extend(draft.embed(torch.tensor([[token]])), draft.feed_back(output), rotation, cache)
-        cache.advance(1)
-    return draft.logits(output)[0, 0]
+        embeddings = draft.embed_input_ids(torch.tensor([[token]]))
+        output = session.extend(embeddings, draft.next_feature(output), rotation)
+        session.cache.advance(1)
+    return draft.compute_logits(output)[0, 0]
 
 
 @pytest.mark.parametrize("tree", TREE_BUILDERS)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
+from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.distributed import health
 from nemo_speculative.distributed.health import Heartbeat
@@ -91,7 +91,7 @@ def tarry_in_target(_step):
 
 def tarry_in_draft(_step):
     """The loss of this rank takes longer in every step."""
-    UnrollObjective._part_loss = tarrying(UnrollObjective._part_loss)
+    TTTObjective.rows_loss = tarrying(TTTObjective.rows_loss)
 
 
 def tarrying(call):

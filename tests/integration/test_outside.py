@@ -6,8 +6,9 @@ from tests.integration.conftest import run
 
 MODULE = '''
 import torch
-from nemo_speculative.checkpoint.contract import Eagle3Contract, register
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Contract
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+from nemo_speculative.checkpoint.contract import register
 
 
 class GatedDraft(Eagle3Draft):
@@ -19,8 +20,8 @@ class GatedDraft(Eagle3Draft):
         super().__init__(shape)
         self.gate = torch.nn.Parameter(torch.ones(shape.hidden_size))
 
-    def read(self, aux, last_hidden):
-        return self.gate * super().read(aux, last_hidden)
+    def project_hidden_states(self, aux_hidden_states, last_hidden_state):
+        return self.gate * super().project_hidden_states(aux_hidden_states, last_hidden_state)
 
 
 class GatedContract(Eagle3Contract):

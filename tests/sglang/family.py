@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_speculative.algorithms.common.draft import Draft, DraftShape
+from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, write_servable

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.slots import Layout, Slots
+from nemo_speculative.algorithms.common.schedule import Layout, Slots
+from nemo_speculative.algorithms.common.ttt import compute_step0, unroll
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
@@ -94,8 +95,8 @@ def _greedy(model: Any, prompts: list[list[int]], length: int) -> list[list[int]
 def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
     """A plain loop of its own on ``tokens`` [B, L]: the judge must not lean on the trainer that it judges."""
     with torch.no_grad():
-        draft.start_head(target.head_weight, None)
-        draft.start_fc()
+        draft.init_head(target.head_weight, None)
+        draft.init_fc()
     positions = torch.arange(tokens.shape[1]).expand(BATCH, -1)
     count = tokens.shape[1] - UNROLL - 1
     index = torch.arange(count).expand(BATCH, -1)
@@ -106,11 +107,11 @@ def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
     for rows in tokens.split(BATCH) * EPOCHS:
         aux, hidden = target.forward(rows, positions)
         best = draft_id[target.logits(hidden).argmax(-1)]
-        features = draft.read(aux, hidden)
-        prefix = draft.first_pass(draft.embed(rows), features, layout).seen_by(slots)
-        outputs = [output[: index.numel()] for output in draft.unroll(prefix, slots)]
+        features = draft.project_hidden_states(aux, hidden)
+        state = compute_step0(draft, draft.embed_input_ids(rows).flatten(0, 1), features.flatten(0, 1), layout)
+        outputs = [output[: index.numel()] for output in unroll(draft, state.window(slots), slots)]
         labels = torch.stack([best.gather(1, index + 1 + step) for step in range(UNROLL)])
-        cross_entropy(draft.logits(torch.cat(outputs)), labels.flatten()).backward()
+        cross_entropy(draft.compute_logits(torch.cat(outputs)), labels.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 

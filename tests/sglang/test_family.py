@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.kv_cache import KVCache
-from nemo_speculative.algorithms.common.slots import Layout, Slots
+from nemo_speculative.algorithms.common.schedule import Layout, Slots
+from nemo_speculative.algorithms.common.ttt import compute_step0, unroll
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
 from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, expected_ids, ignored, never_loaded, write_family
 
@@ -75,16 +75,17 @@ def test_no_tensor_is_lost(replayed):
 @torch.no_grad()
 def test_decoding_computes_what_sglang_does(replayed):
     """Logits and fed-back states of the given positions, and of steps on the draft's own output."""
-    draft, given, cache = replayed.draft, replayed.given, KVCache()
-    tokens, feature, start = given.tokens[None], draft.read(given.features, given.features)[None], 0
+    draft, given = replayed.draft, replayed.given
+    session = replayed.servable.contract.session(draft)
+    tokens, feature, start = given.tokens[None], draft.project_hidden_states(given.features, given.features)[None], 0
     logits, states, drafted = [], [], []
     for _ in range(1 + STEPS):
         n = tokens.shape[1]
         rotation = draft.rotary(torch.arange(start, start + n)[None], draft.dtype)
-        output = draft.extend(draft.embed(tokens), feature, rotation, cache)
-        cache.advance(n)
-        logits.append(draft.logits(output)[0])
-        states.append(draft.feed_back(output)[0])
+        output = session.extend(draft.embed_input_ids(tokens), feature, rotation)
+        session.cache.advance(n)
+        logits.append(draft.compute_logits(output)[0])
+        states.append(draft.next_feature(output)[0])
         tokens, feature, start = draft.draft_ids[logits[-1][-1:].argmax(-1)][None], states[-1][None, -1:], start + n
         drafted.append(tokens[0])
     assert torch.cat(drafted)[:STEPS].tolist() == replayed.drafted.tolist()
@@ -98,16 +99,16 @@ def test_training_computes_what_sglang_does(replayed):
     draft, given = replayed.draft, replayed.given
     x = torch.cat((torch.zeros(1, dtype=torch.long), given.tokens, replayed.drafted))[None]
     unseen = given.features.new_zeros(1 + STEPS, given.features.shape[1])
-    features = draft.read(*[torch.cat((given.features, unseen))[None]] * 2)
+    features = draft.project_hidden_states(*[torch.cat((given.features, unseen))[None]] * 2)
     positions = torch.arange(x.shape[1])[None]
     cpu = torch.device("cpu")
     slots = Slots.of(positions, torch.where(positions < LENGTH, 1 + STEPS, 0), cpu)
-    prefix = draft.first_pass(draft.embed(x), features, Layout.of(positions, positions))
-    outputs = [output[:LENGTH] for output in draft.unroll(prefix.seen_by(slots), slots)]
+    state = compute_step0(draft, draft.embed_input_ids(x)[0], features[0], Layout.of(positions, positions))
+    outputs = [output[:LENGTH] for output in unroll(draft, state.window(slots), slots)]
     chain = torch.cat([output[-1:] for output in outputs])
-    _assert_same(draft.logits(outputs[0]), replayed.logits[:LENGTH])
-    _assert_same(draft.logits(chain), replayed.logits[LENGTH - 1 :])
-    _assert_same(draft.feed_back(chain), replayed.states[LENGTH - 1 :])
+    _assert_same(draft.compute_logits(outputs[0]), replayed.logits[:LENGTH])
+    _assert_same(draft.compute_logits(chain), replayed.logits[LENGTH - 1 :])
+    _assert_same(draft.next_feature(chain), replayed.states[LENGTH - 1 :])
 
 
 def _assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:

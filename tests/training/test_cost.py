@@ -145,7 +145,7 @@ def make(config, slots_alive=None, of=CONFIG):
     shape = cls.shape_for(config, of, aux, entries.entries if entries.own_head else None)
     ends = Ends(of)
     made_of: Any = get_class(config.objective)
-    objective = made_of.build(ends, config, seed=0, tau_steps=1, slots_alive=slots_alive)
+    objective = made_of.build(ends, config, seed=0, tau_steps=1, chunk_slots=slots_alive)
     with torch.device("meta"):
         cost = DraftCost(cls(shape), aux_layers=len(aux), target_hidden=of.hidden_size)
     return cls(shape).attach(ends), objective, cost
@@ -395,7 +395,7 @@ def planned_and_found(name, folder):
     job = TrainJob(draft=config, backend=backend, parallelism=parallelism, optimizer=optimizer)
     dims = mesh(parallelism)
     target = get_class(backend._target_)(folder / shape, aux_layers=None)
-    objective = Eagle3Objective.build(target, config, seed=0, tau_steps=1, slots_alive=512, context=context_group(dims))
+    objective = Eagle3Objective.build(target, config, seed=0, tau_steps=1, chunk_slots=512, context=context_group(dims))
     draft_shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, 200)
     trainee = shard_draft(TTTModule(Eagle3Draft(draft_shape).attach(target), objective), dims, torch.float32)
     optimizers, average = build_optimizers(optimizer, trainee), WeightAverage(trainee, optimizer.ema_decay)

@@ -13,8 +13,7 @@ from benchmarks.training_step.case import SEED, STEP_DECAY, Setup
 from benchmarks.training_step.implementations.base import Implementation, Trainer, copy_weights
 from benchmarks.training_step.setup import draft_config, new_draft
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.objective import LossSum, Objective
-from nemo_speculative.algorithms.common.unroll_objective import UnrollObjective
+from nemo_speculative.algorithms.common.ttt import LossSum, TTTObjective
 from nemo_speculative.config.schema import DepthSampling, ParallelismConfig, TrainerConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
@@ -63,13 +62,13 @@ class Ours(Trainer):
         self.trainee = shard_draft(TTTModule(load_draft(setup, self.target), self.objective), dims, setup.dtype)
         self.train(self.trainee.parameters(), fused=True)
 
-    def make_objective(self, setup: Setup, variants: frozenset[str]) -> Objective:
+    def make_objective(self, setup: Setup, variants: frozenset[str]) -> TTTObjective:
         changes = {key: value for variant in variants for key, value in CHANGES[variant].items()}
         config = dataclasses.replace(draft_config(setup.case), **changes)
-        objective: type[UnrollObjective] = get_class(config.objective)
+        objective: type[TTTObjective] = get_class(config.objective)
         alive = TrainerConfig().slots(setup.case.size.hidden_size, CPU.type)
         return objective.build(
-            self.target, config, seed=SEED, tau_steps=TAU_STEPS, slots_alive=alive, context=self.context
+            self.target, config, seed=SEED, tau_steps=TAU_STEPS, chunk_slots=alive, context=self.context
         )
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -80,7 +79,7 @@ class Ours(Trainer):
 class Textbook(Ours):
     """The same trainer around :func:`benchmarks.textbook.textbook_loss`."""
 
-    def make_objective(self, setup: Setup, variants: frozenset[str]) -> Objective:
+    def make_objective(self, setup: Setup, variants: frozenset[str]) -> TTTObjective:
         return _Dense(self.target, setup.case.num_steps)
 
 

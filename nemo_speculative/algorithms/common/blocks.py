@@ -1,16 +1,20 @@
-"""Which step-0 keys the queries of an unroll see, in the form that the device's attention takes.
+"""Causal blocks from positions: which step-0 keys each query sees, in the form that the device's attention takes.
 
-A query at flat position t of a document that starts at s sees the keys s … t.
+A query at flat position t of a document that starts at s sees the keys s … t.  On a CPU the block is a few matrix
+products (:class:`.attention.PieceBlock`), on CUDA torch's flex attention: one kernel over block-sparse queries and
+keys, whose block structure is computed on the host from the ranges; a mask [n, m] is never made.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from nemo_speculative.algorithms.common.attention import Block, Piece, PieceBlock
-from nemo_speculative.algorithms.common.flex import flex_block
+from nemo_speculative.algorithms.common.attention import CausalBlock, Pair, Piece, PieceBlock
 from nemo_speculative.utils.devices import send
 
 PIECE_QUERIES = 128
@@ -23,11 +27,13 @@ PIECE_ROUNDING = 32
 """Queries and keys of a piece are filled up to a multiple: oneDNN builds and keeps a primitive for every shape."""
 PIECE_COST = 1 << 13
 """What a piece costs beside its scores, in scores: the dispatch of some twenty small operations."""
+FLEX_BLOCK = 128
+"""Queries and keys of a block of flex attention's block mask."""
 WIDE_GAP = 64
 """Positions between two queries from which on they are cheaper in two pieces."""
 
 
-def block_for(positions: torch.Tensor, index: torch.Tensor, device: torch.device) -> Block:
+def block_for(positions: torch.Tensor, index: torch.Tensor, device: torch.device) -> CausalBlock:
     """What the queries at flat positions ``index`` see, for attention on ``device``.
 
     Args:
@@ -128,3 +134,68 @@ def _piece(
         seen = (keys >= first[:, None]) & (keys <= last[:, None])
         mask = send(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")), device)
     return Piece(queries, slice(low, high), mask)
+
+
+@dataclass(frozen=True)
+class FlexBlock:
+    """The causal block under flex attention."""
+
+    order: torch.Tensor
+    """int64 [n]: the queries in ascending order of position."""
+    inverse: torch.Tensor
+    """int64 [n]: its inverse."""
+    mask: BlockMask
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        sorted_q = q[self.order].transpose(0, 1)[None]
+        attention = _compiled() if q.is_cuda else flex_attention
+        out, aux = attention(
+            sorted_q, keys[None], values[None], block_mask=self.mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
+        )
+        return out[0].transpose(0, 1)[self.inverse], aux.lse[0].transpose(0, 1)[self.inverse].float()
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention)
+
+
+def flex_block(
+    order: torch.Tensor, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
+) -> FlexBlock:
+    """For queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
+    partial, full = _block_structure(first, last, num_keys)
+    first, last = send(first, device), send(last, device)
+
+    def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key >= first[query]) & (key <= last[query])
+
+    counts, blocks, full_counts, full_blocks = (send(x, device) for x in (*_indices(partial), *_indices(full)))
+    mask = BlockMask.from_kv_blocks(
+        counts,
+        blocks,
+        full_counts,
+        full_blocks,
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(len(first), num_keys),
+    )
+    return FlexBlock(send(order, device), send(order.argsort(), device), mask)
+
+
+def _block_structure(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [query blocks, key blocks] each: some of the block may be seen, and all of it is."""
+    rows, cols = -(-len(first) // FLEX_BLOCK), -(-num_keys // FLEX_BLOCK)
+    spare = rows * FLEX_BLOCK - len(first)
+    starts, ends = (torch.cat((x, x[-1:].expand(spare))).view(rows, FLEX_BLOCK) for x in (first, last))
+    low = torch.arange(cols) * FLEX_BLOCK
+    high = low + FLEX_BLOCK - 1
+    some = (low <= ends.amax(1)[:, None]) & (high >= starts.amin(1)[:, None])
+    whole = (low >= starts.amax(1)[:, None]) & (high <= ends.amin(1)[:, None])
+    return some & ~whole, whole
+
+
+def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many key blocks each query block has, and which: int32 [1, 1, rows] and [1, 1, rows, cols]."""
+    order = (~blocks).to(torch.uint8).sort(dim=1, stable=True).indices
+    return blocks.sum(1).int()[None, None], order.int()[None, None]

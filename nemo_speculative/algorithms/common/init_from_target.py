@@ -36,12 +36,13 @@ def init_from_target(draft: Draft, target: Source, parts: InitFromTarget) -> Non
         UserError: a part of the target has another shape than the draft's.
     """
     if parts.head:
-        draft.start_head(target.head_weight, norm_weight(target.final_norm) if target.final_norm else None)
+        draft.init_head(target.head_weight, norm_weight(target.final_norm) if target.final_norm else None)
     if parts.layer:
-        for own, given in zip(reversed(draft.stack), reversed(target.last_layers(len(draft.stack))), strict=False):
-            _copy_layer(own, given)
+        layers = draft.decoder_layers
+        for own, source in zip(reversed(layers), reversed(target.last_layers(len(layers))), strict=False):
+            _copy_layer(own, source)
     if parts.fc:
-        draft.start_fc()
+        draft.init_fc()
 
 
 def _copy_layer(own: DraftLayer, layer: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The parts that draft networks share."""
+"""Layers of the draft networks: SwiGLU, projections of attention, decoder layer, RMSNorm and rotary embedding."""
 
 from typing import Any
 
@@ -7,8 +7,6 @@ from torch import nn
 from torch.nn.functional import linear, silu
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-from nemo_speculative.utils.precision import exact
 
 
 class SwiGLU(nn.Module):
@@ -25,7 +23,7 @@ class SwiGLU(nn.Module):
 
 
 class _GatedLinear(torch.autograd.Function):
-    """W (silu(gate) * up), keeping gate and up for the backward pass and nothing that they give."""
+    """W (silu(gate) * up); keeps gate and up for the backward pass, and recomputes the rest."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -35,14 +33,14 @@ class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         (grad,), (gate, up, weight) = gradients, ctx.saved_tensors
-        active = silu(gate)
-        to_weight = grad.flatten(0, -2).T @ (active * up).flatten(0, -2)
+        activated = silu(gate)
+        to_weight = grad.flatten(0, -2).T @ (activated * up).flatten(0, -2)
         grad = grad @ weight
-        return torch.ops.aten.silu_backward(grad * up, gate), active.mul_(grad), to_weight
+        return torch.ops.aten.silu_backward(grad * up, gate), activated.mul_(grad), to_weight
 
 
 class Attention(nn.Module):
-    """The four projections, without bias; ``width`` features go in."""
+    """The four projections, without bias, of inputs of ``width`` features."""
 
     def __init__(self, shape: Any, width: int):
         super().__init__()
@@ -54,10 +52,10 @@ class Attention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """A Llama layer in the pieces that an unroll needs: what its attention reads is the draft's business.
+    """A Llama layer in the pieces that training needs: the draft prepares the input of its attention.
 
-    ``input_norm_name`` is the name that the served checkpoint gives to the norm in front of the attention; None where
-    the layer has none, or the draft applies its own.
+    ``input_norm_name`` is the name of the norm before the attention in the served checkpoint; None where the layer has
+    none, or the draft applies its own.
     """
 
     def __init__(self, shape: Any, width: int, input_norm_name: str | None = None):
@@ -70,8 +68,8 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = rms_norm(shape)
         self.mlp = SwiGLU(shape.hidden_size, shape.intermediate_size)
 
-    def normed(self, residual: torch.Tensor) -> torch.Tensor:
-        """What the attention of a layer that is not the first reads: [..., h]."""
+    def norm_input(self, residual: torch.Tensor) -> torch.Tensor:
+        """The input of the attention in every layer but the first: [..., h]."""
         return self.get_submodule(self.input_norm_name or "")(residual)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +81,7 @@ class DraftLayer(nn.Module):
         return rotate(self._heads(self.self_attn.k_proj, x), cos, sin), self._heads(self.self_attn.v_proj, x)
 
     def qkv_weight(self, columns: slice = slice(None)) -> torch.Tensor:
-        """The weights of queries, keys and values, one below the other, of the inputs ``columns``."""
+        """The weights of queries, keys and values, stacked, for the inputs ``columns``."""
         attention = self.self_attn
         return torch.cat([p.weight[:, columns] for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
 
@@ -102,21 +100,24 @@ def rms_norm(shape: Any, width: int | None = None) -> nn.RMSNorm:
 
 
 class LeanRMSNorm(nn.RMSNorm):
-    """torch has one kernel for it on CUDA alone; elsewhere it keeps every intermediate for the backward pass."""
+    """RMSNorm with a backward pass that keeps one number per row.
+
+    torch has one kernel for it on CUDA only; elsewhere it keeps every intermediate for the backward pass.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Compiled, it is fused anyway; and torch 2.11 loses the gradient of a Function that changes a tensor in place.
         if x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
-        return _LeanNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
+        return _RMSNormFunction.apply(x, self.weight, self.eps)  # type: ignore[no-any-return]
 
 
-class _LeanNorm(torch.autograd.Function):
+class _RMSNormFunction(torch.autograd.Function):
     """y = w ∘ x r with r = (mean x² + ε)^-½; dx = r (w ∘ dy - x r² mean(w ∘ dy ∘ x)), dw = Σ dy ∘ x r."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.to(exact(x.dtype))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (wide * r).mul_(weight).to(x.dtype)
@@ -147,10 +148,10 @@ class Rotary(nn.Module):
         self.frequencies = LlamaRotaryEmbedding(config)
 
     def _apply(self, fn, recurse=True):
-        """Moves with the module, stays float32: bfloat16 frequencies are a radian off within some hundred positions."""
-        exact = dict(self.frequencies.named_buffers())
+        """Moves it but keeps it float32: bfloat16 frequencies are a radian off after a few hundred positions."""
+        buffers = dict(self.frequencies.named_buffers())
         super()._apply(fn, recurse)
-        for name, buffer in exact.items():
+        for name, buffer in buffers.items():
             setattr(self.frequencies, name, buffer.to(getattr(self.frequencies, name).device))
         return self
 

@@ -1,34 +1,138 @@
 """What a training step computes of a batch: slots, steps and labels, known before any model runs.
 
-Made on the host, ahead of the step, so that nothing in the step has to wait for the device.
+Slot t is the draft's run right after the target emitted x_{t+1}; its step i reads x_{t+1+i} and predicts x_{t+2+i}.
+The schedule says which slots run for how many steps, what each step sees, and which (slot, step) pairs carry a loss.
+It is made on the host, ahead of the step, so that nothing in the step waits for the device.
+
+The rows of a batch are laid end to end: a document is a range of flat positions, and the number of rows appears
+nowhere.  Slots are sorted by their number of steps, so that the slots of a step are the first ones of the step before:
+a view, no gather.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
+from torch.nn.functional import pad
 
-from nemo_speculative.algorithms.common.slots import Layout, Slots, round_up
-from nemo_speculative.config.schema import Normalization
+from nemo_speculative.algorithms.common.attention import CausalBlock
+from nemo_speculative.algorithms.common.blocks import block_for, rounded_width
+from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch
+from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard
 from nemo_speculative.utils.devices import send
 
 LABEL_CHUNK = {"cpu": 128, "cuda": 512}
-"""Positions whose target logits [P, V] are alive at once."""
+"""Positions whose target logits [P, V] exist at once."""
 LABEL_MULTIPLE = 16
-"""Their number is rounded up to it: less than other shapes, as every one of them costs V products."""
+"""Their number is rounded up to it: less than other shapes, as every position costs V products."""
+SHAPE_MULTIPLE = 64
+"""Slots and rows are rounded up to it: oneDNN builds and keeps a primitive for every shape that it meets."""
+
+
+def round_up(count: int, multiple: int = SHAPE_MULTIPLE) -> int:
+    """``count`` rounded up to a multiple of ``multiple``."""
+    return -(-count // multiple) * multiple
 
 
 @dataclass(frozen=True)
-class Rows:
+class Layout:
+    """The tokens of a batch that this rank computes: m of N = B * L, all of them without context parallelism."""
+
+    host_positions: torch.Tensor
+    """int64 [N], on the host: from 0 in every document."""
+    position_ids: torch.Tensor
+    """int64 [m], on the device: for the draft's rotary embedding; not the positions where these are skipped."""
+    shard: ContextShard
+
+    @classmethod
+    def of(cls, positions: torch.Tensor, position_ids: torch.Tensor, shard: ContextShard = FULL_BATCH) -> "Layout":
+        """The layout of a batch: ``positions`` on the host and ``position_ids`` on the device, int64 [B, L] each."""
+        return cls(positions.flatten(), shard.local(position_ids).flatten(), shard)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether other ranks compute other tokens of the batch (context parallelism)."""
+        return self.shard is not FULL_BATCH
+
+    @cached_property
+    def block(self) -> CausalBlock:
+        """The keys that every position sees; needed by the lower layers of a draft of several layers only."""
+        index = self.shard.to_global(torch.arange(len(self.position_ids)))
+        return block_for(self.host_positions, index, self.position_ids.device)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """N slots, those with the most steps first; N is rounded up with copies of the last slot."""
+
+    host_index: torch.Tensor
+    """int64 [N], on the host: the slot's position in the shard."""
+    real: torch.Tensor
+    """bool [N], on the host: not a copy."""
+    active: tuple[int, ...]
+    """Slots computed at each step, rounded up."""
+    token_window: slice
+    """The positions of the shard whose tokens and features the slots read."""
+    key_window: slice
+    """The flat positions that hold the step-0 keys they see."""
+    index: torch.Tensor
+    """int64 [N]: the slot's position within ``token_window``."""
+    position_ids: torch.Tensor
+    """int64 [N]: of step 0, for the draft's rotary embedding."""
+    blocks: tuple[CausalBlock, ...]
+    """The keys of ``key_window`` that the slots of each step see."""
+
+    @classmethod
+    def of(
+        cls, positions: torch.Tensor, steps: torch.Tensor, device: torch.device, shard: ContextShard = FULL_BATCH,
+        position_ids: torch.Tensor | None = None,
+    ) -> "Slots":  # fmt: skip
+        """The slots that run ``steps`` steps.
+
+        Args:
+            positions: int64 [B, L], on the host, from 0 in every document.
+            steps: int64 [B, L], or [m] of the shard, on the host: steps of the slot at each position, 0 for no slot.
+            position_ids: int64 [B, L], on the host, for the draft's rotary embedding; None: ``positions``.
+        """
+        steps, flat = steps.flatten(), positions.flatten()
+        used = steps.nonzero()[:, 0]
+        own = steps[used]
+        order = used[own.argsort(descending=True, stable=True)] if len(used) else torch.zeros(1, dtype=torch.long)
+        index = torch.cat((order, order[-1:].expand(round_up(len(order)) - len(order))))
+        longest = int(own.max()) if len(used) else 1
+        active = tuple(round_up(max(int((own > i).sum()), 1)) for i in range(longest))
+        first, end = int(index.min()), int(index.max()) + 1
+        token_window = slice(first, min(end + len(active), len(steps)))
+        at = shard.to_global(index)
+        lowest, key_end = int(at.min()), int(at.max()) + 1
+        start = lowest - int(flat[lowest])
+        key_window = slice(start, min(start + rounded_width(key_end - start), len(flat)))
+        blocks = {n: block_for(flat[key_window], at[:n] - start, device) for n in set(active)}
+        return cls(
+            host_index=index,
+            real=torch.arange(len(index)) < len(used),
+            active=active,
+            token_window=token_window,
+            key_window=key_window,
+            index=send(index - first, device),
+            position_ids=send((flat if position_ids is None else position_ids.flatten())[at], device),
+            blocks=tuple(blocks[n] for n in active),
+        )
+
+
+@dataclass(frozen=True)
+class LossRows:
     """The (slot, step) pairs that carry a loss, as M rows in ascending order of their label.
 
-    Labels come in chunks of equal size, and each chunk's rows are rounded up with rows that weigh nothing.
+    Labels come in chunks of equal size, and each chunk's rows are rounded up with filler rows of weight 0.
     """
 
     output: torch.Tensor
-    """int64 [M]: which row of the steps' outputs, laid end to end."""
+    """int64 [M]: index of the row in the outputs of all steps, concatenated."""
     step: torch.Tensor
     """int64 [M]"""
     cell: torch.Tensor
@@ -36,34 +140,36 @@ class Rows:
     weight: torch.Tensor
     """float32 [M]; 0 for filler."""
     label: torch.Tensor
-    """int64 [M]: which of ``labels``."""
-    labels: torch.Tensor
-    """int64 [P], ascending: positions in the share whose target output is a label; the last chunk is rounded up."""
+    """int64 [M]: index into ``label_positions``."""
+    label_positions: torch.Tensor
+    """int64 [P], ascending: positions of the shard whose target output is a label; the last chunk is rounded up."""
     chunks: tuple[tuple[slice, slice], ...]
-    """Which rows have their labels in which part of ``labels``."""
+    """Pairs of a slice of the rows and the slice of ``label_positions`` that holds their labels."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Neighbouring slots, of which a loss and its gradient are taken before those of the next ones."""
+class SlotChunk:
+    """Neighboring slots whose loss and gradient are computed before those of the next chunk."""
 
     slots: Slots
-    rows: Rows
+    rows: LossRows
     supervised: torch.Tensor
     """bool [T, N]: which slots carry a loss at each step."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """See the module's text."""
+    """What a training step computes of one micro-batch."""
 
     batch: Batch
+    input_ids: torch.Tensor
+    """int64 [B, L], or [1, m] of the shard."""
     layout: Layout
-    parts: tuple[Part, ...]
+    chunks: tuple[SlotChunk, ...]
     counts: torch.Tensor
-    """float64 [T], on the host: what the share's own slots of each step weigh, sampled away or not."""
+    """float64 [T], on the host: weight of this rank's supervised slots of each step, sampled away or not."""
     step_weights: torch.Tensor
-    """float64 [T], on the host: what a step weighs."""
+    """float64 [T], on the host: the weight of each step in the loss."""
 
 
 def make_schedule(
@@ -73,36 +179,39 @@ def make_schedule(
     normalization: Normalization,
     step_weights: torch.Tensor,
     device: torch.device,
-    slots_alive: int | None = None,
-    told: torch.Tensor | None = None,
+    chunk_slots: int | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> Schedule:
     """The schedule of ``batch``, which is on the host, for ``device``.
 
     Args:
-        mask: bool [T, B, L], who is supervised.
-        depths: int64 [B, L], how many steps a slot may run; None: all.
-        slots_alive: in one part, at most, rounded up to 64; None: all.
-        told: int64 [B, L], the positions that the draft's rotary embedding is told; None: the batch's.
+        mask: bool [T, B, L], from :func:`supervision_mask`.
+        depths: int64 [B, L], the steps that a slot may run; None: all.
+        chunk_slots: slots of one chunk, at most, rounded up to 64; None: all.
+        position_ids: int64 [B, L], for the draft's rotary embedding; None: the batch's positions.
     """
-    told = batch.positions if told is None else told
+    position_ids = batch.positions if position_ids is None else position_ids
     # Of the whole batch: a document may belong to several ranks.
-    weights = batch.shard.mask_owned(_weights(mask, batch.documents, normalization).flatten(1))
+    weights = batch.shard.mask_owned(_slot_weights(mask, batch.documents, normalization).flatten(1))
     counts, sampled = weights.sum(1), mask.flatten(1)
     steps = torch.arange(1, len(mask) + 1)[:, None]
     if depths is not None:
         sampled = sampled & (steps <= depths.flatten())
     sampled = batch.shard.mask_owned(sampled)
     longest = (sampled * steps).amax(0)
-    parts = tuple(
-        _part(batch, told, longest * of_part, sampled, weights, device)
-        for of_part in _neighbours(longest > 0, slots_alive)
-    )
-    layout = Layout.of(batch.positions, send(told, device), batch.shard)
-    return Schedule(batch.to(device), layout, parts, counts, step_weights)
+    chunks = []
+    for chosen in _neighbors(longest > 0, chunk_slots):
+        slots = Slots.of(batch.positions, longest * chosen, device, batch.shard, position_ids)
+        supervised = sampled[:, slots.host_index] & slots.real
+        rows = _loss_rows(slots, supervised, weights[:, slots.host_index].float(), device)
+        chunks.append(SlotChunk(slots, rows, send(supervised, device)))
+    layout = Layout.of(batch.positions, send(position_ids, device), batch.shard)
+    sent = batch.to(device)
+    return Schedule(sent, sent.shard.local(sent.input_ids), layout, tuple(chunks), counts, step_weights)
 
 
-def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
-    """Groups of about equal size of the slots ``used``, bool [n]: masks like it, one of nothing where there is none."""
+def _neighbors(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
+    """Splits the slots ``used``, bool [n], into groups of about equal size: a mask each, at least one."""
     count = int(used.sum())
     groups = max(-(-count // (most or count or 1)), 1)
     size = round_up(max(-(-count // groups), 1))
@@ -110,19 +219,8 @@ def _neighbours(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
     return (used & (group == n) for n in range(max(-(-count // size), 1)))
 
 
-def _part(
-    batch: Batch, told: torch.Tensor, longest: torch.Tensor, sampled: torch.Tensor, weights: torch.Tensor,
-    device: torch.device,
-) -> Part:  # fmt: skip
-    """Of the slots that run ``longest`` steps, int64 [m]; ``sampled`` and ``weights`` are [T, m]."""
-    slots = Slots.of(batch.positions, longest, device, batch.shard, told)
-    supervised = sampled[:, slots.host_index] & slots.real
-    rows = _rows(slots, supervised, weights[:, slots.host_index].float(), device)
-    return Part(slots, rows, send(supervised, device))
-
-
-def _weights(mask: torch.Tensor, documents: torch.Tensor, normalization: Normalization) -> torch.Tensor:
-    """float64 [T, B, L]: what a slot weighs at a step; 0 where it is not supervised."""
+def _slot_weights(mask: torch.Tensor, documents: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+    """float64 [T, B, L]: the weight of a slot at a step; 0 where it is not supervised."""
     if normalization is Normalization.token:
         return mask.double()
     of_slot = documents.expand(mask.shape)
@@ -131,16 +229,16 @@ def _weights(mask: torch.Tensor, documents: torch.Tensor, normalization: Normali
     return mask / per_document.gather(2, of_slot).clamp(min=1)
 
 
-def _rows(slots: Slots, supervised: torch.Tensor, weights: torch.Tensor, device: torch.device) -> Rows:
+def _loss_rows(slots: Slots, supervised: torch.Tensor, weights: torch.Tensor, device: torch.device) -> LossRows:
     step, slot = supervised.nonzero(as_tuple=True)
     position = slots.host_index[slot] + 1 + step
     order = position.argsort(stable=True)
     step, slot = step[order], slot[order]
-    labels, label = position[order].unique_consecutive(return_inverse=True)
-    starts = torch.tensor([0, *slots.alive]).cumsum(0)
-    source, chunks = _chunked(label, LABEL_CHUNK[device.type])
-    if not len(labels):
-        step, slot, label, labels = (torch.zeros(1, dtype=torch.long) for _ in range(4))
+    label_positions, label = position[order].unique_consecutive(return_inverse=True)
+    starts = torch.tensor([0, *slots.active]).cumsum(0)
+    source, chunks = _label_chunks(label, LABEL_CHUNK[device.type])
+    if not len(label_positions):
+        step, slot, label, label_positions = (torch.zeros(1, dtype=torch.long) for _ in range(4))
     filler = source < 0
     source = source.clamp(min=0)
     step, slot, label = step[source], slot[source], label[source]
@@ -153,16 +251,17 @@ def _rows(slots: Slots, supervised: torch.Tensor, weights: torch.Tensor, device:
         "cell": torch.where(filler, supervised.numel(), step * supervised.shape[1] + slot),
         "weight": weights[step, slot].masked_fill(filler, 0.0),
         "label": torch.where(filler, first, label),
-        "labels": torch.nn.functional.pad(labels, (0, chunks[-1][1].stop - len(labels))),
+        "label_positions": pad(label_positions, (0, chunks[-1][1].stop - len(label_positions))),
     }
-    return Rows(**{name: send(x, device) for name, x in columns.items()}, chunks=tuple(chunks))
+    return LossRows(**{name: send(x, device) for name, x in columns.items()}, chunks=tuple(chunks))
 
 
-def _chunked(label: torch.Tensor, size: int) -> tuple[torch.Tensor, list[tuple[slice, slice]]]:
-    """Rows of ``label`` int64 [n], ascending, in chunks of ``size`` labels.
+def _label_chunks(label: torch.Tensor, size: int) -> tuple[torch.Tensor, list[tuple[slice, slice]]]:
+    """Splits rows with ``label`` int64 [n], ascending, into chunks of ``size`` labels.
 
     Returns:
-        int64 [M]: which of the n rows each one is, -1 for filler; the chunks, as slices of the M rows and of labels.
+        int64 [M]: the row of the n that each of the M rows is, -1 for filler; the chunks, as slices of the M rows and
+        of the labels.
     """
     count = int(label[-1]) + 1 if len(label) else 1
     bounds = torch.searchsorted(label, torch.arange(0, count + size, size)).tolist()
@@ -174,3 +273,84 @@ def _chunked(label: torch.Tensor, size: int) -> tuple[torch.Tensor, list[tuple[s
         chunks.append((slice(end, end + length), slice(n * size, min((n + 1) * size, round_up(count, LABEL_MULTIPLE)))))
         end += length
     return torch.cat(source), chunks
+
+
+def supervision_mask(
+    loss_mask: torch.Tensor, documents: torch.Tensor, num_steps: int, convention: MaskConvention
+) -> torch.Tensor:
+    """The supervised slots of each step: bool [T, B, L] from ``loss_mask`` bool [B, L] and ``documents`` int64 [B, L].
+
+    By default ("serving") slot t is supervised at step i when x_{t+1}, …, x_{t+2+i} are all the assistant's, in one
+    document.  The other conventions reproduce published frameworks, for comparison:
+
+    - official (SafeAILab/EAGLE, SpecForge): the mask is not shifted with label and token, m[t+i].  The first drafted
+      token of an answer is never trained, two labels past its end are.
+    - automodel (NeMo AutoModel): shifted by one, m[t+1+i].  One label past the end is trained.
+    """
+    same = [_ahead(documents, 2 + i, -1) == documents for i in range(num_steps)]
+    if convention is MaskConvention.official:
+        return torch.stack([_ahead(loss_mask, i, False) & same[i] for i in range(num_steps)])
+    if convention is MaskConvention.automodel:
+        return torch.stack([_ahead(loss_mask, 1 + i, False) & same[i] for i in range(num_steps)])
+    unbroken, steps = _ahead(loss_mask, 1, False), []
+    for i in range(num_steps):
+        unbroken = unbroken & _ahead(loss_mask, 2 + i, False) & same[i]
+        steps.append(unbroken)
+    return torch.stack(steps)
+
+
+def _ahead(x: torch.Tensor, n: int, fill: int | bool) -> torch.Tensor:
+    """y[:, t] = x[:, t + n], and ``fill`` past the end."""
+    return pad(x[:, n:], (0, min(n, x.shape[1])), value=fill)
+
+
+def document_uniform(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Uniform draws in [0, 1) of ``shape``, the same for the same ``key``, on the host.
+
+    A key names the conversation and the epoch, so draws depend on neither packing, nor rank count, nor a restart.
+    """
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def geometric_depths(batch: Batch, decay: float, seed: int) -> torch.Tensor:
+    """Steps of each slot, int64 [B, L], at least 1, drawn with P(depth > i) = decay^i.
+
+    A slot survives to step i with probability decay^i, and weighs 1 there instead of decay^i.  The expected gradient
+    is that of the weighted loss (E[1{depth > i}] = decay^i), at half the work of seven steps.
+
+    Raises:
+        ValueError: the batch does not name its conversations.
+    """
+    if not batch.spans:
+        raise ValueError("depth sampling draws for each conversation: the batch has no spans")
+    depths = torch.ones_like(batch.positions)
+    for span in batch.spans:
+        u = document_uniform(f"depth:{seed}:{span.epoch}:{span.id}", (span.end - span.start,))
+        # u in [0, 1): u < decay^i holds for i up to log u / log decay.
+        steps = torch.log(u.double().clamp(min=1e-300)) / torch.log(torch.tensor(decay, dtype=torch.float64))
+        depths[span.row, span.start : span.end] = steps.ceil().clamp(1, 1 << 30).long()
+    return depths
+
+
+def skipped_positions(batch: Batch, longest: int, seed: int) -> torch.Tensor:
+    """Position ids int64 [B, L] with a random skip in every document below ``longest`` tokens (PoSE, 2309.10400).
+
+    A rotary embedding sees differences of positions alone: moving a whole document changes nothing.  So a document is
+    cut in two at a random place and its second part is moved away: over many documents every distance up to the longest
+    position occurs between the tokens before and after a cut, while near neighbors stay near.  The cut is uniform
+    within the document, and the skip among those that keep its last position below ``longest``.  Only the draft's
+    rotary embedding uses them; the target's features are those of the true positions.
+
+    Raises:
+        ValueError: the batch does not name its conversations.
+    """
+    if not batch.spans:
+        raise ValueError("position skips are drawn for each conversation: the batch has no spans")
+    positions = batch.positions.clone()
+    for span in batch.spans:
+        length = span.end - span.start
+        cut, skip = document_uniform(f"position:{seed}:{span.epoch}:{span.id}", (2,)).tolist()
+        first = span.start + 1 + int(cut * (length - 1))
+        positions[span.row, first : span.end] += int(skip * (max(longest - length, 0) + 1))
+    return positions

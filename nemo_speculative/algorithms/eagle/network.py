@@ -5,7 +5,7 @@ Notable choices:
 - the first layer has no input norm, and there is no final norm: the output is a prediction of the target's last
   hidden state, after its final norm;
 - embedding and head are the target's, frozen, and not part of the checkpoint.
-EAGLE-2 is the same network; its tree is a matter of decoding.
+EAGLE-2 is the same network; its tree belongs to decoding.
 """
 
 from collections.abc import Sequence
@@ -16,38 +16,24 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from nemo_speculative.algorithms.common.draft import Draft, DraftShape, numbers_for
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.layers import DraftLayer
+from nemo_speculative.algorithms.common.shape import DraftShape, numbers_for
 
 if TYPE_CHECKING:  # a served command needs no Hydra
     from nemo_speculative.config.schema import DraftConfig
 
 EMBEDDING_SCALE = 0.2
-"""The random weights of fc are shrunk to this share where fc starts as the identity on the feature."""
+"""Factor of fc's random weights where fc starts as the identity on the feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EagleShape(DraftShape):
-    """Every number that shapes the network; the hidden size is the target's."""
-
-
-class EagleEntry:
-    """q, k and v of fc([embedding ; feature]); see :class:`nemo_speculative.algorithms.common.ttt.Entry`."""
-
-    def __init__(self, draft: "EagleDraft"):
-        self.of_token, self.of_feature = draft.fc.weight.chunk(2, dim=1)
-        self.bias, self.weight = draft.fc.bias, draft.stack[0].qkv_weight()
-
-    def token(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return linear(embeddings, self.of_token, self.bias)
-
-    def project(self, token: torch.Tensor, feature: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.addmm(token, feature, self.of_feature.T)
-        return linear(x, self.weight[rows]), x
+    """The sizes of the network; the hidden size is the target's."""
 
 
 class EagleDraft(Draft):
-    """See the module's text."""
+    """An EAGLE-1 or EAGLE-2 draft."""
 
     ARCHITECTURE = "LlamaForCausalLMEagle"
     ALGORITHM = "EAGLE"
@@ -68,31 +54,38 @@ class EagleDraft(Draft):
         return EagleShape(**numbers_for(config, target_config))
 
     @property
-    def stack(self) -> Sequence[Any]:
+    def decoder_layers(self) -> Sequence[Any]:
         return list(self.layers)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.target.embed(input_ids).to(self.fc.weight.dtype)
+
+    def project_hidden_states(self, aux_hidden_states: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        return last_hidden_state.to(self.fc.weight.dtype)
+
+    def project_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return linear(embeddings, self.fc.weight.chunk(2, dim=1)[0], self.fc.bias)
+
+    def pack_first_layer(self) -> tuple[torch.Tensor, ...]:
+        return self.fc.weight.chunk(2, dim=1)[1], self.decoder_layers[0].qkv_weight()
+
+    def project_first_layer(
+        self, packed: tuple[torch.Tensor, ...], token: torch.Tensor, feature: torch.Tensor, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # fc [embedding ; feature] is the sum of the token's part and the feature's.
+        feature_weight, qkv_weight = packed
+        x = torch.addmm(token, feature, feature_weight.T)
+        return linear(x, qkv_weight[rows]), x
 
     @property
     def draft_ids(self) -> torch.Tensor:
         return torch.arange(self.shape.vocab_size, device=self.fc.weight.device)
 
-    def read(self, aux: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
-        return last_hidden_state.to(self.fc.weight.dtype)
+    def init_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
+        """Copies nothing: the head is the target's own."""
 
-    def token_input(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return embeddings
-
-    def enter(self, token: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.fc(torch.cat((token, feature), dim=-1))
-        return x, x
-
-    def entry(self) -> "EagleEntry":
-        return EagleEntry(self)
-
-    def start_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
-        """The head is the target's own already."""
-
-    def start_fc(self) -> None:
-        """The identity on the feature."""
+    def init_fc(self) -> None:
+        """Sets fc to the identity on the feature."""
         h = self.shape.hidden_size
         self.fc.weight.mul_(EMBEDDING_SCALE)
         self.fc.weight[:, h:] += torch.eye(h, device=self.fc.weight.device)

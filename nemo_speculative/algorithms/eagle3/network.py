@@ -3,7 +3,7 @@
 Notable choices:
 - layers and fc have no bias; the first layer's q, k and v read [embedding ; feature], the embedding first, and only
   that layer sees the token;
-- the residual is the un-normed feature; the next step is fed the layer's output before the final norm, or with
+- the residual is the feature before its norm; the next step reads the layer's output before the final norm, or with
   ``norm_output`` after it (the head reads the normed state either way);
 - the embedding is the target's, frozen and held outside: a server overwrites it with the target's anyway, unless the
   hidden sizes differ; then the draft trains its own;
@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from nemo_speculative.algorithms.common.draft import Draft, DraftShape, numbers_for
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.layers import DraftLayer, rms_norm
+from nemo_speculative.algorithms.common.shape import DraftShape, numbers_for
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.utils.errors import UserError
 
@@ -27,12 +28,12 @@ if TYPE_CHECKING:  # a served command needs no Hydra
     from nemo_speculative.config.schema import DraftConfig
 
 LOW_AUX_SCALE = 0.2
-"""The random weights of fc are shrunk to this share where fc starts as the identity on the highest aux state."""
+"""Factor of fc's random weights where fc starts as the identity on the highest aux state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Shape(DraftShape):
-    """Every number and switch that shapes the network."""
+    """The sizes and switches of the network."""
 
     draft_vocab_size: int | None
     """None: no head of its own; the target's gives the logits."""
@@ -41,16 +42,16 @@ class Eagle3Shape(DraftShape):
     fc_norm: bool = False
     """EAGLE-3.1: an RMSNorm over each aux state before fc."""
     norm_before_fc: bool = False
-    """The other form: one RMSNorm over all of them together."""
+    """The other form: one RMSNorm over all aux states together."""
     norm_output: bool = False
-    """EAGLE-3.1: the next step is fed the state after the final norm."""
+    """EAGLE-3.1: the next step reads the state after the final norm."""
 
     @classmethod
     def like_target(
         cls, target_config: Any, aux_layers: Sequence[int], draft_vocab_size: int | None,
         config: "DraftConfig | None" = None, **switches: Any,
     ) -> "Eagle3Shape":  # fmt: skip
-        """A draft whose layer has the shape of one of the target's, unless ``config`` or ``switches`` say otherwise."""
+        """The shape of one of the target's layers, unless ``config`` or ``switches`` set another."""
         return cls(
             **{**numbers_for(config, target_config), **switches},
             draft_vocab_size=draft_vocab_size,
@@ -69,29 +70,15 @@ class Eagle3Shape(DraftShape):
 
 
 class Eagle3FirstLayer(DraftLayer):
-    """The layer that reads [embedding ; feature]."""
+    """The layer that reads [input_layernorm(embedding) ; hidden_norm(feature)]."""
 
     def __init__(self, shape: Eagle3Shape):
         super().__init__(shape, 2 * shape.hidden_size, "hidden_norm")
         self.input_layernorm = rms_norm(shape)
 
 
-class Eagle3Entry:
-    """q, k and v of [embedding ; feature]; see :class:`nemo_speculative.algorithms.common.ttt.Entry`."""
-
-    def __init__(self, layer: Eagle3FirstLayer):
-        self.layer, h = layer, layer.feature_size
-        self.of_token, self.of_feature = layer.qkv_weight(slice(0, h)), layer.qkv_weight(slice(h, None))
-
-    def token(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return linear(self.layer.input_layernorm(embeddings), self.of_token)
-
-    def project(self, token: torch.Tensor, feature: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.addmm(token[:, rows], self.layer.normed(feature), self.of_feature[rows].T), feature
-
-
 class Eagle3Draft(Draft):
-    """See the module's text."""
+    """An EAGLE-3 or EAGLE-3.1 draft."""
 
     ARCHITECTURE = "LlamaForCausalLMEagle3"
     ALGORITHM = "EAGLE3"
@@ -108,7 +95,13 @@ class Eagle3Draft(Draft):
             self.fc_norm = nn.ModuleList(rms_norm(shape, shape.target_hidden_size) for _ in shape.aux_layers)
         if shape.norm_before_fc:
             self.input_norm = rms_norm(shape, shape.fc_width)
-        self._add_layers(shape)
+        # One layer is ``midlayer``, which every version of SGLang loads; several are ``layers.N``.
+        first = Eagle3FirstLayer(shape)
+        if shape.num_layers == 1:
+            self.midlayer = first
+        else:
+            deeper = (DraftLayer(shape, shape.hidden_size, "hidden_norm") for _ in range(shape.num_layers - 1))
+            self.layers = nn.ModuleList([first, *deeper])
         self.norm = rms_norm(shape)
         if shape.own_embedding:
             self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
@@ -127,45 +120,39 @@ class Eagle3Draft(Draft):
         switches = {name: getattr(config, name) for name in names}
         return Eagle3Shape.like_target(target_config, aux_layers, vocabulary_size, config, **switches)
 
-    def _add_layers(self, shape: Eagle3Shape) -> None:
-        """One layer is ``midlayer``, which every version of SGLang loads; several are ``layers.N``."""
-        first = Eagle3FirstLayer(shape)
-        if shape.num_layers == 1:
-            self.midlayer = first
-        else:
-            deeper = (DraftLayer(shape, shape.hidden_size, "hidden_norm") for _ in range(shape.num_layers - 1))
-            self.layers = nn.ModuleList([first, *deeper])
-
     @property
-    def stack(self) -> Sequence[Any]:
+    def decoder_layers(self) -> Sequence[Any]:
         return [self.midlayer] if self.shape.num_layers == 1 else list(self.layers)
 
-    @property
-    def draft_ids(self) -> torch.Tensor:
-        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.shape.own_embedding:
+            return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
+        return self.target.embed(input_ids).to(self.fc.weight.dtype)
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.embed_tokens(input_ids) if self.shape.own_embedding else super().embed(input_ids)
-
-    def read(self, aux: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
-        aux = aux.to(self.fc.weight.dtype)
+    def project_hidden_states(self, aux_hidden_states: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        aux = aux_hidden_states.to(self.fc.weight.dtype)
         if self.shape.norm_before_fc:
             aux = self.input_norm(aux)
         if self.shape.fc_norm:
             parts = zip(self.fc_norm, aux.chunk(len(self.fc_norm), dim=-1), strict=True)
             aux = torch.cat([norm(part) for norm, part in parts], dim=-1)
-        return self.fc(aux)
+        return self.fc(aux)  # type: ignore[no-any-return]
 
-    def token_input(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return self.stack[0].input_layernorm(embeddings)
+    def project_tokens(self, embeddings: torch.Tensor) -> torch.Tensor:
+        first = self.decoder_layers[0]
+        return linear(first.input_layernorm(embeddings), first.qkv_weight(slice(0, self.shape.hidden_size)))
 
-    def enter(self, token: torch.Tensor, feature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat((token, self.stack[0].normed(feature)), dim=-1), feature
+    def pack_first_layer(self) -> tuple[torch.Tensor, ...]:
+        return (self.decoder_layers[0].qkv_weight(slice(self.shape.hidden_size, None)),)
 
-    def entry(self) -> "Eagle3Entry":
-        return Eagle3Entry(self.stack[0])
+    def project_first_layer(
+        self, packed: tuple[torch.Tensor, ...], token: torch.Tensor, feature: torch.Tensor, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # W [embedding ; feature] is the sum of the token's part and the feature's.
+        normed = self.decoder_layers[0].hidden_norm(feature)
+        return torch.addmm(token[:, rows], normed, packed[0][rows].T), feature
 
-    def feed_back(self, output: torch.Tensor) -> torch.Tensor:
+    def next_feature(self, output: torch.Tensor) -> torch.Tensor:
         return self.norm(output) if self.shape.norm_output else output
 
     def head_input(self, output: torch.Tensor) -> torch.Tensor:
@@ -175,12 +162,16 @@ class Eagle3Draft(Draft):
     def head_weight(self) -> torch.Tensor | None:
         return self.lm_head.weight if self.shape.draft_vocab_size else None
 
+    @property
+    def draft_ids(self) -> torch.Tensor:
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
     def set_vocab_mapping(self, vocabulary: VocabMapping) -> None:
         self.d2t.copy_(vocabulary.d2t)
         self.t2d.copy_(vocabulary.t2d)
 
-    def start_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
-        """The final norm, and the head's rows of the draft vocabulary."""
+    def init_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
+        """Copies the final norm, and the head's rows of the draft vocabulary."""
         if self.shape.hidden_size != head.shape[1]:
             raise UserError(
                 f"draft.init_from_target.head: the target's head reads {head.shape[1]} features, the draft's "
@@ -191,8 +182,8 @@ class Eagle3Draft(Draft):
         if final_norm is not None:
             self.norm.weight.copy_(final_norm)
 
-    def start_fc(self) -> None:
-        """The identity on the highest aux state."""
+    def init_fc(self) -> None:
+        """Sets fc to the identity on the highest aux state."""
         if self.shape.hidden_size != self.shape.target_hidden_size:
             raise UserError(
                 f"draft.init_from_target.fc: fc is no identity from {self.shape.target_hidden_size} to "

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from benchmarks.attention import DenseBlock
 from nemo_speculative.algorithms.common import blocks
-from nemo_speculative.algorithms.common.attention import DenseBlock, unroll_attention
-from nemo_speculative.algorithms.common.blocks import block_for
-from nemo_speculative.algorithms.common.flex import BLOCK, flex_block
+from nemo_speculative.algorithms.common.attention import unroll_attention
+from nemo_speculative.algorithms.common.blocks import FLEX_BLOCK, block_for, flex_block
 from tests.observing import LargestTensor
 
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ def test_every_query_is_in_one_piece_and_sees_its_document_up_to_itself(seed, li
         monkeypatch.setattr(blocks, name, value)
     positions, index = scattered(seed)
     block = block_for(positions, index, CPU)
-    assert torch.equal(block.order[block.back], torch.arange(len(index)))
+    assert torch.equal(block.order[block.inverse], torch.arange(len(index)))
     assert torch.equal(index[block.order], index[block.order].sort().values)
     rows = [n for piece in block.pieces for n in range(piece.queries.start, piece.queries.stop)]
     assert rows == list(range(len(block.order)))
@@ -269,8 +269,12 @@ def test_the_block_mask_of_flex_is_the_visibility(seed):
     assert torch.equal(sees, expected)
 
     # Queries beyond the last are copies of it, keys beyond the last are seen by none.
-    rows = torch.cat((expected, expected[-1:].expand(-n % BLOCK, -1)))
-    tiles = torch.nn.functional.pad(rows, (0, -m % BLOCK)).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    rows = torch.cat((expected, expected[-1:].expand(-n % FLEX_BLOCK, -1)))
+    tiles = (
+        torch.nn.functional.pad(rows, (0, -m % FLEX_BLOCK))
+        .unflatten(1, (-1, FLEX_BLOCK))
+        .unflatten(0, (-1, FLEX_BLOCK))
+    )
     full = listed(block.mask.full_kv_num_blocks, block.mask.full_kv_indices)
     partial = listed(block.mask.kv_num_blocks, block.mask.kv_indices)
     assert torch.equal(full, tiles.all(3).all(1))

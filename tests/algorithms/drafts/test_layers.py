@@ -45,7 +45,7 @@ def textbook_finish(weights, residual, attended, eps):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_second_half_of_a_layer_has_the_gradients_of_its_formula(compiled):
     """Compiled as the trainer does it; torch 2.11 lost gradients there."""
-    layer = eagle3(draft_vocab=15).make_draft().stack[0].double()
+    layer = eagle3(draft_vocab=15).make_draft().decoder_layers[0].double()
     finish = torch.compile(layer.finish, backend="eager") if compiled else layer.finish
     attended = torch.randn(3, 5, layer.self_attn.o_proj.in_features, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(3, 5, layer.self_attn.o_proj.out_features, dtype=torch.float64, requires_grad=True)

@@ -17,9 +17,9 @@ CASES = {
 }
 SETTINGS = {
     "serving": {},
-    "official, in parts": {"convention": MaskConvention.official, "slots_alive": 64},
+    "official, in parts": {"convention": MaskConvention.official, "chunk_slots": 64},
     "automodel, by conversation": {
-        "convention": MaskConvention.automodel, "normalization": Normalization.conversation, "slots_alive": 1
+        "convention": MaskConvention.automodel, "normalization": Normalization.conversation, "chunk_slots": 1
     },
     "depths": {"depth_sampling": DepthSampling.geometric},
     "skips": {"position_offset": 400},
@@ -97,9 +97,9 @@ def own_slots():
     batch, _ = lay_out([make_documents([200])], 256)
     case = CASES["eagle3"]
     schedule = case.make_objective(context=ContextGroup(dist.group.WORLD)).schedule(batch)
-    (part,) = schedule.parts
+    (part,) = schedule.chunks
     at = schedule.batch.shard.to_global(part.slots.host_index[part.slots.real])
-    return {"slots": at, "tokens": torch.tensor(len(schedule.layout.positions)), "counts": schedule.counts}
+    return {"slots": at, "tokens": torch.tensor(len(schedule.layout.position_ids)), "counts": schedule.counts}
 
 
 def test_a_rank_unrolls_its_own_slots_only():
@@ -107,7 +107,7 @@ def test_a_rank_unrolls_its_own_slots_only():
     expected = CASES["eagle3"].make_objective().schedule(batch)
     found = on_ranks(4, own_slots)
     slots = torch.cat([rank["slots"] for rank in found])
-    (part,) = expected.parts
+    (part,) = expected.chunks
     assert torch.equal(slots.sort().values, part.slots.host_index[part.slots.real].sort().values)
     torch.testing.assert_close(sum(rank["counts"] for rank in found), expected.counts)
     halo = CASES["eagle3"].num_steps

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.depths import geometric_depths
+from nemo_speculative.algorithms.common.schedule import geometric_depths
 from nemo_speculative.config.schema import DepthSampling, Normalization
 from nemo_speculative.data.packing import collate
 from tests.algorithms.objectives.cases import (
@@ -107,9 +107,9 @@ def test_validation_samples_nothing():
     batch, supervision = lay_out([documents], 48)
     draft, sampled, plain = case.make_draft(), case.make_objective(**SAMPLED), case.make_objective()
     schedule, expected = sampled.schedule(batch, training=False), plain.schedule(batch)
-    assert torch.equal(schedule.parts[0].supervised, expected.parts[0].supervised)
+    assert torch.equal(schedule.chunks[0].supervised, expected.chunks[0].supervised)
     assert torch.equal(schedule.step_weights, DECAY ** torch.arange(STEPS, dtype=torch.float64))
-    assert sampled.schedule(batch).parts[0].supervised.sum() < schedule.parts[0].supervised.sum()
+    assert sampled.schedule(batch).chunks[0].supervised.sum() < schedule.chunks[0].supervised.sum()
     with torch.no_grad():
         losses = [
             g.metrics(g.loss(draft, s, supervision, s.counts).sums) for g, s in ((sampled, schedule), (plain, expected))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.unroll_objective import chain_sums
+from nemo_speculative.algorithms.common.ttt import chain_sums
 from tests.algorithms.objectives.cases import (
     STEPS,
     VOCAB,

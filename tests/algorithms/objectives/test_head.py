@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common import linear_loss as head_module
+from nemo_speculative.algorithms.common import losses as losses_module
 from nemo_speculative.algorithms.common import schedule as schedule_module
-from nemo_speculative.algorithms.common.linear_loss import LOGITS_ALIVE, FrozenHead, LinearHead, head_loss
-from nemo_speculative.algorithms.common.losses import SoftCrossEntropy
+from nemo_speculative.algorithms.common.losses import (
+    LOGITS_PER_CHUNK,
+    RowLosses,
+    SoftCrossEntropy,
+    chunked_linear_loss,
+)
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from tests.algorithms.objectives import cases
 from tests.algorithms.objectives.cases import (
@@ -25,15 +29,15 @@ from tests.observing import LargestTensor
 CHUNKS = {
     "at once": ({}, {}),
     "few labels": ({"LABEL_CHUNK": {"cpu": 5}}, {}),
-    "few rows": ({}, {"LOGITS_ALIVE": {"cpu": 0}}),
-    "few rows judged": ({}, {"LOGITS_ALIVE": {"cpu": 200 * VOCAB}, "LOGITS_JUDGED": {"cpu": 0}}),
-    "few of all": ({"LABEL_CHUNK": {"cpu": 33}}, {"LOGITS_ALIVE": {"cpu": 0}, "LOGITS_JUDGED": {"cpu": 0}}),
+    "few rows": ({}, {"LOGITS_PER_CHUNK": {"cpu": 0}}),
+    "few rows judged": ({}, {"LOGITS_PER_CHUNK": {"cpu": 200 * VOCAB}, "LOGITS_PER_BLOCK": {"cpu": 0}}),
+    "few of all": ({"LABEL_CHUNK": {"cpu": 33}}, {"LOGITS_PER_CHUNK": {"cpu": 0}, "LOGITS_PER_BLOCK": {"cpu": 0}}),
 }
 
 
 @pytest.fixture(params=CHUNKS.values(), ids=CHUNKS)
 def chunks(request, monkeypatch):
-    for module, limits in zip((schedule_module, head_module), request.param, strict=True):
+    for module, limits in zip((schedule_module, losses_module), request.param, strict=True):
         for name, limit in limits.items():
             monkeypatch.setattr(module, name, limit)
 
@@ -47,7 +51,7 @@ class SpeedProbe:
         self.goal = Eagle3Objective(self.target, loss=self.distance, **unroll_settings(STEPS))
         batch, supervision = lay_out([make_documents([40, 40]), make_documents([70], seed=1)], 80)
         self.rows, self.last_hidden_state = (
-            self.goal.schedule(batch).parts[0].rows,
+            self.goal.schedule(batch).chunks[0].rows,
             supervision.last_hidden_state.flatten(0, 1),
         )
         random = torch.Generator().manual_seed(3)
@@ -55,15 +59,20 @@ class SpeedProbe:
         self.states = torch.randn(rows, HIDDEN, generator=random).to(dtype).requires_grad_()
         self.weight = torch.randn(len(self.draft.draft_ids), HIDDEN, generator=random).to(dtype).requires_grad_()
         self.row_weight = torch.rand(rows, generator=random) * self.rows.weight
-        self.judge = self.goal.judge(self.draft, self.last_hidden_state, self.rows, self.row_weight)
 
     def chunked(self, head):
-        return head_loss(self.states, head, self.judge, self.rows, self.row_weight, len(self.weight))
+        rows = self.rows
+        return chunked_linear_loss(
+            self.states, head, self.row_weight, rows.chunks, rows.label,
+            lambda span: self.goal.labels(self.draft, self.last_hidden_state[rows.label_positions[span]]),
+            lambda *of_rows: self.goal.row_losses(self.draft, *of_rows),
+            len(self.weight),
+        )  # fmt: skip
 
     def at_once(self, project):
         """Loss, values and hits: logits of all rows, labels of all rows, autograd."""
         logits = project(self.states)
-        target = self.target.logits(self.last_hidden_state)[self.rows.labels[self.rows.label]]
+        target = self.target.logits(self.last_hidden_state)[self.rows.label_positions[self.rows.label]]
         best, ids = target.argmax(-1), self.draft.draft_ids
         inside = torch.isin(best, ids)
         values = self.distance(logits, target[:, ids].softmax(-1)) * inside
@@ -79,10 +88,10 @@ def squashed(trial):
 
 
 HEADS = {
-    "own": (lambda trial: LinearHead(trial.weight), lambda trial: lambda x: x @ trial.weight.T),
-    "frozen": (lambda trial: FrozenHead(trial.target.logits), lambda trial: trial.target.logits),
-    "frozen, soft-capped": (lambda trial: FrozenHead(capped(trial)), capped),
-    "frozen, its logits needed to go back": (lambda trial: FrozenHead(squashed(trial)), squashed),
+    "own": (lambda trial: trial.weight, lambda trial: lambda x: x @ trial.weight.T),
+    "frozen": (lambda trial: trial.target.logits, lambda trial: trial.target.logits),
+    "frozen, soft-capped": (capped, capped),
+    "frozen, its logits needed to go back": (squashed, squashed),
 }
 
 
@@ -108,7 +117,7 @@ def test_every_loss_in_chunks(chunks, loss, draft_vocab):
     trial = SpeedProbe(loss, draft_vocab)
     expected, _, hits = trial.at_once(lambda x: x @ trial.weight.T)
     wanted = torch.autograd.grad(expected, (trial.states, trial.weight))
-    found, _, found_hits = trial.chunked(LinearHead(trial.weight))
+    found, _, found_hits = trial.chunked(trial.weight)
     torch.testing.assert_close(found, expected)
     assert torch.equal(found_hits, hits)
     for one, two in zip(torch.autograd.grad(found, (trial.states, trial.weight)), wanted, strict=True):
@@ -116,13 +125,12 @@ def test_every_loss_in_chunks(chunks, loss, draft_vocab):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_without_gradients_the_values_are_the_same_and_nothing_is_pulled_back(chunks, name, monkeypatch):
+def test_without_gradients_the_values_are_the_same_and_no_gradient_is_computed(chunks, name, monkeypatch):
     trial, head = SpeedProbe(), HEADS[name][0]
     loss, values, hits = trial.chunked(head(trial))
-    made = head(trial)
-    monkeypatch.setattr(made, "pull_back", None)  # called, it would fail
+    monkeypatch.setattr(losses_module, "attach_gradients", None)  # called, it would fail
     with torch.no_grad():
-        again, same_values, same_hits = trial.chunked(made)
+        again, same_values, same_hits = trial.chunked(head(trial))
     assert not again.requires_grad and torch.equal(again, loss.detach())
     assert torch.equal(same_values["loss"], values["loss"]) and torch.equal(same_hits, hits)
 
@@ -134,7 +142,7 @@ def test_bfloat16_is_close_to_float32(chunks):
         exact.weight.copy_(half.weight)
     pairs = []
     for trial in (half, exact):
-        loss, _, _ = trial.chunked(LinearHead(trial.weight))
+        loss, _, _ = trial.chunked(trial.weight)
         gradients = torch.autograd.grad(loss, (trial.states, trial.weight))
         assert all(gradient.dtype == trial.states.dtype for gradient in gradients)
         pairs.append([loss.detach(), *gradients])
@@ -144,12 +152,20 @@ def test_bfloat16_is_close_to_float32(chunks):
 
 def test_chunks_of_a_bfloat16_head_add_up_in_float32():
     """1 and 256 times 1/256: in bfloat16 the sum would stay 1."""
-    head = LinearHead(torch.ones(1, 1, dtype=torch.bfloat16))
-    head.start(1, True)
-    for share in [1.0, *[1 / 256] * 256]:
-        head.logits(torch.ones(1, 1, dtype=torch.bfloat16))
-        head.pull_back(torch.full((1, 1), share, dtype=torch.bfloat16), torch.empty(1, 1, dtype=torch.bfloat16))
-    assert head.finish().item() == 2
+    weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    row_weight = torch.tensor([1.0, *[1 / 256] * 256])
+    count = len(row_weight)
+
+    def row_losses(logits, labels, weight):
+        return RowLosses({"loss": logits[:, 0].float()}, labels[0], weight[:, None].to(logits.dtype))
+
+    loss, _, _ = chunked_linear_loss(
+        torch.ones(count, 1, dtype=torch.bfloat16), weight, row_weight,
+        [(slice(n, n + 1), slice(0, 1)) for n in range(count)], torch.zeros(count, dtype=torch.long),
+        lambda span: [torch.ones(1, dtype=torch.bool)], row_losses, 1,
+    )  # fmt: skip
+    loss.backward()
+    assert weight.grad.item() == 2
 
 
 @pytest.mark.parametrize("name", ["eagle3", "eagle1"])
@@ -164,5 +180,5 @@ def test_no_tensor_of_a_step_grows_with_tokens_and_vocabulary(name, monkeypatch)
     with LargestTensor() as mode:
         schedule = goal.schedule(batch)
         goal.loss(draft, schedule, supervision, schedule.counts).loss.backward()
-    assert sum(int(part.supervised.sum()) for part in schedule.parts) > 3 * length / 2
-    assert mode.elements <= LOGITS_ALIVE["cpu"] < batch.num_tokens * vocab / 2
+    assert sum(int(part.supervised.sum()) for part in schedule.chunks) > 3 * length / 2
+    assert mode.elements <= LOGITS_PER_CHUNK["cpu"] < batch.num_tokens * vocab / 2

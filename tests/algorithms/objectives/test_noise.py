@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.noise import document_noise
+from nemo_speculative.algorithms.eagle.training import document_noise
 from nemo_speculative.config.schema import FeatureNoise
 from nemo_speculative.data.packing import collate
 from tests.algorithms.objectives.cases import HIDDEN, document, eagle, lay_out, make_documents
@@ -48,6 +48,7 @@ def test_labels_and_validation_stay_clean():
     with torch.no_grad():
         assert loss(goal) == loss(clean)
     seen = []
-    goal.judge = lambda draft, labels, *rest: seen.append(labels) or clean.judge(draft, labels, *rest)
+    goal.labels = lambda draft, hidden: seen.append(hidden) or clean.labels(draft, hidden)
     loss(goal)
-    assert torch.equal(seen[0], supervision.last_hidden_state.flatten(0, 1))
+    positions = schedule.chunks[0].rows.label_positions
+    assert torch.equal(torch.cat(seen), supervision.last_hidden_state.flatten(0, 1)[positions])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.position_skips import skipped_positions
+from nemo_speculative.algorithms.common.schedule import skipped_positions
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
 from nemo_speculative.data.packing import collate
 from nemo_speculative.utils.errors import UserError
@@ -84,8 +84,8 @@ def test_the_target_and_validation_have_the_true_positions():
     goal = eagle3().make_objective(position_offset=100)
     training, validation = goal.schedule(batch), goal.schedule(batch, training=False)
     assert torch.equal(training.batch.positions, batch.positions)
-    assert not torch.equal(training.layout.positions, batch.positions.flatten())
-    assert torch.equal(validation.layout.positions, batch.positions.flatten())
+    assert not torch.equal(training.layout.position_ids, batch.positions.flatten())
+    assert torch.equal(validation.layout.position_ids, batch.positions.flatten())
 
 
 @pytest.mark.parametrize("config", [Eagle3DraftConfig, EagleDraftConfig])

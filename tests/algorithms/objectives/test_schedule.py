@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from nemo_speculative.algorithms.common import schedule as schedule_module
-from nemo_speculative.algorithms.common.schedule import make_schedule
-from nemo_speculative.algorithms.common.slots import SHAPE_MULTIPLE, Slots
-from nemo_speculative.algorithms.common.supervision_mask import supervision_mask
+from nemo_speculative.algorithms.common.schedule import SHAPE_MULTIPLE, Slots, make_schedule, supervision_mask
 from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
@@ -46,9 +44,9 @@ def mask(request, batch):
     return supervision_mask(batch.loss_mask, batch.documents, STEPS, request.param)
 
 
-def made(batch, mask, depths=None, normalization=Normalization.token, slots_alive=None):
+def made(batch, mask, depths=None, normalization=Normalization.token, chunk_slots=None):
     weights = torch.ones(STEPS, dtype=torch.float64)
-    return make_schedule(batch, mask, depths, normalization, weights, CPU, slots_alive)
+    return make_schedule(batch, mask, depths, normalization, weights, CPU, chunk_slots)
 
 
 def some_depths(batch):
@@ -67,22 +65,22 @@ def expected_pairs(batch, mask, depths, normalization):
 
 @pytest.mark.parametrize("normalization", list(Normalization))
 @pytest.mark.parametrize("sampled", [False, True], ids=["all steps", "depths"])
-@pytest.mark.parametrize("slots_alive", [None, 64], ids=["one part", "several"])
+@pytest.mark.parametrize("chunk_slots", [None, 64], ids=["one part", "several"])
 def test_every_supervised_pair_is_one_row_with_its_weight_output_and_label(
-    batch, mask, label_chunk, normalization, sampled, slots_alive
+    batch, mask, label_chunk, normalization, sampled, chunk_slots
 ):
     depths = some_depths(batch) if sampled else None
-    schedule, found = made(batch, mask, depths, normalization, slots_alive), {}
-    for part in schedule.parts:
+    schedule, found = made(batch, mask, depths, normalization, chunk_slots), {}
+    for part in schedule.chunks:
         rows, slots = part.rows, part.slots
-        width, starts = len(slots.index), [0, *torch.tensor(slots.alive).cumsum(0).tolist()]
+        width, starts = len(slots.index), [0, *torch.tensor(slots.active).cumsum(0).tolist()]
         cells = torch.zeros_like(part.supervised)
         for m in (rows.cell < part.supervised.numel()).nonzero()[:, 0].tolist():
             i, slot = divmod(int(rows.cell[m]), width)
             t = int(slots.host_index[slot])
-            assert (t, i) not in found and slot < slots.alive[i]
+            assert (t, i) not in found and slot < slots.active[i]
             assert int(rows.step[m]) == i and int(rows.output[m]) == starts[i] + slot
-            assert int(rows.labels[rows.label[m]]) == t + 1 + i
+            assert int(rows.label_positions[rows.label[m]]) == t + 1 + i
             found[t, i], cells[i, slot] = float(rows.weight[m]), True
         assert torch.equal(cells, part.supervised)
     assert found == pytest.approx(expected_pairs(batch, mask, depths, normalization))
@@ -94,7 +92,7 @@ def test_every_supervised_pair_is_one_row_with_its_weight_output_and_label(
 
 @pytest.mark.parametrize("most", [64, 128])
 def test_parts_are_neighbours_of_about_equal_size_whose_windows_hold_all_that_they_read(batch, mask, most):
-    parts = made(batch, mask, slots_alive=most).parts
+    parts = made(batch, mask, chunk_slots=most).chunks
     sizes = [int(part.slots.real.sum()) for part in parts]
     assert len(parts) == max(-(-sum(sizes) // most), 1) and max(sizes) <= most
     assert max(sizes) - min(sizes) < len(parts) * SHAPE_MULTIPLE
@@ -104,25 +102,28 @@ def test_parts_are_neighbours_of_about_equal_size_whose_windows_hold_all_that_th
         at = slots.host_index
         assert int(at.min()) > end
         end = int(at.max())
-        assert slots.keys.start <= int((at - positions[at]).min()) and end < slots.keys.stop <= batch.num_tokens
-        assert slots.reads.start <= int(at.min())
-        assert min(end + len(slots.alive), batch.num_tokens - 1) < slots.reads.stop <= batch.num_tokens
+        assert (
+            slots.key_window.start <= int((at - positions[at]).min())
+            and end < slots.key_window.stop <= batch.num_tokens
+        )
+        assert slots.token_window.start <= int(at.min())
+        assert min(end + len(slots.active), batch.num_tokens - 1) < slots.token_window.stop <= batch.num_tokens
 
 
 def test_filler_weighs_nothing_and_hits_no_cell(batch, mask, label_chunk):
-    (part,) = made(batch, mask).parts
+    (part,) = made(batch, mask).chunks
     rows = part.rows
     filler = rows.weight == 0
     assert torch.equal(filler, rows.cell == part.supervised.numel())
     assert int((~filler).sum()) == int(part.supervised.sum())
     assert len(filler) % SHAPE_MULTIPLE == 0
-    assert ((rows.output >= 0) & (rows.output < sum(part.slots.alive))).all()
-    assert ((rows.labels >= 0) & (rows.labels < batch.num_tokens)).all()
+    assert ((rows.output >= 0) & (rows.output < sum(part.slots.active))).all()
+    assert ((rows.label_positions >= 0) & (rows.label_positions < batch.num_tokens)).all()
 
 
 def test_chunks_tile_the_rows_and_the_labels_and_each_label_lies_in_one(batch, mask, label_chunk):
-    rows = made(batch, mask).parts[0].rows
-    for axis, whole in ((0, len(rows.label)), (1, len(rows.labels))):
+    rows = made(batch, mask).chunks[0].rows
+    for axis, whole in ((0, len(rows.label)), (1, len(rows.label_positions))):
         parts = [chunk[axis] for chunk in rows.chunks]
         assert parts[0].start == 0 and parts[-1].stop == whole
         assert all(before.stop == after.start for before, after in pairwise(parts))
@@ -130,9 +131,9 @@ def test_chunks_tile_the_rows_and_the_labels_and_each_label_lies_in_one(batch, m
         assert (part.stop - part.start) % SHAPE_MULTIPLE == 0
         assert span.stop - span.start == label_chunk or span is rows.chunks[-1][1]
         assert ((rows.label[part] >= span.start) & (rows.label[part] < span.stop)).all()
-    used = rows.labels[rows.label[rows.weight > 0].unique()]
+    used = rows.label_positions[rows.label[rows.weight > 0].unique()]
     assert torch.equal(used, used.unique())
-    assert len(rows.labels) - len(used) <= SHAPE_MULTIPLE
+    assert len(rows.label_positions) - len(used) <= SHAPE_MULTIPLE
 
 
 def test_depths_cut_off_later_steps_and_leave_the_counts(batch, mask):
@@ -141,7 +142,7 @@ def test_depths_cut_off_later_steps_and_leave_the_counts(batch, mask):
     for name, given in (("all", None), ("cut", depths), ("one", torch.ones_like(depths))):
         schedule = made(batch, mask, given)
         assert torch.equal(schedule.counts, made(batch, mask).counts)
-        (part,) = schedule.parts
+        (part,) = schedule.chunks
         pairs[name] = {(int(part.slots.host_index[s]), i) for i, s in part.supervised.nonzero().tolist()}
     assert pairs["cut"] == {(t, i) for t, i in pairs["all"] if i < depths.flatten()[t]}
     assert pairs["one"] == {(t, i) for t, i in pairs["all"] if i == 0}
@@ -150,14 +151,14 @@ def test_depths_cut_off_later_steps_and_leave_the_counts(batch, mask):
 def test_slots_are_sorted_by_their_steps_and_each_step_covers_its_own(batch, mask):
     steps = (mask.flatten(1) * torch.arange(1, STEPS + 1)[:, None]).amax(0)
     slots = Slots.of(batch.positions, steps.view_as(batch.positions), CPU)
-    assert torch.equal(slots.index + slots.reads.start, slots.host_index)
+    assert torch.equal(slots.index + slots.token_window.start, slots.host_index)
     own = slots.host_index[slots.real]
     assert torch.equal(own.sort().values, (steps > 0).nonzero()[:, 0])
     assert not len(own) or (slots.host_index[~slots.real] == own[-1]).all()
-    assert torch.equal(slots.places, batch.positions.flatten()[slots.host_index])
-    assert all(before >= after for before, after in pairwise(slots.alive))
-    assert len(slots.alive) == max(int(steps.max()), 1)
-    for i, alive in enumerate(slots.alive):
+    assert torch.equal(slots.position_ids, batch.positions.flatten()[slots.host_index])
+    assert all(before >= after for before, after in pairwise(slots.active))
+    assert len(slots.active) == max(int(steps.max()), 1)
+    for i, alive in enumerate(slots.active):
         assert alive % SHAPE_MULTIPLE == 0 and alive <= len(slots.index)
         running = slots.real & (steps[slots.host_index] > i)
         assert running[:alive].sum() == (steps > i).sum()

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.schedule import make_schedule
-from nemo_speculative.algorithms.common.supervision_mask import supervision_mask
+from nemo_speculative.algorithms.common.schedule import make_schedule, supervision_mask
 from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
@@ -56,9 +55,9 @@ def test_gathered_slots_are_those_of_the_mask(convention):
     batch = packed()
     dense = supervision_mask(batch.loss_mask, batch.documents, STEPS, convention)
     schedule = make_schedule(batch, dense, None, Normalization.token, torch.ones(STEPS), torch.device("cpu"))
-    again, (part,) = torch.zeros_like(dense).flatten(1), schedule.parts
+    again, (part,) = torch.zeros_like(dense).flatten(1), schedule.chunks
     for i, s in part.supervised.nonzero().tolist():
-        assert s < part.slots.alive[i]
+        assert s < part.slots.active[i]
         again[i, part.slots.host_index[s]] = True
     assert torch.equal(again.view_as(dense), dense)
     assert schedule.counts.tolist() == dense.sum((1, 2)).tolist()

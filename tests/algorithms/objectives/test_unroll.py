@@ -60,8 +60,8 @@ def test_few_slots_at_once_change_nothing(case):
     """Parts begin inside a document, and read those of the row before."""
     draft, layouts = case.make_draft(), [([make_documents([90, 30]), make_documents([120], seed=1)], 128)]
     loss, gradients, metrics = run(draft, case.make_objective(), layouts)
-    few = case.make_objective(slots_alive=64)
-    assert len(few.schedule(lay_out(*layouts[0])[0]).parts) >= 3
+    few = case.make_objective(chunk_slots=64)
+    assert len(few.schedule(lay_out(*layouts[0])[0]).chunks) >= 3
     again, in_parts, metrics_again = run(draft, few, layouts)
     assert again == pytest.approx(loss, rel=EXACT) and metrics_again == pytest.approx(metrics, rel=EXACT)
     assert_same_gradients(in_parts, gradients)

@@ -1,0 +1,65 @@
+"""``config.json`` of a served EAGLE-3 or EAGLE-3.1 draft."""
+
+from pathlib import Path
+from typing import Any
+
+from nemo_speculative.algorithms.common.contract import Contract, number, switch
+from nemo_speculative.algorithms.eagle3.drafting import Eagle3Session
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.utils.errors import UserError
+
+
+class Eagle3Contract(Contract):
+    """EAGLE-3 and EAGLE-3.1."""
+
+    draft = Eagle3Draft
+    session = Eagle3Session
+    SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
+
+    def own_fields(self, shape: Eagle3Shape) -> dict[str, Any]:
+        return {
+            "draft_vocab_size": shape.draft_vocab_size,
+            "num_aux_hidden_states": len(shape.aux_layers),
+            "target_hidden_size": shape.target_hidden_size,
+            "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(shape.aux_layers)},
+            # Left out where off, so that a reader that does not know them meets nothing new.
+            **{name: True for name in self.SWITCHES if getattr(shape, name)},
+        }
+
+    def shape(self, config: dict[str, Any], numbers: dict[str, Any], where: Path) -> Eagle3Shape:
+        switches: dict[str, Any] = {name: switch(config, name, where) for name in self.SWITCHES}
+        shape = Eagle3Shape(
+            **numbers,
+            **switches,
+            draft_vocab_size=None if config["draft_vocab_size"] is None else number(config, "draft_vocab_size", where),
+            aux_layers=_aux_layers(config["eagle_config"], where),
+            target_hidden_size=number(config, "target_hidden_size", where),
+        )
+        if (shape.draft_vocab_size or 0) > shape.vocab_size:
+            raise UserError(f"{where}: draft_vocab_size is {shape.draft_vocab_size}, vocab_size {shape.vocab_size}")
+        if shape.fc_norm and shape.norm_before_fc:
+            raise UserError(f"{where}: fc_norm and norm_before_fc are both true; expected at most one of them")
+        if shape.draft_vocab_size is None and shape.own_embedding:
+            raise UserError(
+                f"{where}: draft_vocab_size is null, but the target's head reads {shape.target_hidden_size} features, "
+                f"and hidden_size is {shape.hidden_size}"
+            )
+        if shape.fc_width == shape.hidden_size:
+            raise UserError(
+                f"{where}: {len(shape.aux_layers)} aux states are as wide as hidden_size {shape.hidden_size}; SGLang "
+                "applies fc only where the widths differ"
+            )
+        return shape
+
+    def expected_ids(self, shape: Eagle3Shape) -> bool:
+        return shape.draft_vocab_size is not None
+
+
+def _aux_layers(eagle: Any, where: Path) -> tuple[int, ...]:
+    layers: Any = eagle.get("eagle_aux_hidden_state_layer_ids") if isinstance(eagle, dict) else None
+    numbers = isinstance(layers, list) and bool(layers) and all(type(v) is int and v >= 0 for v in layers)
+    if not numbers or len(set(layers)) != len(layers) or eagle.get("use_aux_hidden_state") is not True:
+        raise UserError(
+            f"{where}: eagle_config is {eagle!r}, expected use_aux_hidden_state=true and distinct layer ids"
+        )
+    return tuple(layers)
