@@ -14,8 +14,8 @@ from nemo_speculative.config.schema import PrepareJob
 
 @recipe("prepare_data")
 def main(job: PrepareJob) -> None:
+    from nemo_speculative.prepare_data.output import table
     from nemo_speculative.prepare_data.run import prepare
-    from nemo_speculative.prepare_data.table import table
 
     prepared = prepare(job)
     print(table(prepared.counts))

@@ -25,14 +25,14 @@ def tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -
     Raises:
         UserError: no chat template, a conversation that the template rejects, or one that cannot be masked.
     """
-    if "{% generation" in template_of(tokenizer) or "{%- generation" in template_of(tokenizer):
+    if "{% generation" in chat_template_of(tokenizer) or "{%- generation" in chat_template_of(tokenizer):
         ids, mask = _by_generation_tag(tokenizer, conversation)
     else:
         ids, mask = _by_prefixes(tokenizer, conversation)
     return TokenRow(conversation.id, ids, _end_at_stop(ids, mask, stop_ids), conversation.origin, conversation.source)
 
 
-def template_of(tokenizer) -> str:
+def chat_template_of(tokenizer) -> str:
     """The tokenizer's chat template.
 
     Raises:
@@ -72,7 +72,7 @@ def render(tokenizer, messages: list[Message], origin: str, **options) -> dict[s
     Raises:
         UserError: no chat template, or messages that it rejects.
     """
-    template_of(tokenizer)
+    chat_template_of(tokenizer)
     try:
         return tokenizer.apply_chat_template(normalize_messages(messages), tokenize=True, return_dict=True, **options)
     except Exception as error:  # jinja2 and the templates' own raise_exception

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 
 from nemo_speculative.config.schema import GenerateJob
-from nemo_speculative.data.chat_template import template_of
+from nemo_speculative.data.chat_template import chat_template_of
 from nemo_speculative.data.conversation import Conversation
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data import interrupts
@@ -97,7 +97,7 @@ class Run:
     async def _one(self, progress: Progress, question: tuple[int, Item]) -> None:
         index, item = question
         if isinstance(item, Conversation):
-            template_of(self.engine.tokenizer)
+            chat_template_of(self.engine.tokenizer)
         try:
             dialogue = Rollout(item, self.engine.tokenizer, self.reasoning)
             await converse(dialogue, self.engine.complete, self.limits, self.seed)

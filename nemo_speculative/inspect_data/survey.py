@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from nemo_speculative.data.chat_template import template_of
+from nemo_speculative.data.chat_template import chat_template_of
 from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.data.conversations import Item
 from nemo_speculative.data.sources import Split
@@ -85,7 +85,7 @@ class Survey:
 
     def _row(self, item: Item) -> TokenRow | None:
         if isinstance(item, Conversation):
-            template_of(self._how.tokenizer)  # that it has none is not the conversation's fault
+            chat_template_of(self._how.tokenizer)  # that it has none is not the conversation's fault
         try:
             made = self._how([item])
         except UserError as error:

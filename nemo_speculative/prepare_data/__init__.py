@@ -1,1 +1,1 @@
-"""From other people's datasets to one validated JSONL."""
+"""Preparation of datasets of any shape as one validated JSONL."""

@@ -1,24 +1,25 @@
-"""A dataset of conf/data as a training reads it: prepared, by itself if need be."""
+"""Loads a dataset of conf/data for a training, preparing it first if need be."""
 
 import json
+import os
 from dataclasses import replace
 
 from nemo_speculative.config.schema import DatasetConfig, MixDataConfig, PrepareJob
 from nemo_speculative.data.sources import Split, load_jsonl
-from nemo_speculative.distributed.collectives import is_first_rank
-from nemo_speculative.prepare_data.output import finished, requested_values
+from nemo_speculative.prepare_data.output import finished, stored_request, table
 from nemo_speculative.prepare_data.run import prepare
-from nemo_speculative.prepare_data.sources import asked_for, sources_of
-from nemo_speculative.prepare_data.table import table
+from nemo_speculative.prepare_data.streams import requested_values, sources_of
 from nemo_speculative.utils.errors import UserError
 
 
 def load_prepared(config: DatasetConfig | MixDataConfig, seed: int) -> Split:
-    """The rows of ``config.prepared``; the first process of a job makes them if they are not there, with the defaults
-    of recipes/prepare_data.py, while the others wait.
+    """The rows in ``config.prepared``.
+
+    If there are none, the first process of a job prepares them with the defaults of recipes/prepare_data.py, while the
+    others wait.
 
     Raises:
-        UserError: the dataset cannot be had or read, or what is prepared is of another one.
+        UserError: the dataset cannot be loaded, or the directory holds another one.
     """
     job = PrepareJob(data=config)
     if finished(job.directory) is None:
@@ -26,26 +27,27 @@ def load_prepared(config: DatasetConfig | MixDataConfig, seed: int) -> Split:
         if not prepared.up_to_date:
             print(f"{job.directory}: prepared\n{table(prepared.counts)}", flush=True)
     else:
-        _check_same(job)
+        _require_same_data(job)
     train, held_out = job.directory / "train.jsonl", job.directory / "held_out.jsonl"
-    given = str(held_out) if held_out.stat().st_size else None
-    return load_jsonl(replace(config, path=str(train), held_out_path=given), seed)
+    held_out_path = str(held_out) if held_out.stat().st_size else None
+    return load_jsonl(replace(config, path=str(train), held_out_path=held_out_path), seed)
 
 
-def _check_same(job: PrepareJob) -> None:
-    """Not made anew here: it may have been prepared with other options than the defaults.
+def _require_same_data(job: PrepareJob) -> None:
+    """Compares the data that was prepared, but not the options, which may differ from the defaults.
 
     Raises:
-        UserError: what is prepared is of another dataset.
+        UserError: the directory was prepared from other data.
     """
-    before = requested_values(job.directory)
-    asked = asked_for(sources_of(job), job.data.held_out_share)
-    for key, value in asked.items():
-        if key not in before or before[key] != value:
-            was = json.dumps(before[key]) if key in before else "no such key"
+    stored = stored_request(job.directory)
+    requested = requested_values(sources_of(job), job.data.held_out_share)
+    for key, value in requested.items():
+        if key not in stored or stored[key] != value:
+            before = json.dumps(stored[key]) if key in stored else "no such key"
             raise UserError(
-                f"{key}: {job.directory} was prepared with {was}, not {json.dumps(value)}; "
+                f"{key}: {job.directory} was prepared with {before}, not {json.dumps(value)}; "
                 "run recipes/prepare_data.py again, or name another data.prepared"
             )
-    if is_first_rank() and (copies := [key for key in before if key.endswith(".path") and key not in asked]):
+    copies = [key for key in stored if key.endswith(".path") and key not in requested]
+    if copies and os.environ.get("RANK", "0") == "0":
         print(f"data: {job.directory} was prepared from files ({', '.join(copies)}), not from the hub", flush=True)

@@ -161,7 +161,7 @@ def finished(directory: Path, fingerprint: str | None = None) -> dict[str, Count
     return {label: Counts(**counts) for label, counts in manifest["counts"].items()}
 
 
-def requested_values(directory: Path) -> dict[str, Any]:
+def stored_request(directory: Path) -> dict[str, Any]:
     """The configuration that the complete preparation in ``directory`` was requested with, by key."""
     return (read_manifest(directory / MANIFEST) or {}).get("asked", {})
 
@@ -178,3 +178,23 @@ def by_key(description: Mapping[str, Any]) -> dict[str, Any]:
     }
     filters = values.pop("filters", {})
     return values | {f"filters.{key}": value for key, value in filters.items()}
+
+
+def table(counts: Mapping[str, Counts]) -> str:
+    """A Markdown table with a line for each source and reason."""
+    head = ("source", "rows", "train", "held out", "left out", "why")
+    rows = [
+        head,
+        tuple("---" for _ in head),
+        *(row for name, each in counts.items() for row in _table_rows(name, each)),
+    ]
+    if len(counts) > 1:
+        rows += _table_rows("all", total(counts))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(t.ljust(w) for t, w in zip(row, widths, strict=True))} |" for row in rows)
+
+
+def _table_rows(name: str, counts: Counts) -> list[tuple[str, ...]]:
+    first, *others = counts.reasons or [""]
+    numbers = (counts.read, counts.train, counts.held_out, sum(counts.left_out.values()))
+    return [(name, *map(str, numbers), first), *(("", "", "", "", "", reason) for reason in others)]

@@ -1,4 +1,4 @@
-"""Why a row is left out: the words of the table and of left_out.jsonl."""
+"""Reasons for which a row is left out, as the table and left_out.jsonl state them."""
 
 BAD_JSON = "not JSON"
 NOT_UTF8 = "not UTF-8"
@@ -21,7 +21,7 @@ CONTROL_CHARACTERS = "control characters"
 DUPLICATE = "duplicate"
 
 UNREADABLE = {BAD_JSON, NOT_UTF8, NOT_AN_OBJECT, UNKNOWN_SHAPE}
-"""Where most of a file is so, it is not the data that was meant."""
+"""A file most of whose rows have one of these reasons is not the data that the user meant."""
 
 
 class LeftOut(Exception):

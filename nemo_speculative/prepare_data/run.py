@@ -1,4 +1,4 @@
-"""The preparation: rows read, recognised, checked and written, each of them counted."""
+"""The preparation of a dataset: rows are read, converted, checked and written, and each is counted."""
 
 import hashlib
 import json
@@ -12,9 +12,7 @@ from typing import Any
 from nemo_speculative.config.schema import MixDataConfig, PrepareJob
 from nemo_speculative.data.conversations import hash_fraction
 from nemo_speculative.prepare_data import reasons
-from nemo_speculative.prepare_data.digests import Digests, digest
-from nemo_speculative.prepare_data.filters import check
-from nemo_speculative.prepare_data.formatted_text import FormattedText
+from nemo_speculative.prepare_data.filters import DigestSet, check, digest
 from nemo_speculative.prepare_data.output import (
     HELD_OUT,
     TRAIN,
@@ -26,9 +24,16 @@ from nemo_speculative.prepare_data.output import (
     total,
 )
 from nemo_speculative.prepare_data.reasons import LeftOut
-from nemo_speculative.prepare_data.shapes import Item
-from nemo_speculative.prepare_data.sources import asked_for, sources_of
-from nemo_speculative.prepare_data.streams import Found, Stream, fetched, interleaved, streams_of
+from nemo_speculative.prepare_data.shapes import FormattedText, Item
+from nemo_speculative.prepare_data.streams import (
+    Source,
+    Stream,
+    StreamRow,
+    hub_hashes,
+    interleave,
+    requested_values,
+    sources_of,
+)
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
 from nemo_speculative.utils.progress import Progress
@@ -44,37 +49,37 @@ class Prepared:
 
     directory: Path
     counts: dict[str, Counts]
-    """By the name of a stream."""
+    """By stream."""
     up_to_date: bool = False
-    """It was there already."""
+    """Whether it existed before."""
 
 
 def prepare(job: PrepareJob, *, wait: bool = False) -> Prepared:
-    """Makes ``job.directory`` unless it holds just that; goes on where a run of the same job was interrupted.
+    """Prepares ``job.directory`` unless it is up to date; resumes an interrupted run of the same job.
 
     Args:
-        wait: for another process that writes it, instead of refusing.
+        wait: wait for another process that writes there, instead of refusing.
 
     Raises:
-        UserError: a source cannot be had or read, or holds nothing to train on, the disk is full, or another process
+        UserError: a source cannot be loaded or read, or has nothing to train on, the disk is full, or another process
             writes there.
     """
-    with _ended_as_by_ctrl_c():
-        preparation = _Preparation(job)  # before the directory is made: what cannot be had leaves nothing behind
+    with _sigterm_as_interrupt():
+        preparation = _Preparation(job)  # before the directory is made: a source that cannot be loaded leaves nothing
         with dir_lock(job.directory, "output", wait=wait):
             prepared = preparation.run()
-    every = total(prepared.counts)
-    if not every.kept:
+    sums = total(prepared.counts)
+    if not sums.kept:
         raise UserError(
-            f"data: none of {every.read} rows can be used ({', '.join(every.reasons) or 'there are none'}); "
-            f"{prepared.directory}/left_out.jsonl says why of each"
+            f"data: none of {sums.read} rows can be used ({', '.join(sums.reasons) or 'there are none'}); "
+            f"{prepared.directory}/left_out.jsonl has the reason for each"
         )
     return prepared
 
 
 @contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM closes the files, too, and is told in one line."""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM acts like Ctrl-C: it closes the files and ends in one line."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -85,32 +90,33 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 class _Preparation:
     def __init__(self, job: PrepareJob):
         self.job, self.directory = job, job.directory
-        self.sources = sources_of(job)
-        self.streams = streams_of(self.sources, job.columns)
-        self.text = FormattedText.of(job.tokenizer) if job.tokenizer else None
-        self.seen = Digests()
+        self.sources: list[Source] = sources_of(job)
+        self.streams: list[Stream] = [stream for source in self.sources for stream in source.streams(job.columns)]
+        self.formatted_text = FormattedText.from_tokenizer(job.tokenizer) if job.tokenizer else None
+        self.seen = DigestSet()
+        """Digests of the contents and the ids of the rows kept so far."""
 
     def run(self) -> Prepared:
-        described = {
-            "asked": asked_for(self.sources, self.job.data.held_out_share),
-            "fetched": fetched(self.streams),
+        description = {
+            "asked": requested_values(self.sources, self.job.data.held_out_share),
+            "fetched": hub_hashes(self.streams),
             "options": self._options(),
         }
-        fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        fingerprint = hashlib.sha256(json.dumps(description).encode()).hexdigest()
         if counts := finished(self.directory, fingerprint):
             return Prepared(self.directory, counts, up_to_date=True)
-        self._say_what_changes(described)
+        self._print_changes(description)
         with Output(self.directory, fingerprint, [s.label for s in self.streams]) as output:
             if output.rows_before:
                 print(f"{self.directory}: resuming after row {output.rows_before}", flush=True)
             for row in output.rows():
                 self._remember(row, row["id"])
             self._write(output)
-            output.finish(**described)
+            output.finish(**description)
         return Prepared(self.directory, output.counts)
 
-    def _say_what_changes(self, described: dict[str, Any]) -> None:
-        before, now = determining_values(self.directory), by_key(described)
+    def _print_changes(self, description: dict[str, Any]) -> None:
+        before, now = determining_values(self.directory), by_key(description)
         if changed := [key for key in {**before, **now} if before and before.get(key) != now.get(key)]:
             values = [json.dumps(side.get(changed[0])) for side in (before, now)]
             more = f", nor with the same {', '.join(changed[1:])}" if changed[1:] else ""
@@ -121,89 +127,82 @@ class _Preparation:
             )
         if self.job.max_conversations is None and len({source.weight for source in self.sources}) > 1:
             print(
-                "data.sources: the weights decide about the order alone, as every row of every source is used; "
+                "data.sources: the weights determine the order alone, as every row of every source is used; "
                 "max_conversations=N makes shares of them",
                 flush=True,
             )
 
     def _options(self) -> dict[str, Any]:
-        """What else than the input decides about the rows."""
+        """The values that determine the rows in addition to the input."""
         job = self.job
         return {
             "format": FORMAT, "columns": job.columns, "keep_unanswered": job.keep_unanswered,
             "deduplicate": job.deduplicate, "max_conversations": job.max_conversations, "filters": asdict(job.filters),
-            "tokenizer": self.text.identity if self.text else None, "labels": [s.label for s in self.streams],
+            "tokenizer": self.formatted_text.identity if self.formatted_text else None,
+            "labels": [s.label for s in self.streams],
         }  # fmt: skip
 
     def _write(self, output: Output) -> None:
-        progress = Progress("prepare, kB", self._bytes() // PROGRESS_BYTES, quiet=True)
-        read = 0
-        rows = interleaved(self.streams, lambda s: output.counts[s.label].read, lambda s: output.counts[s.label].kept)
-        for stream, found in rows:
-            if self._enough(output):
+        size = sum(file.stat().st_size for s in self.streams for part in s.parts for file in part.files)
+        progress, read, counts = Progress("prepare, kB", size // PROGRESS_BYTES, quiet=True), 0, output.counts
+        for stream, row in interleave(self.streams, lambda s: counts[s.label].read, lambda s: counts[s.label].kept):
+            limit = self.job.max_conversations
+            if limit is not None and sum(each.train for each in counts.values()) >= limit:
                 break
-            self._put(output, stream, found)
-            before, read = read, read + found.size
+            self._process_row(output, stream, row)
+            before, read = read, read + row.size
             progress.advance(by=read // PROGRESS_BYTES - before // PROGRESS_BYTES)
         progress.close()
 
-    def _bytes(self) -> int:
-        return sum(file.stat().st_size for s in self.streams for part in s.parts for file in part.files)
-
-    def _enough(self, output: Output) -> bool:
-        most = self.job.max_conversations
-        return most is not None and sum(counts.train for counts in output.counts.values()) >= most
-
-    def _put(self, output: Output, stream: Stream, found: Found) -> None:
+    def _process_row(self, output: Output, stream: Stream, row: StreamRow) -> None:
         try:
-            item = self._item(found)
+            item = self._item(row)
             check(item, self.job.filters, self.job.keep_unanswered)
-            identity = self._identity(item, stream, found.id)
+            identity = self._identity(item, stream, row.id)
         except LeftOut as left_out:
-            output.leave_out(stream.label, found.id or found.origin, found.origin, left_out)
+            output.leave_out(stream.label, row.id or row.origin, row.origin, left_out)
             return
-        share = self.job.data.held_out_share
-        # Not of its name in a mix: alone and in any mix it lies on the same side.
-        drawn = hash_fraction(found.id or f"{content_of(item):016x}")
-        side = stream.side or (HELD_OUT if drawn < share else TRAIN)
+        # By its own id, not its id within a mix: it is on the same side alone and in any mix.
+        fraction = hash_fraction(row.id or f"{content_digest(item):016x}")
+        side = stream.side or (HELD_OUT if fraction < self.job.data.held_out_share else TRAIN)
         output.keep(stream.label, side, {"id": identity, **item, "source": item.get("source", stream.source)})
 
-    def _item(self, found: Found) -> Item:
-        if isinstance(found.item, LeftOut):
-            raise found.item
-        if "text" not in found.item:
-            return found.item
-        if self.text is None:
+    def _item(self, row: StreamRow) -> Item:
+        if isinstance(row.item, LeftOut):
+            raise row.item
+        if "text" not in row.item:
+            return row.item
+        if self.formatted_text is None:
             raise UserError(
-                f"{found.origin}: its `text` is formatted already; give tokenizer=DIR, whose chat template formatted "
-                "it, to tell the answers in it"
+                f"{row.origin}: its `text` is formatted already; give tokenizer=DIR, whose chat template formatted "
+                "it, to find the answers in it"
             )
-        return self.text.read(found.item["text"])
+        return self.formatted_text.read(row.item["text"])
 
-    def _identity(self, item: Item, stream: Stream, own: str | None) -> str:
-        """A name that no other row has, and that does not depend on where the row lies."""
-        content = content_of(item)
+    def _identity(self, item: Item, stream: Stream, own_id: str | None) -> str:
+        """An id that no other row has, and that does not depend on the row's position."""
+        content = content_digest(item)
         if self.job.deduplicate and content in self.seen:
             raise LeftOut(reasons.DUPLICATE)
         mixed = isinstance(self.job.data, MixDataConfig)
-        name = f"{stream.source}/{own}" if own and mixed else own or f"{content:016x}"
+        identity = f"{stream.source}/{own_id}" if own_id and mixed else own_id or f"{content:016x}"
         # The last can only be needed where duplicates are kept.
-        names = (name, f"{name}#{content:016x}", f"{name}#{len(self.seen)}")
-        name = next(name for name in names if _name_key(name) not in self.seen)
-        self._remember(item, name)
-        return name
+        candidates = (identity, f"{identity}#{content:016x}", f"{identity}#{len(self.seen)}")
+        identity = next(each for each in candidates if _id_digest(each) not in self.seen)
+        self._remember(item, identity)
+        return identity
 
-    def _remember(self, item: Item, name: str) -> None:
-        self.seen.add(content_of(item))
-        self.seen.add(_name_key(name))
+    def _remember(self, item: Item, identity: str) -> None:
+        self.seen.add(content_digest(item))
+        self.seen.add(_id_digest(identity))
 
 
-def content_of(item: Item) -> int:
-    """64 bits that differ where messages, tools or tokens do; white space counts as one space."""
+def content_digest(item: Item) -> int:
+    """64-bit hash of messages, tools and tokens; white space counts as one space."""
     messages = [m | {"content": " ".join(m["content"].split())} for m in item.get("conversations", [])]
-    told = [messages, item.get("tools"), item.get("input_ids"), item.get("loss_mask")]
-    return digest(json.dumps(told, sort_keys=True))
+    content = [messages, item.get("tools"), item.get("input_ids"), item.get("loss_mask")]
+    return digest(json.dumps(content, sort_keys=True))
 
 
-def _name_key(name: str) -> int:
-    return digest(name, b"name")
+def _id_digest(identity: str) -> int:
+    return digest(identity, b"name")

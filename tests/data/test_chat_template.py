@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_speculative.data.chat_template import prompt_ids, rules_digest, template_of, tokenize, tokenizer_digest
+from nemo_speculative.data.chat_template import chat_template_of, prompt_ids, rules_digest, tokenize, tokenizer_digest
 from nemo_speculative.data.conversation import Conversation
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, TEMPLATE, make_tokenizer
@@ -138,7 +138,7 @@ def test_a_single_turn_of_such_a_template_is_fine():
     assert (row.input_ids, row.loss_mask) == naive(tokenizer, conversation)
 
 
-@pytest.mark.parametrize("use", [template_of, lambda t: tokenize(t, DIALOGUES[0], {END})])
+@pytest.mark.parametrize("use", [chat_template_of, lambda t: tokenize(t, DIALOGUES[0], {END})])
 @pytest.mark.parametrize("template", [None, ""])
 def test_no_template(use, template):
     with pytest.raises(UserError) as caught:

@@ -2,25 +2,25 @@
 
 import random
 
-from nemo_speculative.prepare_data.digests import FIRST_SLOTS, Digests, digest
+from nemo_speculative.prepare_data.filters import INITIAL_SLOTS, DigestSet, digest
 
 
 def test_it_is_a_set():
     rng = random.Random(0)
     # Many of the same low bits: they collide where slots are chosen.
     values = [rng.choice([rng.randrange(1, 50), rng.getrandbits(64) or 1, rng.getrandbits(20) << 44 | 1])
-              for _ in range(5 * FIRST_SLOTS)]  # fmt: skip
-    mine, own = Digests(), set()
+              for _ in range(5 * INITIAL_SLOTS)]  # fmt: skip
+    mine, own = DigestSet(), set()
     for value in values:
         assert (value in mine) == (value in own)
         mine.add(value)
         own.add(value)
-    assert len(mine) == len(own) > FIRST_SLOTS
+    assert len(mine) == len(own) > INITIAL_SLOTS
     assert all(value in mine for value in own)
 
 
 def test_it_is_small():
-    values = Digests()
+    values = DigestSet()
     for n in range(100_000):
         values.add(digest(str(n)))
     assert len(values) == 100_000

@@ -13,7 +13,7 @@ from nemo_speculative.config.schema import (
     PrepareJob,
     SourceConfig,
 )
-from nemo_speculative.prepare_data import sources
+from nemo_speculative.prepare_data import streams
 from nemo_speculative.prepare_data.load import load_prepared
 from nemo_speculative.prepare_data.run import prepare
 from nemo_speculative.utils.errors import UserError
@@ -29,7 +29,7 @@ def test_training_prepares_what_is_not_there_and_reads_it(tmp_path, monkeypatch,
     split = load_prepared(dataset(tmp_path, path=path), seed=0)
     assert len(split.training) + len(split.held_out) == 50 and split.held_out
     assert {row.id for row in split.held_out} == {r["id"] for r in rows_of(tmp_path / "prepared", "held_out")}
-    monkeypatch.setattr(sources, "hub_parts", lambda *_: pytest.fail("it is prepared: nobody need ask the hub"))
+    monkeypatch.setattr(streams, "hub_parts", lambda *_: pytest.fail("it is prepared: nobody need ask the hub"))
     capsys.readouterr()
     again = load_prepared(dataset(tmp_path), seed=0)
     assert "was prepared from files (data.path), not from the hub" in capsys.readouterr().out
@@ -127,6 +127,6 @@ def test_another_slice_of_a_repository_is_prepared_anew(tmp_path, monkeypatch):
 
 
 def test_training_on_a_dataset_that_cannot_be_had(tmp_path):
-    with pytest.raises(UserError, match=r"^data\.repository: nobody/nothing cannot be had here"):
+    with pytest.raises(UserError, match=r"^data\.repository: nobody/nothing cannot be loaded here"):
         load_prepared(dataset(tmp_path), seed=0)
     assert not list(tmp_path.iterdir())

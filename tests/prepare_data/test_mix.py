@@ -36,7 +36,7 @@ def test_weights_without_a_limit_are_said_to_order_the_rows_alone(tmp_path, caps
         sources.append(SourceConfig(str(tmp_path / f"{name}.jsonl"), weight=weight))
     job = replace(mix_job(tmp_path, sources), max_conversations=most)
     prepare(job)
-    assert ("the weights decide about the order alone" in capsys.readouterr().out) == said
+    assert ("the weights determine the order alone" in capsys.readouterr().out) == said
 
 
 def test_a_row_lies_on_the_same_side_alone_and_in_a_mix(tmp_path):

@@ -20,8 +20,8 @@ from nemo_speculative.config.schema import (
 from nemo_speculative.data.chat_template import tokenize
 from nemo_speculative.data.conversation import Conversation, read_jsonl
 from nemo_speculative.prepare_data import output, reasons, run
+from nemo_speculative.prepare_data.output import table
 from nemo_speculative.prepare_data.run import prepare
-from nemo_speculative.prepare_data.table import table
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
 from tests.conftest import make_tokenizer
@@ -171,7 +171,7 @@ MANY = [chat(f"question {n % 700}", f"answer {n % 700}", id=f"r{n}") for n in ra
 
 
 def _killed(directory: Path, at: int) -> None:
-    put = run._Preparation._put
+    put = run._Preparation._process_row
     calls = iter(range(at + 1))
 
     def dying(*args):
@@ -179,7 +179,7 @@ def _killed(directory: Path, at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         put(*args)
 
-    run._Preparation._put = dying
+    run._Preparation._process_row = dying
     output.ROWS_BETWEEN_STATES = 100
     prepare(job_for(directory, MANY))
 
@@ -198,8 +198,8 @@ def test_a_killed_run_is_gone_on_with(tmp_path, at, monkeypatch, capsys):
     prepare(job_for(whole, MANY))
     _run_killed(killed, at)
     assert not (killed / "out" / "train.jsonl").exists()
-    put, seen = run._Preparation._put, []
-    monkeypatch.setattr(run._Preparation, "_put", lambda *args: (seen.append(args[3].id), put(*args)))
+    put, seen = run._Preparation._process_row, []
+    monkeypatch.setattr(run._Preparation, "_process_row", lambda *args: (seen.append(args[3].id), put(*args)))
     prepare(job_for(killed, MANY))
     assert seen == [f"r{n}" for n in range(at // 100 * 100, 1000)], "only what came after the last state"
     said = [f"{killed}/out: resuming after row {at // 100 * 100}"] if at >= 100 else []
@@ -268,7 +268,7 @@ def test_nothing_to_train_on(tmp_path, records, expected):
     for _ in range(2):
         with pytest.raises(UserError) as caught:
             prepare(job_for(tmp_path, records))
-        assert str(caught.value) == f"data: {expected} {tmp_path}/out/left_out.jsonl says why of each"
+        assert str(caught.value) == f"data: {expected} {tmp_path}/out/left_out.jsonl has the reason for each"
 
 
 def test_columns_of_other_names(tmp_path):
@@ -309,10 +309,10 @@ def test_formatted_text_without_a_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_that_cannot_tell_answers(tmp_path):
-    with pytest.raises(UserError, match=r"^tokenizer: /nowhere cannot be had here"):
+    with pytest.raises(UserError, match=r"^tokenizer: /nowhere cannot be loaded here"):
         prepare(job_for(tmp_path, tokenizer="/nowhere"))
     make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(tmp_path / "plain")
-    with pytest.raises(UserError, match=r"^tokenizer: the chat template of .* puts no mark around an answer"):
+    with pytest.raises(UserError, match=r"^tokenizer: the chat template of .* does not mark answers"):
         prepare(job_for(tmp_path, tokenizer=str(tmp_path / "plain")))
 
 

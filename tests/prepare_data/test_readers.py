@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from nemo_speculative.prepare_data import readers, reasons
-from nemo_speculative.prepare_data.readers import hub_parts, local_parts, sha256
+from nemo_speculative.prepare_data.readers import hub_parts, local_parts
 from nemo_speculative.prepare_data.reasons import LeftOut
 from nemo_speculative.utils.errors import UserError
 
@@ -168,7 +168,7 @@ def test_a_repository_that_the_hub_cannot_give_here(monkeypatch):
     with pytest.raises(UserError) as caught:
         hub_parts("nobody/nothing-at-all", "train", None, None)
     said = str(caught.value)
-    assert said.startswith("data.repository: nobody/nothing-at-all cannot be had here (")
+    assert said.startswith("data.repository: nobody/nothing-at-all cannot be loaded here (")
     assert "data.path=FILE_OR_FOLDER" in said and "\n" not in said
 
 
@@ -181,11 +181,11 @@ def test_a_repository(tmp_path, monkeypatch):
     (tmp_path / "here" / "test.jsonl").write_bytes(lines(RECORDS[9:12]))
     (part,) = hub_parts(str(tmp_path / "here"), "test", None, None)
     assert [row.record for row in part.rows()] == RECORDS[9:12]
-    assert part.files and sha256(part) == sha256(hub_parts(str(tmp_path / "here"), "test", None, None)[0])
+    assert part.files and part.sha256() == hub_parts(str(tmp_path / "here"), "test", None, None)[0].sha256()
 
 
 def test_the_hash_is_that_of_the_content(tmp_path):
     for name, content in (("a.jsonl", b"{}\n"), ("b.jsonl", b"{}\n"), ("c.jsonl", b"{} \n")):
         (tmp_path / name).write_bytes(content)
-    a, b, c = (sha256(readers.JsonFile(tmp_path / f"{name}.jsonl")) for name in "abc")
+    a, b, c = (readers.JsonFile(tmp_path / f"{name}.jsonl").sha256() for name in "abc")
     assert a == b != c

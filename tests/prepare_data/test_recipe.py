@@ -43,8 +43,8 @@ def test_a_mix_on_the_command_line(tmp_path, path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data=sharegpt"], "data.repository: Aeala/ShareGPT_Vicuna_unfiltered cannot be had here"),
-        (["data=mix"], "data.repository: HuggingFaceH4/ultrachat_200k cannot be had here"),
+        (["data=sharegpt"], "data.repository: Aeala/ShareGPT_Vicuna_unfiltered cannot be loaded here"),
+        (["data=mix"], "data.repository: HuggingFaceH4/ultrachat_200k cannot be loaded here"),
         (["data=jsonl", "data.path=/nowhere"], "data.path: /nowhere does not exist"),
         (["data=sharegpt", "data.weight=2"], "data.weight=2: unknown key 'weight'"),
         (["data=mix", "data.sources=[{nam: a}]"], "data.sources=[{nam: a}]: unknown key 'nam'; did you mean 'name'?"),
@@ -67,11 +67,11 @@ def test_a_run_that_is_ended_says_so_in_a_line_and_is_gone_on_with(tmp_path, num
     slow.write_text(
         "import runpy, sys, time\n"
         "from nemo_speculative.prepare_data import run\n"
-        "put = run._Preparation._put\n"
+        "put = run._Preparation._process_row\n"
         "def slow(self, output, stream, found):\n"
         "    put(self, output, stream, found)\n"
         "    if sum(c.read for c in output.counts.values()) > 2100: time.sleep(60)\n"
-        "run._Preparation._put = slow\n"
+        "run._Preparation._process_row = slow\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

@@ -7,7 +7,7 @@ import pytest
 from nemo_speculative.data.conversation import parse_line
 from nemo_speculative.prepare_data import reasons
 from nemo_speculative.prepare_data.reasons import LeftOut
-from nemo_speculative.prepare_data.shapes import recognise
+from nemo_speculative.prepare_data.shapes import recognize
 
 ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 AGAIN = [*ASKED, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
@@ -78,12 +78,12 @@ TOOL_USES = [
 
 @pytest.mark.parametrize(("record", "expected"), CHATS + PAIRS)
 def test_a_conversation_in_every_shape(record, expected):
-    assert recognise(record) == {"conversations": expected}
+    assert recognize(record) == {"conversations": expected}
 
 
 @pytest.mark.parametrize(("record", "expected"), TOOL_USES)
 def test_tools_in_openais_form(record, expected):
-    item = recognise(record)
+    item = recognize(record)
     assert item == {"conversations": expected, "tools": TOOLS}
     (read,) = parse_line(json.dumps(item).encode(), "a.jsonl:1", "1")
     assert read.tools == TOOLS and read.messages == expected
@@ -92,7 +92,7 @@ def test_tools_in_openais_form(record, expected):
 def test_calls_in_messages_of_their_own_are_those_of_one_answer():
     calls = [{"from": "function_call", "value": json.dumps({"name": name, "arguments": {}})} for name in "fg"]
     told = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "let me see"}, *calls]
-    (_, answer) = recognise({"conversations": told})["conversations"]
+    (_, answer) = recognize({"conversations": told})["conversations"]
     assert answer["content"] == "let me see"
     assert [call["function"]["name"] for call in answer["tool_calls"]] == ["f", "g"]
 
@@ -101,7 +101,7 @@ def test_a_call_keeps_its_id():
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     told = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": {"rain": True}, "tool_call_id": "c1", "name": "f"}]  # fmt: skip
-    messages = recognise({"messages": told})["conversations"]
+    messages = recognize({"messages": told})["conversations"]
     assert messages[1]["tool_calls"][0]["id"] == "c1"
     assert messages[2] == {"role": "tool", "content": '{"rain": true}', "tool_call_id": "c1", "name": "f"}
 
@@ -109,12 +109,12 @@ def test_a_call_keeps_its_id():
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept(key):
     told = [{**ASKED[0], key: "not the assistant's"}, {**ASKED[1], key: "hm"}]
-    assert recognise({"messages": told})["conversations"] == [ASKED[0], {**ASKED[1], "reasoning_content": "hm"}]
+    assert recognize({"messages": told})["conversations"] == [ASKED[0], {**ASKED[1], "reasoning_content": "hm"}]
 
 
 def test_reasoning_inside_an_answer_is_left_alone():
     told = [ASKED[0], {"role": "assistant", "content": "<think>hm</think>a"}]
-    assert recognise({"messages": told})["conversations"] == told
+    assert recognize({"messages": told})["conversations"] == told
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_reasoning_inside_an_answer_is_left_alone():
      ("assistant_masks", [0, 1, 1])],
 )  # fmt: skip
 def test_token_ids_with_a_mask(key, mask):
-    assert recognise({"input_ids": [4, 5, 6], key: mask}) == {"input_ids": [4, 5, 6], "loss_mask": [0, 1, 1]}
+    assert recognize({"input_ids": [4, 5, 6], key: mask}) == {"input_ids": [4, 5, 6], "loss_mask": [0, 1, 1]}
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_token_ids_with_a_mask(key, mask):
 )
 def test_what_is_no_conversation(record, reason):
     with pytest.raises(LeftOut) as caught:
-        recognise(record)
+        recognize(record)
     assert caught.value.reason == reason
 
 
 def test_an_unknown_shape_names_its_keys():
     with pytest.raises(LeftOut) as caught:
-        recognise({"foo": 1, "bar": 2})
+        recognize({"foo": 1, "bar": 2})
     assert caught.value.found == "the keys bar, foo"
