@@ -13,11 +13,10 @@ from nemo_speculative.config.schema import GenerateJob
 
 @recipe("generate_data")
 def main(job: GenerateJob) -> None:
-    from nemo_speculative.generate_data.run import generate_data, require_success
-    from nemo_speculative.generate_data.table import table
+    from nemo_speculative.generate_data.run import generate_data, require_success, summary_table
 
     outcome = generate_data(job)
-    print(table(outcome))
+    print(summary_table(outcome))
     require_success(outcome)
 
 

@@ -49,7 +49,7 @@ def job(tmp_path, target_dir, questions) -> Callable[..., GenerateJob]:
     """A job that answers ``questions`` in this process, with what is said otherwise."""
 
     def make(**changed: Any) -> GenerateJob:
-        reasoning = ReasoningConfig(f"nemo_speculative.generate_data.reasoning.{changed.pop('reasoning', 'Keep')}")
+        reasoning = ReasoningConfig(f"nemo_speculative.generate_data.rollout.{changed.pop('reasoning', 'Keep')}")
         batch_size = changed.pop("batch_size", 4)
         usual = {
             "model": ModelConfig(path=str(target_dir)),

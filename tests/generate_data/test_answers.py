@@ -11,10 +11,10 @@ from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.data.conversations import ConversationList
 from nemo_speculative.generate_data import answers
 from nemo_speculative.generate_data.answers import answer, unanswered
-from nemo_speculative.generate_data.append_log import AppendLog
 from nemo_speculative.generate_data.decoder import Decoder
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils import locks
+from nemo_speculative.utils.append_log import AppendLog
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import WORDS
 

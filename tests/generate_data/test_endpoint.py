@@ -11,8 +11,7 @@ from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data import endpoint
 from nemo_speculative.generate_data.protocols import Chat
 from nemo_speculative.generate_data.rollout import Request
-from nemo_speculative.generate_data.run import generate_data, require_success
-from nemo_speculative.generate_data.table import table
+from nemo_speculative.generate_data.run import generate_data, require_success, summary_table
 from nemo_speculative.utils import network
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.http import LoadBalancer
@@ -51,7 +50,7 @@ def manifest_of(outcome):
 @pytest.mark.parametrize("kind", ["sglang", "completions", "logprobs"])
 def test_servers_that_tell_ids_are_asked_for_them(kind, serve, asking, target):
     outcome = generate_data(asking(serve(kind)))
-    assert (outcome.answered, outcome.inexact) == (12, 0)
+    assert (outcome.answered, outcome.text_only) == (12, 0)
     check(answers_of(outcome), target)
     manifest = manifest_of(outcome)
     assert manifest["target"] == "the-target"
@@ -65,7 +64,7 @@ def test_a_server_that_tells_text_alone_gives_conversations_without_rows(serve, 
     assert manifest_of(outcome)["protocol"] == "chat"
     assert not any("rows" in record for record in records)
     assert [m["content"] for m in records[2]["conversations"][1::2]] == ["answer 1", "answer 3", "answer 5"]
-    assert "12 conversations as text only" in table(outcome)
+    assert "12 conversations as text only" in summary_table(outcome)
 
 
 def test_what_is_sent_says_how_to_sample(serve, asking, tmp_path):
@@ -157,7 +156,7 @@ def test_what_fails_is_recorded_and_tried_again_by_the_next_run(fake, reason, se
     url = serve("sglang", FAKE=fake, FAKE_WHILE=str(trouble))
     short = {"attempts": 2, "range": "0:3", "concurrency": 3, "give_up_after": 60.0}
     outcome = generate_data(asking(url, **short))
-    assert (outcome.answered, outcome.failed.total(), outcome.asked) == (0, 3, 3)
+    assert (outcome.answered, outcome.failed.total(), outcome.total) == (0, 3, 3)
     (left, *_) = read(outcome.directory / "left_out.jsonl")
     assert left["outcome"] == "failed" and left["reason"].startswith(reason) and left["attempts"] == 2
     with pytest.raises(UserError, match="3 of 3 lines failed"):
@@ -247,7 +246,7 @@ def test_a_server_that_comes_back_in_trouble_is_waited_for(fake, serve, asking, 
     replaced.start()
     outcome = generate_data(asking(url, concurrency=1))
     replaced.join()
-    assert (outcome.answered, outcome.inexact) == (12, 0)
+    assert (outcome.answered, outcome.text_only) == (12, 0)
     check(answers_of(outcome), target)
 
 
@@ -268,7 +267,7 @@ def test_reasoning_that_was_cut_is_an_answer(reasoning, serve, asking):
 @pytest.mark.parametrize(("fake", "reasoning"), [("cut:", "Keep"), ("cut:hm", "Drop")])
 def test_an_answer_that_was_cut_before_it_said_anything_is_skipped(fake, reasoning, serve, asking):
     outcome = generate_data(asking(serve("chat", FAKE=fake), reasoning=reasoning, range="0:1"))
-    assert dict(outcome.skipped) == {"an answer was cut before it said anything": 1} and not outcome.failed
+    assert dict(outcome.skipped) == {"an answer was cut before it had any content": 1} and not outcome.failed
 
 
 def test_another_model_of_the_same_name_is_refused(serve, asking):

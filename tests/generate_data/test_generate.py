@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 
@@ -9,10 +10,9 @@ from transformers import AutoTokenizer
 
 from nemo_speculative.config.schema import MergeJob
 from nemo_speculative.data.conversation import TokenRow, read_jsonl
-from nemo_speculative.generate_data import append_log
 from nemo_speculative.generate_data.merge import merge
-from nemo_speculative.generate_data.run import generate_data, require_success
-from nemo_speculative.generate_data.table import table
+from nemo_speculative.generate_data.run import generate_data, require_success, summary_table
+from nemo_speculative.utils.append_log import AppendLog
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
 from tests.conftest import PREFIX_TEMPLATE, WORDS, make_target, make_tokenizer
@@ -100,14 +100,14 @@ def test_an_interrupted_part_ends_up_as_an_uninterrupted_one(job, tmp_path, monk
 
 
 def _stop_after(monkeypatch, answers):
-    append, done = append_log.AppendLog.append, []
+    append, done = AppendLog.append, []
 
     def counted(self, *given):
         if len(done) == answers:
             raise RuntimeError("stopped")
         done.append(append(self, *given))
 
-    monkeypatch.setattr(append_log.AppendLog, "append", counted)
+    monkeypatch.setattr(AppendLog, "append", counted)
 
 
 def test_what_is_done_needs_no_weights(job, monkeypatch):
@@ -135,13 +135,13 @@ def test_a_full_disk_is_one_line_and_loses_nothing(job, tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.out, name)
 
-    opened = append_log.AppendLog.__init__
+    opened = AppendLog.__init__
 
-    def full(self, file):
-        opened(self, file)
+    def full(self, file, **options):
+        opened(self, file, **options)
         self._out = Full(self._out, 1500)
 
-    monkeypatch.setattr(append_log.AppendLog, "__init__", full)
+    monkeypatch.setattr(AppendLog, "__init__", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         generate_data(job())
     monkeypatch.undo()
@@ -232,25 +232,25 @@ def test_what_cannot_be_answered_is_counted_with_its_reason(job, tmp_path):
     ]
     file = write(tmp_path / "mixed.jsonl", records)
     outcome = generate_data(job(path=str(file)))
-    assert (outcome.asked, outcome.answered, outcome.skipped.total(), outcome.failed.total()) == (5, 1, 4, 0)
+    assert (outcome.total, outcome.answered, outcome.skipped.total(), outcome.failed.total()) == (5, 1, 4, 0)
     left = {record["id"]: record for record in read(outcome.directory / "left_out.jsonl")}
     assert set(left) == {"long", "silent", "nothing", "prompt"}
     assert "leaves no room" in left["long"]["reason"] and "asks nothing" in left["silent"]["reason"]
     assert all(record["outcome"] == "skipped" for record in left.values())
-    shown = table(outcome)
-    assert "skipped          4" in shown and "        2  the conversation asks nothing" in shown
+    shown = summary_table(outcome)
+    assert re.search("^skipped +4$", shown, re.M) and re.search("^ +2  the conversation asks nothing", shown, re.M)
     require_success(outcome)
 
 
 def test_lines_of_the_same_id_are_all_answered_and_counted(job, tmp_path):
     records = [conversation("a", "one"), conversation("b", "two"), conversation("a", "three"), conversation("a", WORDS)]
     outcome = generate_data(job(path=str(write(tmp_path / "same.jsonl", records))))
-    assert (outcome.answered, outcome.skipped.total(), outcome.namesakes) == (3, 1, 2)
-    assert "        2  of them have the id of an earlier line" in table(outcome)
-    assert "earlier line" not in table(generate_data(job(output=str(tmp_path / "other"))))
+    assert (outcome.answered, outcome.skipped.total(), outcome.num_duplicate_ids) == (3, 1, 2)
+    assert re.search("^ +2  of them have the id of an earlier line", summary_table(outcome), re.M)
+    assert "earlier line" not in summary_table(generate_data(job(output=str(tmp_path / "other"))))
 
 
-@pytest.mark.parametrize("busy_with", ["run.engine_of", "local.HFTarget"])
+@pytest.mark.parametrize("busy_with", ["run.build_engine", "engines.HFTarget"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_is_to_end_ends_while_the_target_is_made_or_loaded(busy_with, number, job, monkeypatch):
     def busy(*_, **__):
@@ -320,7 +320,7 @@ def test_token_rows_sources_tools_and_earlier_answers_go_through(job, tmp_path, 
 def test_bad_input_is_one_line_before_anything_starts(job, tmp_path, monkeypatch, content, range_, expected):
     file = tmp_path / "bad.jsonl"
     file.write_bytes(content)
-    monkeypatch.setattr("nemo_speculative.generate_data.run.engine_of", lambda _: pytest.fail("started"))
+    monkeypatch.setattr("nemo_speculative.generate_data.run.build_engine", lambda _: pytest.fail("started"))
     with pytest.raises(UserError, match=expected) as caught:
         generate_data(job(path=str(file), range=range_))
     assert "\n" not in str(caught.value)

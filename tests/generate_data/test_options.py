@@ -5,8 +5,8 @@ from hydra.utils import instantiate
 
 from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.generate_data.engines import Engine
-from nemo_speculative.generate_data.reasoning import Reasoning
-from nemo_speculative.generate_data.run import engine_of
+from nemo_speculative.generate_data.rollout import Reasoning
+from nemo_speculative.generate_data.run import build_engine
 from nemo_speculative.targets.hf import HFTarget
 from tests.config.test_groups import composed
 
@@ -18,7 +18,7 @@ def options(group):
 @pytest.mark.parametrize("option", options("engine"))
 def test_engine(option, target_dir):
     job = to_job(composed("generate_data", f"engine={option}", "model=local", f"model.path={target_dir}"))
-    engine = engine_of(job)
+    engine = build_engine(job)
     assert isinstance(engine, Engine) and engine.concurrency > 0
     loaded = HFTarget(target_dir, aux_layers=[])
     assert (engine.stop_ids, engine.context) == (loaded.stop_ids, loaded.config.max_position_embeddings)

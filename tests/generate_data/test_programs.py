@@ -1,6 +1,7 @@
 """The recipes as a user runs them, and as machines end them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_ranges_answered_side_by_side_are_merged_by_the_recipes(arguments, serve
     for program, lines in zip(programs, (5, 7), strict=True):
         assert program.wait(60) == 0, "".join(program.stderr)
         said = "".join(program.stdout)
-        assert f"input            {lines}" in said and f"answered         {lines}" in said
+        assert re.search(f"^input +{lines} ", said, re.M) and re.search(f"^answered +{lines} ", said, re.M)
     program = start_recipe("merge_data.py", f"parts=[{output}]", f"output={tmp_path / 'all.jsonl'}")
     assert program.wait(60) == 0, "".join(program.stderr)
     assert "".join(program.stdout).strip() == f"{tmp_path / 'all.jsonl'}: 12 conversations answered, 0 skipped"

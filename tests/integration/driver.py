@@ -17,12 +17,12 @@ from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.distributed import health
 from nemo_speculative.distributed.health import Heartbeat
-from nemo_speculative.generate_data.append_log import AppendLog
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import run as training
 from nemo_speculative.training.checkpointer import Checkpointer
 from nemo_speculative.training.prefetch import BatchPrefetcher
 from nemo_speculative.training.trainer import DraftTrainer
+from nemo_speculative.utils.append_log import AppendLog
 
 ROOT = Path(__file__).parents[2]
 

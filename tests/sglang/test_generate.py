@@ -11,8 +11,7 @@ import pytest
 from nemo_speculative.config.schema import EndpointConfig, EngineConfig, GenerateJob, HFEngineConfig, ModelConfig
 from nemo_speculative.config.schema import ReasoningConfig as Reasoning
 from nemo_speculative.generate_data import endpoint
-from nemo_speculative.generate_data.run import generate_data
-from nemo_speculative.generate_data.shard_dir import Outcome
+from nemo_speculative.generate_data.run import Outcome, generate_data
 from nemo_speculative.serving.command import serve_command, serve_environment
 from nemo_speculative.serving.server import Server
 from tests.sglang.conftest import START_SECONDS, chatting
@@ -52,7 +51,7 @@ def url(options, tmp_path_factory) -> Iterator[str]:
 
 
 def generated(options, questions: Path, output: Path, engine: EngineConfig, **sampling: Any) -> Outcome:
-    keep = Reasoning("nemo_speculative.generate_data.reasoning.Keep")
+    keep = Reasoning("nemo_speculative.generate_data.rollout.Keep")
     model = ModelConfig(path=str(options.target))
     job = GenerateJob(model=model, engine=engine, path=str(questions), output=str(output), reasoning=keep,
                       max_new_tokens=MAX_NEW_TOKENS, **sampling)  # fmt: skip
@@ -63,7 +62,7 @@ def test_greedy_ids_are_those_of_the_target_in_this_process(url, options, questi
     served = generated(options, questions, tmp_path / "served", EndpointConfig(urls=[url], concurrency=3))
     local = generated(options, questions, tmp_path / "local", HFEngineConfig(batch_size=4, device="cpu"))
     assert (served.answered, served.skipped.total(), served.failed.total()) == (NUM_QUESTIONS, 1, 0)
-    assert served.inexact == 0 and served.finishes["stop"] and served.finishes["length"]
+    assert served.text_only == 0 and served.finishes["stop"] and served.finishes["length"]
     assert (served.directory / "answers.jsonl").read_bytes() == (local.directory / "answers.jsonl").read_bytes()
     manifest = json.loads((served.directory / "manifest.json").read_text())
     assert manifest["protocol"] == "sglang" and manifest["target"] == str(options.target)

@@ -7,11 +7,11 @@ from itertools import count
 import pytest
 
 from nemo_speculative.config.schema import MergeJob
-from nemo_speculative.generate_data import append_log, moves, shard_dir
+from nemo_speculative.generate_data import shard_dir
 from nemo_speculative.generate_data.merge import merge
 from nemo_speculative.generate_data.rollout import Rollout
-from nemo_speculative.generate_data.run import generate_data
-from nemo_speculative.generate_data.table import table
+from nemo_speculative.generate_data.run import generate_data, summary_table
+from nemo_speculative.utils.append_log import TAIL_BYTES, AppendLog, rewrite
 from nemo_speculative.utils.errors import UserError
 from tests.generate_data.conftest import conversation, read, write
 
@@ -56,7 +56,7 @@ def test_lines_may_be_added_removed_changed_and_moved(job, questions, asked, fre
     outcome = generate_data(job(**LIVELY))
     assert set(asked) == {"first", "last", "c5"}
     assert "9 answers are to questions that it still has, 3 to others (set_aside.jsonl)" in capsys.readouterr().out
-    assert (outcome.asked, outcome.answered) == (len(records), len(records))
+    assert (outcome.total, outcome.answered) == (len(records), len(records))
     found = (outcome.directory / "answers.jsonl").read_bytes()
     assert found == fresh(questions)
     # And back again: what had been set aside is not answered twice.
@@ -66,18 +66,18 @@ def test_lines_may_be_added_removed_changed_and_moved(job, questions, asked, fre
 
 
 def test_a_run_cut_short_goes_on_with_a_changed_input(job, questions, asked, fresh, monkeypatch):
-    append, written = append_log.AppendLog.append, []
+    append, written = AppendLog.append, []
 
     def until_five(self, *given):
         if len(written) == 5:
             raise RuntimeError("stopped")
-        written.append(given[2]["id"])
+        written.append(given[0]["id"])
         append(self, *given)
 
-    monkeypatch.setattr(append_log.AppendLog, "append", until_five)
+    monkeypatch.setattr(AppendLog, "append", until_five)
     with pytest.raises(RuntimeError, match="stopped"):
         generate_data(job(**LIVELY))
-    monkeypatch.setattr(append_log.AppendLog, "append", append)
+    monkeypatch.setattr(AppendLog, "append", append)
     records = changed(read(questions))
     write(questions, records)
     asked.clear()
@@ -102,18 +102,16 @@ def test_ended_while_numbers_change_it_loses_nothing_and_is_not_merged(
         if replaced:
             stop()
         replaced.append(file)
-        append_log.replace(file, lines)
+        rewrite(file, lines)
 
     if at == "_set_aside":
-        monkeypatch.setattr(moves.Moves, "_set_aside", stop)
+        monkeypatch.setattr(shard_dir.Renumbering, "_set_aside", stop)
     elif at == "put":
-        monkeypatch.setattr(moves, "replace", replace_one)
+        monkeypatch.setattr(shard_dir, "rewrite", replace_one)
     else:
-        atomic_write_text = shard_dir.atomic_write_text
-        monkeypatch.setattr(
-            shard_dir, "atomic_write_text", lambda *given: stop() if replaced else atomic_write_text(*given)
-        )
-        monkeypatch.setattr(moves, "replace", lambda *given: (replaced.append(1), append_log.replace(*given)))
+        write_manifest = shard_dir.write_manifest
+        monkeypatch.setattr(shard_dir, "write_manifest", lambda *args: stop() if replaced else write_manifest(*args))
+        monkeypatch.setattr(shard_dir, "rewrite", lambda *given: (replaced.append(1), rewrite(*given)))
     with pytest.raises(RuntimeError, match="stopped"):
         generate_data(job(**LIVELY))
     monkeypatch.undo()
@@ -162,7 +160,7 @@ def test_equal_lines_and_equal_ids_keep_an_answer_each(job, tmp_path, asked, fre
     twin, namesake = conversation("a", "the fox"), conversation("a", "the dog")
     file = write(tmp_path / "same.jsonl", [twin, namesake, twin])
     outcome = generate_data(job(path=str(file), **LIVELY))
-    assert outcome.namesakes == 2 and "have the id of an earlier line (a)" in table(outcome)
+    assert outcome.num_duplicate_ids == 2 and "have the id of an earlier line (a)" in summary_table(outcome)
     write(file, [conversation("b", "wizards"), twin, twin, namesake])
     asked.clear()
     outcome = generate_data(job(path=str(file), **LIVELY))
@@ -173,26 +171,26 @@ def test_equal_lines_and_equal_ids_keep_an_answer_each(job, tmp_path, asked, fre
 
 
 def test_a_line_is_about_the_number_that_it_is_given(tmp_path):
-    written = append_log.AppendLog(tmp_path / "j.jsonl")
-    written.append(7, 255, {"id": '{"index": 7, ', "conversations": []})
+    written = AppendLog(tmp_path / "j.jsonl")
+    written.append(shard_dir.make_record(7, 255, {"id": '{"index": 7, ', "conversations": []}))
     written.close()
-    (entry,) = append_log.entries(tmp_path / "j.jsonl")
-    assert (entry.index, entry.asked) == (7, 255)
-    assert json.loads(entry.at(12)) == json.loads(entry.line) | {"index": 12}
+    (record,) = shard_dir.read_records(tmp_path / "j.jsonl")
+    assert (record.index, record.prompt_hash) == (7, 255)
+    assert json.loads(record.renumbered(12)) == json.loads(record.line) | {"index": 12}
 
 
 def test_what_is_read_beside_a_writer_is_no_mixture_of_two_lines(tmp_path):
     """One line was cut off by a kill, and while the one before it is read another comes in its place."""
-    file, long = tmp_path / "j.jsonl", append_log.CHUNK * 3
-    written = append_log.AppendLog(file)
+    file, long = tmp_path / "j.jsonl", TAIL_BYTES * 3
+    written = AppendLog(file)
     for asked in (1, 2):
-        written.append(0, asked, {"rows": str(asked) * long})
+        written.append(shard_dir.make_record(0, asked, {"rows": str(asked) * long}))
     written.close()
     file.write_bytes(file.read_bytes()[: -long // 2])
-    whole = append_log.entries(file)
-    assert next(whole).record()["rows"] == "1" * long
-    again = append_log.AppendLog(file)
-    again.append(0, 3, {"rows": "3" * long})
+    whole = shard_dir.read_records(file)
+    assert next(whole).content()["rows"] == "1" * long
+    again = AppendLog(file)
+    again.append(shard_dir.make_record(0, 3, {"rows": "3" * long}))
     again.close()
     assert list(whole) == []
-    assert [entry.asked for entry in append_log.entries(file)] == [1, 3]
+    assert [record.prompt_hash for record in shard_dir.read_records(file)] == [1, 3]

@@ -1,8 +1,7 @@
 import pytest
 
 from nemo_speculative.data.conversation import Conversation
-from nemo_speculative.generate_data.reasoning import Drop, Keep, Split
-from nemo_speculative.generate_data.rollout import Completion, Limits, Rollout, Unanswerable
+from nemo_speculative.generate_data.rollout import Completion, Drop, Keep, Limits, Rollout, Split, Unanswerable
 from tests.conftest import PREFIX_TEMPLATE, make_tokenizer
 
 LIMITS = Limits(50, 500)
@@ -70,11 +69,11 @@ def test_a_template_that_renders_earlier_answers_differently_makes_rows_of_their
 )
 def test_reasoning_is_kept_split_off_or_dropped(prompt, text, split):
     message = {"role": "assistant", "content": text}
-    assert Keep().applied(message, prompt) == message
+    assert Keep().apply(message, prompt) == message
     content, reasoning = split
     parted = {"role": "assistant", "content": content}
-    assert Drop().applied(message, prompt) == parted
-    assert Split().applied(message, prompt) == (
+    assert Drop().apply(message, prompt) == parted
+    assert Split().apply(message, prompt) == (
         parted if reasoning is None else parted | {"reasoning_content": reasoning}
     )
 
