@@ -13,7 +13,7 @@ from nemo_speculative.config.schema import ConvertJob
 
 @recipe("convert_draft")
 def main(job: ConvertJob) -> None:
-    from nemo_speculative.checkpoint.exports.convert import convert_draft
+    from nemo_speculative.checkpoint.convert import convert_draft
 
     done = convert_draft(job)
     for note in done.notes:

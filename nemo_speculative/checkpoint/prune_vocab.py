@@ -1,4 +1,4 @@
-"""A smaller draft vocabulary for a trained draft: rows of its head are left out, nothing is trained anew."""
+"""Pruning of a trained draft's vocabulary: rows of its head are removed, without further training."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,13 +17,14 @@ from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.utils.errors import UserError
 
 SMALLEST = 256
+"""The first row of the coverage table."""
 
 
 def prune_checkpoint(job: PruneJob) -> str:
     """Writes ``<output>/model`` and returns the coverage table.
 
     Raises:
-        UserError: no such checkpoint, an output that exists, bad data, or a vocabulary that cannot be pruned so.
+        UserError: no such checkpoint, an output that exists, bad data, or a vocabulary that cannot be pruned.
     """
     servable, output = read_servable(job.checkpoint), Path(job.output).expanduser()
     if output.exists():
@@ -47,15 +48,15 @@ def _counts(job: PruneJob, target: str) -> torch.Tensor:
     split = get_method(job.data._target_)(job.data, seed=0)
     max_length, _ = job.data.lengths(described.config.max_position_embeddings)
     how = Tokenization(described.tokenizer, described.stop_ids, max_length, described.config.vocab_size)
-    sides = [load_or_tokenize(items, how, job.data, "tokenising") for items in (split.training, split.held_out)]
+    sides = [load_or_tokenize(items, how, job.data, "tokenizing") for items in (split.training, split.held_out)]
     return torch.stack([side.all_counts for side in sides]).sum(0)
 
 
 def kept_entries(servable: Servable, counts: torch.Tensor, size: VocabularySize) -> torch.Tensor:
-    """int64 [n]: the draft ids to keep, ascending: those whose target ids were counted most.
+    """int64 [n]: the draft ids to keep, ascending: those with the most frequent target ids.
 
     Args:
-        counts: int64 [V], how often each target id was written by the assistant.
+        counts: int64 [V], occurrences of each target id in the assistant's turns.
 
     Raises:
         UserError: the draft has no vocabulary of its own, or a smaller one already.
@@ -75,7 +76,7 @@ def _target_ids(servable: Servable) -> torch.Tensor:
 
 
 def pruned_tensors(servable: Servable, kept: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The draft's tensors with the entries ``kept`` alone."""
+    """The draft's tensors with only the entries ``kept`` of its vocabulary."""
     ids, t2d = _target_ids(servable)[kept], torch.zeros_like(servable.tensors["t2d"])
     t2d[ids] = True
     head = servable.tensors["lm_head.weight"][kept]

@@ -7,7 +7,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from nemo_speculative.checkpoint.adapters.servable import as_servable
+from nemo_speculative.checkpoint.convert import as_servable
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.config.schema import EvaluateJob, ModelConfig
 from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens

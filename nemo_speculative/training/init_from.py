@@ -5,8 +5,8 @@ from typing import Any
 
 from hydra.utils import get_class
 
-from nemo_speculative.checkpoint.adapters.format import ForeignDraft
-from nemo_speculative.checkpoint.adapters.read import read_foreign
+from nemo_speculative.checkpoint.adapters.base import ForeignDraft
+from nemo_speculative.checkpoint.convert import read_foreign
 from nemo_speculative.config.published import with_numbers
 from nemo_speculative.config.schema import DraftConfig
 from nemo_speculative.utils.errors import UserError

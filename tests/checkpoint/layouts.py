@@ -1,4 +1,4 @@
-"""Drafts as other projects publish them, tiny and random, and what their networks compute: one position at a time.
+"""Tiny random drafts in the formats of other projects, and reference outputs of their networks, one position at a time.
 
 Names, files and fields are written out by hand from each project's published layout; nothing of the code under test
 is used.
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, EPS = 32, 24, 4, 2, 8, 300, 1e-5
-"""The hidden size and the vocabulary are those of the target that the tests make; it has 8 layers."""
+"""Hidden size and vocabulary of the tests' target, which has 8 layers."""
 DRAFT_IDS = [0, 2, 3, 7, 11, 19, 40, 41, 99, 150, 298, 299]
 NUMBERS = {
     "hidden_size": HIDDEN,
@@ -33,7 +33,7 @@ def randoms(shapes: dict[str, list[int]], seed: int = 0) -> Tensors:
 
 
 def layer_shapes(prefix: str, width: int, norms: list[str]) -> dict[str, list[int]]:
-    """A Llama layer behind ``prefix`` whose attention reads ``width`` features."""
+    """A Llama layer with ``prefix`` before its names, whose attention reads ``width`` features."""
     return {
         **{f"{prefix}{norm}.weight": [HIDDEN] for norm in (*norms, "post_attention_layernorm")},
         f"{prefix}self_attn.q_proj.weight": [HEADS * HEAD_DIM, width],
@@ -54,7 +54,7 @@ def vocabulary_maps() -> Tensors:
 
 
 def eagle3_tensors(layer: str = "midlayer.", outer: str = "", extra: dict[str, list[int]] | None = None) -> Tensors:
-    """EAGLE-3's: ``outer`` is before everything but the head and the maps, ``layer`` names the layer."""
+    """The tensors of EAGLE-3: ``outer`` precedes all names but the head's and the maps', ``layer`` names the layer."""
     norms = ["input_layernorm", "hidden_norm"]
     shapes = {
         f"{outer}fc.weight": [HIDDEN, 3 * HIDDEN],
@@ -96,7 +96,7 @@ def safeailab_eagle3(directory: Path, **config) -> Path:
 
 
 def specforge(directory: Path, **config) -> Path:
-    """An export of SpecForge's of EAGLE-3.1, with its aux layers."""
+    """An EAGLE-3.1 export of SpecForge, with its aux layers."""
     stated = NUMBERS | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
@@ -121,11 +121,11 @@ AUTOMODEL = NUMBERS | {
     "norm_output": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-"""NeMo AutoModel's configuration is the target's: num_hidden_layers is the target's, too."""
+"""NeMo AutoModel's configuration is the target's, including num_hidden_layers."""
 
 
 def automodel(outer: Path, **config) -> Path:
-    """``epoch_1_step_70/`` as it is today: consolidated shards with an index, and the recipe's configuration."""
+    """``epoch_1_step_70/`` of current versions: consolidated shards with an index, and the recipe's configuration."""
     inner = outer / "model/consolidated"
     tensors = eagle3_tensors("layers.0.", "model.")
     names = sorted(tensors)
@@ -142,7 +142,7 @@ def automodel(outer: Path, **config) -> Path:
 
 
 def automodel_bare(outer: Path, **config) -> Path:
-    """Its first layout: a bare state dict, and the vocabulary only in the metadata."""
+    """NeMo AutoModel's first layout: a bare state dict, and the vocabulary only in the metadata."""
     tensors = {name: t for name, t in eagle3_tensors("layers.0.", "model.").items() if name not in ("d2t", "t2d")}
     write(outer, AUTOMODEL | config, tensors, "draft_model.pt")
     torch.save({"selected_token_ids": torch.tensor(DRAFT_IDS), "global_step": 30}, outer / "eagle3_meta.pt")
@@ -150,7 +150,7 @@ def automodel_bare(outer: Path, **config) -> Path:
 
 
 def automodel_eagle(outer: Path) -> Path:
-    """Its EAGLE-1: a layer with an input norm, and a final norm, which no server has a place for."""
+    """NeMo AutoModel's EAGLE-1: a layer with an input norm, and a final norm, which no server supports."""
     shapes = {
         "embed_tokens.weight": [VOCAB, HIDDEN],
         "fc.weight": [HIDDEN, 2 * HIDDEN],

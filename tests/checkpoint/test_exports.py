@@ -1,4 +1,4 @@
-"""Drafts written for other programs: what they read there is the network that was trained here."""
+"""Drafts exported for other programs, which must read the network that was trained."""
 
 import ast
 import json
@@ -15,14 +15,13 @@ from transformers import LlamaConfig
 
 from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
-from nemo_speculative.checkpoint.adapters.read import detect, read_foreign
+from nemo_speculative.checkpoint.adapters.base import Export
+from nemo_speculative.checkpoint.adapters.modeling_eagle_draft import DraftModel, Eagle3DraftModel, EagleDraftConfig
+from nemo_speculative.checkpoint.adapters.speculators import SpeculatorsExport
+from nemo_speculative.checkpoint.adapters.transformers_remote_code import MODELING_FILE, RemoteCodeExport, config_of
 from nemo_speculative.checkpoint.contract import contract_of
+from nemo_speculative.checkpoint.convert import convert_draft, detect_format, read_foreign
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
-from nemo_speculative.checkpoint.exports.base import Export
-from nemo_speculative.checkpoint.exports.convert import convert_draft
-from nemo_speculative.checkpoint.exports.modeling_eagle_draft import DraftModel, Eagle3DraftModel, EagleDraftConfig
-from nemo_speculative.checkpoint.exports.remote_code import MODELLING_FILE, RemoteCodeExport, config_of
-from nemo_speculative.checkpoint.exports.speculators import SpeculatorsExport
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.schema import ConvertJob, Dtype, ExporterConfig, FormConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
@@ -60,7 +59,7 @@ TARGET = SimpleNamespace(architectures=["LlamaForCausalLM"], bos_token_id=0, eos
 
 
 def servable(name: str, dtype: torch.dtype = torch.float32) -> Servable:
-    """A random draft of ``SHAPES``, as if it had been read."""
+    """A random draft of ``SHAPES`` as a checkpoint in memory."""
     torch.manual_seed(0)
     shape = SHAPES[name]
     draft = DRAFTS[type(shape)]
@@ -106,8 +105,8 @@ class TestSpeculators:
         expected = layouts.eagle3_tensors("layers.0.")
         del expected["embed_tokens.weight"]
         deeper = layouts.layer_shapes("layers.1.", HIDDEN, ["input_layernorm"])
-        found = load_file(tmp_path / "out/model.safetensors")
-        shapes = {name: list(t.shape) for name, t in found.items()}
+        stored = load_file(tmp_path / "out/model.safetensors")
+        shapes = {name: list(t.shape) for name, t in stored.items()}
         assert shapes == {name: list(t.shape) for name, t in expected.items()} | deeper
 
     def test_the_whole_vocabulary_has_no_maps_there(self, tmp_path):
@@ -133,8 +132,8 @@ class TestSpeculators:
         SpeculatorsExport().write(tmp_path / "out", servable(name), TARGET)
         layer = json.loads((tmp_path / "out/config.json").read_text())["transformer_layer_config"]
         old = {key: value for key, value in layer.items() if key != "rope_parameters"}
-        for given in (layer, old):
-            config = LlamaConfig(**given)
+        for fields in (layer, old):
+            config = LlamaConfig(**fields)
             assert config.rope_parameters == dict(SHAPES[name].rope_parameters)
             assert (config.head_dim, config.num_key_value_heads, config.num_hidden_layers) == (8, 2, 1)
 
@@ -144,14 +143,16 @@ class TestSpeculators:
         SpeculatorsExport().write(tmp_path / "out", exported, TARGET)
         width = exported.shape.target_hidden_size
         target = SimpleNamespace(vocab_size=VOCAB, hidden_size=width, num_hidden_layers=8, max_position_embeddings=256)
-        found = read_foreign(tmp_path / "out", target)
-        assert (detect(tmp_path / "out"), found.shape) == ("speculators (vLLM)", exported.shape)
-        assert found.tensors.keys() == exported.tensors.keys()
-        assert all(torch.equal(found.tensors[key], t) for key, t in exported.tensors.items())
+        result = read_foreign(tmp_path / "out", target)
+        assert (detect_format(tmp_path / "out"), result.shape) == ("speculators (vLLM)", exported.shape)
+        assert result.tensors.keys() == exported.tensors.keys()
+        assert all(torch.equal(result.tensors[key], t) for key, t in exported.tensors.items())
 
-    @pytest.mark.parametrize(("name", "said"), [("eagle1", "is EAGLE;"), ("target head", "without a head of its own")])
-    def test_what_the_format_has_no_place_for(self, tmp_path, name, said):
-        assert said in refusal(lambda: SpeculatorsExport().write(tmp_path / "out", servable(name), TARGET))
+    @pytest.mark.parametrize(
+        ("name", "message"), [("eagle1", "is EAGLE;"), ("target head", "without a head of its own")]
+    )
+    def test_a_draft_that_the_format_cannot_hold_is_refused(self, tmp_path, name, message):
+        assert message in refusal(lambda: SpeculatorsExport().write(tmp_path / "out", servable(name), TARGET))
         assert not (tmp_path / "out").exists()
 
 
@@ -162,20 +163,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 torch.set_num_threads(1)
 for directory in sorted(Path(sys.argv[1]).iterdir()):
-    given = load_file(directory / "inputs")
+    inputs = load_file(directory / "inputs")
     draft, info = AutoModel.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values()), info
     draft.eval()
     with torch.no_grad():
-        feature = draft.read(given["seen"])
-        output = draft(given["embeddings"][:, :-1], feature, given["positions"][:, :-1]).last_hidden_state
+        feature = draft.read(inputs["seen"])
+        output = draft(inputs["embeddings"][:, :-1], feature, inputs["positions"][:, :-1]).last_hidden_state
         feature = torch.cat((feature, draft.feed_back(output[:, -1:])), dim=1)
-        output = draft(given["embeddings"], feature, given["positions"]).last_hidden_state
-        logits = draft.compute_logits(output, given["head"])
+        output = draft(inputs["embeddings"], feature, inputs["positions"]).last_hidden_state
+        logits = draft.compute_logits(output, inputs["head"])
         blind = torch.eye(output.shape[1], dtype=torch.bool)[None]
-        alone = draft(given["embeddings"], feature, given["positions"], attention_mask=blind).last_hidden_state
-    found = {"output": output, "logits": logits, "alone": alone, "draft_ids": draft.draft_ids}
-    save_file({name: t.contiguous() for name, t in found.items()}, directory / "outputs")
+        alone = draft(inputs["embeddings"], feature, inputs["positions"], attention_mask=blind).last_hidden_state
+    result = {"output": output, "logits": logits, "alone": alone, "draft_ids": draft.draft_ids}
+    save_file({name: t.contiguous() for name, t in result.items()}, directory / "outputs")
 assert "nemo_speculative" not in sys.modules
 """
 REMOTE = [(name, dtype) for name in SHAPES for dtype in (torch.float32, torch.bfloat16)]
@@ -184,7 +185,7 @@ REMOTE = [(name, dtype) for name in SHAPES for dtype in (torch.float32, torch.bf
 class TestRemoteCode:
     @pytest.fixture(scope="class")
     def root(self, tmp_path_factory) -> Path:
-        """Every export, loaded and run by a Python that cannot see this project."""
+        """Directory of all exports, after a Python without this project has loaded and run them."""
         root = tmp_path_factory.mktemp("remote")
         for name, dtype in REMOTE:
             directory = root / directory_of(name, dtype)
@@ -201,11 +202,11 @@ class TestRemoteCode:
 
     @pytest.mark.parametrize(("name", "dtype"), REMOTE)
     def test_it_computes_what_the_draft_does(self, root, name, dtype):
-        draft, given = servable(name, dtype).build(), inputs_for(name, dtype)
+        draft, inputs = servable(name, dtype).build(), inputs_for(name, dtype)
         session = contract_of(type(draft)).session(draft)
-        found = load_file(root / directory_of(name, dtype) / "outputs")
-        embeddings, seen, positions = given["embeddings"], given["seen"], given["positions"]
-        draft.attach(SimpleNamespace(logits=lambda hidden: hidden @ given["head"].T))
+        result = load_file(root / directory_of(name, dtype) / "outputs")
+        embeddings, seen, positions = inputs["embeddings"], inputs["seen"], inputs["positions"]
+        draft.attach(SimpleNamespace(logits=lambda hidden: hidden @ inputs["head"].T))
         rotation = draft.rotary(positions, dtype)
         rotations = [tuple(part[:, :, at] for part in rotation) for at in (slice(None, -1), slice(-1, None))]
         with torch.no_grad():
@@ -216,26 +217,26 @@ class TestRemoteCode:
             logits = draft.compute_logits(output)
         for key, expected in (("output", output), ("logits", logits)):
             allowed = (1e-5 if dtype is torch.float32 else 0.03) * float(expected.abs().max())
-            assert torch.allclose(found[key], expected, atol=allowed, rtol=0), key
-        assert torch.equal(found["draft_ids"], draft.draft_ids)
+            assert torch.allclose(result[key], expected, atol=allowed, rtol=0), key
+        assert torch.equal(result["draft_ids"], draft.draft_ids)
 
     def test_the_mask_says_what_a_position_sees(self, root):
         name, dtype = "eagle3", torch.float32
-        draft, given = servable(name, dtype).build(), inputs_for(name, dtype)
-        found = load_file(root / directory_of(name, dtype) / "outputs")
-        rotation = tuple(part[:, :, :1] for part in draft.rotary(given["positions"], dtype))
-        feature = draft.project_hidden_states(given["seen"][:, :1], None)
-        alone = contract_of(type(draft)).session(draft).extend(given["embeddings"][:, :1], feature, rotation)
-        assert torch.allclose(found["alone"][:, :1], alone, atol=1e-5)
-        assert torch.allclose(found["alone"][:, 0], found["output"][:, 0], atol=1e-5)
-        assert not torch.allclose(found["alone"][:, 1], found["output"][:, 1], atol=1e-2)
+        draft, inputs = servable(name, dtype).build(), inputs_for(name, dtype)
+        result = load_file(root / directory_of(name, dtype) / "outputs")
+        rotation = tuple(part[:, :, :1] for part in draft.rotary(inputs["positions"], dtype))
+        feature = draft.project_hidden_states(inputs["seen"][:, :1], None)
+        alone = contract_of(type(draft)).session(draft).extend(inputs["embeddings"][:, :1], feature, rotation)
+        assert torch.allclose(result["alone"][:, :1], alone, atol=1e-5)
+        assert torch.allclose(result["alone"][:, 0], result["output"][:, 0], atol=1e-5)
+        assert not torch.allclose(result["alone"][:, 1], result["output"][:, 1], atol=1e-2)
 
     def test_a_bfloat16_draft_turns_by_frequencies_in_float32(self):
-        """In bfloat16 they would be off by radians within some thousand positions."""
+        """In bfloat16 they would be wrong by radians within a few thousand positions."""
         exported = servable("llama3 rope", torch.bfloat16)
         network = Eagle3DraftModel(EagleDraftConfig(**config_of(exported))).to(torch.bfloat16)
         like, positions = torch.zeros(1, dtype=torch.bfloat16), torch.arange(0, 2000, 13)[None]
-        for _ in range(2):  # made, then kept
+        for _ in range(2):  # created, then cached
             expected = exported.build().rotary(positions, like.dtype)
             assert all(torch.equal(*pair) for pair in zip(network.rotation(like, positions), expected, strict=True))
             network = network.to(torch.bfloat16)
@@ -249,7 +250,7 @@ class TestRemoteCode:
             shared(states, states)
 
     def test_the_modelling_file_needs_torch_and_transformers_only(self):
-        tree = ast.parse(MODELLING_FILE.read_text())
+        tree = ast.parse(MODELING_FILE.read_text())
         named = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
         named += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         assert {module.split(".")[0] for module in named} == {"torch", "transformers"}
@@ -260,7 +261,7 @@ def directory_of(name: str, dtype: torch.dtype) -> str:
 
 
 def inputs_for(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Two sequences of six positions, one far apart, of which the target has seen all but the last."""
+    """Two sequences of six positions, one with large gaps; the target has processed all but the last position."""
     torch.manual_seed(2)
     shape = SHAPES[name]
     width = shape.fc_width if isinstance(shape, Eagle3Shape) else HIDDEN
@@ -287,12 +288,12 @@ class TestConvert:
         source = make(tmp_path / "epoch_1_step_70")
         before = snapshot(source)
         done = convert_draft(ConvertJob(checkpoint=str(source), target=str(target_dir)))
-        found, plain = read_servable(done.directory), read_foreign(source, text_config(target_dir))
+        result, plain = read_servable(done.directory), read_foreign(source, text_config(target_dir))
         assert done.directory == tmp_path / "epoch_1_step_70-servable"
         assert (done.format, done.notes) == (plain.format, plain.notes)
-        assert (found.shape, found.contract.draft) == (plain.shape, plain.draft)
-        assert all(torch.equal(found.tensors[name], t) for name, t in plain.tensors.items())
-        assert found.provenance == Provenance(
+        assert (result.shape, result.contract.draft) == (plain.shape, plain.draft)
+        assert all(torch.equal(result.tensors[name], t) for name, t in plain.tensors.items())
+        assert result.provenance == Provenance(
             str(target_dir.resolve()),
             target_fingerprint(target_dir),
             "float32",
@@ -326,9 +327,9 @@ class TestConvert:
         )
         assert snapshot(tmp_path) == before
 
-    def test_what_cannot_be_written_leaves_nothing(self, tmp_path, target_dir):
+    def test_a_failed_conversion_leaves_no_files(self, tmp_path, target_dir):
         source = layouts.safeailab_eagle(tmp_path / "draft")
-        form = FormConfig(_target_="nemo_speculative.checkpoint.exports.speculators.SpeculatorsExport")
+        form = FormConfig(_target_="nemo_speculative.checkpoint.adapters.speculators.SpeculatorsExport")
         job = ConvertJob(checkpoint=str(source), target=str(target_dir), form=form)
         assert "speculators' format holds EAGLE-3 drafts" in refusal(lambda: convert_draft(job))
         form = FormConfig(_target_=f"{__name__}.Interrupted")
@@ -336,26 +337,26 @@ class TestConvert:
             convert_draft(ConvertJob(checkpoint=str(source), target=str(target_dir), form=form))
         assert [p.name for p in tmp_path.iterdir()] == ["draft"]
 
-    def test_our_own_goes_to_vllm_and_comes_back(self, tmp_path, target_dir):
+    def test_a_checkpoint_survives_the_round_trip_through_speculators(self, tmp_path, target_dir):
         first = convert_draft(ConvertJob(checkpoint=str(layouts.specforge(tmp_path / "a")), target=str(target_dir)))
-        form = FormConfig(_target_="nemo_speculative.checkpoint.exports.speculators.SpeculatorsExport")
-        second = convert_draft(ConvertJob(checkpoint=str(first.directory), form=form))  # it knows its target
+        form = FormConfig(_target_="nemo_speculative.checkpoint.adapters.speculators.SpeculatorsExport")
+        second = convert_draft(ConvertJob(checkpoint=str(first.directory), form=form))  # its target is recorded
         third = convert_draft(ConvertJob(checkpoint=str(second.directory), output=str(tmp_path / "back")))
         assert (second.format, third.format) == ("nemo_speculative", "speculators (vLLM)")
         original, back = read_servable(first.directory), read_servable(third.directory)
         assert original.shape == back.shape
         assert all(torch.equal(back.tensors[name], t) for name, t in original.tensors.items())
 
-    def test_the_settings_and_the_dtype_are_those_asked_for(self, tmp_path, target_dir):
+    def test_settings_and_dtype_are_configurable(self, tmp_path, target_dir):
         exporter = ExporterConfig(dtype=Dtype.bfloat16, num_steps=3, topk=2, num_draft_tokens=5)
         source = layouts.specforge(tmp_path / "draft")
         done = convert_draft(
             ConvertJob(checkpoint=str(source), target=str(target_dir), exporter=exporter, aux_layers=[0, 1, 2])
         )
-        found = read_servable(done.directory)
-        assert found.tensors["fc.weight"].dtype == torch.bfloat16
-        assert found.provenance.speculative == SpeculativeSettings(3, 2, 5)
-        assert found.aux_layers == [0, 1, 2]
+        result = read_servable(done.directory)
+        assert result.tensors["fc.weight"].dtype == torch.bfloat16
+        assert result.provenance.speculative == SpeculativeSettings(3, 2, 5)
+        assert result.aux_layers == [0, 1, 2]
 
     def test_a_draft_that_names_no_target(self, tmp_path):
         source = layouts.specforge(tmp_path / "draft")
@@ -364,11 +365,10 @@ class TestConvert:
 
 
 class Interrupted(Export):
-    """Half a directory."""
+    """An export that fails after its first file."""
 
     suffix = "servable"
 
     def write(self, directory, servable, target):
-        directory.mkdir()
         (directory / "config.json").write_text("{")
         raise OSError("disk full")

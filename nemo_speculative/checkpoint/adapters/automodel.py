@@ -1,8 +1,8 @@
-"""NeMo AutoModel's checkpoints: ``epoch_<E>_step_<S>/`` with the draft in ``model/consolidated/`` or ``model/``.
+"""Reader of NeMo AutoModel's checkpoints: ``epoch_<E>_step_<S>/``, the draft in ``model/consolidated`` or ``model``.
 
-Its first version wrote a bare ``draft_model.pt`` and left the vocabulary in a file beside it.  Its configurations are
-the target's with a few fields changed: num_hidden_layers stays the target's, and the aux layers are only in the copy of
-the training configuration.
+Its first version wrote a bare ``draft_model.pt`` and the vocabulary to a separate file.  The configuration is a copy of
+the target's with a few fields changed: num_hidden_layers is still the target's, and the aux layers are recorded only in
+the copy of the training configuration.
 """
 
 from dataclasses import replace
@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 
-from nemo_speculative.checkpoint.adapters.files import Source, Tensors, read_pickled, read_yaml
-from nemo_speculative.checkpoint.adapters.format import ForeignDraft, Format, Reading
-from nemo_speculative.checkpoint.adapters.llama import plain_eagle3
-from nemo_speculative.checkpoint.adapters.network import read_eagle, read_eagle3
+from nemo_speculative.checkpoint.adapters.base import (
+    ForeignDraft,
+    Format,
+    Reading,
+    Source,
+    Tensors,
+    read_pickled,
+    read_yaml,
+)
+from nemo_speculative.checkpoint.adapters.networks import read_eagle, read_eagle3
+from nemo_speculative.checkpoint.adapters.safeailab_specforge import plain_eagle3
 from nemo_speculative.utils.errors import UserError
 
 EAGLE3_ARCHITECTURE, EAGLE_ARCHITECTURE = "LlamaEagle3DraftModel", "LlamaEagleDraftModel"
@@ -24,17 +31,17 @@ RECIPE = "config.yaml"
 
 
 class AutoModel(Format):
-    """NeMo AutoModel's layouts."""
+    """NeMo AutoModel's format."""
 
     name = "NeMo AutoModel"
 
-    def recognises(self, source: Source) -> bool:
-        ours = source.architecture in (EAGLE3_ARCHITECTURE, EAGLE_ARCHITECTURE)
-        return ours or any(name.startswith(f"{PREFIX}fc.") for name in source.tensors)
+    def recognizes(self, source: Source) -> bool:
+        known = source.architecture in (EAGLE3_ARCHITECTURE, EAGLE_ARCHITECTURE)
+        return known or any(name.startswith(f"{PREFIX}fc.") for name in source.tensors)
 
     def target(self, source: Source) -> str | None:
-        stated = _recipe(source, "target_model_name_or_path") or source.config.get("_name_or_path")
-        return stated if isinstance(stated, str) and stated else None
+        target = _recipe(source, "target_model_name_or_path") or source.config.get("_name_or_path")
+        return target if isinstance(target, str) and target else None
 
     def read(self, reading: Reading) -> ForeignDraft:
         source = reading.source
@@ -45,35 +52,32 @@ class AutoModel(Format):
         layout = plain_eagle3(reading, tensors, PREFIX)
         if layout.aux_layers is None and reading.aux_layers is None:
             layout = replace(layout, aux_layers=_recipe(source, "aux_layer_ids"))
-        return read_eagle3(self.name, reading, layout, tensors, _step(metadata))
+        step = metadata.get("global_step", 0)
+        return read_eagle3(self.name, reading, layout, tensors, step if type(step) is int and step >= 0 else 0)
 
 
 def _outer(source: Source, name: str) -> Path | None:
-    """The file ``name`` of the training checkpoint that ``source`` is, or is inside of."""
-    around = (source.directory, *source.directory.resolve().parents[:2])
-    return next((directory / name for directory in around if (directory / name).is_file()), None)
+    """The file ``name`` of the training checkpoint that contains ``source``."""
+    candidates = (source.directory, *source.directory.resolve().parents[:2])
+    return next((directory / name for directory in candidates if (directory / name).is_file()), None)
 
 
 def _recipe(source: Source, key: str) -> Any:
+    """The value of ``key`` in the copy of the training configuration."""
     file = _outer(source, RECIPE)
     return read_yaml(file, f"recipe_args.{key}") if file else None
 
 
 def _metadata(source: Source) -> dict[str, Any]:
-    file = next((found for name in METADATA if (found := _outer(source, name))), None)
+    file = next((path for name in METADATA if (path := _outer(source, name))), None)
     metadata = read_pickled(file) if file else {}
     if not isinstance(metadata, dict):
         raise UserError(f"{file}: holds {type(metadata).__name__}, expected selected_token_ids by name")
     return metadata
 
 
-def _step(metadata: dict[str, Any]) -> int:
-    step = metadata.get("global_step", 0)
-    return step if type(step) is int and step >= 0 else 0
-
-
 def _vocabulary(reading: Reading, metadata: dict[str, Any]) -> Tensors:
-    """d2t where only the metadata holds the draft vocabulary."""
+    """d2t from the metadata, where the weights do not hold it."""
     ids = metadata.get("selected_token_ids")
     if "d2t" in reading.source.tensors or not isinstance(ids, torch.Tensor):
         return {}

@@ -64,18 +64,18 @@ class ExporterConfig:
 class FormConfig:
     """The form that a draft is converted into: what SGLang serves and every program of this project reads."""
 
-    _target_: str = "nemo_speculative.checkpoint.exports.sglang.SGLangExport"
+    _target_: str = "nemo_speculative.checkpoint.adapters.own.SGLangExport"
 
 
 @dataclass
 class SpeculatorsFormConfig(FormConfig):
     """The format of speculators, which vLLM serves (EAGLE-3)."""
 
-    _target_: str = "nemo_speculative.checkpoint.exports.speculators.SpeculatorsExport"
+    _target_: str = "nemo_speculative.checkpoint.adapters.speculators.SpeculatorsExport"
 
 
 @dataclass
 class TransformersFormConfig(FormConfig):
     """What transformers loads with the code that lies beside it (trust_remote_code)."""
 
-    _target_: str = "nemo_speculative.checkpoint.exports.remote_code.RemoteCodeExport"
+    _target_: str = "nemo_speculative.checkpoint.adapters.transformers_remote_code.RemoteCodeExport"

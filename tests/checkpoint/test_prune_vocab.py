@@ -1,4 +1,4 @@
-"""A pruned draft: the same rows for the ids that stay, and a coverage that is counted."""
+"""Vocabulary pruning: the remaining ids keep their rows, and the coverage is counted."""
 
 import json
 
@@ -43,7 +43,7 @@ def data(tmp_path):
     return DataConfig(path=str(tmp_path / "rows.jsonl"))
 
 
-def test_the_most_used_ids_stay_with_their_rows(tmp_path, checkpoint, data):
+def test_the_most_frequent_ids_keep_their_rows(tmp_path, checkpoint, data):
     table = prune_checkpoint(PruneJob(str(checkpoint), str(tmp_path / "small"), 4, data))
     before, after = read_servable(checkpoint), read_servable(tmp_path / "small")
     assert after.shape.draft_vocab_size == 4
@@ -58,7 +58,7 @@ def test_the_most_used_ids_stay_with_their_rows(tmp_path, checkpoint, data):
     assert "        4   100.00%  <-" in table
 
 
-def test_by_coverage(checkpoint):
+def test_entries_are_chosen_by_coverage(checkpoint):
     counts = torch.zeros(300, dtype=torch.long)
     counts[:90] = torch.arange(90, 0, -1) ** 6
     servable = read_servable(checkpoint)
@@ -67,34 +67,34 @@ def test_by_coverage(checkpoint):
     assert share >= 0.99 and len(kept) % 64 == 0
 
 
-def test_the_table_counts_what_lies_outside_the_draft_too(checkpoint):
+def test_the_table_counts_tokens_outside_the_draft_vocabulary(checkpoint):
     counts = torch.zeros(300, dtype=torch.long)
     counts[[10, 250]] = torch.tensor([30, 10])  # 250 is not the draft's
     table = coverage_table(read_servable(checkpoint), counts, 2)
     assert [line.split() for line in table.splitlines()[1:]] == [["2", "75.00%", "<-"], ["100", "75.00%"]]
 
 
-def test_the_source_stays_and_nothing_is_overwritten(tmp_path, checkpoint, data):
+def test_the_source_is_unchanged_and_nothing_is_overwritten(tmp_path, checkpoint, data):
     with pytest.raises(UserError, match=r"output: .* exists"):
         prune_checkpoint(PruneJob(str(checkpoint), str(checkpoint), 4, data))
 
 
 @pytest.mark.parametrize(
-    "size, said", [(101, "has 100 entries"), ("all", "expected a number"), (301, "larger than the target's")]
+    "size, message", [(101, "has 100 entries"), ("all", "expected a number"), (301, "larger than the target's")]
 )
-def test_a_size_that_cannot_be(tmp_path, checkpoint, data, size, said):
-    with pytest.raises(UserError, match=said):
+def test_an_impossible_size_is_refused(tmp_path, checkpoint, data, size, message):
+    with pytest.raises(UserError, match=message):
         prune_checkpoint(PruneJob(str(checkpoint), str(tmp_path / "small"), size, data))
     assert not (tmp_path / "small").exists()
 
 
-def test_a_draft_under_the_targets_head_has_nothing_to_prune(tmp_path, target, target_dir):
+def test_a_draft_with_the_targets_head_cannot_be_pruned(tmp_path, target, target_dir):
     write(tmp_path / "model", EagleDraft(EagleDraft.shape_for(None, target.config)), str(target_dir))
     with pytest.raises(UserError, match="no vocabulary of its own"):
         kept_entries(read_servable(tmp_path / "model"), torch.zeros(300), VocabularySize(4))
 
 
-def test_logits_of_the_ids_that_stay_are_the_same(checkpoint, target):
+def test_logits_of_the_remaining_ids_are_unchanged(checkpoint, target):
     servable, kept = read_servable(checkpoint), torch.tensor([3, 50, 99])
     whole, state = servable.build().attach(target), pruned_tensors(servable, kept)
     small = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, 3)).attach(target)

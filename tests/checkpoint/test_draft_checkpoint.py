@@ -1,4 +1,4 @@
-"""The servable directory: what SGLang's contract asks for is written, anything else is refused."""
+"""The servable directory: written as SGLang's contract requires; anything else is refused."""
 
 import copy
 import dataclasses
@@ -105,7 +105,7 @@ def test_the_network_has_the_names_and_shapes_of_the_contract():
     assert {name: list(value.shape) for name, value in state.items()} == CONTRACT
 
 
-def test_the_configuration_says_what_the_contract_asks_for(tmp_path):
+def test_the_configuration_has_the_fields_of_the_contract(tmp_path):
     config = config_of(write(tmp_path / "model", dtype=torch.bfloat16))
     own = config.pop("nemo_speculative")
     assert config == {
@@ -161,7 +161,7 @@ def test_rope_is_written_both_ways_and_read_back(tmp_path, rope, theta, scaling)
     assert read_servable(directory).shape == shape
 
 
-def test_what_is_written_is_read_back(model):
+def test_a_written_checkpoint_is_read_back(model):
     servable = read_servable(model)
     assert (servable.directory, servable.shape, servable.provenance) == (model, SHAPE, PROVENANCE)
     assert servable.algorithm == "EAGLE3"
@@ -253,7 +253,7 @@ def test_the_reader_refuses_a_dtype_that_the_writer_would_have_cast(model):
     assert "fc.weight is torch.float64, expected torch.float32" in refusal(lambda: read_servable(model))
 
 
-def test_absolute_ids_that_happen_to_ascend_as_offsets_are_refused_by_the_mask(model):
+def test_absolute_ids_that_ascend_as_offsets_are_refused_by_the_mask(model):
     """[0, 2, 3, 4, 5, 6] as offsets would be 0, 3, 5, 7, 9, 11: ascending, and inside the vocabulary."""
     ids = torch.tensor([0, 2, 3, 4, 5, 6])
     mask = torch.zeros(20, dtype=torch.bool)
@@ -326,7 +326,7 @@ CHANGED = [
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), CHANGED)
-def test_a_field_that_says_what_sglang_would_misread(model, key, value, expected):
+def test_a_field_that_sglang_would_misread_is_refused(model, key, value, expected):
     (model / "config.json").write_text(json.dumps(config_of(model) | {key: value}))
     message = refusal(lambda: read_servable(model))
     assert message.startswith(f"{model / 'config.json'}: {key} is {value!r}")
@@ -354,7 +354,7 @@ OPTIONAL = {"bos_token_id", "eos_token_id", "torch_dtype", "nemo_speculative"}
         ("norm_before_fc", True, "input_norm.weight is missing"),
     ],
 )
-def test_a_field_that_describes_another_network(model, field, value, expected):
+def test_a_field_of_another_network_is_refused(model, field, value, expected):
     config = config_of(model)
     (model / "config.json").write_text(json.dumps(config | {field: value}))
     message = refusal(lambda: read_servable(model))
@@ -370,7 +370,7 @@ def test_every_missing_field_is_named(model):
 
 @pytest.mark.parametrize("key", ["target", "target_fingerprint", "target_dtype", "speculative", "step", None])
 @pytest.mark.parametrize("broken", [None, "text"])
-def test_a_checkpoint_that_does_not_say_where_it_comes_from(model, key, broken):
+def test_a_checkpoint_without_provenance_is_refused(model, key, broken):
     config = config_of(model)
     if key is None:
         config["nemo_speculative"] = broken
@@ -384,32 +384,32 @@ def test_a_checkpoint_that_does_not_say_where_it_comes_from(model, key, broken):
     assert "expected a checkpoint written by this project" in message
 
 
-@pytest.mark.parametrize("kept", [0, 4, 8, 100, -1])
-def test_a_file_that_is_cut_off(model, kept):
+@pytest.mark.parametrize("length", [0, 4, 8, 100, -1])
+def test_a_truncated_file_is_refused(model, length):
     file = model / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:length])
     assert refusal(lambda: read_servable(model)).startswith(f"{file}: cut off or not readable (")
 
 
 @pytest.mark.parametrize("content", [b"", b'{"hidden_size": 8', b"\xff\xfe", b"not json"])
-def test_a_configuration_that_is_not_json(model, content):
+def test_a_configuration_that_is_not_json_is_refused(model, content):
     (model / "config.json").write_bytes(content)
     assert refusal(lambda: read_servable(model)).startswith(f"{model}/config.json: cannot be read (")
 
 
-@pytest.mark.parametrize(("content", "found"), [("[]", "list"), ("3", "int"), ("null", "NoneType")])
-def test_a_configuration_that_is_no_object(model, content, found):
+@pytest.mark.parametrize(("content", "kind"), [("[]", "list"), ("3", "int"), ("null", "NoneType")])
+def test_a_configuration_that_is_not_an_object_is_refused(model, content, kind):
     (model / "config.json").write_text(content)
-    assert refusal(lambda: read_servable(model)) == f"{model}/config.json: found a {found}, expected a JSON object"
+    assert refusal(lambda: read_servable(model)) == f"{model}/config.json: found a {kind}, expected a JSON object"
 
 
-def test_a_target_is_no_draft(target_dir):
+def test_a_target_is_not_a_draft(target_dir):
     message = refusal(lambda: read_servable(target_dir))
     assert message.startswith(f"{target_dir}/config.json: architectures is ['LlamaForCausalLM'], expected")
 
 
-def test_a_disk_that_is_full_is_an_oserror(tmp_path):
-    """So that the trainer can say which checkpoint is the last good one."""
+def test_a_full_disk_is_an_oserror(tmp_path):
+    """The trainer catches it and names the last good checkpoint."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").mkdir()  # cannot be written as a file
     with pytest.raises(OSError):
@@ -430,7 +430,7 @@ class TestFindModel:
     @pytest.mark.parametrize(
         ("links", "found"), [({"best": 10, "latest": 20}, 10), ({"latest": 20}, 20), ({"best": 10}, 10)]
     )
-    def test_a_run_directory_means_its_best_before_its_latest(self, tmp_path, links, found):
+    def test_the_best_checkpoint_of_a_run_takes_precedence_over_the_latest(self, tmp_path, links, found):
         root = run_directory(tmp_path / "run", self.STEPS, **links)
         assert find_model(root).resolve() == (root / f"checkpoints/step_{found}/model").resolve()
         assert find_model(root / "checkpoints").resolve() == find_model(root).resolve()
@@ -470,7 +470,7 @@ class TestFindModel:
         assert "holds no checkpoint" in refusal(lambda: find_model(model / "model.safetensors"))
 
 
-def test_the_tests_start_from_tensors_that_are_accepted(tmp_path):
-    """Else every refusal above might be one for another reason."""
+def test_the_unspoiled_tensors_are_accepted(tmp_path):
+    """Otherwise the refusals above could have another reason."""
     values = copy.deepcopy(tensors())
     assert read_servable(write(tmp_path / "model", values)).tensors.keys() == values.keys()

@@ -1,7 +1,7 @@
-"""A draft that transformers loads by itself: ``AutoModel.from_pretrained(DIR, trust_remote_code=True)``.
+"""Writer of drafts that transformers alone can load: ``AutoModel.from_pretrained(DIR, trust_remote_code=True)``.
 
-Beside the weights lies a modelling file that imports torch and transformers only.  SGLang serves the other form: this
-one is for those who want to run or study a draft without this project.
+The directory contains a modeling file that imports torch and transformers only.  It is for running or studying a draft
+without this project; SGLang serves the other form (:class:`~nemo_speculative.checkpoint.adapters.own.SGLangExport`).
 """
 
 import shutil
@@ -11,16 +11,15 @@ from typing import Any
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
-from nemo_speculative.checkpoint.adapters.network import SWITCHES
+from nemo_speculative.checkpoint.adapters import modeling_eagle_draft
+from nemo_speculative.checkpoint.adapters.base import Export, write_exported
+from nemo_speculative.checkpoint.adapters.networks import SWITCHES
 from nemo_speculative.checkpoint.contract import fields_of
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
-from nemo_speculative.checkpoint.exports import modeling_eagle_draft
-from nemo_speculative.checkpoint.exports.base import Export
-from nemo_speculative.checkpoint.exports.files import write_model
 
-MODELLING_FILE = Path(modeling_eagle_draft.__file__)
-SAID_OTHERWISE = ("eagle_config", "num_aux_hidden_states", "rope_theta", "rope_scaling")
-"""What servers read and this form says in other words, or once."""
+MODELING_FILE = Path(modeling_eagle_draft.__file__)
+REPLACED_FIELDS = ("eagle_config", "num_aux_hidden_states", "rope_theta", "rope_scaling")
+"""Fields for servers that this form states under other names, or only once."""
 CLASSES: dict[type[Draft], type] = {
     EagleDraft: modeling_eagle_draft.EagleDraftModel,
     Eagle3Draft: modeling_eagle_draft.Eagle3DraftModel,
@@ -33,8 +32,8 @@ class RemoteCodeExport(Export):
     suffix = "transformers"
 
     def write(self, directory: Path, servable: Servable, target: Any) -> None:
-        write_model(directory, config_of(servable), servable.tensors)
-        shutil.copyfile(MODELLING_FILE, directory / MODELLING_FILE.name)
+        write_exported(directory, config_of(servable), servable.tensors)
+        shutil.copyfile(MODELING_FILE, directory / MODELING_FILE.name)
 
 
 def config_of(servable: Servable) -> dict[str, Any]:
@@ -43,11 +42,11 @@ def config_of(servable: Servable) -> dict[str, Any]:
     network = CLASSES[servable.contract.draft].__name__
     named = {"AutoConfig": modeling_eagle_draft.EagleDraftConfig.__name__, "AutoModel": network}
     return {
-        **{name: value for name, value in fields.items() if name not in SAID_OTHERWISE},
+        **{name: value for name, value in fields.items() if name not in REPLACED_FIELDS},
         **{name: getattr(servable.shape, name) for name in SWITCHES if hasattr(servable.shape, name)},
         "architectures": [network],
         "model_type": modeling_eagle_draft.EagleDraftConfig.model_type,
-        "auto_map": {auto: f"{MODELLING_FILE.stem}.{name}" for auto, name in named.items()},
+        "auto_map": {auto: f"{MODELING_FILE.stem}.{name}" for auto, name in named.items()},
         "aux_layers": servable.aux_layers,
         "target": servable.provenance.target,
     }

@@ -1,7 +1,7 @@
-"""The numbers that shape a draft, out of a ``config.json`` that describes a Llama-like network.
+"""The sizes of a draft from a ``config.json`` that describes a Llama-like network.
 
-What it leaves out has the default of transformers' LlamaConfig, as in the projects that write these files: their own
-configuration classes are that one or a copy of it.
+Missing fields have the defaults of transformers' LlamaConfig, because the projects that write these files use that
+class or a copy of it.
 """
 
 from collections.abc import Iterable
@@ -21,22 +21,23 @@ DEFAULTED_WHOLE = (
 DEFAULT_THETA = 10000.0
 LARGEST = 1 << 30
 UNBOUNDED = ("default", "linear", "llama3")
-"""Kinds of rope whose rotations do not depend on max_position_embeddings."""
+"""RoPE types whose rotations do not depend on max_position_embeddings."""
 
 
 def numbers_of(config: dict[str, Any], target: Any, where: Path, notes: list[str]) -> dict[str, Any]:
-    """The fields of a DraftShape, but for num_layers, which the tensors tell.
+    """The fields of a DraftShape except num_layers, which follows from the tensors.
 
     Args:
-        config: what is stated; null counts as not stated.
+        config: the contents of the file; null counts as missing.
         target: the target's transformers configuration.
-        notes: what was assumed is added to it.
+        notes: assumptions are appended to it.
 
     Raises:
-        UserError: a field is of the wrong kind, says what the draft networks here do not do, or another target.
+        UserError: a field has a wrong type, describes a network that is not supported, or contradicts the target.
     """
     stated = {key: value for key, value in config.items() if value is not None}
-    values = _defaults() | stated
+    llama = LlamaConfig()
+    values = {key: getattr(llama, key) for key in (*DEFAULTED_WHOLE, "rms_norm_eps", "hidden_act")} | stated
     _check_whole(values, DEFAULTED_WHOLE, where)
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
@@ -54,11 +55,6 @@ def numbers_of(config: dict[str, Any], target: Any, where: Path, notes: list[str
         "rope_parameters": rope,
         "vocab_size": values["vocab_size"],
     }
-
-
-def _defaults() -> dict[str, Any]:
-    llama = LlamaConfig()
-    return {key: getattr(llama, key) for key in (*DEFAULTED_WHOLE, "rms_norm_eps", "hidden_act")}
 
 
 def _check_values(values: dict[str, Any], target_vocab: int, where: Path) -> None:
@@ -80,20 +76,20 @@ def _check_whole(values: dict[str, Any], keys: Iterable[str], where: Path) -> No
 
 
 def _rope(stated: dict[str, Any], where: Path, notes: list[str]) -> dict[str, Any]:
-    """``rope_parameters`` as transformers 5 has it, from that or from ``rope_theta`` and ``rope_scaling``."""
+    """``rope_parameters`` of transformers 5, from that field or from ``rope_theta`` and ``rope_scaling``."""
     key = "rope_parameters" if stated.get("rope_parameters") else "rope_scaling"
-    given = stated.get(key) or {}
-    flat = isinstance(given, dict) and not any(isinstance(value, dict) for value in given.values())
-    _check(flat, where, key, given, "one set of parameters")
-    rope = {name: value for name, value in given.items() if name not in ("type", "rope_type")}
-    rope["rope_type"] = given.get("rope_type", given.get("type", "default"))
+    source = stated.get(key) or {}
+    flat = isinstance(source, dict) and not any(isinstance(value, dict) for value in source.values())
+    _check(flat, where, key, source, "one set of parameters")
+    rope = {name: value for name, value in source.items() if name not in ("type", "rope_type")}
+    rope["rope_type"] = source.get("rope_type", source.get("type", "default"))
     known = ("default", *ROPE_INIT_FUNCTIONS)
-    _check(rope["rope_type"] in known, where, key, given, f"a rope_type among {', '.join(sorted(known))}")
-    _check(rope.get("partial_rotary_factor", 1) == 1, where, key, given, "a rotation of the whole head")
+    _check(rope["rope_type"] in known, where, key, source, f"a rope_type among {', '.join(sorted(known))}")
+    _check(rope.get("partial_rotary_factor", 1) == 1, where, key, source, "a rotation of the whole head")
     if "rope_theta" not in rope:
         rope["rope_theta"] = stated.get("rope_theta", DEFAULT_THETA)
         if "rope_theta" not in stated:
-            notes.append(f"rope_theta is not stated: {DEFAULT_THETA:g}, which its own project and SGLang take then")
+            notes.append(f"rope_theta is not stated: {DEFAULT_THETA:g}, the default of its own project and of SGLang")
     _check(_is_positive(rope["rope_theta"]), where, "rope_theta", rope["rope_theta"], "a number above 0")
     return rope
 
@@ -102,13 +98,13 @@ def _check_usable(rope: dict[str, Any], values: dict[str, Any], where: Path) -> 
     try:
         with torch.device("meta"):
             Rotary(rope, values["head_dim"], values["max_position_embeddings"])
-    except Exception as error:  # transformers checks each kind of rope in its own way
+    except Exception as error:  # each RoPE type of transformers raises other classes
         reason = " ".join(str(error).split())[:100]
-        raise UserError(f"{where}: rope parameters {rope} are none that transformers can use ({reason})") from None
+        raise UserError(f"{where}: rope parameters {rope} cannot be used by transformers ({reason})") from None
 
 
 def _max_positions(stated: int, rope: dict[str, Any], target: Any, notes: list[str]) -> int:
-    """Drafts often state the length that they were trained on, and SGLang refuses one below the target's."""
+    """At least the target's length: many drafts state their training's, and SGLang refuses one below the target's."""
     longest = target.max_position_embeddings
     if stated >= longest or rope["rope_type"] not in UNBOUNDED:
         return stated

@@ -1,4 +1,4 @@
-"""The run directory: what is there after every step, and after every crash."""
+"""The run directory: its contents after every step and after every crash."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from nemo_speculative.utils.errors import UserError
 
 
 def save(run: RunDirectory, step: int, tau: float | None = None, keep: int = 2) -> None:
-    """A checkpoint as the trainer makes one: begun, filled, published."""
+    """Writes a checkpoint as the trainer does."""
     partial = run.begin(step)
     (partial / "model").mkdir()
     (partial / "model/weights").write_text(f"weights of {step}")
@@ -19,7 +19,7 @@ def save(run: RunDirectory, step: int, tau: float | None = None, keep: int = 2) 
 
 
 def prepared(root: Path, *taus: float | None, keep: int = 100) -> RunDirectory:
-    """Checkpoints at the steps 10, 20, … with these acceptance lengths."""
+    """A run with checkpoints at the steps 10, 20, … and these acceptance lengths."""
     run = RunDirectory(root)
     run.prepare()
     for number, tau in enumerate(taus, start=1):
@@ -28,7 +28,7 @@ def prepared(root: Path, *taus: float | None, keep: int = 100) -> RunDirectory:
 
 
 def link(run: RunDirectory, name: str) -> str | None:
-    """What a link says, if it is one and leads to a checkpoint."""
+    """The target of a link; None where it is not a link to a checkpoint."""
     path = run.checkpoints / name
     return str(path.readlink()) if path.is_symlink() and (path / "model/weights").is_file() else None
 
@@ -38,7 +38,7 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def naive_best(taus: dict[int, float | None]) -> int | None:
-    """Of the measured ones the largest, the earliest of equals; without any, the latest."""
+    """The step of the largest measured tau, the earliest of equal ones; without any, the latest step."""
     best = None
     for step in sorted(taus):
         if taus[step] is not None and (best is None or taus[step] > taus[best]):
@@ -74,7 +74,7 @@ def test_a_new_directory_is_empty(tmp_path):
     assert list(run.checkpoints.iterdir()) == []
 
 
-def test_a_published_checkpoint_is_whole_and_linked(tmp_path):
+def test_a_published_checkpoint_is_complete_and_linked(tmp_path):
     run = prepared(tmp_path / "run", 1.5)
     assert tree(run.checkpoints / "step_10") == {"model/weights": "weights of 10", "acceptance.json": '{"tau": 1.5}\n'}
     assert (link(run, "latest"), link(run, "best")) == ("step_10", "step_10")
@@ -85,7 +85,7 @@ def test_a_published_checkpoint_is_whole_and_linked(tmp_path):
 @pytest.mark.parametrize("keep", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(5))
 def test_rotation_keeps_the_latest_and_the_best(tmp_path, keep, seed):
-    """Against a naive list, after every checkpoint of a run of twelve."""
+    """Compares with a naive list after each of twelve checkpoints."""
     rng = random.Random(seed)
     run = RunDirectory(tmp_path / "run")
     run.prepare()
@@ -110,7 +110,7 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     assert link(run, "latest") == "step_1000"
 
 
-def test_what_is_no_checkpoint_is_no_step(tmp_path):
+def test_other_files_are_not_steps(tmp_path):
     run = prepared(tmp_path / "run", 1.0)
     (run.checkpoints / "step_99").write_text("a file")
     for name in ("step_5x", "step_", "old_step_7", ".step_8.partial", "notes"):
@@ -118,7 +118,7 @@ def test_what_is_no_checkpoint_is_no_step(tmp_path):
     assert run.steps() == [10]
 
 
-def test_a_step_published_again_is_the_new_one(tmp_path):
+def test_a_step_published_again_is_replaced(tmp_path):
     run = prepared(tmp_path / "run", 1.0, 2.0)
     partial = run.begin(20)
     (partial / "model").mkdir()
@@ -150,7 +150,7 @@ def crash_while_writing(run: RunDirectory) -> None:
 
 
 def crash_after_the_rename(run: RunDirectory) -> None:
-    """Published, but the links still say what they said before."""
+    """Published, but the links are not updated yet."""
     partial = run.begin(30)
     (partial / "model").mkdir()
     (partial / "model/weights").write_text("weights of 30")
@@ -184,7 +184,7 @@ CRASHES = [
 
 
 @pytest.mark.parametrize(("crash", "steps", "latest", "best"), CRASHES)
-def test_the_next_start_puts_right_what_a_crash_left(tmp_path, crash, steps, latest, best):
+def test_the_next_start_repairs_the_directory(tmp_path, crash, steps, latest, best):
     run = prepared(tmp_path / "run", 2.0, 1.0)
     crash(run)
     restarted = RunDirectory(run.root)
@@ -198,11 +198,11 @@ def test_the_next_start_puts_right_what_a_crash_left(tmp_path, crash, steps, lat
 
 
 class Killed(BaseException):
-    """Nothing catches it."""
+    """An exception that nothing catches."""
 
 
 def dies_after(budget: list[int], original):
-    """``original`` until the shared budget of calls is spent."""
+    """Wraps ``original``, which works until the shared budget of calls is spent."""
 
     def call(*args, **kwargs):
         if budget[0] == 0:
@@ -214,8 +214,8 @@ def dies_after(budget: list[int], original):
 
 
 @pytest.mark.parametrize("survived", range(5))
-def test_a_crash_at_any_moment_of_publishing_leaves_whole_checkpoints(tmp_path, monkeypatch, survived):
-    """One rename publishes, two move the links, two rotate the older ones away: each in turn is the one not reached."""
+def test_a_crash_at_any_time_of_publishing_leaves_complete_checkpoints(tmp_path, monkeypatch, survived):
+    """One rename publishes, two move the links, two remove older checkpoints; the crash comes before each in turn."""
     run = prepared(tmp_path / "run", 2.0, 1.0)
     budget = [survived]
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -273,7 +273,7 @@ def test_without_metrics_there_is_nothing_to_keep(tmp_path):
     assert not (run.root / "metrics.jsonl").exists()
 
 
-def test_setting_aside_never_loses_anything(tmp_path):
+def test_set_aside_loses_no_file(tmp_path):
     root = tmp_path / "run"
     before: dict[str, dict[str, str]] = {}
     for number in range(1, 4):
@@ -288,7 +288,7 @@ def test_setting_aside_never_loses_anything(tmp_path):
     assert all((tmp_path / name / "checkpoints/latest/model/weights").is_file() for name in before)
 
 
-def test_a_gap_among_those_set_aside_is_filled_without_overwriting(tmp_path):
+def test_set_aside_uses_a_free_number(tmp_path):
     for taken in ("run.previous-1", "run.previous-3"):
         (tmp_path / taken).mkdir()
         (tmp_path / taken / "kept").write_text(taken)
@@ -298,13 +298,13 @@ def test_a_gap_among_those_set_aside_is_filled_without_overwriting(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda root: None, lambda root: root.mkdir(), lambda root: prepared(root)])
-def test_nothing_is_set_aside_where_there_was_no_run(tmp_path, make):
+def test_set_aside_does_nothing_without_a_run(tmp_path, make):
     make(tmp_path / "run")
     assert RunDirectory(tmp_path / "run").set_aside() is None
     assert not list(tmp_path.glob("*previous*"))
 
 
-def test_metrics_alone_are_set_aside_too(tmp_path):
+def test_set_aside_renames_a_run_with_metrics_only(tmp_path):
     """A run that was stopped before its first checkpoint."""
     prepared(tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
@@ -312,10 +312,10 @@ def test_metrics_alone_are_set_aside_too(tmp_path):
     assert tree(tmp_path / "run.previous-1") == {"metrics.jsonl": "{}\n"}
 
 
-def test_a_place_that_is_not_a_runs_is_refused(tmp_path, monkeypatch):
+def test_a_directory_with_other_files_is_refused(tmp_path, monkeypatch):
     (tmp_path / "proj" / "src").mkdir(parents=True)
     (tmp_path / "proj" / "thesis.txt").touch()
-    with pytest.raises(UserError, match=r"output_dir: .*proj holds what is not a run's \(src, thesis.txt\)"):
+    with pytest.raises(UserError, match=r"output_dir: .*proj holds other files \(src, thesis.txt\)"):
         RunDirectory(tmp_path / "proj").check_usable()
     monkeypatch.chdir(tmp_path / "proj")
     for place in (".", "..", tmp_path):
@@ -327,7 +327,7 @@ def test_a_place_that_is_not_a_runs_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "proj" / "src" / "run").exists()
 
 
-def test_metrics_without_a_checkpoint_are_kept_under_another_name(tmp_path):
+def test_metrics_without_a_checkpoint_are_renamed(tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.prepare()
     assert run.set_metrics_aside() is None

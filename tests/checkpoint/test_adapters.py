@@ -1,4 +1,4 @@
-"""Other projects' drafts: read as published, computing what their own networks compute, or refused in one line."""
+"""Drafts of other projects: read as published with the outputs of their own networks, or refused in one line."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
-from nemo_speculative.checkpoint.adapters.read import detect, read_foreign, stated_target
 from nemo_speculative.checkpoint.contract import contract_of
+from nemo_speculative.checkpoint.convert import detect_format, read_foreign, stated_target
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings
@@ -53,7 +53,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 
 def outputs(draft, embeddings: torch.Tensor, aux: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
-    """What the built draft computes over a causal sequence: [n, h]."""
+    """Outputs of the built draft over a causal sequence: [n, h]."""
     features = draft.project_hidden_states(aux[None], last_hidden_state[None])
     rotation = draft.rotary(torch.arange(len(embeddings))[None], draft.dtype)
     return contract_of(type(draft)).session(draft).extend(embeddings[None], features, rotation)[0]
@@ -76,15 +76,15 @@ IDS = ["safeailab", "specforge", "automodel", "automodel-bare", "speculators"]
 
 
 @pytest.mark.parametrize(("name", "make", "layer", "outer", "theta", "aux_layers"), EAGLE3, ids=IDS)
-def test_an_eagle3_draft_computes_what_its_own_network_does(
+def test_an_eagle3_draft_has_the_outputs_of_its_own_network(
     tmp_path, target, name, make, layer, outer, theta, aux_layers
 ):
     source = make(tmp_path / "draft")
     before = snapshot(source)
-    assert detect(source) == name
-    found = read_foreign(source, target)
-    assert (found.format, found.draft, found.shape.aux_layers) == (name, Eagle3Draft, aux_layers)
-    draft = found.build(dtype=torch.float64)
+    assert detect_format(source) == name
+    result = read_foreign(source, target)
+    assert (result.format, result.draft, result.shape.aux_layers) == (name, Eagle3Draft, aux_layers)
+    draft = result.build(dtype=torch.float64)
     embeddings, aux, last_hidden_state = inputs()
     logits, output = layouts.naive_eagle3(stored(source), embeddings, aux, theta, layer, outer)
     got = outputs(draft, embeddings, aux, last_hidden_state)
@@ -95,7 +95,7 @@ def test_an_eagle3_draft_computes_what_its_own_network_does(
 
 
 @pytest.mark.parametrize("make", [layouts.specforge, layouts.automodel])
-def test_norm_output_is_fed_back_as_its_server_feeds_it(tmp_path, target, make):
+def test_norm_output_is_fed_back_as_in_its_server(tmp_path, target, make):
     source = make(tmp_path / "draft")
     draft = read_foreign(source, target).build(dtype=torch.float64)
     weights = stored(source)
@@ -108,41 +108,41 @@ def test_norm_output_is_fed_back_as_its_server_feeds_it(tmp_path, target, make):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_eagle1_draft_computes_what_its_own_network_does(tmp_path, target, bias):
+def test_an_eagle1_draft_has_the_outputs_of_its_own_network(tmp_path, target, bias):
     source = layouts.safeailab_eagle(tmp_path / "draft", bias=bias)
     if not bias:
         change_tensors(source, lambda tensors: tensors.pop("fc.bias"))
-    found = read_foreign(source, target)
-    assert (detect(source), found.draft, found.shape.num_layers) == ("EAGLE (SafeAILab)", EagleDraft, 1)
-    draft = found.build(dtype=torch.float64)
+    result = read_foreign(source, target)
+    assert (detect_format(source), result.draft, result.shape.num_layers) == ("EAGLE (SafeAILab)", EagleDraft, 1)
+    draft = result.build(dtype=torch.float64)
     embeddings, aux, last_hidden_state = inputs()
     expected = layouts.naive_eagle(stored(source), embeddings, last_hidden_state, 500000.0)
     assert torch.allclose(outputs(draft, embeddings, aux, last_hidden_state), expected, atol=1e-6)
-    assert any("no bias" in note for note in found.notes) is not bias
+    assert any("no bias" in note for note in result.notes) is not bias
 
 
 @pytest.mark.parametrize("inner", [".", "model", "model/consolidated"])
 def test_automodel_is_read_from_the_outer_and_the_inner_directory(tmp_path, target, inner):
     source = layouts.automodel(tmp_path / "epoch_1_step_70") / inner
-    found = read_foreign(source, target)
-    assert (found.shape.aux_layers, found.step) == ((0, 2, 4), 70)
+    result = read_foreign(source, target)
+    assert (result.shape.aux_layers, result.step) == ((0, 2, 4), 70)
     assert stated_target(source) == "org/target"
 
 
-def test_automodel_whose_layers_follow_no_recipe_has_eagles_own(tmp_path, target):
+def test_automodel_without_a_recipe_has_the_default_aux_layers(tmp_path, target):
     source = layouts.automodel(tmp_path / "draft")
     (source / "config.yaml").unlink()
     assert read_foreign(source, target).shape.aux_layers == (1, 3, 4)
 
 
-def test_automodel_takes_the_layers_from_the_weights_not_from_the_configuration(tmp_path, target):
-    found = read_foreign(layouts.automodel(tmp_path / "draft"), target)
-    assert found.shape.num_layers == 1
-    assert "num_hidden_layers is 8: the weights hold 1, which counts" in found.notes
+def test_automodel_layers_are_counted_in_the_weights(tmp_path, target):
+    result = read_foreign(layouts.automodel(tmp_path / "draft"), target)
+    assert result.shape.num_layers == 1
+    assert "num_hidden_layers is 8: the weights hold 1, which counts" in result.notes
 
 
-def test_speculators_name_the_input_of_a_layer(tmp_path, target):
-    """vLLM appends what goes INTO the layers that are listed; SGLang, given explicit ids, what comes out of them."""
+def test_speculators_layer_ids_name_inputs(tmp_path, target):
+    """vLLM captures the inputs of the listed layers; SGLang, with explicit ids, their outputs."""
     source = layouts.speculators(tmp_path / "draft", eagle_aux_hidden_state_layer_ids=[1, 4, 7])
     assert read_foreign(source, target).shape.aux_layers == (0, 3, 6)
     assert stated_target(source) == "org/target"
@@ -150,7 +150,7 @@ def test_speculators_name_the_input_of_a_layer(tmp_path, target):
 
 def test_every_assumption_is_noted(tmp_path, target):
     assert read_foreign(layouts.safeailab_eagle3(tmp_path / "draft"), target).notes == (
-        "rope_theta is not stated: 10000, which its own project and SGLang take then",
+        "rope_theta is not stated: 10000, the default of its own project and of SGLang",
         "aux layers are not stated: [1, 3, 4], EAGLE's [1, N//2 - 1, N - 4] for 8 layers",
         "embed_tokens.weight is left out: a server uses the target's",
     )
@@ -159,9 +159,9 @@ def test_every_assumption_is_noted(tmp_path, target):
 
 def test_a_shorter_context_than_the_targets_is_raised_where_it_changes_no_rotation(tmp_path, target):
     plain = layouts.safeailab_eagle3(tmp_path / "a", max_position_embeddings=64)
-    found = read_foreign(plain, target)
-    assert found.shape.max_positions == 256
-    assert any(note.startswith("max_position_embeddings is 64: raised to the target's 256") for note in found.notes)
+    result = read_foreign(plain, target)
+    assert result.shape.max_positions == 256
+    assert any(note.startswith("max_position_embeddings is 64: raised to the target's 256") for note in result.notes)
     scaled = {"type": "dynamic", "factor": 2.0}
     dynamic = layouts.safeailab_eagle3(tmp_path / "b", max_position_embeddings=64, rope_scaling=scaled)
     assert read_foreign(dynamic, target).shape.max_positions == 64
@@ -181,15 +181,15 @@ def test_a_shorter_context_than_the_targets_is_raised_where_it_changes_no_rotati
         ),
     ],
 )  # fmt: skip
-def test_old_and_new_forms_of_rope(tmp_path, target, stated, expected):
+def test_old_and_new_forms_of_rope_are_read(tmp_path, target, stated, expected):
     source = layouts.safeailab_eagle3(tmp_path / "draft", **stated)
     assert read_foreign(source, target).shape.rope_parameters == expected
 
 
-def test_what_the_user_says_of_aux_layers_is_believed_before_the_file(tmp_path, target):
-    found = read_foreign(layouts.specforge(tmp_path / "draft"), target, aux_layers=[1, 2, 6])
-    assert found.shape.aux_layers == (1, 2, 6)
-    assert "aux layers are [1, 2, 6], as given, in place of its own [0, 3, 5]" in found.notes
+def test_the_users_aux_layers_take_precedence_over_the_file(tmp_path, target):
+    result = read_foreign(layouts.specforge(tmp_path / "draft"), target, aux_layers=[1, 2, 6])
+    assert result.shape.aux_layers == (1, 2, 6)
+    assert "aux layers are [1, 2, 6], as given, in place of its own [0, 3, 5]" in result.notes
 
 
 def test_an_eagle1_draft_reads_no_aux_layers(tmp_path, target):
@@ -209,9 +209,9 @@ def test_a_vocabulary_out_of_order_is_sorted_with_the_heads_rows(tmp_path, targe
 
     plain = read_foreign(source, target)
     change_tensors(source, shuffle)
-    found = read_foreign(source, target)
-    assert {name for name, t in found.tensors.items() if not torch.equal(t, plain.tensors[name])} == set()
-    assert any("lm_head's rows were sorted" in note for note in found.notes)
+    result = read_foreign(source, target)
+    assert {name for name, t in result.tensors.items() if not torch.equal(t, plain.tensors[name])} == set()
+    assert any("lm_head's rows were sorted" in note for note in result.notes)
 
 
 def test_a_draft_of_the_whole_vocabulary_needs_no_maps(tmp_path, target):
@@ -236,26 +236,26 @@ def test_t2d_follows_from_d2t(tmp_path, target):
 def test_a_draft_narrower_than_its_target_keeps_its_embedding(tmp_path, target):
     source = layouts.safeailab_eagle3(tmp_path / "draft")
     wide = SimpleNamespace(hidden_size=96, vocab_size=VOCAB, num_hidden_layers=8, max_position_embeddings=256)
-    found = read_foreign(source, wide, aux_layers=[3])
-    assert torch.equal(found.tensors["embed_tokens.weight"], load_torch(source)["embed_tokens.weight"])
-    assert not any("embed_tokens" in note for note in found.notes)
+    result = read_foreign(source, wide, aux_layers=[3])
+    assert torch.equal(result.tensors["embed_tokens.weight"], load_torch(source)["embed_tokens.weight"])
+    assert not any("embed_tokens" in note for note in result.notes)
 
 
-def test_buffers_of_old_versions_are_passed_over(tmp_path, target):
+def test_buffers_of_old_versions_are_ignored(tmp_path, target):
     source = layouts.safeailab_eagle(tmp_path / "draft")
     change_tensors(source, lambda t: t.update({"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     assert "rotary" not in "".join(read_foreign(source, target).tensors)
 
 
-def test_this_projects_own(tmp_path, target):
+def test_this_projects_checkpoints_are_read(tmp_path, target):
     plain = read_foreign(layouts.specforge(tmp_path / "draft"), target)
     provenance = Provenance("org/target", "f00d", "float32", SpeculativeSettings(5, 1, 6), step=9)
     write_servable(tmp_path / "own/model", Eagle3Draft, plain.tensors, plain.shape, provenance, torch.float32, {})
-    found = read_foreign(tmp_path / "own", target)
-    assert (detect(tmp_path / "own"), found.format) == ("nemo_speculative", "nemo_speculative")
-    assert (found.shape, found.step, found.provenance) == (plain.shape, 9, provenance)
+    result = read_foreign(tmp_path / "own", target)
+    assert (detect_format(tmp_path / "own"), result.format) == ("nemo_speculative", "nemo_speculative")
+    assert (result.shape, result.step, result.provenance) == (plain.shape, 9, provenance)
     assert stated_target(tmp_path / "own") == "org/target"
-    assert all(torch.equal(found.tensors[name], t) for name, t in plain.tensors.items())
+    assert all(torch.equal(result.tensors[name], t) for name, t in plain.tensors.items())
     assert "[1, 2, 3]" in refusal(lambda: read_foreign(tmp_path / "own", target, [1, 2, 3]))
     target.vocab_size = 301
     assert "made for a target with 300 ids and 32 features" in refusal(lambda: read_foreign(tmp_path / "own", target))
@@ -266,7 +266,7 @@ def load_torch(source: Path) -> dict[str, torch.Tensor]:
 
 
 def change_tensors(source: Path, change) -> None:
-    """Rewrites the one file of weights in ``source``."""
+    """Rewrites the weight file of ``source``."""
     file = next(source.rglob("model.safetensors"), None) or next(
         f for name in ("pytorch_model.bin", "draft_model.pt") for f in source.rglob(name)
     )
@@ -336,7 +336,7 @@ REFUSED = [
     (EAGLE, {"rope_scaling": {"type": "mrope"}}, {}, "expected a rope_type among"),
     (EAGLE, {"rope_scaling": 3}, {}, "rope_scaling is 3, expected one set of parameters"),
     (EAGLE, {"rope_parameters": {"full": {"rope_theta": 1.0}}}, {}, "expected one set of parameters"),
-    (EAGLE, {"rope_scaling": {"type": "linear"}}, {}, "are none that transformers can use"),
+    (EAGLE, {"rope_scaling": {"type": "linear"}}, {}, "cannot be used by transformers"),
     (EAGLE, {"num_key_value_heads": 3}, {}, "num_key_value_heads is 3, expected a divisor of 4"),
     (EAGLE, {"head_dim": 7}, {}, "head_dim is 7, expected an even number"),
     (EAGLE, {"rope_theta": "big"}, {}, "rope_theta is 'big', expected a number above 0"),
@@ -366,23 +366,23 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "config", "tensors", "expected"), REFUSED)
-def test_what_cannot_be_served_is_refused(tmp_path, target, make, config, tensors, expected):
+def test_a_draft_that_cannot_be_served_is_refused(tmp_path, target, make, config, tensors, expected):
     source = make(tmp_path / "draft", **config)
-    change_tensors(source, lambda found: found.update(tensors))
+    change_tensors(source, lambda result: result.update(tensors))
     message = refusal(lambda: read_foreign(source, target))
     assert message.startswith(f"{source}/")
     assert expected in message
 
 
-def test_automodels_eagle1_has_norms_that_no_server_has_a_place_for(tmp_path, target):
+def test_automodels_eagle1_norms_are_refused(tmp_path, target):
     source = layouts.automodel_eagle(tmp_path / "draft")
-    assert detect(source) == "NeMo AutoModel"
+    assert detect_format(source) == "NeMo AutoModel"
     assert refusal(lambda: read_foreign(source, target)).endswith(
         "layers.0.input_layernorm.weight is unknown; norm.weight is unknown"
     )
 
 
-def test_a_target_too_shallow_for_eagles_default(tmp_path, target):
+def test_a_target_too_shallow_for_the_default_aux_layers_is_refused(tmp_path, target):
     target.num_hidden_layers = 6
     message = refusal(lambda: read_foreign(layouts.safeailab_eagle3(tmp_path / "draft"), target))
     assert "aux layers are not stated, and EAGLE's default is [1, 2, 2]; expected ascending layers" in message
@@ -390,7 +390,7 @@ def test_a_target_too_shallow_for_eagles_default(tmp_path, target):
 
 
 class Touch:
-    """Unpickling it makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, file: Path):
         self.file = str(file)
@@ -412,7 +412,7 @@ def test_a_pickle_of_more_than_tensors_is_not_run(tmp_path, target, name, save):
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"model": {"fc.weight": torch.ones(2)}}, torch.ones(2)])
-def test_a_file_of_other_things_than_named_tensors(tmp_path, target, content):
+def test_a_file_without_named_tensors_is_refused(tmp_path, target, content):
     source = layouts.automodel_bare(tmp_path / "draft")
     torch.save(content, source / "draft_model.pt")
     assert "expected names and their tensors" in refusal(lambda: read_foreign(source, target))
@@ -429,24 +429,24 @@ def test_a_file_of_other_things_than_named_tensors(tmp_path, target, content):
         (layouts.speculators, "config.json"),
     ],
 )
-@pytest.mark.parametrize("kept", [0, 9, 100])
-def test_a_file_that_is_cut_off(tmp_path, target, make, name, kept):
+@pytest.mark.parametrize("length", [0, 9, 100])
+def test_a_truncated_file_is_refused(tmp_path, target, make, name, length):
     source = make(tmp_path / "draft")
-    (source / name).write_bytes((source / name).read_bytes()[:kept])
+    (source / name).write_bytes((source / name).read_bytes()[:length])
     assert refusal(lambda: read_foreign(source, target)).startswith(f"{source / name}: ")
 
 
-@pytest.mark.parametrize("elsewhere", ["../../../secret.safetensors", "/etc/passwd", 3])
-def test_an_index_names_files_beside_it_only(tmp_path, target, elsewhere):
+@pytest.mark.parametrize("outside", ["../../../secret.safetensors", "/etc/passwd", 3])
+def test_an_index_may_only_name_files_in_its_directory(tmp_path, target, outside):
     source = layouts.automodel(tmp_path / "draft")
     index = source / "model/consolidated/model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["model.norm.weight"] = elsewhere
+    content["weight_map"]["model.norm.weight"] = outside
     index.write_text(json.dumps(content))
-    assert "expected files that lie beside it" in refusal(lambda: read_foreign(source, target))
+    assert "expected files in the same directory" in refusal(lambda: read_foreign(source, target))
 
 
-def test_a_recipe_that_is_no_plain_yaml(tmp_path, target):
+def test_a_recipe_that_is_not_plain_yaml_is_refused(tmp_path, target):
     source = layouts.automodel(tmp_path / "draft")
     (source / "config.yaml").write_text("a: !!python/object/apply:os.mkdir [" + str(tmp_path / "touched") + "]\n")
     assert "config.yaml: not plain YAML" in refusal(lambda: read_foreign(source, target))
@@ -457,23 +457,23 @@ def test_a_recipe_that_is_no_plain_yaml(tmp_path, target):
 KNOWN = "nemo_speculative, speculators (vLLM), NeMo AutoModel, SpecForge, EAGLE (SafeAILab)"
 
 
-def test_what_is_no_draft_is_refused_with_what_was_found_and_what_is_known(target_dir):
-    message = refusal(lambda: detect(target_dir))
+def test_an_unknown_format_is_refused_with_its_contents_and_the_known_formats(target_dir):
+    message = refusal(lambda: detect_format(target_dir))
     assert message == (
         f"{target_dir}: no known draft: architectures is ['LlamaForCausalLM'], with lm_head.weight, "
         f"model.embed_tokens.weight, model.layers.0.input_layernorm.weight; expected one of {KNOWN}"
     )
 
 
-def test_a_directory_without_a_draft(tmp_path):
-    message = refusal(lambda: detect(tmp_path))
+def test_a_directory_without_a_draft_is_refused(tmp_path):
+    message = refusal(lambda: detect_format(tmp_path))
     assert message.startswith(f"{tmp_path} holds no draft; expected config.json and one of model.safetensors")
     assert (
-        refusal(lambda: detect(tmp_path / "no"))
+        refusal(lambda: detect_format(tmp_path / "no"))
         == f"{tmp_path / 'no'} does not exist; expected the directory of a draft"
     )
 
 
-def test_automodels_shards_alone_are_named_as_what_they_are(tmp_path):
+def test_automodels_training_shards_are_refused_by_name(tmp_path):
     (tmp_path / "epoch_0_step_5/model/.hf_metadata").mkdir(parents=True)
-    assert "holds NeMo AutoModel's shards only" in refusal(lambda: detect(tmp_path / "epoch_0_step_5"))
+    assert "holds NeMo AutoModel's shards only" in refusal(lambda: detect_format(tmp_path / "epoch_0_step_5"))
