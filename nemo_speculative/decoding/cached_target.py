@@ -1,4 +1,4 @@
-"""The target while decoding: it reads a prompt once, verifies trees, and keeps what was accepted."""
+"""The target during decoding: reads each prompt once, verifies trees, and keeps the accepted tokens in its cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from nemo_speculative.utils.errors import UserError
 
 @dataclass(frozen=True)
 class States:
-    """What the target computed for B sequences, ``counts[b]`` positions of row b; behind them lies anything."""
+    """The target's hidden states for B sequences: ``counts[b]`` positions of row b, followed by arbitrary values."""
 
     aux_hidden_states: torch.Tensor
     """[B, n, A * h]."""
@@ -29,7 +29,7 @@ class States:
         return last_of(self.last_hidden_state, self.counts)
 
     def at(self, paths: Sequence[Sequence[int]]) -> "States":
-        """The positions ``paths`` of each row."""
+        """The states at the positions ``paths`` of each row."""
         counts = [len(path) for path in paths]
         longest = max(counts)
         if all(path[-1] < n for path, n in zip(paths, counts, strict=True)):
@@ -39,26 +39,26 @@ class States:
         return States(self.aux_hidden_states[rows, index], self.last_hidden_state[rows, index], counts)
 
     def select(self, rows: Sequence[int]) -> "States":
-        """The sequences ``rows``, in this order."""
+        """The states of the sequences ``rows``, in this order."""
         index = list(rows)
         return States(self.aux_hidden_states[index], self.last_hidden_state[index], [self.counts[row] for row in index])
 
 
 def pad_rows(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Rows of one length: zeros behind the shorter ones, which nothing sees."""
+    """The rows padded at the end to one length, with zeros that are never attended to."""
     return [[*row, *[0] * (length - len(row))] for row in rows]
 
 
 def last_of(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Each row's last entry: [B, n, h], row b holding ``counts[b]`` → [B, 1, h]."""
+    """Each row's last entry: [B, n, h], of which row b uses the first ``counts[b]`` → [B, 1, h]."""
     if min(counts) == x.shape[1]:
         return x[:, -1:]
-    at = torch.tensor(counts, device=x.device)[:, None, None] - 1
-    return x.gather(1, at.expand(-1, -1, x.shape[-1]))
+    index = torch.tensor(counts, device=x.device)[:, None, None] - 1
+    return x.gather(1, index.expand(-1, -1, x.shape[-1]))
 
 
-class _Rows(Cache):
-    """A :class:`KVCache` behind the interface that transformers' models write to."""
+class _TransformersCache(Cache):
+    """A :class:`KVCache` with the interface that transformers' models write to."""
 
     def __init__(self, kv: KVCache) -> None:
         super().__init__(layers=[])
@@ -77,7 +77,7 @@ class _Rows(Cache):
 
 
 class CachedTarget:
-    """A target and what it remembers of B sequences.
+    """A target with a key-value cache of B sequences.
 
     Raises:
         UserError: the model cannot verify trees.
@@ -87,7 +87,7 @@ class CachedTarget:
         _check_trees(target)
         self.target, self.context = target, target.config.max_position_embeddings
         self._kv = KVCache(batch_size)
-        self._cache = _Rows(self._kv)
+        self._cache = _TransformersCache(self._kv)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
         """Reads the prompts, which may differ in length."""
@@ -98,31 +98,32 @@ class CachedTarget:
         return States(aux, hidden, counts)
 
     def read(self, tree: Trees) -> States:
-        """Every node of the trees; nothing is kept yet."""
-        n = tree.tokens.shape[1]
+        """The states at every node of the trees; the cache keeps nothing until :meth:`keep`."""
+        device, n = self.target.device, tree.tokens.shape[1]
+        tokens, depths = tree.tokens.to(device), tree.depths.to(device)
         if self._kv.ragged:
-            positions = torch.tensor(self._kv.lengths, device=tree.tokens.device)[:, None] + tree.depths
+            positions = torch.tensor(self._kv.lengths, device=device)[:, None] + depths
         else:
-            positions = (tree.depths + self._kv.longest).expand_as(tree.tokens)
-        if self._kv.longest + tree.levels >= self.context:  # only nodes that are out of reach
+            positions = (depths + self._kv.longest).expand_as(tokens)
+        if self._kv.longest + tree.levels >= self.context:  # only nodes that were cut off
             positions = positions.clamp(max=self.context - 1)
         ancestors = tree.ancestors
         if ancestors is None and self._kv.ragged:
-            ancestors = torch.ones(1, n, n, dtype=torch.bool, device=tree.tokens.device).tril()
+            ancestors = torch.ones(1, n, n, dtype=torch.bool, device=device).tril()
         visible = None if ancestors is None else self._kv.visible(ancestors)
-        aux, hidden = self.target.forward(tree.tokens, positions, self._cache, visible)
-        return States(aux, hidden, [n] * len(tree.tokens))
+        aux, hidden = self.target.forward(tokens, positions, self._cache, visible)
+        return States(aux, hidden, [n] * len(tokens))
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """The accepted nodes of each row, as if they alone had been read."""
+        """Keeps the accepted nodes of each row, as if only they had been read."""
         self._kv.keep(paths)
 
     def select(self, rows: Sequence[int]) -> None:
-        """The other sequences are done."""
+        """Keeps the sequences ``rows``, in this order."""
         self._kv.select(rows)
 
     def join(self, other: "CachedTarget") -> None:
-        """Takes over the sequences of ``other``, of the same target, behind its own."""
+        """Appends the sequences of ``other``, which has the same target."""
         self._kv.join(other._kv)
 
 
@@ -131,7 +132,11 @@ _CHECKED: WeakSet[HFTarget] = WeakSet()
 
 @torch.no_grad()
 def _check_trees(target: HFTarget) -> None:
-    """A path through a tree must be to the model what the sequence is; one that keeps a running state, e.g., fails."""
+    """Checks that a path of a tree gets the same states as the sequence; a model with a recurrent state, e.g., fails.
+
+    Raises:
+        UserError: it does not.
+    """
     if target in _CHECKED:
         return
     _CHECKED.add(target)
@@ -140,12 +145,13 @@ def _check_trees(target: HFTarget) -> None:
         torch.tensor([ids[4:]], device=target.device), torch.tensor([[-1, 0, 0, 2]], device=target.device), levels=2
     )
     path = [0, 2, 3]
-    whole = target.forward(torch.tensor([[*ids[:4], *(ids[4 + i] for i in path)]], device=target.device))[1][:, 4:]
+    sequence = torch.tensor([[*ids[:4], *(ids[4 + i] for i in path)]], device=target.device)
+    expected = target.forward(sequence)[1][:, 4:]
     try:
         cached = CachedTarget(target, 1)
         cached.prefill([ids[:4]])
-        found = cached.read(tree).at([path]).last_hidden_state
-        same = torch.allclose(found.float(), whole.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
+        states = cached.read(tree).at([path]).last_hidden_state
+        same = torch.allclose(states.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
         same = False
     if not same:

@@ -1,4 +1,4 @@
-"""Who proposes draft tokens: a draft of the EAGLE family, n-grams of the text so far, or nobody."""
+"""Drafters, which propose draft tokens: a draft of the EAGLE family, n-grams of the text so far, or none."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -17,19 +17,19 @@ from nemo_speculative.utils.errors import UserError
 
 
 class Drafting(Protocol):
-    """The drafting for one batch of sequences."""
+    """A drafter's state for one batch of sequences."""
 
     def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
-        """Trees behind ``sequences``.
+        """Trees of draft tokens that continue ``sequences``.
 
         Args:
-            sequences: each whole; the target has not read its last token.
-            verified: the target's states at the positions of each that were verified since the last call.
+            sequences: All tokens of each sequence; the target has not read the last one yet.
+            verified: The target's states at each sequence's positions that were verified since the last call.
         """
         ...
 
     def select(self, rows: Sequence[int]) -> None:
-        """The other sequences are done."""
+        """Keeps the sequences ``rows``, in this order."""
         ...
 
 
@@ -37,47 +37,48 @@ class Drafter(Protocol):
     """Starts the drafting for a batch of sequences."""
 
     def start(self, batch_size: int, verifier: Verifier) -> Drafting:
-        """``verifier`` says how draft tokens are chosen: the one that verifies them.
+        """The drafting state of a new batch.
+
+        Args:
+            verifier: Chooses the draft tokens, and verifies them later.
 
         Raises:
-            UserError: this drafter cannot draft for it.
+            UserError: this drafter does not support the verifier.
         """
         ...
 
 
-class _Stateless:
-    """Drafts from the sequences alone, which are given whole each time."""
+class StatelessDrafter:
+    """A drafter that needs only the tokens of the sequences; its trees are on the CPU."""
 
     def start(self, batch_size: int, verifier: Verifier) -> Any:
         return self
 
     def select(self, rows: Sequence[int]) -> None:
-        """Nothing to forget."""
+        """Does nothing: there is no state."""
 
 
-class NoDrafter(_Stateless):
-    """Plain decoding."""
+class NoDrafter(StatelessDrafter):
+    """Plain decoding without draft tokens."""
 
-    def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
-        return chains(torch.tensor([tokens[-1:] for tokens in sequences], device=verified.aux_hidden_states.device))
+    def propose(self, sequences: Sequence[list[int]], verified: object = None) -> Trees:
+        return chains(torch.tensor([tokens[-1:] for tokens in sequences]))
 
 
-class NgramDrafter(_Stateless):
-    """Prompt lookup: what followed the latest earlier occurrence of the last n tokens, for the largest n found."""
+class NgramDrafter(StatelessDrafter):
+    """Prompt lookup: the tokens after the latest earlier occurrence of the last n tokens, for the largest n found."""
 
     def __init__(self, num_steps: int, max_ngram: int = 3):
         self.num_steps, self.max_ngram = num_steps, max_ngram
 
-    def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
-        found = [self.lookup(tokens) for tokens in sequences]
-        lengths = [len(x) for x in found]
-        rows = [[tokens[-1], *x] for tokens, x in zip(sequences, found, strict=True)]
-        return chains(torch.tensor(pad_rows(rows, max(lengths) + 1), device=verified.aux_hidden_states.device)).cut(
-            lengths
-        )
+    def propose(self, sequences: Sequence[list[int]], verified: object = None) -> Trees:
+        proposals = [self.lookup(tokens) for tokens in sequences]
+        lengths = [len(proposal) for proposal in proposals]
+        rows = [[tokens[-1], *proposal] for tokens, proposal in zip(sequences, proposals, strict=True)]
+        return chains(torch.tensor(pad_rows(rows, max(lengths) + 1))).cut(lengths)
 
     def lookup(self, tokens: Sequence[int]) -> list[int]:
-        """Draft tokens behind ``tokens``; none where nothing recurs."""
+        """Draft tokens that continue ``tokens``; empty if no n-gram recurs."""
         for n in range(min(self.max_ngram, len(tokens) - 1), 0, -1):
             tail = tokens[-n:]
             for start in range(len(tokens) - n - 1, -1, -1):

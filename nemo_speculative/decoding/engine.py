@@ -1,23 +1,23 @@
-"""Speculative decoding: draft, verify, emit; the caches keep what was accepted."""
+"""Batched speculative decoding: draft, verify, emit; the caches keep what was accepted."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from nemo_speculative.decoding.cached_target import CachedTarget
-from nemo_speculative.decoding.drafters import Drafter
+from nemo_speculative.decoding.drafters import Drafter, StatelessDrafter
 from nemo_speculative.decoding.verify import Greedy, Verifier
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 
 
 class Emission(NamedTuple):
-    """What a prefill or a verification added to one answer."""
+    """Tokens that a prefill or a verification added to one answer."""
 
     sequence: int
-    """Which prompt's."""
+    """Index of the prompt."""
     tokens: list[int]
     finished: bool
     """Whether the last of them is a stop token."""
@@ -25,45 +25,125 @@ class Emission(NamedTuple):
 
 @dataclass
 class Generation:
-    """An answer and how it came about."""
+    """An answer, and the number of tokens that each verification added to it."""
 
     tokens: list[int] = field(default_factory=list)
-    """The answer, its stop token included where it reached one."""
+    """The answer, including the stop token if it reached one."""
     emitted: list[int] = field(default_factory=list)
-    """Tokens that each verification emitted; the first token of the answer came from the prefill."""
+    """Tokens emitted by each verification; the answer's first token came from the prefill."""
     finished: bool = False
     """Whether it ended with a stop token rather than at the length limit."""
 
     def add(self, emission: Emission) -> None:
-        """Appends what came next."""
+        """Appends the next tokens."""
         if self.tokens:
             self.emitted.append(len(emission.tokens))
         self.tokens += emission.tokens
         self.finished = emission.finished
 
 
-class _Row:
-    """A prompt and the answer behind it, to which ``room`` tokens can still be added."""
+class Row:
+    """A sequence of a :class:`Batch`: a prompt and its answer, at most ``max_new_tokens`` long."""
 
-    def __init__(self, number: int, prompt: Sequence[int], room: int):
-        self.number, self.tokens, self.room, self.finished = number, list(prompt), room, False
+    def __init__(self, prompt: Sequence[int], max_new_tokens: int, number: int = 0):
+        self.number, self.tokens, self.num_prompt_tokens = number, list(prompt), len(prompt)
+        self.remaining, self.stopped = max_new_tokens, False
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
 
     @property
     def done(self) -> bool:
-        return self.finished or not self.room
+        """Whether the answer reached a stop token or its length limit."""
+        return self.stopped or not self.remaining
 
-    def emit(self, new: Sequence[int], stop_ids: Collection[int]) -> Emission:
-        """Adds ``new`` up to a stop token, included, or the end of the room."""
+    def extend(self, new: Sequence[int], stop_ids: Collection[int]) -> Emission:
+        """Appends ``new`` up to and including a stop token, or up to the length limit."""
         stop = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
-        kept = list(new[: min(stop + 1, self.room)])
-        self.finished = stop < len(kept)
-        self.room -= len(kept)
-        self.tokens += kept
-        return Emission(self.number, kept, self.finished)
+        tokens = list(new[: min(stop + 1, self.remaining)])
+        self.stopped = stop < len(tokens)
+        self.remaining -= len(tokens)
+        self.tokens += tokens
+        return Emission(self.number, tokens, self.stopped)
+
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+class Batch(Generic[RowT]):
+    """Sequences that are decoded together.
+
+    Finished rows stay in the batch, and are computed for nothing, until :meth:`release`: the caller decides when
+    copying the caches is worth it.  Rows can join at any time if the drafter is stateless.
+
+    Args:
+        verifier_of: The verifier for the given rows; it may depend on them, e.g. on a seed of each.
+    """
+
+    def __init__(
+        self, target: HFTarget, drafter: Drafter, verifier_of: Callable[[Sequence[RowT]], Verifier],
+        stop_ids: Collection[int],
+    ):  # fmt: skip
+        self.target, self.drafter, self.verifier_of, self.stop_ids = target, drafter, verifier_of, stop_ids
+        self.stateful = not isinstance(drafter, StatelessDrafter)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops every row."""
+        self.rows: list[RowT] = []
+        self._model: Any = None
+        self._drafting: Any = None
+        self._states: Any = None
+        """Target states at the positions verified last; None for a stateless drafter, which does not read them."""
+
+    @torch.inference_mode()
+    def admit(self, rows: Sequence[RowT]) -> list[Emission]:
+        """Prefills ``rows``, samples the first token of each answer, and adds them to the batch."""
+        verifier, model = self.verifier_of(rows), CachedTarget(self.target, len(rows))
+        drafting = self.drafter.start(len(rows), verifier)
+        states = model.prefill([row.tokens for row in rows])
+        new = verifier.sample(self.target.logits(states.last())).tolist()
+        emissions = self._extend(rows, new)
+        self.release()
+        if self.rows:
+            assert not self.stateful, "rows join a running batch only if the drafter is stateless"
+            self._model.join(model)
+        else:
+            self._model, self._drafting, self._states = model, drafting, states if self.stateful else None
+        self.rows += rows
+        return emissions
+
+    @torch.inference_mode()
+    def step(self) -> list[Emission]:
+        """Drafts and verifies once: every unfinished row gets at least one token."""
+        trees = self._drafting.propose([row.tokens for row in self.rows], self._states)
+        trees = trees.cut([self._model.context - len(row.tokens) for row in self.rows])
+        states = self._model.read(trees)
+        results = self.verifier_of(self.rows).verify(trees, self.target.logits(states.last_hidden_state))
+        paths = [result.path for result in results]
+        self._model.keep(paths)
+        self._states = states.at(paths) if self.stateful else None
+        return self._extend(self.rows, [result.tokens for result in results])
+
+    @torch.inference_mode()
+    def release(self) -> None:
+        """Removes the finished rows."""
+        active = [i for i, row in enumerate(self.rows) if not row.done]
+        if not active:
+            self.clear()
+        elif len(active) < len(self.rows):
+            self.rows = [self.rows[i] for i in active]
+            self._states = self._states.select(active) if self.stateful else None
+            self._model.select(active)
+            self._drafting.select(active)
+
+    def _extend(self, rows: Sequence[Row], new: Sequence[Sequence[int]]) -> list[Emission]:
+        return [row.extend(tokens, self.stop_ids) for row, tokens in zip(rows, new, strict=True) if not row.done]
 
 
 def generate(target: HFTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
-    """The answers of :func:`stream`, which takes the same ``options``, each as a whole and how it came about."""
+    """The answers of :func:`stream`, which takes the same ``options``, each as a whole."""
     answers = [Generation() for _ in prompts]
     for emission in stream(target, drafter, prompts, **options):
         answers[emission.sequence].add(emission)
@@ -79,22 +159,19 @@ def stream(
     stop_ids: Collection[int] | None = None,
     verifier: Verifier | None = None,
 ) -> Iterator[Emission]:
-    """The target's answers to ``prompts``, all decoded at once, a few tokens of one sequence at a time.
+    """The target's answers to ``prompts``, all decoded together, a few tokens of one sequence at a time.
+
+    With any drafter, greedy answers are those that the target gives without one, and sampled answers have the target's
+    distribution.
 
     Args:
-        max_new_tokens: of an answer; one also ends where the target's context does.
-        stop_ids: what ends an answer; None: the target's own.
-        rule: which draft tokens stay; None: greedy.  Whatever the drafter, greedy answers are those that the target
-            gives alone, and sampled ones have the target's distribution.
+        max_new_tokens: Limit of each answer; an answer also ends where the target's context does.
+        stop_ids: Tokens that end an answer; None: the target's own.
+        verifier: Decides which draft tokens are accepted; None: greedy.
 
     Raises:
-        UserError: no room for a single token, an empty prompt, or a drafter that cannot draft for ``verifier``.
+        UserError: a prompt is empty or leaves no room for a token, or the drafter does not support the verifier.
     """
-    rows = _rows(target, prompts, max_new_tokens)
-    return _decode(target, drafter, rows, target.stop_ids if stop_ids is None else stop_ids, verifier or Greedy())
-
-
-def _rows(target: HFTarget, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[_Row]:
     context = target.config.max_position_embeddings
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}: expected at least 1")
@@ -104,32 +181,17 @@ def _rows(target: HFTarget, prompts: Sequence[Sequence[int]], max_new_tokens: in
                 f"prompt {number} has {len(prompt)} tokens: expected 1 to {context - 1}, so that the target's context "
                 f"of {context} holds it and a token of the answer"
             )
-    return [_Row(i, prompt, min(max_new_tokens, context - len(prompt))) for i, prompt in enumerate(prompts)]
+    rows = [Row(prompt, min(max_new_tokens, context - len(prompt)), i) for i, prompt in enumerate(prompts)]
+    chosen = verifier or Greedy()
+    batch = Batch[Row](target, drafter, lambda _: chosen, target.stop_ids if stop_ids is None else stop_ids)
+    return _decode(batch, rows)
 
 
-@torch.inference_mode()
-def _decode(
-    target: HFTarget, drafter: Drafter, rows: list[_Row], stop_ids: Collection[int], verifier: Verifier
-) -> Iterator[Emission]:
-    if not rows:
-        return
-    model, drafting = CachedTarget(target, len(rows)), drafter.start(len(rows), verifier)
-    states = model.prefill([row.tokens for row in rows])
-    new = verifier.sample(target.logits(states.last())).tolist()
-    while True:
-        for row, tokens in zip(rows, new, strict=True):
-            yield row.emit(tokens, stop_ids)
-        going = [i for i, row in enumerate(rows) if not row.done]
-        if not going:
-            return
-        if len(going) < len(rows):
-            rows, states = [rows[i] for i in going], states.select(going)
-            model.select(going)
-            drafting.select(going)
-        trees = drafting.propose([row.tokens for row in rows], states)
-        trees = trees.cut([model.context - len(row.tokens) for row in rows])
-        states = model.read(trees)
-        results = verifier.verify(trees, target.logits(states.last_hidden_state))
-        paths = [result.path for result in results]
-        model.keep(paths)
-        states, new = states.at(paths), [result.tokens for result in results]
+def _decode(batch: Batch[Row], rows: Sequence[Row]) -> Iterator[Emission]:
+    """Apart from :func:`stream`, so that its errors are raised by the call and not by the first emission."""
+    if rows:
+        yield from batch.admit(rows)
+    batch.release()
+    while batch.rows:
+        yield from batch.step()
+        batch.release()

@@ -5,6 +5,7 @@ only.  Nothing else attaches the distributions that :class:`Rejection` divides b
 """
 
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,16 @@ def _exponential_race(p: torch.Tensor, generator: torch.Generator | None) -> tor
     return p / exponential.clamp_min(torch.finfo(p.dtype).tiny)
 
 
+def inverse_transform(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Inverse transform sampling: [..., V] and float64 [...] in [0, 1) → int64 [...].
+
+    The first token whose cumulative probability exceeds the number, so never a token of probability 0.
+    """
+    cumulative = probabilities.double().cumsum(-1)
+    index = torch.searchsorted(cumulative, uniform[..., None] * cumulative[..., -1:], right=True)[..., 0]
+    return index.clamp(max=probabilities.shape[-1] - 1)
+
+
 class Children(NamedTuple):
     """The children of w nodes of each sequence."""
 
@@ -129,6 +140,8 @@ class _FollowTarget(Verifier):
 
     def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
         sampled = self.sample(logits).tolist()
+        if trees.tokens.shape[1] == 1:  # plain decoding
+            return [Accepted([0], tokens) for tokens in sampled]
         parents = trees.parents.expand_as(trees.tokens).tolist()
         return [_follow(*row) for row in zip(trees.tokens.tolist(), parents, sampled, strict=True)]
 
@@ -158,6 +171,21 @@ class TargetOnly(_FollowTarget):
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         return draw(self.sampling.probabilities(logits), self.generator)
+
+
+@dataclass(frozen=True)
+class SeededSampling(_FollowTarget):
+    """Sampling from the target with one generator per sequence: an answer does not depend on the rest of its batch."""
+
+    sampling: Sampling
+    generators: Sequence[random.Random]
+    """One for each of the B sequences."""
+
+    def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        positions = math.prod(logits.shape[1:-1])
+        uniform = [[generator.random() for _ in range(positions)] for generator in self.generators]
+        numbers = torch.tensor(uniform, dtype=torch.float64, device=logits.device).view(logits.shape[:-1])
+        return inverse_transform(self.sampling.probabilities(logits), numbers)
 
 
 @dataclass(frozen=True)

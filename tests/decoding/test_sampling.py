@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nemo_speculative.decoding.verify import Sampling, draw, draw_distinct
+from nemo_speculative.decoding.verify import Sampling, draw, draw_distinct, inverse_transform
 from nemo_speculative.utils.errors import UserError
 from tests.decoding.statistics import chi_square_p
 
@@ -77,3 +77,18 @@ def test_tokens_without_probability_come_last():
     p = torch.tensor([0.0, 0.5, 0.0, 0.5]).expand(100, -1)
     drawn = draw_distinct(p, 4, torch.Generator().manual_seed(0))
     assert set(drawn[:, :2].flatten().tolist()) == {1, 3} and set(drawn[:, 2:].flatten().tolist()) == {0, 2}
+
+
+def test_inverse_transform_draws_as_often_as_is_probable():
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = inverse_transform(p.expand(1000, -1), grid)
+    assert torch.bincount(drawn, minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_a_token_without_probability_is_never_drawn(uniform):
+    p = torch.rand(20, 151_000).softmax(-1)
+    p[:, :7] = p[:, -9:] = 0
+    drawn = inverse_transform(p, torch.full((20,), uniform, dtype=torch.float64))
+    assert (p[torch.arange(20), drawn] > 0).all()

@@ -1,28 +1,12 @@
 import asyncio
 
-import pytest
 import torch
 
 from nemo_speculative.algorithms.common.kv_cache import KVCache
 from nemo_speculative.decoding.verify import Sampling
-from nemo_speculative.generate_data.decoder import Decoder, inverse_transform
+from nemo_speculative.generate_data.decoder import Decoder
 from nemo_speculative.generate_data.rollout import Request
 from nemo_speculative.utils.errors import UserError
-
-
-def test_inverse_transform_draws_as_often_as_is_probable():
-    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
-    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    drawn = inverse_transform(p.expand(1000, -1), grid)
-    assert torch.bincount(drawn, minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_a_token_without_probability_is_never_drawn(uniform):
-    p = torch.rand(20, 151_000).softmax(-1)
-    p[:, :7] = p[:, -9:] = 0
-    drawn = inverse_transform(p, torch.full((20,), uniform, dtype=torch.float64))
-    assert (p[torch.arange(20), drawn] > 0).all()
 
 
 def test_sampled_tokens_have_the_targets_distribution(target):
