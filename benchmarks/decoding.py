@@ -63,7 +63,7 @@ def make_ways(run: Path) -> dict[str, Way]:
         "dynamic tree 5-4-16": DynamicTree(5, 4, 16),
         "EAGLE-1's static tree": StaticTree(),
     }
-    drafters: dict[str, Drafter] = {name: EagleDrafter(draft, target, growth) for name, growth in trees.items()}
+    drafters: dict[str, Drafter] = {name: EagleDrafter(draft, target, tree) for name, tree in trees.items()}
     ours = {**drafters, "n-gram": NgramDrafter(settings.num_steps), "plain": NoDrafter()}
     return {
         REFERENCE: lambda question: reference(target, question, "static"),

@@ -1,10 +1,10 @@
-"""Measure a checkpoint on a real SGLang server: acceptance, speed and accuracy, beside the target without a draft.
+"""Measure a checkpoint on a real SGLang server: acceptance, speed and accuracy, compared with the target alone.
 
-python recipes/benchmark.py checkpoint=RUN suite=mt_bench                              the settings it remembers
+python recipes/benchmark.py checkpoint=RUN suite=mt_bench                              with its own settings
 python recipes/benchmark.py checkpoint=RUN suite=gsm8k "sweep=[[3,1],[5,1],[5,4,16]]"  several, compared
-python recipes/benchmark.py url=http://HOST:PORT suite=jsonl suite.path=FILE           a server that runs already
+python recipes/benchmark.py url=http://HOST:PORT suite=jsonl suite.path=FILE           a running server
 
-What was measured is not measured again: the same command goes on where it was interrupted.
+The same command resumes where it was interrupted: nothing is measured twice.
 """
 
 from pathlib import Path
@@ -15,21 +15,20 @@ from nemo_speculative.config.schema import BenchmarkJob
 
 @recipe("benchmark")
 def main(job: BenchmarkJob) -> None:
-    from nemo_speculative.evaluation.server_benchmark.heatmap import heat_map
+    from nemo_speculative.evaluation.server_benchmark.report import best, heat_map, table
     from nemo_speculative.evaluation.server_benchmark.run import Benchmark, require_success, write_back
-    from nemo_speculative.evaluation.server_benchmark.table import best, table
 
     benchmark, results = Benchmark.of(job), Path(job.results)
     try:
         benchmark.run()
     finally:  # Ctrl-C included
-        measured = benchmark.comparable
-        (results / "table.md").write_text(table(measured) + "\n")
-        (results / "heatmap.svg").write_text(heat_map(measured))
-        print(table(measured))
+        comparable = benchmark.comparable
+        (results / "table.md").write_text(table(comparable) + "\n")
+        (results / "heatmap.svg").write_text(heat_map(comparable))
+        print(table(comparable))
     require_success(benchmark)
     if job.write_back:
-        write_back(benchmark, best(measured, job.write_back, job.temperature[0]))
+        write_back(benchmark, best(comparable, job.write_back, job.temperature[0]))
 
 
 if __name__ == "__main__":

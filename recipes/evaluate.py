@@ -1,4 +1,4 @@
-"""Measure a draft checkpoint with the built-in lossless decoder, beside plain decoding and n-gram drafting.
+"""Evaluate a draft checkpoint with the built-in lossless decoder, next to plain decoding and n-gram drafting.
 
 python recipes/evaluate.py checkpoint=outputs/tiny-eagle3          on the held-out questions of its run
 python recipes/evaluate.py checkpoint=RUN questions=FILE           on your own
@@ -12,8 +12,8 @@ from nemo_speculative.config.schema import EvaluateJob
 
 @recipe("evaluate")
 def main(job: EvaluateJob) -> None:
+    from nemo_speculative.evaluation.acceptance import describe
     from nemo_speculative.evaluation.checkpoint import evaluate_checkpoint
-    from nemo_speculative.evaluation.report import describe
 
     evaluation = evaluate_checkpoint(job)
     print(describe(evaluation))

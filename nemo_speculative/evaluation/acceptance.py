@@ -1,8 +1,8 @@
-"""Acceptance length and speed of a draft on held-out questions, beside plain decoding and n-gram drafting."""
+"""Acceptance length and speed of a draft on held-out questions, compared with plain decoding and n-gram drafting."""
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,20 +10,27 @@ import torch
 
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.config.schema import EvaluationConfig
-from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
 from nemo_speculative.data.chat_template import prompt_ids
 from nemo_speculative.data.conversation import Conversation, TokenRow
 from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.engine import Generation, generate
-from nemo_speculative.decoding.tree_builder import StaticTree, TreeBuilder, tree_builder_for
+from nemo_speculative.decoding.tau import acceptance_length, acceptance_per_position
+from nemo_speculative.decoding.tree_builder import DynamicTree, StaticTree, TreeBuilder, tree_builder_for
 from nemo_speculative.decoding.verify import Sampling, Verifier, verifier_for
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.progress import Progress
 
+WARMUP_TOKENS = 16
+TREE_SIZES = (8, 12, 16, 24, 32, 48, 64)
+"""Candidates for the number of tokens that are verified at once."""
+
+Prompts = Sequence[Sequence[int]]
+
 
 @dataclass
 class Measured:
-    """What one way of drafting did on all questions."""
+    """The answers of one drafter to all questions, and the seconds they took."""
 
     generations: list[Generation] = field(default_factory=list)
     seconds: float = 0.0
@@ -31,13 +38,12 @@ class Measured:
     @property
     def tau(self) -> float:
         """Acceptance length: tokens emitted per verification, bonus token included."""
-        return _tau(self.generations)
+        return _tau(self.generations) or 0.0
 
     @property
     def tau_finished(self) -> float | None:
-        """The same over answers that ended with a stop token (an endless loop is easy to draft); None without any."""
-        finished = [g for g in self.generations if g.finished and g.emitted]
-        return _tau(finished) if finished else None
+        """τ of the answers that ended with a stop token (an endless loop is easy to draft); None without any."""
+        return _tau([g for g in self.generations if g.finished])
 
     @property
     def tokens_per_second(self) -> float:
@@ -45,18 +51,19 @@ class Measured:
 
     def acceptance_per_position(self, num_steps: int) -> list[float]:
         """Share of the verifications that accepted a draft token at depth i + 1; τ = 1 + their sum."""
-        emitted = [n for g in self.generations for n in g.emitted]
-        return [sum(n > i + 1 for n in emitted) / max(len(emitted), 1) for i in range(num_steps)]
+        histogram = [0] * (num_steps + 1)
+        for emitted in (n for g in self.generations for n in g.emitted):
+            histogram[min(emitted - 1, num_steps)] += 1
+        return acceptance_per_position(histogram) or [0.0] * num_steps
 
 
-def _tau(generations: Sequence[Generation]) -> float:
-    verifications = sum(len(g.emitted) for g in generations)
-    return sum(sum(g.emitted) for g in generations) / max(verifications, 1)
+def _tau(generations: Sequence[Generation]) -> float | None:
+    return acceptance_length(sum(sum(g.emitted) for g in generations), sum(len(g.emitted) for g in generations))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A draft beside its baselines on the same questions."""
+    """A draft and its baselines on the same questions."""
 
     draft: Measured
     plain: Measured
@@ -65,7 +72,7 @@ class Evaluation:
     sampled: bool = False
     """Whether the answers were sampled, at a temperature above 0."""
     conditions: str = ""
-    """How it was measured, for the reader."""
+    """Sampling, tree and batch size, for the report."""
 
     FIGURES = (
         "tau",
@@ -75,12 +82,7 @@ class Evaluation:
         "baseline_tokens_per_second",
         "lossless",
     )
-    """The names in ``summary.json`` that other programs may rely on."""
-
-    @property
-    def num_steps(self) -> int:
-        """Depth of the deepest draft tokens."""
-        return self.settings.num_steps
+    """The keys of ``summary.json`` that other programs may rely on."""
 
     @property
     def lossless(self) -> bool | None:
@@ -88,19 +90,19 @@ class Evaluation:
 
         None for sampled answers, which differ by chance.
         """
-        return None if self.sampled else self.identical == len(self.plain.generations)
+        return None if self.sampled else self.num_identical == len(self.plain.generations)
 
     @property
-    def identical(self) -> int:
-        """Questions answered identically with and without the draft."""
+    def num_identical(self) -> int:
+        """Number of questions with identical answers with and without the draft."""
         return sum(d.tokens == p.tokens for d, p in zip(self.draft.generations, self.plain.generations, strict=True))
 
     def summary(self) -> dict[str, object]:
-        """The figures of ``summary.json``."""
+        """The values of ``summary.json``."""
         return {
             "tau": self.draft.tau,
             "tau_finished": self.draft.tau_finished,
-            "acceptance_per_position": self.draft.acceptance_per_position(self.num_steps),
+            "acceptance_per_position": self.draft.acceptance_per_position(self.settings.num_steps),
             "ngram_tau": self.ngram.tau,
             "ngram_tau_finished": self.ngram.tau_finished,
             "tokens_per_second": self.draft.tokens_per_second,
@@ -111,6 +113,89 @@ class Evaluation:
             "questions": len(self.draft.generations),
             "finished_answers": sum(g.finished for g in self.plain.generations),
         }
+
+
+def evaluate_draft(
+    target: HFTarget, draft: Draft, prompts: Prompts, settings: SpeculativeSettings, config: EvaluationConfig
+) -> Evaluation:
+    """Answers every prompt with the draft, with n-grams and without drafting.
+
+    Raises:
+        UserError: ``settings`` make no tree, or one that is not lossless with the sampling of ``config``.
+    """
+    settings, tree_builder = _tree_of(settings, config)
+    drafters: dict[str, Drafter] = {
+        "plain": NoDrafter(),
+        "ngram": NgramDrafter(settings.num_steps, config.ngram),
+        "draft": EagleDrafter(draft, target, tree_builder),
+    }
+    progress = Progress("measuring", len(prompts))
+    measured = {name: Measured() for name in drafters}
+    for batch in _measure(target, drafters, measured, prompts, config, config.batch_size, _verifier(config, target)):
+        progress.advance(lambda: f"tau {measured['draft'].tau:.2f}", len(batch))
+    progress.close()
+    conditions = _conditions(settings, config)
+    return Evaluation(**measured, settings=settings, sampled=config.temperature > 0, conditions=conditions)
+
+
+def measure_tau(
+    target: HFTarget, draft: Draft, prompts: Prompts, settings: SpeculativeSettings, config: EvaluationConfig
+) -> float:
+    """τ of the draft alone, by which a run chooses its best checkpoint."""
+    drafter, verifier = EagleDrafter(draft, target, _tree_of(settings, config)[1]), _verifier(config, target)
+    measured = Measured()
+    with cpu_threads(config.num_threads):
+        for batch in _batches(prompts, config.batch_size):
+            measured.generations += generate(
+                target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier
+            )
+    return measured.tau
+
+
+def measure_widths(
+    target: HFTarget, draft: Draft, prompts: Prompts, num_steps: int, topk: int, config: EvaluationConfig
+) -> dict[SpeculativeSettings, Measured]:
+    """Measures dynamic trees of several sizes (EAGLE-2's ``total_tokens``), greedily, one question at a time.
+
+    A larger tree has more of its tokens accepted, but each verification costs more.
+    """
+    largest = largest_tree(num_steps, topk)
+    sizes = sorted({min(size, largest) for size in TREE_SIZES if size > topk})
+    widths = {SpeculativeSettings(num_steps, topk, size): Measured() for size in sizes}
+    drafters = {
+        settings: EagleDrafter(draft, target, DynamicTree(num_steps, topk, settings.num_draft_tokens))
+        for settings in widths
+    }
+    for _ in _measure(target, drafters, widths, prompts, config, batch_size=1, verifier=None):
+        pass
+    return widths
+
+
+def cheapest(widths: Mapping[SpeculativeSettings, Measured]) -> SpeculativeSettings:
+    """The settings with the fewest seconds per token."""
+    return max(widths, key=lambda settings: widths[settings].tokens_per_second)
+
+
+def _measure(
+    target: HFTarget, drafters: Mapping[Any, Drafter], measured: Mapping[Any, Measured], prompts: Prompts,
+    config: EvaluationConfig, batch_size: int, verifier: Verifier | None,
+) -> Iterator[Prompts]:  # fmt: skip
+    """Adds to ``measured`` the answers of every drafter to each batch, which is yielded then.
+
+    The drafters take turns on every batch, so that noise of the machine affects all of them alike.
+    """
+    batches = _batches(prompts, batch_size)
+    with cpu_threads(config.num_threads):
+        for drafter in drafters.values():  # the first call allocates memory
+            tokens = min(WARMUP_TOKENS, config.answer_tokens)
+            generate(target, drafter, batches[0], max_new_tokens=tokens, verifier=verifier)
+        for batch in batches:
+            for name, drafter in drafters.items():
+                started = time.perf_counter()
+                answers = generate(target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier)
+                measured[name].seconds += time.perf_counter() - started
+                measured[name].generations += answers
+            yield batch
 
 
 @contextlib.contextmanager
@@ -124,77 +209,12 @@ def cpu_threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def evaluate_draft(
-    target: HFTarget,
-    draft: Draft,
-    prompts: Sequence[Sequence[int]],
-    settings: SpeculativeSettings,
-    config: EvaluationConfig,
-) -> Evaluation:
-    """Answers every prompt three times, one way after the other, so that a noisy machine hits all alike.
-
-    Raises:
-        UserError: ``settings`` make no tree, or none that is lossless with the sampling that ``config`` asks for.
-    """
-    settings, tree_builder = _tree_settings(settings, config)
-    ways: dict[str, Drafter] = {
-        "plain": NoDrafter(),
-        "ngram": NgramDrafter(settings.num_steps, config.ngram),
-        "draft": EagleDrafter(draft, target, tree_builder),
-    }
-    measured, verifier = {name: Measured() for name in ways}, _verifier(config, target)
-    batches, progress = _batches(prompts, config.batch_size), Progress("measuring", len(prompts))
-    with cpu_threads(config.num_threads):
-        for drafter in ways.values():  # warm-up: the first call allocates
-            generate(target, drafter, batches[0], max_new_tokens=min(16, config.answer_tokens), verifier=verifier)
-        for batch in batches:
-            for name, drafter in ways.items():
-                started = time.perf_counter()
-                answers = generate(target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier)
-                measured[name].seconds += time.perf_counter() - started
-                measured[name].generations += answers
-            progress.advance(lambda: f"tau {measured['draft'].tau:.2f}", len(batch))
-    progress.close()
-    grown = "EAGLE-1's static tree" if config.static_tree else str(settings)
-    conditions = f"{_how(config)}, {grown}, {_at_once(config.batch_size)}"
-    return Evaluation(**measured, settings=settings, sampled=config.temperature > 0, conditions=conditions)
-
-
-def _how(config: EvaluationConfig) -> str:
-    if config.temperature == 0:
-        return "greedy"
-    rule = "rejection sampling" if config.rejection_sampling else "the target's samples"
-    return f"temperature {config.temperature:g} ({rule})"
-
-
-def _tree_settings(settings: SpeculativeSettings, config: EvaluationConfig) -> tuple[SpeculativeSettings, TreeBuilder]:
-    """The settings that describe what is measured, and the way to grow it."""
+def _tree_of(settings: SpeculativeSettings, config: EvaluationConfig) -> tuple[SpeculativeSettings, TreeBuilder]:
+    """The tree builder of an evaluation, and the settings that describe its trees."""
     if not config.static_tree:
         return settings, tree_builder_for(settings)
     tree = StaticTree()
     return SpeculativeSettings(max(map(len, tree.paths)), tree.max_children, len(tree.paths) + 1), tree
-
-
-def _at_once(batch_size: int) -> str:
-    return "one sequence at a time" if batch_size == 1 else f"{batch_size} sequences at a time"
-
-
-def measure_tau(
-    target: HFTarget,
-    draft: Draft,
-    prompts: Sequence[Sequence[int]],
-    settings: SpeculativeSettings,
-    config: EvaluationConfig,
-) -> float:
-    """τ of the draft alone: the figure by which a run chooses its best checkpoint."""
-    drafter, verifier = EagleDrafter(draft, target, _tree_settings(settings, config)[1]), _verifier(config, target)
-    measured = Measured()
-    with cpu_threads(config.num_threads):
-        for batch in _batches(prompts, config.batch_size):
-            measured.generations += generate(
-                target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier
-            )
-    return measured.tau
 
 
 def _verifier(config: EvaluationConfig, target: HFTarget) -> Verifier:
@@ -202,20 +222,60 @@ def _verifier(config: EvaluationConfig, target: HFTarget) -> Verifier:
     return verifier_for(sampling, config.rejection_sampling, torch.Generator(target.device).manual_seed(config.seed))
 
 
-def _batches(prompts: Sequence[Sequence[int]], size: int) -> list[Sequence[Sequence[int]]]:
+def _batches(prompts: Prompts, size: int) -> list[Prompts]:
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
 def prompt_of(row: Conversation | TokenRow, tokenizer: Any) -> list[int]:
-    """The ids after which the first answer begins: of a conversation, or up to the first supervised token."""
+    """The token ids before the first answer: of a conversation, or up to the first supervised token."""
     if isinstance(row, TokenRow):
         return row.input_ids[: row.loss_mask.index(True)] if True in row.loss_mask else list(row.input_ids)
     roles = [m["role"] for m in row.messages]
-    asked = row.messages[: roles.index("assistant")] if "assistant" in roles else row.messages
-    return prompt_ids(tokenizer, asked, row.origin) if asked else []
+    question = row.messages[: roles.index("assistant")] if "assistant" in roles else row.messages
+    return prompt_ids(tokenizer, question, row.origin) if question else []
 
 
 def question_prompts(rows: Sequence[TokenRow], limit: int, max_prompt: int) -> list[list[int]]:
-    """The prompts of the first ``limit`` rows that have one of at most ``max_prompt`` tokens."""
+    """The prompts of the first ``limit`` rows whose prompt has 1 to ``max_prompt`` tokens."""
     prompts = (row.input_ids[: row.loss_mask.index(True)] for row in rows)
     return [p for p in prompts if 0 < len(p) <= max_prompt][:limit]
+
+
+def _conditions(settings: SpeculativeSettings, config: EvaluationConfig) -> str:
+    method = "rejection sampling" if config.rejection_sampling else "the target's samples"
+    sampling = f"temperature {config.temperature:g} ({method})" if config.temperature else "greedy"
+    tree = "EAGLE-1's static tree" if config.static_tree else str(settings)
+    size = "one sequence" if config.batch_size == 1 else f"{config.batch_size} sequences"
+    return f"{sampling}, {tree}, {size} at a time"
+
+
+def describe(evaluation: Evaluation) -> str:
+    """A table of the draft, n-gram drafting and plain decoding on the same questions."""
+    plain, total = evaluation.plain, len(evaluation.plain.generations)
+    lines = [
+        f"measured on {total} held-out questions, {evaluation.conditions}",
+        f"  {'':14}{'tau':>6}{'tau, finished':>15}{'tokens/s':>10}{'speed-up':>10}   accepted at draft position",
+    ]
+    for name, measured in (("draft", evaluation.draft), ("n-gram", evaluation.ngram), ("plain decoding", plain)):
+        accepted = measured.acceptance_per_position(evaluation.settings.num_steps) if measured is not plain else []
+        finished = "-" if measured.tau_finished is None else f"{measured.tau_finished:.2f}"
+        speed_up = measured.tokens_per_second / plain.tokens_per_second
+        lines.append(
+            f"  {name:14}{measured.tau:6.2f}{finished:>15}{measured.tokens_per_second:10.0f}{speed_up:9.2f}x   "
+            + " ".join(f"{share:.2f}" for share in accepted)
+        )
+    if evaluation.lossless is not None:
+        different = "NOT equal (near ties in this dtype: docs/troubleshooting)"
+        result = "equal token by token" if evaluation.lossless else different
+        lines.append(f"  answers with and without the draft: {evaluation.num_identical} of {total} {result}")
+    return "\n".join(lines)
+
+
+def describe_widths(widths: Mapping[SpeculativeSettings, Measured]) -> str:
+    """A line for each tree size; the cheapest is marked."""
+    questions, best = len(next(iter(widths.values())).generations), cheapest(widths)
+    lines = [f"tokens verified at once, measured on {questions} questions", "  width   tau  ms/token"]
+    for settings, measured in widths.items():
+        figures = f"{measured.tau:6.2f}{1000 / measured.tokens_per_second:10.2f}"
+        lines.append(f"  {settings.num_draft_tokens:5}{figures}{'  <-' if settings == best else ''}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The measurement of a checkpoint on disk: it remembers its target, its dtype and its chain."""
+"""Evaluation of a checkpoint on disk, with the target, dtype and speculative settings that it records."""
 
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,20 @@ from nemo_speculative.utils.devices import choose_device
 from nemo_speculative.utils.errors import UserError
 
 QUESTIONS = "questions.jsonl"
-CHAIN = 5
-"""Draft tokens where a checkpoint of another project does not say."""
+DEFAULT_STEPS = 5
+"""Draft tokens of the chain, for a checkpoint of another project that records no settings."""
 
 
 def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
-    """Measures ``job.checkpoint``, this project's or another's, beside plain decoding and n-gram drafting.
+    """Evaluates ``job.checkpoint``, this project's or another's, next to plain decoding and n-gram drafting.
 
     Raises:
-        UserError: no checkpoint there, another target than it was trained for, or no questions.
+        UserError: there is no checkpoint or no question, or the target is not the one that it was trained for.
     """
     if job.draft_class:
         get_class(job.draft_class)
-    settings = SpeculativeSettings(CHAIN, 1, default_draft_tokens(CHAIN, 1))
-    servable, _ = as_servable(Path(job.checkpoint), job.target, settings, trust_remote_code=job.trust_remote_code)
+    default = SpeculativeSettings(DEFAULT_STEPS, 1, default_draft_tokens(DEFAULT_STEPS, 1))
+    servable, _ = as_servable(Path(job.checkpoint), job.target, default, trust_remote_code=job.trust_remote_code)
     target = _target_of(servable, job)
     prompts = _prompts(job, servable, target)
     draft = servable.build(target.device, getattr(torch, servable.provenance.target_dtype))
@@ -41,39 +41,39 @@ def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
 
 
 def _run_evaluation(model: Path) -> dict[str, Any]:
-    """How the run measured in which the checkpoint lies; nothing where it lies in none."""
+    """The ``evaluation`` section in the configuration of the run that wrote the checkpoint; empty without a run."""
     file = next((p / "config.yaml" for p in model.resolve().parents if (p / "config.yaml").is_file()), None)
     run: Any = OmegaConf.to_container(OmegaConf.load(file)) if file else {}
-    found = run.get("evaluation") if isinstance(run, dict) else None
-    return found if isinstance(found, dict) else {}
+    section = run.get("evaluation") if isinstance(run, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def _target_of(servable: Servable, job: EvaluateJob) -> HFTarget:
-    remembered = servable.provenance
-    directory = resolve_target(ModelConfig(path=job.target or remembered.target), key="target")
+    provenance = servable.provenance
+    directory = resolve_target(ModelConfig(path=job.target or provenance.target), key="target")
     target: HFTarget = instantiate(
         job.backend,
         path=directory,
         aux_layers=servable.aux_layers,
-        dtype=getattr(torch, remembered.target_dtype),
+        dtype=getattr(torch, provenance.target_dtype),
         device=choose_device(job.device, "device"),
         trust_remote_code=job.trust_remote_code,
         device_map=job.model.device_map,
         max_memory=job.model.max_memory,
     )
-    if target.fingerprint != remembered.target_fingerprint:
+    if target.fingerprint != provenance.target_fingerprint:
         raise UserError(
             f"{servable.directory}: trained for another target than {directory} (fingerprint "
-            f"{remembered.target_fingerprint}, found {target.fingerprint}); give its own with target=DIR"
+            f"{provenance.target_fingerprint}, found {target.fingerprint}); give its own with target=DIR"
         )
     return target
 
 
 def _prompts(job: EvaluateJob, servable: Servable, target: HFTarget) -> list[list[int]]:
     file = Path(job.questions) if job.questions else run_questions(servable.directory)
-    asked = (prompt_of(row, target.tokenizer) for row in read_jsonl(file, "questions"))
+    all_prompts = (prompt_of(row, target.tokenizer) for row in read_jsonl(file, "questions"))
     longest = target.config.max_position_embeddings - 2
-    prompts = [prompt for prompt in asked if 0 < len(prompt) <= longest][: job.evaluation.num_questions]
+    prompts = [prompt for prompt in all_prompts if 0 < len(prompt) <= longest][: job.evaluation.num_questions]
     if not prompts:
         raise UserError(f"questions: {file} holds none of at most {longest} tokens, which the target's context allows")
     if len(prompts) < job.evaluation.num_questions:
@@ -86,12 +86,14 @@ def _prompts(job: EvaluateJob, servable: Servable, target: HFTarget) -> list[lis
 
 
 def run_questions(model: Path) -> Path:
-    """The held-out questions that a run left beside its checkpoints.
+    """The file of held-out questions in the run directory that contains the checkpoint.
 
     Raises:
-        UserError: the checkpoint does not lie in a run directory.
+        UserError: the checkpoint is in no run directory.
     """
     run = next((p for p in model.resolve().parents if (p / QUESTIONS).is_file()), None)
     if run is None:
-        raise UserError(f"questions is not set, and {model} lies in no run that holds {QUESTIONS}: give questions=FILE")
+        raise UserError(
+            f"questions is not set, and {model} is in no run directory that holds {QUESTIONS}: give questions=FILE"
+        )
     return run / QUESTIONS

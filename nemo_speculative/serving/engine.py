@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_speculative.decoding.tau import acceptance_length
 from nemo_speculative.serving.command import ServeOptions, serve_environment, serve_flags
 from nemo_speculative.serving.server import STOP_SECONDS, SGLangProcess
 from nemo_speculative.utils.errors import UserError
@@ -40,7 +41,8 @@ class EngineAnswer:
     @property
     def statistics(self) -> str:
         """The counts in words; acceptance length is SGLang's: tokens, the prefill's included, per verification."""
-        length = f", acceptance length {self.tokens / self.verifications:.2f}" if self.verifications else ""
+        tau = acceptance_length(self.tokens, self.verifications)
+        length = f", acceptance length {tau:.2f}" if tau else ""
         return f"{self.tokens} tokens in {self.verifications} verifications{length}"
 
 

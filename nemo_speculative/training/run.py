@@ -17,10 +17,9 @@ from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.distributed.collectives import first_rank_first, is_first_rank, on_first_rank
 from nemo_speculative.distributed.health import Heartbeat, report_lost_ranks
 from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
-from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft
+from nemo_speculative.evaluation.acceptance import Evaluation, cheapest, describe_widths, evaluate_draft, measure_widths
+from nemo_speculative.evaluation.acceptance import describe as describe_evaluation
 from nemo_speculative.evaluation.checkpoint import QUESTIONS
-from nemo_speculative.evaluation.report import describe as describe_evaluation
-from nemo_speculative.evaluation.widths import cheapest, describe_widths, measure_widths
 from nemo_speculative.serving.command import sglang_command
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget
@@ -128,4 +127,4 @@ def _choose_width(job: TrainJob, target: HFTarget, draft: Draft, questions: Sequ
     exporter, selection = job.exporter, questions[: job.evaluation.selection_questions]
     widths = measure_widths(target, draft, selection, exporter.num_steps, exporter.topk, job.evaluation)
     print(describe_widths(widths))
-    return cheapest(widths).settings
+    return cheapest(widths)

@@ -41,12 +41,12 @@ def test_acceptance_figures_by_hand():
 
 
 @pytest.mark.parametrize("settings", [CHAIN, TREE], ids=["chain", "tree"])
-def test_a_draft_beside_its_baselines(target, settings):
+def test_a_draft_is_compared_with_its_baselines(target, settings):
     """The answers are the target's own; every figure of the summary is there; a batch measures the same."""
-    asked, draft = prompts(7, shortest=3), random_draft("eagle3", target)
-    one, three = (evaluate_draft(target, draft, asked, settings, config(batch_size=n)) for n in (1, 3))
+    questions, draft = prompts(7, shortest=3), random_draft("eagle3", target)
+    one, three = (evaluate_draft(target, draft, questions, settings, config(batch_size=n)) for n in (1, 3))
     limit = [g.tokens for g in one.plain.generations]
-    expected = plain(target, asked, 16, target.stop_ids)
+    expected = plain(target, questions, 16, target.stop_ids)
     assert limit == [g.tokens for g in one.draft.generations] == [g.tokens for g in one.ngram.generations] == expected
     assert one.lossless is True and one.plain.tau == 1.0 and one.draft.tau > 1.02
     for way in ("draft", "plain", "ngram"):
@@ -59,8 +59,8 @@ def test_a_draft_beside_its_baselines(target, settings):
 
 
 def test_a_tree_accepts_more_than_its_chain(target):
-    asked, draft = prompts(20), random_draft("eagle", target)
-    chain, tree = (measure_tau(target, draft, asked, settings, config(batch_size=8)) for settings in (CHAIN, TREE))
+    questions, draft = prompts(20), random_draft("eagle", target)
+    chain, tree = (measure_tau(target, draft, questions, settings, config(batch_size=8)) for settings in (CHAIN, TREE))
     assert 1 < chain < tree
 
 
@@ -74,7 +74,7 @@ def test_sampled_answers_are_not_compared_token_by_token(target, settings, rejec
     assert other.draft.generations != found[0].draft.generations
 
 
-def test_an_evaluation_that_differs_says_so():
+def test_different_answers_are_not_lossless():
     same, other = Measured([Generation([1, 2], [1])]), Measured([Generation([1, 3], [1])])
     assert Evaluation(same, same, same, CHAIN).lossless is True
     assert Evaluation(other, same, same, CHAIN).lossless is False
@@ -82,19 +82,19 @@ def test_an_evaluation_that_differs_says_so():
 
 def test_settings_that_cannot_be_measured_are_one_line(target):
     draft = random_draft("eagle3", target)
-    for settings, values, said in [
+    for settings, values, message in [
         (SpeculativeSettings(3, 1, 3), {}, "num_draft_tokens is 3"),
         (SpeculativeSettings(2, 10, 12), {}, "topk is 10"),
         (TREE, {"temperature": 1.0, "rejection_sampling": True}, "rejection sampling is not lossless"),
     ]:
         for measure in (evaluate_draft, measure_tau):
-            with pytest.raises(UserError, match=said) as error:
+            with pytest.raises(UserError, match=message) as error:
                 measure(target, draft, prompts(1), settings, config(**values))
             assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, message",
     [
         ({"temperature": -1.0}, "evaluation.temperature is -1.0"),
         ({"temperature": float("nan")}, "evaluation.temperature is nan"),
@@ -103,12 +103,12 @@ def test_settings_that_cannot_be_measured_are_one_line(target):
         ({"batch_size": 0}, "evaluation.batch_size is 0"),
     ],
 )
-def test_sampling_out_of_range_is_refused_by_its_key(values, said):
-    with pytest.raises(UserError, match=said):
+def test_sampling_out_of_range_is_refused_by_its_key(values, message):
+    with pytest.raises(UserError, match=message):
         EvaluationConfig(**values)
 
 
-def test_the_number_of_threads_is_put_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError), cpu_threads(before + 1):
         assert torch.get_num_threads() == before + 1

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from nemo_speculative.evaluation.server_benchmark.endpoints import split
-from nemo_speculative.evaluation.server_benchmark.measure import Conversation, converse, measure
-from nemo_speculative.evaluation.server_benchmark.metrics import Figures
+from nemo_speculative.evaluation.server_benchmark.measure import BenchMetrics, Conversation, converse, measure
+from nemo_speculative.evaluation.server_benchmark.servers import split
 from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite
 from nemo_speculative.serving.client import Client
 from nemo_speculative.serving.command import serve_command, serve_environment
@@ -61,8 +60,8 @@ def post(url: str, body: dict[str, Any]) -> Any:
         return json.load(reply)
 
 
-def measured(url: str, tokenizer: Any, suite: Suite) -> tuple[Figures, list[Conversation]]:
-    async def both() -> tuple[Figures, list[Conversation]]:
+def measured(url: str, tokenizer: Any, suite: Suite) -> tuple[BenchMetrics, list[Conversation]]:
+    async def both() -> tuple[BenchMetrics, list[Conversation]]:
         async with Client(url) as client:
             await client.server_info()
             figures = await measure(client, tokenizer, suite, concurrency=2, temperature=0.0)

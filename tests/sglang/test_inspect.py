@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.data.conversation import Conversation
-from nemo_speculative.evaluation.server_benchmark.endpoints import split
+from nemo_speculative.evaluation.server_benchmark.servers import split
 from nemo_speculative.inspect_data import causes
 from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison
 from nemo_speculative.inspect_data.server import RunningServer

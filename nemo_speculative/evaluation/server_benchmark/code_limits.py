@@ -1,14 +1,14 @@
-"""The inside of the sandbox: ``python -I -S jail.py SECONDS MEMORY_MB PASSED < program`` exits so or not.
+"""Runs a program under limits: ``python -I -S code_limits.py SECONDS MEMORY_MB EXIT_CODE < program``.
 
-A program of its own, which imports nothing of this project.  By the kernel: CPU seconds, address space, the size of
-files, and, where user namespaces are permitted, a network namespace without any device.  By an audit hook, which no
-Python code can take off: sockets, other processes, foreign functions (``ctypes``), and changes of files outside the
-working directory.
+It exits with EXIT_CODE if the program reached its end without an exception.  A script that imports nothing of this
+project.  The kernel limits CPU seconds, address space and the size of files, and, where user namespaces are permitted,
+gives a network namespace without devices.  An audit hook, which Python code cannot remove, refuses sockets, other
+processes, foreign functions (``ctypes``), and changes to files outside the working directory.
 """
 
 import os
 import resource
-import signal  # noqa: F401 - so that what is taken away stays away
+import signal  # noqa: F401 - imported now, so that its removed functions are not loaded again
 import sys
 
 FILE_MB, OPEN_FILES = 16, 64
@@ -23,19 +23,19 @@ CHANGES = (
     "os.chmod", "os.chown", "os.chflags", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
     "os.truncate", "os.utime", "shutil.",
 )  # fmt: skip
-"""Of files; ``open`` is one where it writes."""
-UNSEEN = {
+"""Events that change files, in addition to ``open`` for writing."""
+UNAUDITED = {
     "os": ("mkfifo", "mknod"),
     "posix": ("mkfifo", "mknod"),
     "signal": ("pidfd_send_signal",),
     "_signal": ("pidfd_send_signal",),
 }
-"""Functions, by module, that no audit event tells of: they are taken away."""
+"""Functions, by module, that raise no audit event; they are removed."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def leave_network() -> bool:
-    """Moves this process into a network namespace without devices; whether that is permitted here."""
+    """Moves this process into a network namespace without devices; False: that is not permitted here."""
     import ctypes
 
     return ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
@@ -49,7 +49,7 @@ def limit(seconds: float, memory_mb: int) -> None:
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: FILE_MB << 20,
         resource.RLIMIT_NOFILE: OPEN_FILES,
-        resource.RLIMIT_NPROC: 0,  # not another process or thread; root is exempt, for whom the hook remains
+        resource.RLIMIT_NPROC: 0,  # no other process or thread; root is exempt, but the hook still applies
         resource.RLIMIT_CORE: 0,
     }
     for kind, value in limits.items():
@@ -59,10 +59,10 @@ def limit(seconds: float, memory_mb: int) -> None:
 
 
 def guard(directory: str) -> None:
-    """Adds the audit hook: from now on only ``directory`` can be written to."""
+    """Adds the audit hook, which allows writing only below ``directory``."""
 
     def outside(path) -> bool:
-        if isinstance(path, int):  # a descriptor, and only files that were allowed are open
+        if isinstance(path, int):  # a descriptor: only permitted files are open
             return False
         name = os.path.realpath(os.fsdecode(path))
         return name != directory and not name.startswith(directory + os.sep) and name != os.devnull
@@ -72,15 +72,15 @@ def guard(directory: str) -> None:
             raise PermissionError(f"{event} is refused here")
         if event == "open":
             changes = bool(args[2] & WRITING) if args[1] is None else bool(set(args[1]) & set("wax+"))
-            # A directory's descriptor would be a way past every path, as dir_fd=.
+            # A directory's descriptor, as dir_fd=, would bypass the check of paths.
             paths = [args[0]] if changes or (args[1] is None and os.path.isdir(args[0])) else []
         else:
             named = [arg for arg in args if isinstance(arg, str | bytes | os.PathLike)]
             paths = named if event.startswith(CHANGES) else []
         if any(outside(path) for path in paths):
-            raise PermissionError(f"{event}: {paths[0]!r} lies outside the sandbox")
+            raise PermissionError(f"{event}: {paths[0]!r} is outside the sandbox")
 
-    for module, names in UNSEEN.items():
+    for module, names in UNAUDITED.items():
         for name in names:
             if hasattr(sys.modules[module], name):
                 delattr(sys.modules[module], name)
@@ -88,7 +88,7 @@ def guard(directory: str) -> None:
 
 
 def main() -> None:
-    """Reads the program, shuts the door, runs it."""
+    """Reads the program, applies the limits, and runs it."""
     permitted = leave_network()
     if sys.argv[1] == "--guard":
         print("a network namespace of its own" if permitted else "an audit hook (no user namespaces here)")
@@ -99,7 +99,7 @@ def main() -> None:
     limit(float(seconds), int(memory_mb))
     directory = os.path.realpath(os.getcwd())
     names = {"__name__": "__main__", "__builtins__": __builtins__}
-    leave = os._exit  # before the program can put something else there
+    leave = os._exit  # before the program can replace it
     guard(directory)
     try:
         exec(compile(program, "program.py", "exec"), names)

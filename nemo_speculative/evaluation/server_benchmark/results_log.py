@@ -1,10 +1,11 @@
-"""The cells of a benchmark, and the file that they are appended to one by one."""
+"""The points of a benchmark and the file that their results are appended to."""
 
 import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -15,15 +16,16 @@ import torch
 
 from nemo_speculative import __version__
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.evaluation.server_benchmark.metrics import Figures
+from nemo_speculative.evaluation.server_benchmark.measure import BenchMetrics
+from nemo_speculative.utils.append_log import AppendLog, read_lines
 from nemo_speculative.utils.errors import UserError
 
 FILE = "cells.jsonl"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is measured: all that its figures depend on, and nothing else."""
+class BenchPoint:
+    """One point of a benchmark (a "cell" on disk): everything that its metrics depend on, and nothing else."""
 
     suite: str
     suite_digest: str
@@ -31,118 +33,110 @@ class Cell:
     concurrency: int
     temperature: float
     server: dict[str, Any]
-    """What serves: target, versions, flags; equal for a draft and the baseline beside it."""
+    """Target, versions and flags of the server; equal for a draft and its baseline."""
     draft: dict[str, Any] | None
     """The draft and its settings; None: the baseline."""
 
     @property
     def key(self) -> str:
-        """Equal for equal cells, in this run and the next."""
+        """Digest of all fields; equal for equal points in every run."""
         return _digest(asdict(self))
 
     @property
-    def rivals(self) -> str:
-        """Equal for the cells that are to be compared: everything but the draft."""
+    def comparison_key(self) -> str:
+        """Digest of all fields but the draft; equal for the points that are compared with each other."""
         return _digest({**asdict(self), "draft": None})
 
     @property
     def speculative(self) -> SpeculativeSettings | None:
-        """None: the baseline."""
+        """The draft's settings; None: the baseline."""
         return SpeculativeSettings(**self.draft["speculative"]) if self.draft else None
 
     @property
     def weights(self) -> str | None:
-        """Of the draft."""
+        """Digest of the draft's weights; None: the baseline."""
         return self.draft["weights"] if self.draft else None
 
     @property
     def setting(self) -> str:
-        """As a table shows it."""
+        """The draft's settings as shown in tables."""
         return setting_name(self.speculative)
 
+    def __str__(self) -> str:
+        return f"{self.setting}, {self.suite}, {self.concurrency} at once, temperature {self.temperature:g}"
 
-def setting_name(values: SpeculativeSettings | None) -> str:
-    """steps-topk-draft tokens, or ``baseline``."""
-    return f"{values.num_steps}-{values.topk}-{values.num_draft_tokens}" if values else "baseline"
+
+def setting_name(settings: SpeculativeSettings | None) -> str:
+    """Steps-topk-draft tokens, or ``baseline``."""
+    return f"{settings.num_steps}-{settings.topk}-{settings.num_draft_tokens}" if settings else "baseline"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A cell and what came of it."""
+class BenchResult:
+    """The metrics of a point, or the reason why it failed."""
 
-    cell: Cell
-    figures: Figures | None
+    point: BenchPoint
+    metrics: BenchMetrics | None
     error: str | None = None
-    """Why there are no figures."""
 
 
 class ResultsLog:
-    """The cells of a results directory, one JSON object a line; the last line of a cell counts.
+    """The results in a directory, one JSON object per line; the last line of a point counts.
 
-    Each is on disk when :meth:`append` returns.  A last line that was cut off is measured again.
+    Each result is on disk when :meth:`append` returns.  A torn last line is ignored, so its point is measured again.
 
     Raises:
-        UserError: the file is not one of cells.
+        UserError: a line is not the result of a benchmark.
     """
 
     def __init__(self, directory: Path):
         self._file = directory / FILE
         directory.mkdir(parents=True, exist_ok=True)
-        self._measured: dict[str, Measured] = {}
-        for measured in self._read():
-            self._measured[measured.cell.key] = measured
+        self._results = {result.point.key: result for result in self._read()}
 
-    def __iter__(self) -> Iterator[Measured]:
-        return iter(self._measured.values())
+    def __iter__(self) -> Iterator[BenchResult]:
+        return iter(self._results.values())
 
-    def has(self, cell: Cell) -> bool:
-        """Whether the cell has figures; one that failed is measured again."""
-        found = self._measured.get(cell.key)
-        return found is not None and found.figures is not None
+    def has(self, point: BenchPoint) -> bool:
+        """Whether the point has metrics; a point that failed is measured again."""
+        result = self._results.get(point.key)
+        return result is not None and result.metrics is not None
 
-    def get(self, cell: Cell) -> Measured | None:
-        return self._measured.get(cell.key)
+    def get(self, point: BenchPoint) -> BenchResult | None:
+        return self._results.get(point.key)
 
-    def append(self, measured: Measured) -> None:
-        """Writes it through to the disk."""
+    def append(self, result: BenchResult) -> None:
+        """Adds ``result`` and writes it through to the disk."""
         line = {
-            "key": measured.cell.key,
-            "cell": asdict(measured.cell),
-            "figures": asdict(measured.figures) if measured.figures else None,
-            "error": measured.error,
+            "key": result.point.key,
+            "cell": asdict(result.point),
+            "figures": asdict(result.metrics) if result.metrics else None,
+            "error": result.error,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "version": __version__,
         }
-        # First: an interruption right after the line is written must not leave the table without it.
-        self._measured[measured.cell.key] = measured
-        with self._file.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        # First, so that an interruption right after the line is written does not leave it out of the table.
+        self._results[result.point.key] = result
+        with closing(AppendLog(self._file, sync_seconds=0)) as log:
+            log.append(line)
 
-    def _read(self) -> Iterator[Measured]:
-        if not self._file.is_file():
-            return
-        lines = self._file.read_bytes().split(b"\n")
-        whole, torn = lines[:-1], lines[-1]
-        if torn:  # what a kill or a full disk left: taken off, so that the next line does not continue it
-            os.truncate(self._file, self._file.stat().st_size - len(torn))
-        for number, line in enumerate(whole, start=1):
+    def _read(self) -> Iterator[BenchResult]:
+        for line in read_lines(self._file):
             try:
-                values = json.loads(line)
-                figures = Figures(**values["figures"]) if values["figures"] else None
-                yield Measured(Cell(**values["cell"]), figures, values["error"])
+                values = json.loads(line.data)
+                metrics = BenchMetrics(**values["figures"]) if values["figures"] else None
+                yield BenchResult(BenchPoint(**values["cell"]), metrics, values["error"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self._file}:{number}: not a line of this benchmark ({error}); delete it to measure that cell "
-                    "again, or give another directory with results=DIR"
+                    f"{self._file}:{line.number}: not a line of this benchmark ({error}); delete it to measure that "
+                    "cell again, or give another directory with results=DIR"
                 ) from None
 
 
 @cache
 def machine() -> dict[str, Any]:
-    """Where the benchmark runs."""
+    """The machine that runs the benchmark."""
     return {"host": platform.node(), "cores": os.cpu_count(), "accelerator": accelerator()}
 
 

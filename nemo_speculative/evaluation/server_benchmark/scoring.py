@@ -1,13 +1,23 @@
-"""What makes an answer right: the published rules of the suites that have one."""
+"""Scorers, which decide whether an answer is right by the published rule of its suite; code runs in a sandbox."""
 
+import contextlib
+import os
 import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
-from nemo_speculative.evaluation.server_benchmark.sandbox import Sandbox, network_guard
+from nemo_speculative.evaluation.server_benchmark import code_limits
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 BOXES = ("\\boxed{", "\\fbox{")
@@ -24,59 +34,64 @@ SYNONYMS = (
 )
 PLAIN = re.compile(r"^[-+]?[\d./]+$")
 FRACTION = re.compile(r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$")
+EXIT_CODES = range(3, 256)
+"""One of these, drawn at random, signals that a program reached its end; a program that exits early cannot know it."""
 
 
 class Scorer(ABC):
     """Decides whether an answer is right."""
 
     columns: ClassVar[tuple[str, ...]]
-    """What it needs of a suite's row."""
+    """Columns of a suite's row that it reads."""
 
     @property
     def note(self) -> str:
-        """What whoever lets it run should know; empty: nothing."""
+        """A note for the user, printed before a benchmark; empty for none."""
         return ""
 
     @abstractmethod
     def right(self, answer: str, row: Mapping[str, Any]) -> bool:
-        """Whether ``answer``, to the last turn, is."""
+        """Whether ``answer``, the one to the last turn, is right."""
 
-    def __repr__(self) -> str:  # a part of a cell's identity
+    def __repr__(self) -> str:  # part of a suite's digest
         return f"{type(self).__name__}()"
 
 
 class LastNumber(Scorer):
-    """GSM8K (https://arxiv.org/abs/2110.14168): the number behind ``####``, else the last one of the answer."""
+    """GSM8K (https://arxiv.org/abs/2110.14168): the number after ``####``, otherwise the last one of the answer."""
 
     columns = ("answer",)
 
     def right(self, answer: str, row: Mapping[str, Any]) -> bool:
-        said = last_number(answer)
-        return said is not None and said == last_number(str(row["answer"]))
+        number = last_number(answer)
+        return number is not None and number == last_number(str(row["answer"]))
 
 
 def last_number(text: str) -> Decimal | None:
-    """The number behind the last ``####``, else the last number; thousands separators are none of it."""
-    _, marked, behind = text.rpartition("####")
-    found = (NUMBER.findall(behind)[:1] if marked else []) or NUMBER.findall(text)[-1:]
+    """The number after the last ``####``, otherwise the last number, without thousands separators."""
+    _, marker, after = text.rpartition("####")
+    numbers = (NUMBER.findall(after)[:1] if marker else []) or NUMBER.findall(text)[-1:]
     try:
-        return Decimal(found[0].replace(",", "")) if found else None
+        return Decimal(numbers[0].replace(",", "")) if numbers else None
     except InvalidOperation:
         return None
 
 
 class Boxed(Scorer):
-    r"""MATH (https://arxiv.org/abs/2103.03874): what the last ``\boxed{}`` holds, compared as :func:`normalized`."""
+    r"""MATH (https://arxiv.org/abs/2103.03874): the content of the last ``\boxed{}``, after :func:`normalized`."""
 
     columns = ("answer",)
 
     def right(self, answer: str, row: Mapping[str, Any]) -> bool:
-        said, meant = last_boxed(answer), normalized(str(row["answer"]))
-        return said is not None and (normalized(said) == meant or _same_number(normalized(said), meant))
+        boxed, expected = last_boxed(answer), normalized(str(row["answer"]))
+        if boxed is None:
+            return False
+        value = _value(normalized(boxed))
+        return normalized(boxed) == expected or (value is not None and value == _value(expected))
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last ``\boxed{}`` or ``\fbox{}``, braces within included; None: there is none."""
+    r"""The content of the last ``\boxed{}`` or ``\fbox{}``, which may contain braces; None: there is none."""
     start = max(text.rfind(box) + len(box) if box in text else -1 for box in BOXES)
     if start < 0:
         return None
@@ -89,22 +104,17 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalized(expression: str) -> str:
-    r"""Without what changes the look only: spaces, ``\left``, ``\text``, units of percent and degree, separators."""
+    r"""The expression without formatting: spaces, ``\left``, ``\text``, percent and degree signs, separators."""
     text = SPACING.sub("", expression)
     for pattern, plain in SYNONYMS:
         text = pattern.sub(plain, text)
     return text.rstrip(".")
 
 
-def _same_number(one: str, other: str) -> bool:
-    values = _value(one), _value(other)
-    return values[0] is not None and values[0] == values[1]
-
-
 def _value(text: str) -> Fraction | None:
-    """``3``, ``.5``, ``1/2`` and ``\\frac{1}{2}`` as a number."""
+    """The number written as ``3``, ``.5``, ``1/2`` or ``\\frac{1}{2}``; None: it is not one."""
     plain = FRACTION.sub(r"\1\2/\3", text)
-    if not PLAIN.match(plain):  # Fraction takes exponents as well, and 1e999999999 would fill the memory
+    if not PLAIN.match(plain):  # Fraction also accepts exponents, and 1e999999999 would fill the memory
         return None
     try:
         return Fraction(plain)
@@ -112,11 +122,53 @@ def _value(text: str) -> Fraction | None:
         return None
 
 
-class _Tests(Scorer):
-    """Runs an answer's code with tests behind it.
+@dataclass(frozen=True)
+class Sandbox:
+    """Runs code that a model wrote in a limited process without network.
+
+    A protection against mistakes, not against an attacker, who needs a container.  See :mod:`.code_limits` for what is
+    refused by the kernel and what by an audit hook.
+    """
+
+    seconds: float
+    """Limit of wall time and of CPU time."""
+    memory_mb: int
+    """Limit of the address space, which includes the interpreter."""
+
+    def passes(self, program: str) -> bool:
+        """Whether ``program``, in Python with the standard library, reaches its end without an exception."""
+        passed = secrets.choice(EXIT_CODES)
+        # Isolated (-I): neither our packages nor our environment, which may hold tokens.
+        command = [sys.executable, "-I", "-S", "-B", code_limits.__file__]
+        with tempfile.TemporaryDirectory(prefix="nemo-sandbox-") as directory:
+            process = subprocess.Popen(
+                [*command, str(self.seconds), str(self.memory_mb), str(passed)],
+                cwd=directory,
+                env={"HOME": directory, "PATH": ""},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
+                process.communicate(program.encode(errors="replace"), timeout=self.seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            return process.wait() == passed
+
+
+@cache
+def network_guard() -> str:
+    """The mechanism that blocks the network for sandboxed code on this machine."""
+    probe = [sys.executable, "-I", "-S", "-B", str(Path(code_limits.__file__)), "--guard"]
+    return subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()
+
+
+class _RunsTests(Scorer):
+    """Runs an answer's code followed by tests.
 
     Args:
-        seconds, memory_mb: the limits of :class:`Sandbox`.
+        seconds, memory_mb: Limits of :class:`Sandbox`.
     """
 
     def __init__(self, seconds: float, memory_mb: int):
@@ -130,19 +182,19 @@ class _Tests(Scorer):
         return f"{type(self).__name__}({self._sandbox})"
 
 
-class HumanEval(_Tests):
-    """HumanEval (https://arxiv.org/abs/2107.03374): the function, or what goes on its head, passes ``check``."""
+class HumanEval(_RunsTests):
+    """HumanEval (https://arxiv.org/abs/2107.03374): the function, or the body for its given head, passes ``check``."""
 
     columns = ("prompt", "test", "entry_point")
 
     def right(self, answer: str, row: Mapping[str, Any]) -> bool:
         head, name, code = row["prompt"], row["entry_point"], code_of(answer)
-        if f"def {name}" in code:  # the whole function: of the prompt only what stands above it
+        if f"def {name}" in code:  # the whole function: keep only the part of the prompt before it
             head = head[: head.rfind(f"def {name}")]
         return self._sandbox.passes(f"{head}{code}\n\n{row['test']}\n\ncheck({name})\n")
 
 
-class MBPP(_Tests):
+class MBPP(_RunsTests):
     """MBPP (https://arxiv.org/abs/2108.07732): the code passes every assertion of ``test_list``."""
 
     columns = ("test_list",)
@@ -153,5 +205,5 @@ class MBPP(_Tests):
 
 
 def code_of(answer: str) -> str:
-    """The longest fenced block of an answer, also one that the answer's end cuts off; without one all of it."""
+    """The longest fenced block of an answer, which may be cut off by its end; without a block the whole answer."""
     return max(FENCED.findall(answer), key=len, default=answer)

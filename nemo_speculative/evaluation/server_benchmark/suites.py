@@ -1,4 +1,4 @@
-"""Suites of prompts: published files and datasets as what they are, each by the reader of its shape."""
+"""Suites of prompts: published files and datasets in their own shape, each read by a reader for that shape."""
 
 import hashlib
 import json
@@ -18,29 +18,29 @@ Row = Mapping[str, Any]
 
 
 class Reader(Protocol):
-    """Makes a row of a suite's file a prompt."""
+    """Converts rows of a suite's file to prompts."""
 
     def turns(self, row: Row, origin: str) -> list[str]:
-        """What the user says, turn by turn.
+        """The user's messages, one per turn.
 
         Raises:
-            UserError: the row has another shape; ``origin`` is named.
+            UserError: the row has another shape; the message starts with ``origin``.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation to be had: each turn is asked when the one before is answered."""
+    """A conversation of one or more user turns; each is sent after the previous one is answered."""
 
     turns: tuple[str, ...]
     row: Row
-    """The row it was read from; a scorer finds its reference there."""
+    """The row it was read from, which holds the scorer's reference answer."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts, and what makes an answer right."""
+    """Prompts, and the scorer of their answers."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -49,17 +49,18 @@ class Suite:
 
     @property
     def digest(self) -> str:
-        """Of all that decides what is asked and what counts as right."""
-        said = [prompt.row if self.scorer else prompt.turns for prompt in self.prompts]
-        asked = [prompt.turns for prompt in self.prompts]
-        return hashlib.sha256(json.dumps([asked, said, repr(self.scorer)], default=str).encode()).hexdigest()[:16]
+        """Digest of everything that determines the questions and the right answers."""
+        turns = [prompt.turns for prompt in self.prompts]
+        references = [prompt.row if self.scorer else prompt.turns for prompt in self.prompts]
+        values = [turns, references, repr(self.scorer)]
+        return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
 
 class Turns:
-    """A column of texts, one a turn; a lone text is a lone turn, and of chat messages the user's are asked.
+    """Reads the turns from a column: a list of texts, a single text, or chat messages, of which the user's are taken.
 
     Args:
-        columns: its possible names; the first one that a row has counts.
+        columns: Possible names of the column; the first one that a row has is read.
     """
 
     def __init__(self, columns: Sequence[str]):
@@ -69,8 +70,8 @@ class Turns:
         name = next((name for name in self._columns if name in row), None)
         if name is None:
             raise _other_shape(origin, row, " or ".join(self._columns))
-        found = row[name] if isinstance(row[name], list) else [row[name]]
-        turns: list[Any] = [turn.get("content") if isinstance(turn, dict) else turn for turn in found if _of_user(turn)]
+        values = row[name] if isinstance(row[name], list) else [row[name]]
+        turns: list[Any] = [v.get("content") if isinstance(v, dict) else v for v in values if _of_user(v)]
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{origin}: {name!r} is {row[name]!r:.60}, expected a text, a list of texts, or messages")
         return turns
@@ -81,10 +82,10 @@ def _of_user(turn: Any) -> bool:
 
 
 class Template:
-    """One turn, made of a row's columns; a column that is a list is put in line by line.
+    """One turn, formatted from a row's columns; the items of a list are put on lines of their own.
 
     Args:
-        template: with the columns' names in braces, and braces that are meant as such doubled.
+        template: Text with column names in braces; literal braces are doubled.
     """
 
     def __init__(self, template: str):
@@ -110,12 +111,13 @@ def load_suite(config: SuiteConfig) -> Suite:
     """The suite's prompts, from its file or from the hub.
 
     Raises:
-        UserError: they cannot be had, or a row has another shape than the suite.
+        UserError: the prompts cannot be loaded, or a row has another shape than the suite.
     """
     reader: Reader = instantiate(config.reader)
     scorer: Scorer | None = instantiate(config.scorer) if config.scorer else None
     prompts: list[Prompt] = []
-    for row, origin in _rows(config):
+    rows = _hub_rows(config) if config.path is None else _file_rows(Path(config.path).expanduser())
+    for row, origin in rows:
         if len(prompts) == config.num_prompts:
             break
         prompts.append(Prompt(tuple(reader.turns(row, origin)), row))
@@ -125,13 +127,6 @@ def load_suite(config: SuiteConfig) -> Suite:
     if not prompts:
         raise UserError(f"suite.path: {config.path or config.repository} is empty; expected one JSON object a line")
     return Suite(config.name, tuple(prompts), config.max_new_tokens, scorer)
-
-
-def _rows(config: SuiteConfig) -> Iterator[tuple[Row, str]]:
-    """Rows, and where each comes from for error messages."""
-    if config.path is not None:
-        return _file_rows(Path(config.path).expanduser())
-    return _hub_rows(config)
 
 
 def _file_rows(file: Path) -> Iterator[tuple[Row, str]]:
@@ -155,13 +150,13 @@ def _object(line: bytes, origin: str) -> Row:
 
 def _hub_rows(config: SuiteConfig) -> Iterator[tuple[Row, str]]:
     try:
-        import datasets  # slow to import, needed here only, and not in an environment of SGLang's
+        import datasets  # slow to import, and not installed in SGLang's environment
 
         table = datasets.load_dataset(config.repository, config.subset, split=config.split)
-    except Exception as error:  # one class per way in which a hub can fail
-        said = str(error).strip().partition("\n")[0]
+    except Exception as error:  # the hub raises many unrelated classes
+        message = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"suite.repository: {config.repository} cannot be loaded ({type(error).__name__}: {said:.100}); give a "
+            f"suite.repository: {config.repository} cannot be loaded ({type(error).__name__}: {message:.100}); give a "
             "file of it with suite.path=FILE"
         ) from None
     return ((row, f"{config.repository}:{config.split}:{number}") for number, row in enumerate(table))

@@ -1,4 +1,4 @@
-"""Whole benchmarks, as a user starts them, with a small program in SGLang's place."""
+"""Whole benchmarks with a small program in place of SGLang."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.config.test_groups import composed
 from tests.evaluation.server_benchmark.conftest import PROMPTS
 from tests.evaluation.server_benchmark.fake_sglang import ACCEPTED, answer_tokens, arrivals
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "recipes" / "benchmark.py"
 
 
@@ -105,7 +105,7 @@ def expected_prompts(target_dir) -> list[list[int]]:
     return prompts
 
 
-def test_a_draft_beside_its_baseline_and_what_is_measured_already(run, lines, tmp_path, target_dir):
+def test_a_draft_and_its_baseline_are_measured_once(run, lines, tmp_path, target_dir):
     done = run()
     measured = lines()
     assert settings(measured) == {(name, n): 1 for name in ("baseline", "5-1-6") for n in (1, 2)}
@@ -143,7 +143,7 @@ def test_a_sweep_and_its_best_setting_written_back(run, lines, run_dir):
     assert rows[0] == f"{after.num_steps}-{after.topk}-{after.num_draft_tokens}" and rows[-1] == "baseline"
 
 
-def test_another_target_at_the_same_place_is_measured_anew(run, lines, target_dir, tmp_path):
+def test_a_changed_target_at_the_same_path_is_measured_again(run, lines, target_dir, tmp_path):
     target = f"target={shutil.copytree(target_dir, tmp_path / 'target')}"
     run(target, "concurrency=[1]")
     run(target, "concurrency=[1]")
@@ -157,7 +157,7 @@ def test_another_target_at_the_same_place_is_measured_anew(run, lines, target_di
     assert set(settings(lines()).values()) == {2}
 
 
-def test_a_dead_server_fails_its_cell_and_not_the_sweep(run, lines, tmp_path):
+def test_a_dead_server_fails_only_its_point(run, lines, tmp_path):
     # The warm-up's two turns and the first cell's four are answered, the first one of the next cell is not.
     done = run("sweep=[[3,1],[4,1]]", FAKE_SGLANG="die_at:7", FAKE_ONCE=str(tmp_path / "died"))
     assert [bool(line["figures"]) for line in lines()] == [True, False, True, True, True, True]
@@ -197,7 +197,7 @@ def test_a_baseline_of_another_model_is_refused(run, serve, target_dir, tmp_path
         assert f"baseline_url: {name} of " in str(run(*there).error)
 
 
-def test_another_draft_at_the_same_place_of_a_running_server_is_measured_anew(run, serve, run_dir, target_dir, lines):
+def test_a_changed_draft_of_a_running_server_is_measured_again(run, serve, run_dir, target_dir, lines):
     draft = run_dir / "checkpoints" / "step_3" / "model"
     url = serve("--model-path", str(target_dir), "--speculative-algorithm", "EAGLE3",
                 "--speculative-draft-model-path", str(draft))  # fmt: skip
@@ -211,19 +211,19 @@ def test_another_draft_at_the_same_place_of_a_running_server_is_measured_anew(ru
     assert len(lines()) == 2
 
 
-def test_a_server_that_answers_but_not_for_this_fails_its_cells_and_not_the_sweep(run, lines):
+def test_a_server_without_server_info_fails_its_points(run, lines):
     done = run("sweep=[[3,1],[4,1]]", FAKE_SGLANG="info")
     assert len(lines()) == 6 and all("/server_info: HTTP 500" in line["error"] for line in lines())
     assert str(done.error).startswith("6 cell(s) failed")
 
 
-def test_a_draft_that_verified_nothing_is_no_success(run, lines):
+def test_a_draft_without_verifications_fails(run, lines):
     done = run("concurrency=[1]", FAKE_SGLANG="plain")
     assert settings(lines()) == {("baseline", 1): 1}
     assert "1 cell(s) failed" in str(done.error) and "not one verification" in lines()[-1]["error"]
 
 
-def test_nothing_is_written_back_after_failures(run, run_dir, tmp_path):
+def test_write_back_needs_every_point(run, run_dir, tmp_path):
     config = run_dir / "checkpoints" / "step_3" / "model" / "config.json"
     before = config.read_bytes()
     # The baseline's server dies at its last turn; both settings of the draft are measured.
@@ -232,7 +232,7 @@ def test_nothing_is_written_back_after_failures(run, run_dir, tmp_path):
     assert "1 cell(s) failed" in str(done.error) and config.read_bytes() == before
 
 
-def test_prompts_that_the_scheduler_aborts_are_left_out(run, lines, suite_file):
+def test_prompts_that_the_scheduler_aborts_are_counted_as_refused(run, lines, suite_file):
     with suite_file.open("a") as file:
         file.write(json.dumps({"prompt": "box " * 50}) + "\n")
     assert run("concurrency=[1]", FAKE_SGLANG="pool:45").error is None
@@ -246,13 +246,13 @@ def test_a_busy_port(run, free_port):
         assert f"server.port={free_port}: " in str(run().error)
 
 
-def test_a_baseline_that_runs_already(run, serve, target_dir, lines):
+def test_a_running_baseline(run, serve, target_dir, lines):
     url = serve("--model-path", str(target_dir))
     assert run("checkpoint=null", f"url={url}", "concurrency=[2]").error is None
     assert settings(lines()) == {("baseline", 2): 1}
 
 
-def test_prompts_that_are_too_long_are_counted_and_left_out(run, lines, suite_file):
+def test_prompts_that_are_too_long_are_counted_as_refused(run, lines, suite_file):
     with suite_file.open("a") as file:
         file.write(json.dumps({"turns": ["box " * 500, "again"]}) + "\n")
     done = run("concurrency=[1]", "baseline=false")
@@ -316,7 +316,7 @@ def appears(file: Path) -> None:
         time.sleep(0.02)
 
 
-def test_what_was_measured_stays_after_ctrl_c(overrides, run, lines, tmp_path):
+def test_results_survive_ctrl_c(overrides, run, lines, tmp_path):
     with started(overrides, FAKE_SECONDS="0.1") as going:
         appears(tmp_path / "results" / "cells.jsonl")
         going.send_signal(signal.SIGINT)
@@ -329,7 +329,7 @@ def test_what_was_measured_stays_after_ctrl_c(overrides, run, lines, tmp_path):
     assert settings(lines()) == {(name, n): 1 for name in ("baseline", "5-1-6") for n in (1, 2)}
 
 
-def test_what_was_measured_stays_after_a_polite_kill(run, lines, tmp_path):
+def test_results_survive_sigterm(run, lines, tmp_path):
     def kill() -> None:
         appears(tmp_path / "results" / "cells.jsonl")
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,11 +1,11 @@
-"""What the sandbox stops, each tried for real.  A program passes only where what it tried was refused as it expects."""
+"""Attempts that the sandbox must refuse: a program passes only if its attempt raises the expected error."""
 
 import os
 import time
 
 import pytest
 
-from nemo_speculative.evaluation.server_benchmark.sandbox import Sandbox, network_guard
+from nemo_speculative.evaluation.server_benchmark.scoring import Sandbox, network_guard
 
 SANDBOX = Sandbox(seconds=5, memory_mb=512)
 REFUSED = """
@@ -101,12 +101,12 @@ def test_the_network_is_away_even_below_the_hook(monkeypatch):
     """With the hook off, the kernel's namespace alone has no way to a server of this machine."""
     if "namespace" not in network_guard():
         pytest.skip("user namespaces are not permitted here")
-    monkeypatch.setattr("nemo_speculative.evaluation.server_benchmark.code_limits.__file__", _jail_without_hook())
+    monkeypatch.setattr("nemo_speculative.evaluation.server_benchmark.code_limits.__file__", _limits_without_hook())
     assert refused("import socket; socket.create_connection(('127.0.0.1', 80), 1)", "OSError", "import socket\n")
     assert SANDBOX.passes("import socket\nassert [name for _, name in socket.if_nameindex()] == ['lo']")
 
 
-def _jail_without_hook() -> str:
+def _limits_without_hook() -> str:
     import tempfile
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is measured: a server that is started for it, or one that runs already."""
+"""The servers of a benchmark: started for it, or already running."""
 
 import asyncio
 import hashlib
@@ -26,45 +26,45 @@ from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UsageError, UserError
 from nemo_speculative.utils.http import api_key
 
-VERSION = "from importlib.metadata import version; print(version('sglang'))"
+VERSION_PROGRAM = "from importlib.metadata import version; print(version('sglang'))"
 NUM_PROGRAM_WORDS = 3
 """python -m sglang.launch_server"""
 SPECULATIVE = "--speculative-"
 REPORTED = ("model_path", "version", "dtype", "tp_size", "dp_size", "attention_backend", "quantization")
-"""What of a running server's settings its figures depend on, beside the speculative ones."""
-PASSING = frozenset({
+"""Settings of a running server that metrics depend on, in addition to the speculative ones."""
+VOLATILE = frozenset({
     "internal_states", "startup_time", "status", "launch_command", "kv_events", "random_seed", "host", "dist_init_addr",
     "max_total_num_tokens", "max_req_input_len",
 })  # fmt: skip
-"""What a server reports beside its settings, and those that are drawn or found anew at each start."""
+"""Fields of ``/server_info`` that are not settings, or differ at each start."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Endpoint(ABC):
-    """A server with one setting."""
+class BenchServer(ABC):
+    """A server with one speculative setting."""
 
     server: dict[str, Any]
-    """What it has in common with the baseline beside it; a part of each cell's identity."""
+    """Identity that it shares with its baseline; see :attr:`.results_log.BenchPoint.server`."""
     draft: dict[str, Any] | None
     """Its draft and settings; None: a baseline."""
 
     @property
     @abstractmethod
     def target(self) -> str:
-        """Directory or hub name of its target, where the tokenizer is."""
+        """Directory or hub name of its target, which holds the tokenizer."""
 
     @abstractmethod
-    def up(self) -> AbstractContextManager[str]:
-        """Its url, while it runs.
+    def running(self) -> AbstractContextManager[str]:
+        """The server's URL; it runs within the block.
 
         Raises:
-            ServerError: it does not come up.
+            ServerError: it does not start.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launched(Endpoint):
-    """A server that is started, and stopped again."""
+class LaunchedServer(BenchServer):
+    """A server that the benchmark starts and stops."""
 
     options: ServeOptions
     python: str
@@ -77,12 +77,13 @@ class Launched(Endpoint):
         return self.options.target
 
     @contextmanager
-    def up(self) -> Iterator[str]:
+    def running(self) -> Iterator[str]:
         options, command = self.options, serve_command(self.options, self.python)
         require_free(options.host, options.port, f"server.port={options.port}")
         if self.draft is None:
             command, _ = split(command)
-        log = next(file for n in count(1) if not (file := self.logs / f"{self._name}-{n}.log").exists())
+        name = f"server-{setting_name(options.speculative if self.draft else None)}"
+        log = next(file for n in count(1) if not (file := self.logs / f"{name}-{n}.log").exists())
         server = Server(command, serve_environment(options), options.host, options.port, log)
         try:
             server.wait_until_healthy(self.timeout)
@@ -91,32 +92,28 @@ class Launched(Endpoint):
             with uninterrupted():
                 server.stop()
 
-    @property
-    def _name(self) -> str:
-        return f"server-{setting_name(self.options.speculative if self.draft else None)}"
-
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C and SIGTERM back until the block is done: half a stop would leave processes behind."""
-    came: list[int] = []
+    """Delays Ctrl-C and SIGTERM until the block is done: a half-finished stop would leave processes running."""
+    received: list[int] = []
 
-    def hold(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
+    def delay(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
 
-    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, delay) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+    if received:
+        signal.raise_signal(received[0])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running(Endpoint):
-    """A server that somebody else runs."""
+class RunningServer(BenchServer):
+    """A server that is started and stopped by others."""
 
     url: str
     model: str
@@ -126,60 +123,60 @@ class Running(Endpoint):
         return self.model
 
     @contextmanager
-    def up(self) -> Iterator[str]:
+    def running(self) -> Iterator[str]:
         yield self.url
 
 
-def endpoints_of(job: BenchmarkJob) -> list[Endpoint]:
-    """Everything that ``job`` measures, the baseline first.
+def servers_of(job: BenchmarkJob) -> list[BenchServer]:
+    """All servers that ``job`` measures, the baseline first.
 
     Raises:
-        UserError: neither or both of checkpoint and url are given, one of them is no good, or a setting is impossible.
+        UserError: neither or both of checkpoint and url are given, one of them is unusable, or a setting is impossible.
     """
     if (job.checkpoint is None) == (job.url is None):
         raise UsageError(
             "checkpoint and url: expected one of them, checkpoint=RUN to start a server or url=http://HOST:PORT"
         )
-    return _running(job) if job.url else _launched(job)
+    return _running_servers(job) if job.url else _launched_servers(job)
 
 
-def _launched(job: BenchmarkJob) -> list[Endpoint]:
+def _launched_servers(job: BenchmarkJob) -> list[BenchServer]:
     python = job.server.python or sys.executable
     version, model = sglang_version(python), find_model(job.checkpoint or "")
     with (model / "model.safetensors").open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()[:16]
     logs = Path(job.results)
     logs.mkdir(parents=True, exist_ok=True)
-    found: list[Endpoint] = []
+    servers: list[BenchServer] = []
     for setting in job.sweep or [[]]:
         options = _options(job, setting, version)
         common, speculative = split(serve_command(options, python)[NUM_PROGRAM_WORDS:])
-        server = {
+        identity = {
             "target": _fingerprint(options.target), "sglang": version, "flags": without(common, "--port"),
             "accelerator": accelerator(),
         }  # fmt: skip
         flags = without(speculative, "--speculative-draft-model-path")
         draft = {"weights": digest, "speculative": asdict(options.speculative), "flags": flags}
-        one = Launched(
-            server=server, draft=draft, options=options, python=python, timeout=job.server.timeout, logs=logs
+        server = LaunchedServer(
+            server=identity, draft=draft, options=options, python=python, timeout=job.server.timeout, logs=logs
         )
-        if job.baseline and not found:
-            found.append(replace(one, draft=None))
-        found.append(one)
-    return found
+        if job.baseline and not servers:
+            servers.append(replace(server, draft=None))
+        servers.append(server)
+    return servers
 
 
 def _options(job: BenchmarkJob, setting: Sequence[int], version: str) -> ServeOptions:
     server = job.server
     single = {"num_steps": job.num_steps, "topk": job.topk, "num_draft_tokens": job.num_draft_tokens}
-    chosen = dict(zip(single, setting, strict=False)) if setting else single
+    speculative = dict(zip(single, setting, strict=False)) if setting else single
     overrides = {
         "target": job.target, "dtype": server.dtype, "device": server.device, "tp_size": server.tp_size,
         "port": server.port, "trust_remote_code": server.trust_remote_code, "extra": tuple(server.flags),
         "sglang_version": version,
     }  # fmt: skip
     try:
-        options = from_checkpoint(job.checkpoint or "", {**overrides, **chosen})
+        options = from_checkpoint(job.checkpoint or "", {**overrides, **speculative})
     except UsageError as error:
         raise UsageError(f"sweep={list(setting)}: {error}" if setting else str(error)) from None
     if options.api_key:
@@ -192,18 +189,19 @@ def _options(job: BenchmarkJob, setting: Sequence[int], version: str) -> ServeOp
 
 
 def _fingerprint(target: str) -> str:
-    """Of a directory's contents; a hub name stands for itself."""
+    """Fingerprint of a directory's contents; a hub name as it is."""
     return target_fingerprint(Path(target)) if (Path(target) / "config.json").is_file() else target
 
 
 def sglang_version(python: str) -> str:
-    """The version of SGLang beside ``python``.
+    """The version of SGLang in the environment of ``python``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: SGLang is not installed there.
     """
     try:
-        return subprocess.run([python, "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
+        program = [python, "-c", VERSION_PROGRAM]
+        return subprocess.run(program, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         raise UsageError(
             f"server.python: {python} has no SGLang; give the python of an environment that does (docs/serving.md), or "
@@ -212,7 +210,7 @@ def sglang_version(python: str) -> str:
 
 
 def split(command: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command without its speculative flags, and these flags, each with its value."""
+    """The words of a command without its speculative flags, and these flags with their values."""
     common: list[str] = []
     speculative: list[str] = []
     words = common
@@ -228,24 +226,24 @@ def without(words: Sequence[str], flag: str) -> list[str]:
     return [word for before, word in zip(["", *words], words, strict=False) if flag not in (before, word)]
 
 
-def _running(job: BenchmarkJob) -> list[Endpoint]:
+def _running_servers(job: BenchmarkJob) -> list[BenchServer]:
     if job.sweep or job.num_steps or job.topk or job.num_draft_tokens or job.write_back:
         raise UsageError(
             "url: the settings of a running server are its own; leave out sweep, num_steps, topk, num_draft_tokens and "
             "write_back, or give checkpoint= in its place"
         )
     urls = [url for url in (job.baseline_url, job.url) if url is not None]
-    infos = [asyncio.run(_info(url)) for url in urls]
+    infos = [asyncio.run(_server_info(url)) for url in urls]
     if job.baseline_url and infos[0].get("speculative_algorithm"):
         raise UserError(f"baseline_url: {job.baseline_url} speculates; expected a server without a draft")
-    _require_alike(urls, infos)
-    common = {
+    _require_equal(urls, infos)
+    identity = {
         "urls": [job.baseline_url, job.url], **{name: infos[-1].get(name) for name in REPORTED},
         "target": _fingerprint(str(infos[-1].get("model_path"))), "settings": [settings_digest(info) for info in infos],
     }  # fmt: skip
     return [
-        Running(
-            server=common,
+        RunningServer(
+            server=identity,
             draft=_draft(info),
             url=url,
             model=str(job.target or info["tokenizer_path"] or info["model_path"]),
@@ -254,8 +252,8 @@ def _running(job: BenchmarkJob) -> list[Endpoint]:
     ]
 
 
-def _require_alike(urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses a baseline whose figures would differ for more than its missing draft."""
+def _require_equal(urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a baseline that differs in more than the missing draft."""
     for name in REPORTED:
         base, own = infos[0].get(name), infos[-1].get(name)
         if base != own:
@@ -266,12 +264,12 @@ def _require_alike(urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> N
 
 
 def settings_digest(info: Mapping[str, Any]) -> str:
-    """Of a server's ``/server_info``, as far as it is equal when the same server is started again."""
-    lasting = {name: value for name, value in info.items() if name not in PASSING and not name.endswith("port")}
-    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:16]
+    """Digest of the fields of ``/server_info`` that are the same when the server is started again."""
+    settings = {name: value for name, value in info.items() if name not in VOLATILE and not name.endswith("port")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-async def _info(url: str) -> dict[str, Any]:
+async def _server_info(url: str) -> dict[str, Any]:
     async with Client(url, api_key()) as client:
         return await client.server_info()
 

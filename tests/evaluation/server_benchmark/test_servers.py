@@ -1,11 +1,11 @@
-"""Parts of starting servers that a whole benchmark does not show."""
+"""Details of starting servers that whole benchmarks do not cover."""
 
 import os
 import signal
 
 import pytest
 
-from nemo_speculative.evaluation.server_benchmark.endpoints import settings_digest, split, uninterrupted, without
+from nemo_speculative.evaluation.server_benchmark.servers import settings_digest, split, uninterrupted, without
 from nemo_speculative.serving.command import from_checkpoint, serve_command
 
 
@@ -19,11 +19,11 @@ def test_a_baseline_is_the_same_command_without_its_speculative_flags(run_dir):
     assert {"--speculative-num-steps", "5", "--speculative-attention-mode", "decode"} < set(speculative)
 
 
-def test_words_without_a_flag():
+def test_a_flag_is_removed_with_its_value():
     assert without(["--a", "1", "--port", "2", "--b"], "--port") == ["--a", "1", "--b"]
 
 
-def test_a_servers_settings_are_the_same_after_another_start():
+def test_the_digest_of_a_servers_settings_survives_a_restart():
     info = {"version": "0.5.23", "max_running_requests": 8, "port": 1, "startup_time": 1.5, "random_seed": 3}
     again = {**info, "port": 2, "nccl_port": 7, "startup_time": 2.5, "random_seed": 4, "internal_states": [{"load": 1}]}
     assert settings_digest(again) == settings_digest(info)
@@ -31,7 +31,7 @@ def test_a_servers_settings_are_the_same_after_another_start():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_waits_until_the_block_is_done(number):
+def test_an_interrupt_is_delayed_until_the_block_is_done(number):
     before = signal.signal(number, signal.default_int_handler)
     done = []
     try:
