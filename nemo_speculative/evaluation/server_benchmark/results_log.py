@@ -130,7 +130,7 @@ class ResultsLog:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{self._file}:{line.number}: not a line of this benchmark ({error}); delete it to measure that "
-                    "cell again, or give another directory with results=DIR"
+                    "point again, or give another directory with results=DIR"
                 ) from None
 
 

@@ -149,7 +149,7 @@ def require_success(benchmark: Benchmark) -> None:
     failed = benchmark.failed
     if failed:
         raise UserError(
-            f"{len(failed)} cell(s) failed, the first, {failed[0].point}: {failed[0].error}; the same command "
+            f"{len(failed)} point(s) failed, the first, {failed[0].point}: {failed[0].error}; the same command "
             "measures them again"
         )
 

@@ -163,7 +163,7 @@ def test_a_dead_server_fails_only_its_point(run, lines, tmp_path):
     assert [bool(line["figures"]) for line in lines()] == [True, False, True, True, True, True]
     # Whichever is seen first: no connection, or one that ends.
     assert any(said in lines()[1]["error"] for said in ("cannot be reached", "the answer broke off"))
-    assert str(done.error).startswith("1 cell(s) failed, the first, baseline, jsonl, 2 at once, temperature 0: ")
+    assert str(done.error).startswith("1 point(s) failed, the first, baseline, jsonl, 2 at once, temperature 0: ")
     assert run("sweep=[[3,1],[4,1]]").error is None
     assert set(settings(lines()).values()) == {1} and len(settings(lines())) == 6, "only the failed cell was left"
 
@@ -171,7 +171,7 @@ def test_a_dead_server_fails_only_its_point(run, lines, tmp_path):
 def test_a_server_that_never_becomes_healthy(run, lines):
     done = run(FAKE_SGLANG="die")
     assert "CUDA error: out of memory" in done.err
-    assert "4 cell(s) failed" in str(done.error) and "SGLang ended with code 7" in str(done.error)
+    assert "4 point(s) failed" in str(done.error) and "SGLang ended with code 7" in str(done.error)
     assert all(line["figures"] is None for line in lines())
 
 
@@ -214,13 +214,13 @@ def test_a_changed_draft_of_a_running_server_is_measured_again(run, serve, run_d
 def test_a_server_without_server_info_fails_its_points(run, lines):
     done = run("sweep=[[3,1],[4,1]]", FAKE_SGLANG="info")
     assert len(lines()) == 6 and all("/server_info: HTTP 500" in line["error"] for line in lines())
-    assert str(done.error).startswith("6 cell(s) failed")
+    assert str(done.error).startswith("6 point(s) failed")
 
 
 def test_a_draft_without_verifications_fails(run, lines):
     done = run("concurrency=[1]", FAKE_SGLANG="plain")
     assert settings(lines()) == {("baseline", 1): 1}
-    assert "1 cell(s) failed" in str(done.error) and "not one verification" in lines()[-1]["error"]
+    assert "1 point(s) failed" in str(done.error) and "not one verification" in lines()[-1]["error"]
 
 
 def test_write_back_needs_every_point(run, run_dir, tmp_path):
@@ -229,7 +229,7 @@ def test_write_back_needs_every_point(run, run_dir, tmp_path):
     # The baseline's server dies at its last turn; both settings of the draft are measured.
     done = run("sweep=[[3,1],[4,1]]", "concurrency=[1]", "warmup=0", "write_back=1", FAKE_SGLANG="die_at:4",
                FAKE_ONCE=str(tmp_path / "died"))  # fmt: skip
-    assert "1 cell(s) failed" in str(done.error) and config.read_bytes() == before
+    assert "1 point(s) failed" in str(done.error) and config.read_bytes() == before
 
 
 def test_prompts_that_the_scheduler_aborts_are_counted_as_refused(run, lines, suite_file):
