@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """Lists by the ten thousand: collecting garbage among all that was imported would take most of the time."""
+    """Keeps imported objects out of garbage collection, which would take most of the time of tests with large lists."""
     gc.collect()
     gc.freeze()
     yield

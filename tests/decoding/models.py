@@ -1,4 +1,4 @@
-"""What the tests of this room decode with: targets of few tokens, of which even a random draft guesses some."""
+"""Models for the decoding tests: vocabularies so small that even a random draft guesses some tokens."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def small_target(directory: Path, **config) -> HFTarget:
 
 
 def random_draft(kind: str, target: HFTarget, seed: int = 0, draft_vocab: int = 9) -> Draft:
-    """A draft that was never trained; an EAGLE-3 draft knows some of the target's tokens only."""
+    """A draft that was never trained; an EAGLE-3 draft has only some of the target's tokens."""
     torch.manual_seed(seed)
     network, config = DRAFTS[kind]
     draft = network(network.shape_for(config, target.config, target.aux_layers, draft_vocab)).attach(target)
@@ -62,10 +62,10 @@ def prompts(number: int, seed: int = 0, shortest: int = 2, vocab_size: int = VOC
 
 
 def plain(
-    target: HFTarget, asked: Sequence[Sequence[int]], limit: int, stop_ids: Collection[int] = NO_STOP
+    target: HFTarget, questions: Sequence[Sequence[int]], limit: int, stop_ids: Collection[int] = NO_STOP
 ) -> list[list[int]]:
-    """Greedy answers by transformers alone, the whole sequence anew for every token: no cache, no draft."""
-    return _by_length(asked, lambda same: _plain(target, same, limit, stop_ids))
+    """Greedy answers by transformers alone, recomputing the whole sequence for every token: no cache, no draft."""
+    return _by_length(questions, lambda same: _plain(target, same, limit, stop_ids))
 
 
 @torch.inference_mode()
@@ -79,15 +79,15 @@ def _plain(target, same: list[list[int]], limit: int, stop_ids: Collection[int])
     return [answer[: end + 1] for answer, end in zip(answers, ends, strict=True)]
 
 
-def _by_length(asked: Sequence[Sequence[int]], answer: Callable[[list[list[int]]], list]) -> list:
+def _by_length(questions: Sequence[Sequence[int]], answer: Callable[[list[list[int]]], list]) -> list:
     answers: dict[int, list[int]] = {}
-    for length in {len(prompt) for prompt in asked}:
-        numbers = [i for i, prompt in enumerate(asked) if len(prompt) == length]
-        answers |= zip(numbers, answer([list(asked[i]) for i in numbers]), strict=True)
-    return [answers[i] for i in range(len(asked))]
+    for length in {len(prompt) for prompt in questions}:
+        numbers = [i for i, prompt in enumerate(questions) if len(prompt) == length]
+        answers |= zip(numbers, answer([list(questions[i]) for i in numbers]), strict=True)
+    return [answers[i] for i in range(len(questions))]
 
 
 def tree_of(paths: Sequence[tuple[int, ...]] = MC_SIM_7B_63) -> list[int]:
-    """Parents of the nodes of a static tree, the root's first, found one by one."""
+    """Parents of the nodes of a static tree, the root's first, computed one by one."""
     nodes: list[tuple[int, ...]] = [(), *sorted(paths, key=lambda path: (len(path), path))]
     return [-1, *(nodes.index(path[:-1]) for path in nodes[1:])]

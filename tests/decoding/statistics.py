@@ -1,4 +1,4 @@
-"""Whether counts come from a distribution."""
+"""A statistical test of counts against a distribution."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def chi_square_p(counts: torch.Tensor, exact: torch.Tensor, fewest: float = 5.0) -> float:
     """Pearson's test: the probability of counts at least as far off, if ``exact`` were their distribution.
 
-    Cells of fewer than ``fewest`` expected counts are taken together; a count where the distribution is 0 gives 0.
+    Cells with fewer than ``fewest`` expected counts are merged; any count at probability 0 gives 0.
     """
     counts, exact = counts.double().flatten(), exact.double().flatten()
     if counts[exact == 0].sum() > 0:
@@ -16,6 +16,6 @@ def chi_square_p(counts: torch.Tensor, exact: torch.Tensor, fewest: float = 5.0)
     cells = [(counts[large], expected[large])]
     if (~large).any() and expected[~large].sum() >= fewest:
         cells.append((counts[~large].sum()[None], expected[~large].sum()[None]))
-    seen, wanted = (torch.cat(x) for x in zip(*cells, strict=True))
-    statistic = ((seen - wanted) ** 2 / wanted).sum()
-    return float(torch.special.gammaincc((torch.tensor(len(seen)) - 1) / 2, (statistic / 2).float()))
+    observed, expected = (torch.cat(x) for x in zip(*cells, strict=True))
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc((torch.tensor(len(observed)) - 1) / 2, (statistic / 2).float()))

@@ -15,7 +15,7 @@ def target(tmp_path_factory):
 
 
 class ListCache:
-    """The same as lists: each row a list of keys, the scratch cut off after use."""
+    """Reference: each row is a list of keys, without the scratch."""
 
     def __init__(self, rows):
         self.rows = [[] for _ in range(rows)]
@@ -25,15 +25,15 @@ class ListCache:
 
 
 def numbered(rows, n, start):
-    """Keys [B, H, n, d] of which each is a number of its own; values are the negated keys."""
+    """Distinct keys [B, H, n, d]; values are the negated keys."""
     keys = torch.arange(start, start + rows * n).view(rows, 1, n, 1).expand(rows, HEADS, n, DIM).float().contiguous()
     return keys, [[float(x) for x in row] for row in keys[:, 0, :, 0].tolist()]
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["ragged", "equal"])
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_of_any_length_are_kept_as_lists_would_keep_them(seed, alike):
-    """Appends, tree paths, crops and departing rows in random order, beyond the first allocation."""
+def test_the_cache_equals_a_list_of_keys_per_row(seed, alike):
+    """Appends, tree paths, crops and removed rows in random order, beyond the first allocation."""
     random = torch.Generator().manual_seed(seed)
 
     def pick(low, high):
@@ -71,7 +71,7 @@ def test_rows_of_any_length_are_kept_as_lists_would_keep_them(seed, alike):
 
 @pytest.mark.parametrize("lengths", [[5, 5], [2, 7]], ids=["equal", "ragged"])
 @pytest.mark.parametrize("shared", [True, False], ids=["one structure", "own structures"])
-def test_what_a_position_sees(lengths, shared):
+def test_visible_positions(lengths, shared):
     """Of s = 4 newest positions, the last n = 2 are new: each entry looked up on its own."""
     cache = KVCache(2)
     cache.crop(lengths)
@@ -87,7 +87,7 @@ def test_what_a_position_sees(lengths, shared):
                 assert bool(found[row, query, key]) == expected
 
 
-def test_a_tree_read_and_compacted_equals_its_path_read_anew(target):
+def test_a_compacted_tree_equals_its_path(target):
     """Ragged prompts, a path through the static tree for each: states and stored keys as without the other nodes."""
     asked = prompts(4, seed=1)
     model = CachedTarget(target, 4)

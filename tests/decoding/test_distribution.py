@@ -43,7 +43,7 @@ def tiny(tmp_path_factory):
 
 
 def sample(target, prompt, drafter, verifier):
-    """How often each answer came, float32 [125], and the acceptance length."""
+    """Counts of the answers, float32 [125], and the acceptance length."""
     counts, emitted = torch.zeros(V**3), []
     for _ in range(DRAWS // BATCH):
         for answer in generate(
@@ -67,7 +67,7 @@ def test_sampled_answers_have_the_targets_distribution(tiny, way):
     assert 1.05 < tau < 1.95, "nothing accepted, or nothing rejected, proves little"
 
 
-def test_another_temperature_is_told_apart(tiny):
+def test_another_temperature_is_detected(tiny):
     target, prompt, exact = tiny
     verifier = TargetOnly(Sampling(1.4), torch.Generator().manual_seed(0))
     assert chi_square_p(sample(target, prompt, NoDrafter(), verifier)[0], exact) < 1e-9

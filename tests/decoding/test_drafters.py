@@ -24,7 +24,7 @@ def target(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_decoding_a_chain_equals_the_training_unroll(target, kind):
-    """Train = serve: the draft's outputs behind a cache are those of the unroll on the same tokens."""
+    """Train = serve: with a cache, the draft's outputs are those of the unroll on the same tokens."""
     draft, num_steps = random_draft(kind, target, seed=1), 4
     ids = torch.randint(0, VOCAB_SIZE, (1, 20), generator=torch.Generator().manual_seed(5))
     features, embeddings = draft.project_hidden_states(*target.forward(ids)), draft.embed_input_ids(ids)
@@ -47,7 +47,7 @@ def test_decoding_a_chain_equals_the_training_unroll(target, kind):
 
 
 def states(target, sequences):
-    """What the target knows of ``sequences`` but their last tokens."""
+    """The target's states for ``sequences`` without their last tokens."""
     return CachedTarget(target, len(sequences)).prefill([tokens[:-1] for tokens in sequences])
 
 
@@ -60,8 +60,8 @@ BUSHY = {
 
 @pytest.mark.parametrize("tree", BUSHY)
 @pytest.mark.parametrize("kind", ["eagle", "eagle3.1", "eagle3 of 2 layers"])
-def test_a_tree_node_is_drafted_as_behind_its_path_alone(target, kind, tree):
-    """Every draft token by the logits behind its own path, run as a chain through an empty cache."""
+def test_a_tree_node_is_drafted_as_after_its_path_alone(target, kind, tree):
+    """Each draft token has the logits of its own path, run as a chain through an empty cache."""
     draft = random_draft(kind, target)
     sequences = prompts(5, seed=8)
     drafter = EagleDrafter(draft, target, BUSHY[tree])
@@ -79,7 +79,7 @@ def test_a_tree_node_is_drafted_as_behind_its_path_alone(target, kind, tree):
 
 
 def _logits(draft, target, tokens, path):
-    """The draft's logits behind a path: true features up to the last verified token, then its own outputs."""
+    """The draft's logits after a path: true features up to the last verified token, then its own outputs."""
     feature = draft.project_hidden_states(*target.forward(torch.tensor([tokens[:-1]])))
     session, length = contract_of(type(draft)).session(draft), len(tokens) - 1
     rotation = draft.rotary(torch.arange(length)[None], torch.float32)
@@ -94,8 +94,8 @@ def _logits(draft, target, tokens, path):
 
 
 @pytest.mark.parametrize("tree", TREE_BUILDERS)
-def test_what_the_draft_has_read_is_not_read_again_and_trees_leave_no_trace(target, tree):
-    """Sequences verified piece by piece, in pieces of different lengths, one leaving: the trees of a fresh start."""
+def test_drafting_continues_as_if_started_anew(target, tree):
+    """Sequences verified in pieces of different lengths, one removed: the trees equal those of a fresh start."""
     drafter = EagleDrafter(random_draft("eagle3", target), target, TREE_BUILDERS[tree])
     whole = [(prompt * 9)[:30] for prompt in prompts(3, seed=9)]
     known = states(target, [[*tokens, 0] for tokens in whole])
@@ -113,7 +113,7 @@ def test_what_the_draft_has_read_is_not_read_again_and_trees_leave_no_trace(targ
         assert torch.equal(found.parents, fresh.parents)
 
 
-def test_ngram_proposes_what_followed_the_latest_longest_match():
+def test_ngram_proposes_the_continuation_of_the_latest_longest_match():
     drafter = NgramDrafter(num_steps=3, max_ngram=3)
     tokens = [1, 2, 3, 4, 9, 2, 3, 5, 6, 7, 1, 2, 3]
     assert drafter.lookup(tokens) == [4, 9, 2]  # "1 2 3" is longer than the later "2 3"
@@ -133,14 +133,14 @@ def test_no_drafter_proposes_nothing(target):
 
 
 @pytest.mark.parametrize("tree_builder", [DynamicTree(2, 10, 12), StaticTree(tuple((i,) for i in range(10)))])
-def test_more_children_than_the_draft_has_tokens_are_one_line(target, tree_builder):
+def test_more_children_than_draft_tokens_are_refused(target, tree_builder):
     with pytest.raises(UserError, match="topk is 10: the draft vocabulary has 9 tokens") as error:
         EagleDrafter(random_draft("eagle3", target, draft_vocab=9), target, tree_builder)
     assert "\n" not in str(error.value)
 
 
 def test_a_dynamic_tree_cannot_be_verified_by_rejection(target):
-    """It drops draft tokens for what they are, and what is left was not drawn from q."""
+    """It drops draft tokens for their score, so the remaining ones are not drawn from q."""
     drafter = EagleDrafter(random_draft("eagle3", target), target, TREE_BUILDERS["dynamic"])
     assert drafter.start(1, TargetOnly(Sampling(1.0)))
     with pytest.raises(UserError, match="set topk=1") as error:

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from transformers import (
@@ -12,11 +14,11 @@ from transformers import (
 )
 
 from nemo_speculative.decoding.cached_target import CachedTarget
-from nemo_speculative.decoding.drafters import EagleDrafter, NoDrafter
-from nemo_speculative.decoding.engine import generate, stream
+from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
+from nemo_speculative.decoding.engine import Batch, Row, generate, stream
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree
 from nemo_speculative.decoding.trees import chains, trees
-from nemo_speculative.decoding.verify import Greedy
+from nemo_speculative.decoding.verify import Greedy, Sampling, SeededSampling
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_tokenizer
@@ -80,14 +82,14 @@ class Oracle:
 
 
 def answered(target, prompt, limit, **oracle):
-    """The target's own answer, and what an oracle that knows it makes of it."""
+    """The target's own answer, and an oracle that drafts from it."""
     answer = plain(target, [prompt], limit + 6)[0]
     return answer, Oracle(answer, prompt, **oracle)
 
 
 @pytest.mark.parametrize("as_tree", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("right", [[0], [3], [2], [3, 0, 1]])
-def test_emitted_counts_what_was_right_and_the_bonus(target, right, as_tree):
+def test_emitted_counts_accepted_tokens_and_the_bonus(target, right, as_tree):
     prompt = prompts(1)[0]
     answer, oracle = answered(target, prompt, 31, right=right, as_tree=as_tree)
     generation = generate(target, oracle, [prompt], max_new_tokens=31, stop_ids=NO_STOP)[0]
@@ -131,19 +133,19 @@ def test_a_stop_token_at_the_limit_still_finishes(target):
 
 def test_a_batch_gives_what_each_sequence_gives_alone(target, drafter):
     """Ragged prompts, answers that stop at different times: tokens and every verification."""
-    asked, stop_ids = prompts(12, seed=2), frozenset({4})
-    together = generate(target, drafter, asked, max_new_tokens=20, stop_ids=stop_ids)
-    alone = [generate(target, drafter, [prompt], max_new_tokens=20, stop_ids=stop_ids)[0] for prompt in asked]
+    questions, stop_ids = prompts(12, seed=2), frozenset({4})
+    together = generate(target, drafter, questions, max_new_tokens=20, stop_ids=stop_ids)
+    alone = [generate(target, drafter, [prompt], max_new_tokens=20, stop_ids=stop_ids)[0] for prompt in questions]
     assert together == alone
     lengths = {len(g.tokens) for g in together}
     assert len(lengths) > 4 and any(g.finished for g in together) and not all(g.finished for g in together)
 
 
-def test_streaming_gives_the_whole_as_it_comes(target, drafter):
-    asked, stop_ids = prompts(6, seed=4), frozenset({4})
-    whole = generate(target, drafter, asked, max_new_tokens=15, stop_ids=stop_ids)
-    streamed: list[list[list[int]]] = [[] for _ in asked]
-    for sequence, tokens, finished in stream(target, drafter, asked, max_new_tokens=15, stop_ids=stop_ids):
+def test_streamed_pieces_add_up_to_the_answers(target, drafter):
+    questions, stop_ids = prompts(6, seed=4), frozenset({4})
+    whole = generate(target, drafter, questions, max_new_tokens=15, stop_ids=stop_ids)
+    streamed: list[list[list[int]]] = [[] for _ in questions]
+    for sequence, tokens, finished in stream(target, drafter, questions, max_new_tokens=15, stop_ids=stop_ids):
         assert tokens, "an emission without tokens"
         assert finished == (tokens[-1] in stop_ids)
         streamed[sequence].append(tokens)
@@ -152,7 +154,7 @@ def test_streaming_gives_the_whole_as_it_comes(target, drafter):
         assert [len(piece) for piece in pieces] == [1, *generation.emitted]
 
 
-def test_a_stream_comes_before_the_answer_is_whole(target, monkeypatch):
+def test_a_stream_emits_before_the_answer_is_complete(target, monkeypatch):
     forwards = []
     forward = HFTarget.forward
     monkeypatch.setattr(HFTarget, "forward", lambda *a, **k: forwards.append(1) or forward(*a, **k))
@@ -164,10 +166,10 @@ def test_a_stream_comes_before_the_answer_is_whole(target, monkeypatch):
     assert torch.is_inference_mode_enabled() is False
 
 
-def test_two_streams_of_one_drafter_do_not_disturb_each_other(target, drafter):
-    asked = prompts(2, seed=6)
-    expected = plain(target, asked, 12)
-    one, two = (stream(target, drafter, [prompt], max_new_tokens=12, stop_ids=NO_STOP) for prompt in asked)
+def test_two_streams_of_one_drafter_are_independent(target, drafter):
+    questions = prompts(2, seed=6)
+    expected = plain(target, questions, 12)
+    one, two = (stream(target, drafter, [prompt], max_new_tokens=12, stop_ids=NO_STOP) for prompt in questions)
     found: list[list[int]] = [[], []]
     for _ in range(12):
         for answer, pieces in zip(found, (one, two), strict=True):
@@ -175,8 +177,8 @@ def test_two_streams_of_one_drafter_do_not_disturb_each_other(target, drafter):
     assert found == expected
 
 
-class Watching(Greedy):
-    """Greedy, and how deep the trees were that it was given."""
+class RecordingVerifier(Greedy):
+    """Greedy verification that records the depth of its trees."""
 
     def __init__(self):
         self.deepest = []
@@ -189,31 +191,31 @@ class Watching(Greedy):
 
 @pytest.mark.parametrize("left", [1, 2, 4])
 def test_an_answer_fills_the_context_and_no_more(target, drafter, left):
-    """The tree is cut where the context ends; positions past it are never asked for, alone or beside a short prompt."""
+    """The tree is cut where the context ends; positions beyond it are never used, alone or next to a short prompt."""
     context = target.config.max_position_embeddings
     long, short = (prompts(1)[0] * 40)[: context - left], prompts(2)[1]
-    asked = []
+    positions = []
     forward = target._decoder.forward
 
     def watched(*args, position_ids=None, **kwargs):
-        asked.append(int(position_ids.max()) if position_ids is not None else 0)
+        positions.append(int(position_ids.max()) if position_ids is not None else 0)
         return forward(*args, position_ids=position_ids, **kwargs)
 
     target._decoder.forward = watched
     try:
-        verifier = Watching()
+        verifier = RecordingVerifier()
         found = generate(target, drafter, [long], max_new_tokens=50, stop_ids=NO_STOP, verifier=verifier)
         both = generate(target, drafter, [short, long], max_new_tokens=10, stop_ids=NO_STOP)
     finally:
         del target._decoder.forward
     assert found[0].tokens == plain(target, [long], left)[0] == both[1].tokens
     assert both[0].tokens == plain(target, [short], 10)[0]
-    assert max(asked) < context and not found[0].finished
+    assert max(positions) < context and not found[0].finished
     for verification, (deepest,) in enumerate(verifier.deepest):
         assert deepest <= left - 1 - sum(found[0].emitted[:verification])
 
 
-def test_the_draft_changes_the_speed_and_nothing_else(target):
+def test_the_draft_changes_only_the_speed(target):
     """Two random drafts: equal answers, other verifications."""
     drafters = [EagleDrafter(random_draft("eagle3", target, seed), target, Chain(4)) for seed in (0, 1)]
     one, two = (generate(target, d, prompts(20), max_new_tokens=12, stop_ids=NO_STOP) for d in drafters)
@@ -251,20 +253,20 @@ def test_other_families_give_their_own_answers(tmp_path, name, attention):
     target = family(tmp_path, name, attention)
     if "some" in name:
         assert set(target.config.layer_types) == {"full_attention", "sliding_attention"}
-    asked = prompts(10)
-    expected = plain(target, asked, 20)
+    questions = prompts(10)
+    expected = plain(target, questions, 20)
     assert len({tuple(answer) for answer in expected}) > 4
     for tree_builder in (Chain(4), DynamicTree(4, 3, 12)):
         drafter = EagleDrafter(random_draft("eagle", target), target, tree_builder)
-        found = generate(target, drafter, asked, max_new_tokens=20, stop_ids=NO_STOP)
+        found = generate(target, drafter, questions, max_new_tokens=20, stop_ids=NO_STOP)
         assert [g.tokens for g in found] == expected
-        end = (asked[4] * 9)[:60]
+        end = (questions[4] * 9)[:60]
         found = generate(target, drafter, [end], max_new_tokens=20, stop_ids=NO_STOP)
         assert [g.tokens for g in found] == plain(target, [end], 4)
 
 
-def test_an_attention_without_masks_is_lent_one_that_takes_them(target, drafter, monkeypatch):
-    """Stands for flash attention, which knows causality alone."""
+def test_an_attention_without_masks_is_replaced_by_one_with_masks(target, drafter, monkeypatch):
+    """A stand-in for flash attention, which supports only causal masks."""
     calls = []
 
     def causal_only(module, query, key, value, attention_mask, **kwargs):
@@ -279,11 +281,11 @@ def test_an_attention_without_masks_is_lent_one_that_takes_them(target, drafter,
     AttentionMaskInterface.register("causal_only", lambda *args, **kwargs: None)
     config = target._decoder.config
     monkeypatch.setattr(config, "_attn_implementation_internal", "causal_only")
-    asked = prompts(6)
-    found = generate(target, drafter, asked, max_new_tokens=10, stop_ids=NO_STOP)
+    questions = prompts(6)
+    found = generate(target, drafter, questions, max_new_tokens=10, stop_ids=NO_STOP)
     assert config._attn_implementation == "causal_only" and calls
     monkeypatch.undo()
-    assert [g.tokens for g in found] == plain(target, asked, 10)
+    assert [g.tokens for g in found] == plain(target, questions, 10)
 
 
 def test_a_target_that_ignores_the_tree_is_refused(tmp_path, monkeypatch):
@@ -302,17 +304,17 @@ def test_layers_of_an_unknown_kind_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "asked, limit, said",
+    "questions, limit, said",
     [
         ([[1], []], 5, "prompt 1 has 0 tokens: expected 1 to 63"),
         ([[1] * 64], 5, "prompt 0 has 64 tokens: expected 1 to 63, so that the target's context of 64"),
         ([[1]], 0, "max_new_tokens is 0"),
     ],
 )
-def test_prompts_without_room_for_an_answer_are_one_line(target, asked, limit, said):
+def test_prompts_without_room_for_an_answer_are_refused(target, questions, limit, said):
     for start in (generate, stream):
         with pytest.raises(UserError, match=said) as error:
-            start(target, NoDrafter(), asked, max_new_tokens=limit)
+            start(target, NoDrafter(), questions, max_new_tokens=limit)
         assert "\n" not in str(error.value)
 
 
@@ -324,3 +326,44 @@ def test_an_unknown_option_is_refused(target):
 
 def test_no_prompts_give_no_answers(target):
     assert generate(target, NoDrafter(), [], max_new_tokens=5) == []
+
+
+class SeededRow(Row):
+    """A row with a random number generator of its own."""
+
+    def __init__(self, prompt, limit, seed):
+        super().__init__(prompt, limit, seed)
+        self.generator = random.Random(seed)
+
+
+@pytest.mark.parametrize("drafter", [NoDrafter(), NgramDrafter(3)], ids=["plain", "ngram"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_rows_that_join_a_running_batch_get_their_own_answers(target, drafter, sampled):
+    """Waiting prompts take the places of finished rows; sampled answers depend on the row's seed alone."""
+
+    def verifier(rows):
+        return SeededSampling(Sampling(1.5), [row.generator for row in rows]) if sampled else Greedy()
+
+    def answers(size):
+        rows = [SeededRow(prompt, 4 + 5 * i % 11, seed=i) for i, prompt in enumerate(prompts(9, seed=7))]
+        waiting, batch = rows, Batch(target, drafter, verifier, NO_STOP)
+        while waiting or batch.rows:
+            joining = waiting[: size - sum(not row.done for row in batch.rows)]
+            waiting = waiting[len(joining) :]
+            if joining:
+                batch.admit(joining)
+            batch.release()
+            if batch.rows:
+                batch.step()
+        return [row.answer for row in rows]
+
+    together = answers(3)
+    assert together == answers(1)
+    assert [len(answer) for answer in together] == [4 + 5 * i % 11 for i in range(9)]
+
+
+def test_rows_cannot_join_a_running_batch_with_a_stateful_drafter(target, drafter):
+    batch = Batch(target, drafter, lambda rows: Greedy(), NO_STOP)
+    batch.admit([Row([1, 2], 5)])
+    with pytest.raises(AssertionError, match="stateless"):
+        batch.admit([Row([1, 2], 5)])

@@ -1,4 +1,4 @@
-"""Greedy decoding gives the target's own answers, token for token, whatever is drafted."""
+"""Greedy decoding gives the target's own answers, token for token, with any draft."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_every_draft_and_tree_gives_the_targets_own_answers(target, answers, kin
 
 
 @pytest.mark.parametrize("drafter", [NoDrafter(), NgramDrafter(5)], ids=["plain", "n-gram"])
-def test_plain_and_ngram_decoding_give_them_too(target, answers, drafter):
+def test_plain_and_ngram_decoding_give_the_targets_own_answers(target, answers, drafter):
     found = generate(target, drafter, PROMPTS, max_new_tokens=LIMIT, stop_ids=NO_STOP)
     assert [g.tokens for g in found] == answers
     tau = Measured(found).tau

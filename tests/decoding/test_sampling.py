@@ -11,7 +11,7 @@ LOGITS = torch.randn(7, 11, generator=torch.Generator().manual_seed(3)) * 2
 
 
 def naive(logits, temperature, top_p, top_k):
-    """One distribution, one token at a time, in Python's doubles."""
+    """Reference: one distribution, one token at a time, in Python floats."""
     weights = [math.exp((x - max(logits)) / temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -weights[i])
     kept = order[: top_k or len(order)]
@@ -51,7 +51,7 @@ def test_temperature_0_and_a_tiny_one_are_the_argmax():
         ({"top_k": -1}, "top_k is -1"),
     ],
 )
-def test_settings_out_of_range_are_one_line(settings, said):
+def test_settings_out_of_range_are_refused(settings, said):
     with pytest.raises(UserError, match=said) as error:
         Sampling(**settings)
     assert "\n" not in str(error.value) and "expected" in str(error.value)
@@ -64,7 +64,7 @@ def test_draws_have_the_distribution():
 
 
 def test_distinct_draws_are_successive_draws_without_replacement():
-    """Each ordered pair: p(a) * p(b) / (1 - p(a)), as drawing twice from what is left gives it."""
+    """Each ordered pair: p(a) * p(b) / (1 - p(a)), from drawing twice without replacement."""
     p = Sampling(1.0).probabilities(LOGITS[1, :5])
     drawn = draw_distinct(p.expand(20_000, -1), 2, torch.Generator().manual_seed(0))
     exact = p[:, None] * p / (1 - p[:, None])
@@ -79,7 +79,7 @@ def test_tokens_without_probability_come_last():
     assert set(drawn[:, :2].flatten().tolist()) == {1, 3} and set(drawn[:, 2:].flatten().tolist()) == {0, 2}
 
 
-def test_inverse_transform_draws_as_often_as_is_probable():
+def test_inverse_transform_draws_in_proportion_to_probability():
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     drawn = inverse_transform(p.expand(1000, -1), grid)

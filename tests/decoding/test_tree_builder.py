@@ -1,4 +1,4 @@
-"""Trees grown by a draft that is a table: its logits depend on the path alone, so an oracle can look them up."""
+"""Trees of a draft that is a table: its logits depend only on the path, so a reference can look them up."""
 
 import random
 
@@ -13,11 +13,11 @@ from nemo_speculative.utils.errors import UserError
 from tests.decoding.models import tree_of
 
 IDS = torch.tensor([2, 3, 5, 7, 11, 13])
-"""The draft's tokens, as the target numbers them."""
+"""The draft vocabulary in target ids."""
 
 
 def table(seed: int, path: tuple[int, ...]) -> torch.Tensor:
-    """The draft's logits behind a path of its tokens; now and then it is certain, and log q is 0."""
+    """The draft's logits after a path of its tokens; sometimes it is certain, and log q is 0."""
     chance = random.Random(repr((seed, path)))
     logits = [chance.gauss(0, 2) for _ in IDS]
     if chance.random() < 0.25:
@@ -26,7 +26,7 @@ def table(seed: int, path: tuple[int, ...]) -> torch.Tensor:
 
 
 class TableCursor:
-    """A draft for trees with one table each."""
+    """A draft with one table per tree."""
 
     def __init__(self, seeds):
         self.seeds, self.ids, self.runs = seeds, IDS, 0
@@ -64,7 +64,7 @@ def best_first(seed, path, k):
 
 
 def eagle2(seed, num_steps, topk, num_draft_tokens):
-    """EAGLE-2's expansion and reranking on a dictionary; of equal scores the shallower, then the earlier."""
+    """EAGLE-2's expansion and reranking on a dictionary; equal scores are ordered by depth, then by position."""
     scores: dict[tuple[int, ...], torch.Tensor] = {}
     cursor = [()]
     for _ in range(num_steps):
@@ -95,7 +95,7 @@ def test_a_chain_takes_the_likeliest_token_each_time(num_steps):
     "num_steps, topk, num_draft_tokens",
     [(1, 3, 4), (1, 4, 5), (2, 2, 7), (3, 4, 8), (3, 4, 37), (5, 2, 6), (6, 6, 40), (4, 1, 5), (4, 5, 6)],
 )
-def test_a_dynamic_tree_is_eagle2s(num_steps, topk, num_draft_tokens):
+def test_a_dynamic_tree_equals_eagle2s(num_steps, topk, num_draft_tokens):
     seeds = list(range(12))
     cursor = TableCursor(seeds)
     grown = DynamicTree(num_steps, topk, num_draft_tokens).build(cursor, Greedy())
@@ -140,7 +140,7 @@ def test_the_published_static_tree():
 @pytest.mark.parametrize(
     "tree_builder", [Chain(3), StaticTree(((0,), (1,), (1, 0), (1, 1), (0, 0)))], ids=["chain", "tree"]
 )
-def test_drawn_children_come_with_what_they_were_drawn_from(tree_builder):
+def test_drawn_children_come_with_their_distributions(tree_builder):
     """At every inner node q is that node's own distribution, placed at the target's ids; its children are distinct."""
     sampling = Sampling(1.3)
     grown = tree_builder.build(TableCursor([7, 8]), Rejection(sampling, torch.Generator().manual_seed(0)))
@@ -169,7 +169,7 @@ def test_ancestors_and_cuts_by_hand():
     assert chains(torch.zeros(2, 4, dtype=torch.long)).cut([0, 2]).parents.tolist() == [[-1] * 4, [-1, 0, 1, -1]]
 
 
-def test_settings_become_what_sglang_grows():
+def test_settings_become_the_trees_of_sglang():
     assert tree_builder_for(SpeculativeSettings(5, 1, 6)) == Chain(5)
     assert tree_builder_for(SpeculativeSettings(3, 4, 8)) == DynamicTree(3, 4, 8)
 
@@ -184,7 +184,7 @@ def test_settings_become_what_sglang_grows():
         ((0, 1, 1), "num_steps=0"),
     ],
 )
-def test_settings_that_make_no_tree_are_one_line(settings, said):
+def test_settings_that_make_no_tree_are_refused(settings, said):
     with pytest.raises(UserError) as error:
         tree_builder_for(SpeculativeSettings(*settings))
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -194,7 +194,7 @@ def test_settings_that_make_no_tree_are_one_line(settings, said):
 @pytest.mark.parametrize(
     "paths", [(), ((),), ((1,),), ((0,), (0, 1)), ((0,), (1, 0)), ((0,), (0, 0, 0)), ((-1,),), ((0,), (0,))]
 )
-def test_a_static_tree_with_a_gap_is_one_line(paths):
+def test_a_static_tree_with_a_gap_is_refused(paths):
     with pytest.raises(UserError, match="static tree") as error:
         StaticTree(paths)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The rules by hand, and against exact distributions: draft and target are tables of random logits for every path."""
+"""Verifiers by hand and against exact distributions: draft and target are tables of random logits for every path."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from tests.decoding.statistics import chi_square_p
 
 DRAWS = 20_000
 LEVEL = 1e-3
-"""A right rule fails a test with this probability, had the seeds not been fixed; a wrong one gets below CAUGHT."""
+"""Significance level of the tests, whose seeds are fixed; a wrong verifier gets a p-value below CAUGHT."""
 CAUGHT = 1e-9
 V, TOKENS, DEPTH = 4, 3, 6
 IDS = torch.tensor([0, 2, 3])
-"""The draft's tokens, as the target numbers them: it cannot propose token 1."""
+"""The draft vocabulary in target ids: it cannot propose token 1."""
 TREE = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1))
 TREE_BUILDERS = {"chain": Chain(3), "static": StaticTree(TREE), "dynamic": DynamicTree(3, 2, 6)}
 
@@ -54,7 +54,7 @@ def test_temperature_0_is_greedy():
 
 @dataclass
 class Tables:
-    """Logits of draft and target behind every path of target tokens; a path is a number in base V + 1."""
+    """Logits of draft and target after every path of target tokens; a path is a number in base V + 1."""
 
     draft: torch.Tensor
     target: torch.Tensor
@@ -68,12 +68,12 @@ class Tables:
         return cls(draft, target)
 
 
-def longer(paths, tokens):
+def extended(paths, tokens):
     return paths * (V + 1) + tokens + 1
 
 
 class TableCursor:
-    """The draft of the tables, behind the paths int64 [B]."""
+    """A draft that looks its logits up, after the paths int64 [B]."""
 
     def __init__(self, tables, paths):
         self.tables, self.ids = tables, IDS
@@ -85,7 +85,7 @@ class TableCursor:
 
     def advance(self, tokens, parents):
         above = self._paths if parents is None else self._paths.gather(1, parents.expand_as(tokens))
-        self._paths = longer(above, tokens)
+        self._paths = extended(above, tokens)
 
 
 def target_logits(tables, grown, paths):
@@ -94,7 +94,7 @@ def target_logits(tables, grown, paths):
     at = [paths]
     for node in range(1, grown.tokens.shape[1]):
         above = torch.stack(at, dim=1).gather(1, parents[:, node : node + 1])[:, 0]
-        at.append(longer(above, grown.tokens[:, node]))
+        at.append(extended(above, grown.tokens[:, node]))
     return tables.target[torch.stack(at, dim=1)]
 
 
@@ -119,7 +119,7 @@ def exact(tables, sampling):
         path, p = torch.tensor(0), 1.0
         for token in (number // V**2, number // V % V, number % V):
             p *= float(sampling.probabilities(tables.target[path])[token])
-            path = longer(path, token)
+            path = extended(path, token)
         found.append(p)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -149,13 +149,13 @@ def test_sampled_answers_have_the_targets_distribution(verifier, tree):
 
 @pytest.mark.parametrize("sampling", [Sampling(0.6, top_p=0.8), Sampling(1.4, top_k=2)], ids=["top-p", "top-k"])
 @pytest.mark.parametrize("verifier", [TargetOnly, Rejection])
-def test_the_distribution_is_the_one_that_top_p_and_top_k_leave(verifier, sampling):
-    """Fewer tokens than children may be left to draw."""
+def test_top_p_and_top_k_shape_the_distribution(verifier, sampling):
+    """Fewer tokens than children may have a probability above 0."""
     assert p_value(verifier, TREE_BUILDERS["static"], sampling)[0] > LEVEL
 
 
 @pytest.mark.parametrize("tree", ["chain", "static"])
-def test_the_draft_may_be_sampled_in_its_own_way(tree):
+def test_the_draft_may_have_its_own_sampling_settings(tree):
     own = {"draft_sampling": Sampling(0.5, top_k=2)}
     assert p_value(Rejection, TREE_BUILDERS[tree], Sampling(1.0), **own)[0] > LEVEL
 
@@ -182,7 +182,7 @@ class LikeliestChildren(Rejection):
 
 
 class AlwaysAccepts(TargetOnly):
-    """Takes the first child for granted."""
+    """Always accepts the first child."""
 
     def verify(self, trees, logits):
         return super().verify(trees, logits.index_fill(1, torch.tensor([0]), 0.0) + self._bonus(trees, logits))
@@ -200,12 +200,12 @@ def test_a_wrong_verifier_is_caught(wrong, tree):
 
 
 def keep_both(mass, otherwise):
-    """After a rejection p stays as it was, instead of what q leaves of it."""
+    """Leaves p as it was after a rejection, instead of subtracting q."""
     return otherwise
 
 
 def keep_q(mass, otherwise):
-    """q keeps the rejected token, as if children were drawn with replacement; p is treated rightly."""
+    """Leaves the rejected token in q, as if children were drawn with replacement; treats p correctly."""
     of_q = ((mass == otherwise) | (mass == 0)).all()
     return otherwise if of_q else mass / mass.sum(-1, keepdim=True).clamp_min(1e-30)
 

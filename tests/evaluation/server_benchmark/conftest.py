@@ -1,4 +1,4 @@
-"""A checkpoint to measure, and a stand-in for SGLang to start."""
+"""A checkpoint to measure, and a fake SGLang server."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def fake_site(tmp_path, monkeypatch) -> Path:
-    """A directory on the path of every Python that is started, with a package and a distribution called sglang."""
+    """A directory on the path of every started Python, with a package and a distribution named sglang."""
     site = tmp_path / "site"
     (site / "sglang").mkdir(parents=True)
     (site / "sglang" / "__init__.py").touch()
@@ -69,7 +69,7 @@ def fake_site(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """Starts a fake server with the flags that are given, and says its url."""
+    """A function that starts a fake server with the given flags and returns its URL."""
     started = []
 
     def start(*flags: str, **environment: str) -> str:

@@ -1,10 +1,10 @@
-"""Stands in for ``sglang.launch_server``: the answers, verifications and failures of a server whose sums are known.
+"""A fake ``sglang.launch_server``: the answers, verifications and failures of a server whose sums are known.
 
 The answer to L prompt ids is L % 5 + 6 tokens "a0 a1 …".  Without --speculative-algorithm one token comes at a time;
-with it the prefill gives one and each verification three, two of them drafts.  FAKE_SGLANG says what goes wrong:
-``die`` at once, ``die_at:N`` at the N-th question (once, while the file FAKE_ONCE is missing), ``token:X`` to be sent,
-``info`` that /server_info is an error, ``pool:N`` that the scheduler aborts longer prompts, as 0.5.23 streams it,
-``plain`` that nothing is ever verified.
+with it the prefill gives one and each verification three, two of them drafts.  FAKE_SGLANG selects a failure: ``die``
+at once, ``die_at:N`` at the N-th question (once, while the file FAKE_ONCE is missing), ``token:X`` requires that token,
+``info`` makes /server_info an error, ``pool:N`` aborts longer prompts as the scheduler of 0.5.23 does, ``plain`` never
+verifies anything.
 """
 
 import json

@@ -35,12 +35,12 @@ def test_a_program_passes_at_its_end_only():
         assert not SANDBOX.passes(program), program
 
 
-def test_leaving_with_a_code_that_is_known_does_not_pass():
+def test_exiting_early_with_a_guessed_code_does_not_pass():
     for program in ("import os; os._exit(87)", "import os, sys; os._exit(int(sys.argv[3]))"):
         assert not all(SANDBOX.passes(program) for _ in range(4)), "one in 253 is the right one by chance"
 
 
-def test_the_standard_library_is_there_and_ours_is_not():
+def test_only_the_standard_library_can_be_imported():
     assert SANDBOX.passes(
         "import math, collections, itertools, re, heapq, typing, functools, hashlib, datetime, random"
     )
@@ -55,7 +55,7 @@ def test_an_endless_loop_is_stopped():
     assert time.monotonic() - started < 60
 
 
-def test_what_ignores_signals_is_stopped():
+def test_a_program_that_ignores_signals_is_stopped():
     deaf = "import signal\nfor n in {*range(1, 32)} - {9, 19}: signal.signal(n, signal.SIG_IGN)"
     assert SANDBOX.passes(deaf)
     for program in (f"{deaf}\nwhile True: pass", f"{deaf}\nimport time\ntime.sleep(600)"):
@@ -79,7 +79,7 @@ def test_another_process_is_refused(attempt):
     assert refused(attempt, before="import os, subprocess, multiprocessing\n")
 
 
-def test_a_fork_bomb_leaves_nothing_behind():
+def test_a_fork_bomb_leaves_no_process():
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     before = len([name for name in os.listdir("/proc") if name.isdigit()])
     assert not Sandbox(seconds=0.5, memory_mb=512).passes(bomb)
@@ -97,8 +97,8 @@ def test_a_socket_is_refused(attempt):
     assert refused(attempt, "OSError", before="import socket, urllib.request\n")
 
 
-def test_the_network_is_away_even_below_the_hook(monkeypatch):
-    """With the hook off, the kernel's namespace alone has no way to a server of this machine."""
+def test_the_network_is_blocked_even_without_the_hook(monkeypatch):
+    """Without the hook, the kernel's namespace alone does not reach a server of this machine."""
     if "namespace" not in network_guard():
         pytest.skip("user namespaces are not permitted here")
     monkeypatch.setattr("nemo_speculative.evaluation.server_benchmark.code_limits.__file__", _limits_without_hook())
@@ -145,12 +145,12 @@ def test_foreign_functions_are_refused():
     assert refused("import ctypes; ctypes.pythonapi.PyErr_Clear")
 
 
-def test_nothing_of_our_environment_is_there(monkeypatch):
+def test_no_environment_variables_are_inherited(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert SANDBOX.passes("import os\nassert 'HF_TOKEN' not in os.environ and len(os.environ) < 5, os.environ")
 
 
-def test_its_directory_is_gone_afterwards(tmp_path, monkeypatch):
+def test_its_directory_is_deleted_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     SANDBOX.passes("open('left', 'w').write('x')")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Answers judged by hand, and by the published rules' implementation here."""
+"""Answers with known results for each published scoring rule."""
 
 from decimal import Decimal
 
@@ -108,7 +108,7 @@ HUMAN_EVAL = {
 
 
 @pytest.mark.parametrize("said", ["1e999999999", "1E99999999", "-2.5e+99999999"])
-def test_a_number_with_an_exponent_is_none(said):
+def test_a_number_with_an_exponent_is_not_a_number(said):
     assert not Boxed().right(f"\\boxed{{{said}}}", {"answer": "3"})
     assert not Boxed().right("\\boxed{1e2}", {"answer": "100"}), "not even a small one"
 
@@ -153,6 +153,6 @@ def test_the_code_of_an_answer():
     assert code_of("plain = 1") == "plain = 1"
 
 
-def test_limits_are_a_part_of_what_is_compared():
+def test_limits_are_part_of_the_digest():
     assert repr(MBPP(5, 512)) != repr(MBPP(5, 256)) != repr(HumanEval(5, 256))
     assert "network" in MBPP(5, 512).note

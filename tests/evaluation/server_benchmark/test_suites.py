@@ -1,4 +1,4 @@
-"""Published shapes, in small: each suite of conf/ reads the rows that its source has, and refuses others."""
+"""Small examples of the published shapes: each suite of conf/ reads its own rows and refuses others."""
 
 import json
 from pathlib import Path
@@ -55,8 +55,8 @@ def test_every_suite_reads_its_published_shape(option, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["gsm8k", "mt_bench"])
-def test_the_same_from_the_hub(option, monkeypatch):
-    """The hub's rows, without a hub: the library's own table."""
+def test_every_suite_reads_the_hub(option, monkeypatch):
+    """Rows as the hub's library returns them, without the hub."""
     asked = []
 
     def load_dataset(*where, split):
@@ -69,7 +69,7 @@ def test_the_same_from_the_hub(option, monkeypatch):
     assert asked == [(config.repository, config.subset, config.split)]
 
 
-def test_a_hub_that_cannot_be_reached():
+def test_an_unreachable_hub_is_refused():
     with pytest.raises(
         UserError, match=r"suite\.repository: openai/gsm8k cannot be loaded .* suite\.path=FILE"
     ) as caught:
@@ -89,13 +89,13 @@ def test_a_hub_that_cannot_be_reached():
         ([], "is empty"),
     ],
 )
-def test_a_file_of_another_shape(rows, match, tmp_path):
+def test_a_file_of_another_shape_is_refused(rows, match, tmp_path):
     with pytest.raises(UserError, match=match):
         load_suite(suite_config("gsm8k", f"suite.path={written(tmp_path, *rows)}"))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"PAR1"])
-def test_a_file_that_is_no_jsonl(content, tmp_path):
+def test_a_file_that_is_not_jsonl_is_refused(content, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"rows\.jsonl:1: cannot be read"):
@@ -124,11 +124,11 @@ def test_turns():
             reader.turns(wrong, "x")
 
 
-def test_a_template_fills_in_what_the_row_says_as_it_is():
+def test_a_template_inserts_values_unchanged():
     assert Template("{a}: {b} {{}}").turns({"a": "{b}", "b": [1, "{0}"]}, "x") == ["{b}: 1\n{0} {}"]
 
 
-def test_the_digest_follows_what_is_asked_and_what_is_right(tmp_path):
+def test_the_digest_depends_on_questions_and_right_answers(tmp_path):
     def digest(row, option="gsm8k", *overrides):
         return load_suite(suite_config(option, f"suite.path={written(tmp_path, row)}", *overrides)).digest
 
@@ -142,7 +142,7 @@ def test_the_digest_follows_what_is_asked_and_what_is_right(tmp_path):
     assert limits[0] != limits[1]
 
 
-def test_the_first_prompts_only(tmp_path):
+def test_num_prompts_limits_the_suite(tmp_path):
     file = written(tmp_path, *({"prompt": str(n)} for n in range(5)), ["never read"])
     suite = load_suite(suite_config("jsonl", f"suite.path={file}", "suite.num_prompts=3"))
     assert [prompt.turns for prompt in suite.prompts] == [("0",), ("1",), ("2",)]
