@@ -27,7 +27,7 @@ from nemo_speculative.targets.sharded import FSDP2Target, TensorParallelTarget
 from nemo_speculative.training.checks import check_context_parallel_rope
 from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.errors import UserError
-from tests.algorithms.objectives.cases import eagle, eagle3, lay_out, make_documents
+from tests.algorithms.cases import eagle, eagle3, lay_out, make_documents
 from tests.training.ranks import on_ranks
 
 CASES = {"eagle3": eagle3(draft_vocab=15), "eagle1": eagle(num_steps=2)}

@@ -27,7 +27,7 @@ from nemo_speculative.training.checkpointer import (
 from nemo_speculative.training.optimizer import WeightAverage, build_optimizers, build_schedules
 from nemo_speculative.training.trainer import TTTModule
 from nemo_speculative.utils.errors import UserError
-from tests.algorithms.objectives.cases import eagle3, lay_out, make_documents
+from tests.algorithms.cases import eagle3, lay_out, make_documents
 from tests.training.ranks import on_ranks
 
 RANKS = {1: {}, 2: {"shard": -1}, 4: {"replicate": 2, "shard": 2}}

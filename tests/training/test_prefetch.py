@@ -19,8 +19,8 @@ from nemo_speculative.training.prefetch import (
     TargetPrefetcher,
 )
 from nemo_speculative.utils.errors import UserError
-from tests.algorithms.objectives import cases
-from tests.algorithms.objectives.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
+from tests.algorithms import cases
+from tests.algorithms.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
 from tests.observing import LargestTensor
 from tests.target_servers import until
 

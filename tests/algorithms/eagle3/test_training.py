@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nemo_speculative.algorithms.common.ttt import chain_sums
-from tests.algorithms.objectives.cases import (
+from tests.algorithms.cases import (
     STEPS,
     VOCAB,
     FrozenStandIn,

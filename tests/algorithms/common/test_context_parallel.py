@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from nemo_speculative.config.schema import DepthSampling, FeatureNoise, MaskConvention, Normalization
 from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
-from tests.algorithms.objectives.cases import eagle, eagle3, lay_out, make_documents
+from tests.algorithms.cases import eagle, eagle3, lay_out, make_documents
 from tests.training.ranks import on_ranks
 
 CASES = {

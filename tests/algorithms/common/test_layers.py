@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from nemo_speculative.algorithms.common.layers import Rotary, rotate
-from tests.algorithms.objectives.cases import eagle3
+from tests.algorithms.cases import eagle3
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import DepthSampling, FeatureNoise, Normalization
-from tests.algorithms.objectives.cases import (
+from tests.algorithms.cases import (
     EXACT,
     assert_same_gradients,
     eagle,

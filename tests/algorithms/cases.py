@@ -15,7 +15,7 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.targets.base import TargetOutput
-from tests.algorithms.objectives.oracle import Eagle3Oracle, EagleOracle
+from tests.algorithms.oracle import Eagle3Oracle, EagleOracle
 
 STEPS, DECAY, THETA, HIDDEN, VOCAB = 4, 0.8, 10000.0, 16, 23
 EXACT = 1e-6

@@ -11,7 +11,7 @@ from nemo_speculative.algorithms.common.schedule import SHAPE_MULTIPLE, Slots, m
 from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from tests.algorithms.objectives.cases import eagle, eagle3, lay_out, make_documents
+from tests.algorithms.cases import eagle, eagle3, lay_out, make_documents
 
 CPU = torch.device("cpu")
 STEPS = 4

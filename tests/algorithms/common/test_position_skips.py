@@ -9,7 +9,7 @@ from nemo_speculative.algorithms.common.schedule import skipped_positions
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
 from nemo_speculative.data.packing import collate
 from nemo_speculative.utils.errors import UserError
-from tests.algorithms.objectives.cases import (
+from tests.algorithms.cases import (
     EXACT,
     assert_drawn_for_conversations,
     assert_same_gradients,
@@ -21,7 +21,7 @@ from tests.algorithms.objectives.cases import (
     oracle_of,
     run,
 )
-from tests.algorithms.objectives.recall import LENGTH, OFFSET, train_and_measure
+from tests.algorithms.recall import LENGTH, OFFSET, train_and_measure
 
 CASES = {
     "eagle1": eagle(),

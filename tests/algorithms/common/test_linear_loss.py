@@ -12,8 +12,8 @@ from nemo_speculative.algorithms.common.losses import (
     chunked_linear_loss,
 )
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
-from tests.algorithms.objectives import cases
-from tests.algorithms.objectives.cases import (
+from tests.algorithms import cases
+from tests.algorithms.cases import (
     HIDDEN,
     STEPS,
     VOCAB,
@@ -23,7 +23,7 @@ from tests.algorithms.objectives.cases import (
     make_documents,
     unroll_settings,
 )
-from tests.algorithms.objectives.test_losses import LOSSES
+from tests.algorithms.common.test_losses import LOSSES
 from tests.observing import LargestTensor
 
 CHUNKS = {

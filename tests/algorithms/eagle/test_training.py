@@ -6,7 +6,7 @@ import torch
 from nemo_speculative.algorithms.eagle.training import document_noise
 from nemo_speculative.config.schema import FeatureNoise
 from nemo_speculative.data.packing import collate
-from tests.algorithms.objectives.cases import HIDDEN, document, eagle, lay_out, make_documents
+from tests.algorithms.cases import HIDDEN, document, eagle, lay_out, make_documents
 
 
 def noise(rows, width, kind=FeatureNoise.paper, seed=0, epochs=None):
