@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 
-from benchmarks.textbook import textbook_loss
 from benchmarks.training_step.case import SEED, STEP_DECAY, Setup
 from benchmarks.training_step.implementations.base import Implementation, Trainer, copy_weights
 from benchmarks.training_step.setup import draft_config, new_draft
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.ttt import LossSum, TTTObjective
+from nemo_speculative.algorithms.reference.eagle3 import eagle3_loss
 from nemo_speculative.config.schema import DepthSampling, ParallelismConfig, TrainerConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
@@ -77,9 +77,9 @@ class Ours(Trainer):
 
 
 class Textbook(Ours):
-    """The same trainer around :func:`benchmarks.textbook.textbook_loss`."""
+    """The same trainer around the dense reference, :func:`eagle3_loss`."""
 
-    def make_objective(self, setup: Setup, variants: frozenset[str]) -> TTTObjective:
+    def make_objective(self, setup: Setup, variants: frozenset[str]) -> Any:
         return _Dense(self.target, setup.case.num_steps)
 
 
@@ -92,7 +92,7 @@ class _Whole:
 
 
 class _Dense:
-    """The textbook's loss as an objective; it counts for itself."""
+    """The reference's loss as an objective; it counts its supervised slots itself."""
 
     def __init__(self, target: HFTarget, num_steps: int):
         self.target, self.num_steps = target, num_steps
@@ -101,7 +101,9 @@ class _Dense:
         return _Whole(batch, torch.zeros(self.num_steps, dtype=torch.float64))
 
     def loss(self, draft: Any, schedule: "_Whole", supervision: TargetOutput, counts: torch.Tensor) -> LossSum:
-        return LossSum(textbook_loss(draft, self.target, schedule.batch, supervision, self.num_steps, STEP_DECAY), {})
+        weights = dict(draft.named_parameters()) | {"d2t": draft.d2t}
+        loss = eagle3_loss(weights, draft.shape, self.target, schedule.batch, supervision, self.num_steps, STEP_DECAY)
+        return LossSum(loss, {})
 
     def metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         return {}

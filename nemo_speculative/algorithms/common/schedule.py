@@ -47,16 +47,13 @@ class Layout:
     position_ids: torch.Tensor
     """int64 [m], on the device: for the draft's rotary embedding; not the positions where these are skipped."""
     shard: ContextShard
+    sharded: bool
+    """Whether other ranks compute other tokens of the batch (context parallelism)."""
 
     @classmethod
     def of(cls, positions: torch.Tensor, position_ids: torch.Tensor, shard: ContextShard = FULL_BATCH) -> "Layout":
         """The layout of a batch: ``positions`` on the host and ``position_ids`` on the device, int64 [B, L] each."""
-        return cls(positions.flatten(), shard.local(position_ids).flatten(), shard)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether other ranks compute other tokens of the batch (context parallelism)."""
-        return self.shard is not FULL_BATCH
+        return cls(positions.flatten(), shard.local(position_ids).flatten(), shard, shard is not FULL_BATCH)
 
     @cached_property
     def block(self) -> CausalBlock:
