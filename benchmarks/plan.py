@@ -166,7 +166,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
     import torch
 
     from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
-    from nemo_speculative.training import build, prediction
+    from nemo_speculative.training import build, estimate
     from nemo_speculative.training.build_data import build_data, build_loader, load_split
     from nemo_speculative.training.checks import draft_shape
     from nemo_speculative.utils.progress import quiet_transformers
@@ -195,19 +195,21 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             most = torch.tensor([peak + _bytes(stay), added - peak], dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             shape = draft_shape(job, target.config, vocabulary.size)
-            models = prediction.Models.of(job, target.config, shape)
             batches = build_loader(job, target, data, dims).next_global_batch()
-            amounts = prediction.count(job, models, batches, device)
+            ranks = torch.distributed.get_world_size()
+            counted = estimate.count(job, target.config, shape, batches, device, ranks)
             predicted, measured = [], []
             for _ in range(rounds):
-                rates = prediction.measure(job, models, target.config, shape, batches[0], device)
-                found = prediction.predict(models, amounts, rates, len(batches), device, job.backend.WHOLE_ROWS)
-                predicted.append(found.online)
+                rates = estimate.measure(job, target.config, shape, batches[0], counted[0], device)
+                predicted.append(sum(estimate.step_seconds(counted, rates, len(batches), device)))
                 measured.append(_steps(trainer, STEPS))
-            bytes_ = prediction.memory(job, models, amounts, device)
+            parts = estimate.peak_memory(
+                job, estimate.size_models(job, target.config, shape), max(counted, key=lambda c: c.loss_bytes),
+                ranks, device.type, accumulates=len(batches) > 1,
+            )  # fmt: skip
     return {
-        "predicted": predicted, "measured": measured, "bytes": bytes_.online, "peak": float(most[0]),
-        "said besides": bytes_.besides, "besides": float(most[1]),
+        "predicted": predicted, "measured": measured, "bytes": sum(parts.values()), "peak": float(most[0]),
+        "said besides": estimate.overhead(parts, device), "besides": float(most[1]),
     }  # fmt: skip
 
 

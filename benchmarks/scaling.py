@@ -2,9 +2,9 @@
 
 python -m benchmarks.scaling [--target 8b,70b] [--gpus 1,8,64,512] [--long 32768,131072] [--sharing 1,2,4,8] …
 
-What a step multiplies and keeps is counted from shapes (``nemo_speculative.training.cost`` and ``peak``, as
-``plan=true`` does) for EAGLE-3 on Llama-3.1 of 8 or 70 billion parameters.  How fast a GPU and its links are is
-assumed, and can be given.
+FLOPs and bytes of a step of EAGLE-3 on Llama-3.1 of 8 or 70 billion parameters are counted by running it without data
+(``nemo_speculative.training.estimate``, as ``plan=true`` does; the forward of a tensor-parallel rank as if it were of
+whole layers).  How fast a GPU and its links are is assumed, and can be given.
 
 A collective over n ranks is a ring: every rank sends (n - 1) / n of the bytes, twice for an all-reduce, in n - 1 hops.
 Its bandwidth is that of a GPU's own link inside a node; over nodes, that of the network cards of all GPUs of a node
@@ -27,11 +27,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig
 
+from nemo_speculative.algorithms.common.draft import DraftShape
 from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.config.schema import (
     BackendConfig,
     FeaturesBackendConfig,
     HFBackendConfig,
+    ParallelismConfig,
     RemoteBackendConfig,
     ShardedHFBackendConfig,
     TensorParallelHFBackendConfig,
@@ -40,12 +42,10 @@ from nemo_speculative.config.schema import (
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
-from nemo_speculative.training import prediction
+from nemo_speculative.training import estimate
 from nemo_speculative.training.checks import draft_shape
-from nemo_speculative.training.cost import FLOAT32, Amount
-from nemo_speculative.training.peak import Placement, step_memory
 
-BFLOAT16 = 2
+BFLOAT16, FLOAT32 = 2, 4
 ADAMW_BYTES = 7 * FLOAT32
 """Read of an entry in a step: weight, gradient and two moments; written: weight and moments."""
 SIZES: dict[str, dict[str, int]] = {
@@ -101,45 +101,48 @@ class Ring:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one GPU in one step."""
+    """The work of one GPU in one step."""
 
-    models: prediction.Models
-    amount: Amount
-    """Of one row."""
+    training: "Training"
+    batch: estimate.MicroBatch
+    """One row, or this GPU's part of it."""
+    row_tokens: int
+    """Tokens of the row as a whole."""
     rows: int
+
+    @property
+    def models(self) -> estimate.Models:
+        return self.training.models
 
     @property
     def target(self) -> float:
         """FLOPs of the target's layers."""
-        return 2 * self.rows * sum(self.models.target.multiply_adds(self.amount).values())
+        return self.rows * self.batch.target_flops
 
     @property
     def target_attention(self) -> float:
-        """Of them, those of attention."""
-        return 2 * self.rows * self.models.target.multiply_adds(self.amount)["target attention"]
+        """FLOPs of their attention alone."""
+        return self.rows * self.batch.flops["target attention"]
 
     @property
     def draft(self) -> float:
         """FLOPs of the draft, forward and backward, and of the labels from the target's head."""
-        target, draft = self.models.target, self.models.draft
-        counted = draft.multiply_adds(self.amount) | target.labels(self.amount)
-        return 2 * self.rows * sum(counted.values())
+        return self.rows * self.batch.draft_flops
 
     @property
     def layers_bytes(self) -> float:
-        """The target's weights but for embedding and head."""
-        return BFLOAT16 * (self.models.target.parameters - self.models.target.end_parameters)
+        """The target's weights without embedding and head."""
+        return BFLOAT16 * (self.models.target - self.models.embedding_and_head)
 
     @property
     def end_bytes(self) -> float:
         """The target's embedding, or its head."""
-        return BFLOAT16 * self.models.target.vocabulary * self.models.target.hidden
+        return BFLOAT16 * self.models.table
 
     @property
     def states_bytes(self) -> float:
-        """Of aux and last hidden states of all rows."""
-        width = (self.models.draft.aux_layers + 1) * self.models.target.hidden
-        return BFLOAT16 * self.rows * self.amount.tokens * width
+        """Aux and last hidden states of all rows."""
+        return self.rows * self.batch.states_bytes
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,12 @@ class Exchanges:
 
     @classmethod
     def of(cls, work: Work) -> "Exchanges":
-        target, draft = work.models.target, work.models.draft
-        of_target, of_draft = (2 * work.amount.all_gather * width for width in (target.key_width, draft.narrow))
+        target, draft = work.training.config, work.training.shape
+        head_dim = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
+        widths = target.num_key_value_heads * head_dim, draft.num_kv_heads * draft.head_dim
+        of_target, of_draft = (2 * work.row_tokens * width for width in widths)
         return cls(
-            Exchange(target.layers, BFLOAT16 * of_target),
+            Exchange(target.num_hidden_layers, BFLOAT16 * of_target),
             Exchange(draft.num_layers, BFLOAT16 * of_draft),
             Exchange(draft.num_layers, FLOAT32 * of_draft),
         )
@@ -198,10 +203,6 @@ class Target(ABC):
     @abstractmethod
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         """Of the target's part of a step."""
-
-    def width(self, gpus: int, a: Assumed) -> float:
-        """Of each layer, what a GPU computes."""
-        return 1.0
 
     def beside(self, work: Work, a: Assumed) -> float:
         """Seconds of what goes on all through a step beside it."""
@@ -229,7 +230,7 @@ class Sharded(Target):
         return 1 / gpus
 
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
-        layers = work.models.target.layers
+        layers = work.models.num_layers
         ring = Ring.neighbours(gpus, a)
         layer = ring.gather(work.layers_bytes / layers, a)
         return max(work.target / a.flops, work.rows * layers * layer) + _ends(work, ring, a)
@@ -244,14 +245,11 @@ class TensorParallel(Target):
     def share(self, gpus: int, a: Assumed) -> float:
         return 1 / min(gpus, a.node)
 
-    def width(self, gpus: int, a: Assumed) -> float:
-        return self.share(gpus, a)
-
     def seconds(self, work: Work, gpus: int, a: Assumed) -> float:
         ranks = min(gpus, a.node)
-        target = work.models.target
-        activations, ring = BFLOAT16 * ranks * work.amount.tokens * target.hidden, Ring.neighbours(ranks, a)
-        sums = 2 * target.layers * ring.all_reduce(activations, a)
+        hidden = work.training.config.hidden_size
+        activations, ring = BFLOAT16 * ranks * work.batch.tokens * hidden, Ring.neighbours(ranks, a)
+        sums = 2 * work.models.num_layers * ring.all_reduce(activations, a)
         return work.target / a.flops + work.rows * sums + _ends(work, ring, a)
 
 
@@ -325,23 +323,19 @@ class Step:
     """Of a GPU's memory."""
 
 
-def step(work: Work, draft: Draft, target: Target, gpus: int, optimizer: Any, a: Assumed) -> Step:
-    parameters, shards = work.models.draft.all_parameters, draft.shards(gpus, a)
+def step(work: Work, draft: Draft, target: Target, gpus: int, a: Assumed) -> Step:
+    parameters, shards = work.models.draft_parameters, draft.shards(gpus, a)
     before = max(target.seconds(work, gpus, a), draft.gather(parameters, gpus, a))
     update = ADAMW_BYTES * parameters / shards / a.hbm
     after = draft.reduce(parameters, gpus, a) + update
-    place = Placement(
-        ranks=gpus, shards=shards, target_element=BFLOAT16, element=BFLOAT16, device_type="cuda",
-        target_share=target.share(gpus, a),
-        ends_divided=target.config.SHARDS_EMBEDDING_AND_HEAD,
-        target_width=target.width(gpus, a),
-        gathered_layers=target.config.GATHERED_LAYERS, ahead=target.config.ahead(gpus, "cuda"),
-        accumulates=work.rows > 1,
-    )  # fmt: skip
-    computing = work.draft / a.flops + (work.target / a.flops if place.target_share else 0.0)
-    memory = step_memory(work.models.target, work.models.draft, work.amount, optimizer, place)
+    backend = target.config
+    if isinstance(backend, TensorParallelHFBackendConfig):
+        backend = replace(backend, tp_size=min(gpus, a.node))
+    job = replace(work.training.job, backend=backend, parallelism=ParallelismConfig(replicate=-1, shard=shards))
+    memory = estimate.peak_memory(job, work.models, work.batch, gpus, "cuda", accumulates=work.rows > 1)
+    computing = work.draft / a.flops + (work.target / a.flops if target.share(gpus, a) else 0.0)
     seconds = max(before + work.draft / a.flops + after, target.beside(work, a))
-    return Step(seconds, computing, memory.online)
+    return Step(seconds, computing, sum(memory.values()))
 
 
 @dataclass(frozen=True)
@@ -355,9 +349,9 @@ class Shared:
     draft: float
 
 
-def shared(work: Work, target: Target, sharing: int, gpus: int, optimizer: Any, a: Assumed) -> Shared:
+def shared(work: Work, target: Target, sharing: int, gpus: int, a: Assumed) -> Shared:
     """Of ``gpus``, among which the draft is sharded, and of which ``sharing`` neighbours each share a row."""
-    alone = step(work, FSDP2, target, gpus, optimizer, a)
+    alone = step(work, FSDP2, target, gpus, a)
     exchanges = work.rows * sum(one.seconds(sharing, a) for one in Exchanges.of(work).all)
     slower = work.target_attention / a.flops * (1 / a.masked - 1) if sharing > 1 else 0.0
     found = replace(alone, seconds=alone.seconds + exchanges + slower)
@@ -369,25 +363,28 @@ class Training:
     """Of EAGLE-3 on a target of that shape, as conf/ has them."""
 
     job: TrainJob
-    models: prediction.Models
+    config: Any
+    """Of the target, from transformers."""
+    shape: DraftShape
+    models: estimate.Models
 
     @classmethod
     def of(cls, size: str) -> "Training":
         with initialize_config_dir(str(CONF), version_base="1.3"):
             job = to_job(compose("train_eagle3", ["model=llama31_8b", "output_dir=unused"]))
-        of_all = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-        config = LlamaConfig(tie_word_embeddings=False, **of_all, **SIZES[size])
-        entries = job.draft.vocabulary(config.vocab_size).entries or config.vocab_size
-        return cls(job, prediction.Models.of(job, config, draft_shape(job, config, entries)))
+        shared = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+        config = LlamaConfig(tie_word_embeddings=False, **shared, **SIZES[size])
+        shape = draft_shape(job, config, job.draft.vocabulary(config.vocab_size).entries or config.vocab_size)
+        return cls(job, config, shape, estimate.size_models(job, config, shape))
 
     def work(self, row: Batch, rows: int, sharing: int = 1) -> Work:
-        """Of ``rows`` like ``row``, one after the other, on the first of the GPUs that share them.
+        """The work of ``rows`` like ``row``, one after the other, on the first of the GPUs that share them.
 
         It has the end of the row, whose slots see the most keys, so the others wait for it.
         """
         job = replace(self.job, parallelism=replace(self.job.parallelism, context=sharing))
-        (amount,) = prediction.count(job, self.models, [row], torch.device("cuda"))
-        return Work(self.models, amount, rows)
+        (counted,) = estimate.count(job, self.config, self.shape, [row], torch.device("cuda"))
+        return Work(self, counted, row.num_tokens, rows)
 
 
 def one_row(tokens: int, documents: int) -> Batch:
@@ -399,16 +396,16 @@ def one_row(tokens: int, documents: int) -> Batch:
 
 def table(size: str, training: Training, gpus: Sequence[int], a: Assumed) -> list[str]:
     """Lines of markdown."""
-    work, optimizer = training.work(one_row(a.row_tokens, 4), a.rows), training.job.optimizer
+    work = training.work(one_row(a.row_tokens, 4), a.rows)
     tera = f"{work.target / 1e12:.0f} TFLOP of the target and {work.draft / 1e12:.0f} of the draft a GPU and step"
     lines = [
-        f"Llama-3.1-{size.upper()}, EAGLE-3, {work.models.draft.all_parameters / 1e6:.0f} M parameters: {tera}.",
+        f"Llama-3.1-{size.upper()}, EAGLE-3, {work.models.draft_parameters / 1e6:.0f} M parameters: {tera}.",
         "",
         "| `parallelism=` | `backend=` | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in gpus) + " |",
         "|---|---|" + "---|" * len(gpus),
     ]
     for draft, target in WAYS[size]:
-        cells = [_cell(step(work, draft, target, n, optimizer, a), a) for n in gpus]
+        cells = [_cell(step(work, draft, target, n, a), a) for n in gpus]
         lines.append(f"| {draft.name} | {target.name} | {' | '.join(cells)} |")
     return lines
 
@@ -426,7 +423,7 @@ def long_table(size: str, training: Training, lengths: Sequence[int], counts: Se
         row = one_row(tokens, a.long_documents)
         for sharing in counts:
             work = training.work(row, a.rows * sharing, sharing)
-            found = shared(work, target, sharing, gpus, training.job.optimizer, a)
+            found = shared(work, target, sharing, gpus, a)
             lines.append(f"| {tokens} | {sharing} | {' | '.join(_long_cells(found, work, sharing, a))} |")
     return lines
 
@@ -439,7 +436,7 @@ def _long_cells(found: Shared, work: Work, sharing: int, a: Assumed) -> list[str
         f"{found.draft:.2f} s",
         f"{found.exchanges:.2f} s, {sent / 1e9:.0f} GB",
         f"{seconds:.2f} s",
-        f"{work.rows * work.amount.all_gather / sharing / seconds:.0f}",
+        f"{work.rows * work.row_tokens / sharing / seconds:.0f}",
         f"{'does not fit: ' if size > a.memory else ''}{size / 1e9:.0f} GB",
     ]
 

@@ -34,14 +34,21 @@ from benchmarks.training_step.case import LENGTH_SIGMA, MEAN_ANSWER, MEAN_EXCHAN
 from benchmarks.training_step.setup import _tokenizer as tokenizer_of_nothing
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
-from nemo_speculative.config.schema import Eagle3DraftConfig, OptimizerConfig, ParallelismConfig, TrainerConfig
+from nemo_speculative.config.schema import (
+    Dtype,
+    Eagle3DraftConfig,
+    OptimizerConfig,
+    ParallelismConfig,
+    TrainerConfig,
+    TrainJob,
+)
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.targets import hf
-from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
+from nemo_speculative.training import estimate
 from nemo_speculative.training.metrics import GIB, StepTimer, peak_memory_gib
 from nemo_speculative.training.optimizer import build_optimizers
 from nemo_speculative.training.prefetch import TargetPrefetcher
@@ -137,10 +144,8 @@ class Bench:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         slots = TrainerConfig(ttt_chunk_slots=alive).slots(target.config.hidden_size, self.device.type)
         self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, chunk_slots=slots)
-        with torch.device("meta"):
-            aux, hidden = len(target.aux_layers), target.config.hidden_size
-            self.draft_cost = DraftCost(Eagle3Draft(shape), aux_layers=aux, target_hidden=hidden)
-            self.target_cost = TargetCost(LlamaForCausalLM(target.config))
+        self.shape, self.job = shape, TrainJob(draft=config, trainer=TrainerConfig(ttt_chunk_slots=alive))
+        self.job.model.dtype = self.job.trainer.dtype = Dtype(str(size.dtype).removeprefix("torch."))
         self.trainee = shard_draft(TTTModule(draft, self.objective), dims, size.dtype)
         self.optimizers = build_optimizers(OptimizerConfig(), self.trainee)
 
@@ -154,16 +159,8 @@ class Bench:
 
     def work(self) -> float:
         """Multiply-adds of a step, on average."""
-        amount = Amount.mean([Amount.of(self.objective.schedule(batch)) for batch in self.batches])
-        return sum(
-            value
-            for part in (
-                self.target_cost.multiply_adds(amount),
-                self.target_cost.labels(amount),
-                self.draft_cost.multiply_adds(amount),
-            )
-            for value in part.values()
-        )
+        counted = estimate.count(self.job, self.target.config, self.shape, self.batches, self.device)
+        return sum(batch.flops.total() for batch in counted) / len(counted) / 2
 
     def train(self, schedules: Sequence[Any], ahead: TargetPrefetcher) -> None:
         """One step for each of ``schedules``, as the trainer takes them."""

@@ -8,6 +8,7 @@ import torch
 
 from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
+from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.conversations import Conversations
 from nemo_speculative.data.loader import PackedLoader
@@ -18,21 +19,9 @@ from nemo_speculative.distributed.collectives import num_ranks
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.training import estimate
 from nemo_speculative.training.build_data import load_split
 from nemo_speculative.training.checks import check_job, check_ranks, draft_shape
-from nemo_speculative.training.cost import TargetCost
-from nemo_speculative.training.peak import Memory
-from nemo_speculative.training.prediction import (
-    BYTES,
-    Models,
-    Prediction,
-    count,
-    free_bytes,
-    measure,
-    memory,
-    predict,
-    trial_bytes,
-)
 from nemo_speculative.utils.devices import choose_device
 
 GB, MB = 1e9, 1e6
@@ -55,13 +44,13 @@ def describe(job: TrainJob) -> str:
     entries = build_vocab_mapping(documents.all_counts, job.draft.vocabulary(config.vocab_size)).size
     shape = draft_shape(job, config, entries)
     aux = job.draft.chosen_aux_layers(config.num_hidden_layers)
-    models = Models.of(job, config, shape)
+    models = estimate.size_models(job, config, shape)
     lines = [
-        f"target    {_where(job)}: {models.target.parameters / 1e6:.1f} M parameters, "
+        f"target    {_where(job)}: {models.target / 1e6:.1f} M parameters, "
         f"{config.num_hidden_layers} layers, {job.model.dtype.value}, aux layers {aux}",
-        f"draft     {models.draft.all_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
+        f"draft     {models.draft_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.ttt_steps} steps, computed in {job.trainer.dtype.value}",
-        f"layout    {_layout(job, models.target)}",
+        f"layout    {_layout(job, models)}",
         f"data      {len(items)} conversations: {_data_line(job, documents)}",
         f"training  {_steps_line(job, documents, row_tokens)}",
         *_cost_lines(job, models, config, shape, documents, row_tokens, device),
@@ -74,27 +63,23 @@ def describe(job: TrainJob) -> str:
     return "\n".join(lines)
 
 
-def _layout(job: TrainJob, target: TargetCost) -> str:
-    """How processes share the work."""
+def _layout(job: TrainJob, models: estimate.Models) -> str:
+    """How processes share the draft and the target."""
     (replicate, shard), context = job.parallelism.sizes(num_ranks()), job.parallelism.context
-    chosen = "the draft whole" if shard * context == 1 else f"the draft in {shard * context} shards"
+    draft = "the draft whole" if shard * context == 1 else f"the draft in {shard * context} shards"
     copies = f", {replicate} times" if replicate > 1 else ""
-    shared = f"; {context} share each row" if context > 1 else ""
-    return f"{num_ranks()} process(es): {chosen}{copies}{shared}; each holds {_held(job, target)}"
-
-
-def _held(job: TrainJob, target: TargetCost) -> str:
-    """What a process holds of the target, beside what it gathers for a time."""
-    layers = job.backend.share_of_layers(num_ranks())
-    ends = layers if job.backend.SHARDS_EMBEDDING_AND_HEAD else 1.0
-    entries = layers * (target.parameters - target.end_parameters) + ends * target.end_parameters
+    rows = f"; {context} share each row" if context > 1 else ""
+    layers, sharded = job.backend.share_of_layers(num_ranks()), job.backend.SHARDS_EMBEDDING_AND_HEAD
+    entries = layers * (models.target - models.embedding_and_head)
+    entries += models.embedding_and_head * (layers if sharded else 1)
     if not layers:
         part = "the target's embedding and head"
     elif layers == 1:
         part = "the whole target"
     else:
-        part = f"1/{round(1 / layers)} of the target" + ("" if ends < 1 else "'s layers, and its embedding and head")
-    return f"{part}, {_bytes(entries * BYTES[job.model.dtype.value])}"
+        part = f"1/{round(1 / layers)} of the target" + ("" if sharded else "'s layers, and its embedding and head")
+    size = _bytes(entries * getattr(torch, job.model.dtype.value).itemsize)
+    return f"{num_ranks()} process(es): {draft}{copies}{rows}; each holds {part}, {size}"
 
 
 def _where(job: TrainJob) -> str:
@@ -133,29 +118,12 @@ def _steps_line(job: TrainJob, documents: TokenizedDataset, row_tokens: int) -> 
 
 
 def _cost_lines(
-    job: TrainJob, models: Models, config: Any, shape: DraftShape, documents: TokenizedDataset, row_tokens: int,
-    device: torch.device,
+    job: TrainJob, models: estimate.Models, config: Any, shape: DraftShape, documents: TokenizedDataset,
+    row_tokens: int, device: torch.device,
 ) -> list[str]:  # fmt: skip
     if not documents.rows:
         return ["cost      not known before the target writes the answers"]
-    stream = _stream(job, documents, row_tokens)
-    batches = stream.next_global_batch()
-    amounts = count(job, models, batches, device)
-    lines = _memory_lines(memory(job, models, amounts, device))
-    needed, free = trial_bytes(job, models), free_bytes(device)
-    if needed > free:
-        untried = (
-            f"not known: a trial step takes {needed / GB:.1f} GB, and {free / GB:.1f} GB of {device.type} are free"
-        )
-        return [f"time      {untried}", *lines]
-    rates = measure(job, models, config, shape, batches[0], device)
-    found = predict(models, amounts, rates, len(batches), device, job.backend.WHOLE_ROWS)
-    return [*_time_lines(job, found, job.trainer.total_steps(len(stream.rows_of(0))), device), *lines]
-
-
-def _stream(job: TrainJob, documents: TokenizedDataset, row_tokens: int) -> PackedLoader:
-    """What the first rank would train on."""
-    return PackedLoader(
+    loader = PackedLoader(  # of the first rank
         documents,
         row_tokens=row_tokens,
         global_batch_size=job.trainer.global_batch_size,
@@ -164,25 +132,67 @@ def _stream(job: TrainJob, documents: TokenizedDataset, row_tokens: int) -> Pack
         seed=job.seed,
         world_size=job.data_ranks(num_ranks()),
     )
-
-
-def _time_lines(job: TrainJob, found: Prediction, steps: int, device: torch.device) -> list[str]:
-    where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    shares = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in found.multiply_adds.items() if value)
-    ways = {"online": found.online, "cached": found.cached}
-    if not job.backend.share_of_layers(num_ranks()):
-        del ways["online"]
-    said = "; ".join(
-        f"{name} {_seconds(seconds)} a step, {found.tokens / seconds:.0f} tokens/s, {_seconds(steps * seconds)} in all"
-        for name, seconds in ways.items()
-    )
+    batches = loader.next_global_batch()
+    counted = estimate.count(job, config, shape, batches, device, num_ranks())
     return [
-        f"time      on this device ({where}), measured on a piece of a step: {said}",
-        "          (cached: without the target's forward, and before features are read; neither has validation,"
-        f" checkpoints{', communication' if num_ranks() > 1 else ''}"
-        f"{', torch.compile' if job.trainer.compile else ''})",
-        f"work      a step's multiply-adds on a rank, in 10^9: {shares}",
+        *_time_lines(job, models, config, shape, batches, counted, loader, device),
+        *_memory_lines(job, models, counted, len(batches) > 1, device),
     ]
+
+
+def _time_lines(
+    job: TrainJob, models: estimate.Models, config: Any, shape: DraftShape, batches: list[Batch],
+    counted: list[estimate.MicroBatch], loader: PackedLoader, device: torch.device,
+) -> list[str]:  # fmt: skip
+    element = getattr(torch, job.model.dtype.value).itemsize
+    layer = (models.target - models.embedding_and_head) / models.num_layers
+    # The draft with gradients and moments, a layer of the target, and its head.
+    needed, free = 20 * models.draft_parameters + (layer + models.table) * element, _free_bytes(device)
+    if needed > free:
+        probe = f"a piece of a step takes {needed / GB:.1f} GB, and {free / GB:.1f} GB of {device.type} are free"
+        return [f"time      not known: {probe}"]
+    rates = estimate.measure(job, config, shape, batches[0], counted[0], device)
+    target, others = estimate.step_seconds(counted, rates, len(batches), device)
+    steps, tokens = job.trainer.total_steps(len(loader.rows_of(0))), len(batches) * counted[0].tokens
+    online = {"online": target + others} if job.backend.share_of_layers(num_ranks()) else {}
+    figures = "; ".join(
+        f"{name} {_seconds(seconds)} a step, {tokens / seconds:.0f} tokens/s, {_seconds(steps * seconds)} in all"
+        for name, seconds in {**online, "cached": others}.items()
+    )
+    where = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    left_out = f"{', communication' if num_ranks() > 1 else ''}{', torch.compile' if job.trainer.compile else ''}"
+    mean = {part: sum(c.flops[part] for c in counted) / len(counted) * len(batches) / 2e9 for part in counted[0].flops}
+    return [
+        f"time      on this device ({where}), measured on a piece of a step: {figures}",
+        "          (cached: without the target's forward, and before features are read; neither has validation,"
+        f" checkpoints{left_out})",
+        "work      a step's multiply-adds on a rank, in 10^9: "
+        + ", ".join(f"{part} {value:.3g}" for part, value in mean.items() if value),
+    ]
+
+
+def _memory_lines(
+    job: TrainJob, models: estimate.Models, counted: list[estimate.MicroBatch], accumulates: bool, device: torch.device
+) -> list[str]:
+    largest = max(counted, key=lambda batch: batch.loss_bytes)
+    online, cached = (
+        estimate.peak_memory(job, models, largest, num_ranks(), device.type, accumulates=accumulates, cached=cached)
+        for cached in (False, True)
+    )
+    parts = ", ".join(f"{part} {_bytes(size)}" for part, size in online.items() if size)
+    other = f", {_bytes(sum(cached.values()))} cached; online" if job.backend.share_of_layers(num_ranks()) else ""
+    overhead = estimate.overhead(online, device)
+    more = f"; allocator and libraries hold some {_bytes(overhead)} more" if overhead else ""
+    size = _bytes(sum(online.values()))
+    return [f"memory    about {size} of tensors a device on {num_ranks()} rank(s){other}: {parts}{more}"]
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Free memory of the device; on a CPU what Linux calls available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
 
 
 def _seconds(seconds: float) -> str:
@@ -196,12 +206,3 @@ def _seconds(seconds: float) -> str:
 def _bytes(size: float) -> str:
     """With a unit that suits."""
     return f"{size / GB:.2f} GB" if size >= GB else f"{size / MB:.0f} MB"
-
-
-def _memory_lines(found: Memory) -> list[str]:
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in found.parts.items() if size)
-    cached = f", {_bytes(found.cached)} cached; online" if found.cached is not None else ""
-    more = f"; allocator and libraries hold some {_bytes(found.besides)} more" if found.besides else ""
-    return [
-        f"memory    about {_bytes(found.online)} of tensors a device on {num_ranks()} rank(s){cached}: {parts}{more}"
-    ]

@@ -29,15 +29,13 @@ from benchmarks.scaling import (
     shared,
     step,
 )
-from nemo_speculative.config.schema import Eagle3DraftConfig, ParallelismConfig, ShardedHFBackendConfig
+from nemo_speculative.config.schema import Eagle3DraftConfig, ParallelismConfig, ShardedHFBackendConfig, TrainJob
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.distributed import context_parallel, parallelism, titan
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
-from nemo_speculative.training.prediction import Models
 from nemo_speculative.training.trainer import TTTModule
 from tests.conftest import make_tokenizer
 from tests.training.ranks import on_ranks
@@ -98,36 +96,35 @@ def test_a_draft_gathers_bfloat16_and_reduces_float32(draft, gpus, gathered, red
 
 @pytest.fixture(scope="module")
 def found():
-    """Work of Llama-3.1-8B on rows of 512 tokens, and the optimizer."""
-    training = Training.of("8b")
-    return training.work(one_row(512, 4), 3), training.job.optimizer
+    """Work of Llama-3.1-8B on rows of 512 tokens."""
+    return Training.of("8b").work(one_row(512, 4), 3)
 
 
 def test_the_work_is_that_of_the_published_shape(found):
-    work, _ = found
+    work = found
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    scores = 4 * 128 * 129 / 2 * 4096 * 2  # four documents of 128 tokens; scores and their values
+    scores = 4 * 128 * 128 / 2 * 4096 * 2  # four documents of 128 tokens; scores and their values
     assert work.target == 2 * 3 * 32 * (512 * layer + scores)
     assert work.layers_bytes == 2 * (32 * (layer + 2 * 4096) + 4096)  # with the norms
     assert work.states_bytes == 3 * 512 * 4 * 4096 * 2
 
 
 def test_a_step_is_the_sum_of_what_waits_for_each_other(found):
-    work, optimizer = found
+    work = found
     slow = Assumed(rows=3, row_tokens=512, flops=1e12, hbm=1e30, nvlink=1e11, **NO_HOPS)
-    parameters = work.models.draft.all_parameters
-    one = step(work, DDP, Replicated(), 1, optimizer, slow)
+    parameters = work.models.draft_parameters
+    one = step(work, DDP, Replicated(), 1, slow)
     assert one.seconds == pytest.approx((work.target + work.draft) / 1e12) and one.computing == pytest.approx(
         one.seconds
     )
     # The gather hides behind the target, the reduction does not.
-    eight = step(work, FSDP2, Replicated(), 8, optimizer, slow)
+    eight = step(work, FSDP2, Replicated(), 8, slow)
     assert eight.seconds - one.seconds == pytest.approx(7 / 8 * 4 * parameters / 1e11)
     assert eight.computing == one.computing and eight.bytes < one.bytes
 
 
 def test_a_sharded_target_takes_the_longer_of_gathering_and_computing(found):
-    work, _ = found
+    work = found
     for nvlink in (1e9, 1e15):
         a = Assumed(flops=1e15, nvlink=nvlink, **NO_HOPS)
         gathering = work.rows * 7 / 8 * work.layers_bytes / nvlink
@@ -138,7 +135,7 @@ def test_a_sharded_target_takes_the_longer_of_gathering_and_computing(found):
 
 
 def test_a_tensor_parallel_target_waits_for_two_sums_a_layer(found):
-    work, _ = found
+    work = found
     a = Assumed(flops=1e15, nvlink=1e11, **NO_HOPS)
     activations = 8 * 512 * 4096 * 2  # the rows of all eight ranks
     sums = 3 * 32 * 2 * (2 * 7 / 8 * activations / 1e11)
@@ -147,13 +144,13 @@ def test_a_tensor_parallel_target_waits_for_two_sums_a_layer(found):
 
 
 def test_targets_that_ranks_hold_together_are_counted_as_the_plan_counts_them(found, monkeypatch):
-    work, optimizer = found
+    work = found
 
     def bytes_of(target, work=work):
-        return step(work, HSDP, target, 8, optimizer, Assumed()).bytes
+        return step(work, HSDP, target, 8, Assumed()).bytes
 
     # In turn with the draft nothing lies there for the next micro-batch.
-    ahead = work.states_bytes / work.rows + work.models.target.forward_bytes(work.amount, 2, 3)
+    ahead = work.states_bytes / work.rows + work.batch.forward_bytes
     held = 7 / 8 * (work.layers_bytes + 2 * work.end_bytes) - work.end_bytes  # which the head, whole, takes
     assert bytes_of(Replicated()) - bytes_of(TensorParallel()) == pytest.approx(held + ahead)
     # Threads read two micro-batches of features ahead; of one server one is asked for.
@@ -168,10 +165,10 @@ def test_targets_that_ranks_hold_together_are_counted_as_the_plan_counts_them(fo
 
 @pytest.mark.parametrize(("target", "link"), [(SERVED, "nic"), (CACHED, "storage")])
 def test_states_from_elsewhere_cost_no_products_and_bound_a_step_by_their_link(found, target, link):
-    work, optimizer = found
-    bound = step(work, DDP, target, 1, optimizer, Assumed(**{link: 1e3}))
+    work = found
+    bound = step(work, DDP, target, 1, Assumed(**{link: 1e3}))
     assert bound.seconds == pytest.approx(work.states_bytes / 1e3)
-    free = step(work, DDP, target, 1, optimizer, Assumed(**{link: 1e30}, hbm=1e30))
+    free = step(work, DDP, target, 1, Assumed(**{link: 1e30}, hbm=1e30))
     assert free.seconds == pytest.approx(work.draft / Assumed().flops) == free.computing
 
 
@@ -246,12 +243,10 @@ def train(draft, objective, target, dims):
 
 
 def tiny_work(config):
-    draft, objective = tiny_draft(config, None, ContextGroup.planned(2))
-    with torch.device("meta"):
-        target = TargetCost(LlamaForCausalLM(TINY))
-        cost = DraftCost(tiny_draft(config, None, ContextGroup.planned(2))[0], aux_layers=3, target_hidden=64)
-    amount = Amount.of(objective.schedule(tiny_batch()), len(draft.decoder_layers) > 1)
-    return Work(Models(target, cost), amount, MICRO_BATCHES)
+    """The work of the first of two ranks; its exchanges follow from shapes alone."""
+    draft, _ = tiny_draft(config, None, ContextGroup.planned(2))
+    training = Training(TrainJob(draft=config), TINY, draft.shape, None)
+    return Work(training, None, tiny_batch().num_tokens, MICRO_BATCHES)
 
 
 def test_as_many_keys_and_values_are_counted_as_two_ranks_exchange(tmp_path):
@@ -279,9 +274,9 @@ def test_a_row_that_is_shared_takes_its_exchanges_and_the_masks_of_its_parts_on_
     training = Training.of("8b")
     a = Assumed(rows=2, masked=0.25, flops=1e14, nvlink=1e11, **NO_HOPS)
     work = training.work(one_row(4096, 1), a.rows * 4, 4)
-    alone = step(work, FSDP2, Replicated(), 8, training.job.optimizer, a)
-    found = shared(work, Replicated(), 4, 8, training.job.optimizer, a)
-    scores = 2 * 8 * 32 * 4096 * 2 * work.amount.pairs
+    alone = step(work, FSDP2, Replicated(), 8, a)
+    found = shared(work, Replicated(), 4, 8, a)
+    scores = work.target_attention
     row = 4096 * 2 * 1024
     assert found.exchanges == pytest.approx(8 * 3 / 4 * row * (32 * 2 + 2 + 4) / 1e11)
     assert found.target == pytest.approx((work.target + 3 * scores) / 1e14)
@@ -289,9 +284,7 @@ def test_a_row_that_is_shared_takes_its_exchanges_and_the_masks_of_its_parts_on_
     assert (found.step.bytes, found.step.computing) == (alone.bytes, alone.computing)
     # Nobody to share with: nothing on top.
     whole = training.work(one_row(4096, 1), a.rows)
-    assert shared(whole, Replicated(), 1, 8, training.job.optimizer, a).step == step(
-        whole, FSDP2, Replicated(), 8, training.job.optimizer, a
-    )
+    assert shared(whole, Replicated(), 1, 8, a).step == step(whole, FSDP2, Replicated(), 8, training.job.optimizer, a)
     # A quarter of four times as many rows: a few tokens more, that lie behind the parts.
     assert whole.target < work.target < 1.02 * whole.target
 

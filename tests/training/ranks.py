@@ -20,7 +20,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[
         for process in processes:
             process.start()
         for process in processes:
-            process.join(120)
+            process.join(600)
             process.kill()
         assert [process.exitcode for process in processes] == [0] * world_size
         return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""What is counted of a step, held to what torch's own counter and autograd see of a real one."""
+"""The estimate of a step, compared with the FLOPs and bytes of real steps."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from torch.nn.functional import embedding, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from benchmarks.training_step.worker import peak_of_tensors
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
@@ -42,12 +42,9 @@ from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.parallelism import context_group, mesh, shard_draft, start_unshard
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.training import prediction
-from nemo_speculative.training.cost import Amount, DraftCost, TargetCost
+from nemo_speculative.training import estimate
+from nemo_speculative.training.estimate import piece_of
 from nemo_speculative.training.optimizer import WeightAverage, build_optimizers
-from nemo_speculative.training.peak import Memory, Placement, step_memory
-from nemo_speculative.training.prediction import Models, Prediction, count, predict
-from nemo_speculative.training.speed_probe import Rates, piece_of
 from nemo_speculative.training.trainer import TTTModule
 from tests.conftest import make_target
 from tests.training.ranks import on_ranks
@@ -80,7 +77,7 @@ IN_PLACE = {
 }
 LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 2 * 64
 """Parameters of a layer of it."""
-HOST = Placement(ranks=1, shards=1, target_element=4, element=4, device_type="cpu")
+CPU = torch.device("cpu")
 
 
 class Ends:
@@ -136,24 +133,19 @@ def batch_of(*lengths, rows=1, answered=0.6):
     return collate([row] * rows, sum(lengths), 0)
 
 
-def make(config, slots_alive=None, of=CONFIG):
-    """Draft, objective, and what is counted of the draft; ``of`` is the target's."""
+def make(config, chunk_slots=None, of=CONFIG, **changes):
+    """A draft, its objective, and the job that trains it for a target of the configuration ``of``."""
     torch.manual_seed(0)
     cls: Any = get_class(config._target_)
     aux = config.chosen_aux_layers(of.num_hidden_layers)
     entries = config.vocabulary(of.vocab_size)
     shape = cls.shape_for(config, of, aux, entries.entries if entries.own_head else None)
     ends = Ends(of)
-    made_of: Any = get_class(config.objective)
-    objective = made_of.build(ends, config, seed=0, tau_steps=1, chunk_slots=slots_alive)
-    with torch.device("meta"):
-        cost = DraftCost(cls(shape), aux_layers=len(aux), target_hidden=of.hidden_size)
-    return cls(shape).attach(ends), objective, cost
-
-
-def target_cost(of=CONFIG):
-    with torch.device("meta"):
-        return TargetCost(LlamaForCausalLM(of))
+    objective_class: Any = get_class(config.objective)
+    objective = objective_class.build(ends, config, seed=0, tau_steps=1, chunk_slots=chunk_slots)
+    job = TrainJob(draft=config, **changes)
+    job.trainer = dataclasses.replace(job.trainer, ttt_chunk_slots=chunk_slots)
+    return cls(shape).attach(ends), objective, job
 
 
 def states_of(batch, aux, of=CONFIG):
@@ -161,121 +153,94 @@ def states_of(batch, aux, of=CONFIG):
     return TargetOutput(torch.randn(*rows, aux * h), torch.randn(*rows, h))
 
 
-def amount_of(objective, batch, cost):
-    return Amount.of(objective.schedule(batch), cost.num_layers > 1)
+def estimated(config, batch, chunk_slots=None, of=CONFIG, ranks=1, device_type="cpu", accumulates=False, **changes):
+    """Bytes at the peak of a step, by part."""
+    cached = changes.pop("cached", False)
+    draft, _, job = make(config, chunk_slots, of, **changes)
+    models = estimate.size_models(job, of, draft.shape)
+    (counted,) = estimate.count(job, of, draft.shape, [batch], CPU, ranks)
+    return estimate.peak_memory(job, models, counted, ranks, device_type, accumulates=accumulates, cached=cached)
 
 
-@pytest.mark.parametrize("slots_alive", [None, 192], ids=["one part", "several"])
+@pytest.mark.parametrize("chunk_slots", [None, 192], ids=["one chunk", "several"])
 @pytest.mark.parametrize("name", DRAFTS)
-def test_the_draft_multiplies_as_often_as_counted(name, slots_alive):
-    draft, objective, cost = make(DRAFTS[name], slots_alive)
+def test_flops_and_bytes_of_a_loss_and_its_gradient_are_those_of_a_real_one(name, chunk_slots):
+    draft, objective, job = make(DRAFTS[name], chunk_slots)
     batch = batch_of(300, 150, 62, rows=2)
-    schedule = objective.schedule(batch)
+    plan, states = objective.schedule(batch), states_of(batch, len(DRAFTS[name].chosen_aux_layers(7)))
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        objective.loss(draft, schedule, states_of(batch, cost.aux_layers), schedule.counts).loss.backward()
-    amount = amount_of(objective, batch, cost)
-    counted = sum((cost.multiply_adds(amount) | target_cost().labels(amount)).values())
-    assert counted == pytest.approx(counter.get_total_flops() / 2, rel=0.04)
-
-
-@pytest.mark.parametrize("position_offset", [None, 4096])
-def test_the_target_multiplies_as_often_as_counted(position_offset):
-    model, lengths = LlamaForCausalLM(CONFIG), (300, 212)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for n in lengths:
-            model.model(torch.zeros(1, n, dtype=torch.long), use_cache=False)
-    _, objective, cost = make(dataclasses.replace(EAGLE3, position_offset=position_offset))
-    amount = amount_of(objective, batch_of(*lengths), cost)
-    found = target_cost().multiply_adds(amount)
-    # torch's counter does not see the CPU's attention: of that only what causality leaves is counted.
-    assert found["target"] == counter.get_total_flops() / 2
-    seen = sum(n * (n + 1) // 2 for n in lengths)
-    assert found["target attention"] == 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size * seen
-
-
-@pytest.mark.parametrize("slots_alive", [1 << 20, 512], ids=["one part", "several"])
-@pytest.mark.parametrize("name", ["EAGLE-3", "three layers", "sampled depths", "EAGLE-1, two steps"])
-def test_as_many_bytes_are_alive_as_counted(name, slots_alive):
-    counted, found = counted_and_alive(DRAFTS[name], batch_of(1000, 600, 448), slots_alive)
-    assert counted == pytest.approx(found, rel=0.15)
-
-
-def test_outputs_that_a_large_head_judges_are_counted_where_slots_are_few():
-    """The peak is there, and the gradients of the head and of what the slots read are much of it."""
-    counted, found = counted_and_alive(EAGLE3_LARGE, batch_of(2048, answered=1 / 16), of=LARGE_HEAD)
-    # Too much by part of the labels, which are made before anything is judged.
-    assert found < counted < 1.15 * found
-
-
-def counted_and_alive(config, batch, slots_alive=None, of=CONFIG):
-    """Bytes of activations, logits and gradients at the peak of a loss and its gradient."""
-    draft, objective, cost = make(config, slots_alive, of)
-    schedule, states = objective.schedule(batch), states_of(batch, cost.aux_layers, of)
+        objective.loss(draft, plan, states, plan.counts).loss.backward()
+    draft.zero_grad(set_to_none=True)
     with LiveBytes() as bytes_:
-        objective.loss(draft, schedule, states, schedule.counts)
-    amount = amount_of(objective, batch, cost)
-    place = dataclasses.replace(HOST, target_share=0.0, accumulates=False)
-    parts = step_memory(target_cost(of), cost, amount, OptimizerConfig(), place).parts
-    moments = 2 * 4 * cost.all_parameters
-    return parts["activations"] + parts["logits"] + parts["gradients and moments"] - moments, bytes_.peak
+        objective.loss(draft, plan, states, plan.counts).loss.backward()
+    (counted,) = estimate.count(job, CONFIG, draft.shape, [batch], CPU)
+    assert counted.draft_flops == counter.get_total_flops()
+    # A draft of several layers makes its mask of the lower ones in the first step, from the host's positions.
+    assert counted.loss_bytes == pytest.approx(bytes_.peak, rel=0.03)
 
 
-def memory(cost, amount, optimizer=None, **changes) -> Memory:
-    return step_memory(
-        target_cost(), cost, amount, optimizer or OptimizerConfig(), dataclasses.replace(HOST, **changes)
-    )
+def test_flops_and_bytes_of_the_targets_forward_are_those_of_a_real_one(tmp_path):
+    target = get_class(HFBackendConfig()._target_)(make_target(tmp_path, num_layers=7), aux_layers=None)
+    draft, _, job = make(EAGLE3, of=target.config)
+    batch = batch_of(300, 212)
+    (counted,) = estimate.count(job, target.config, draft.shape, [batch], CPU)
+    with LiveBytes() as bytes_, torch.no_grad():
+        output = target.compute_hidden_states(batch)
+    assert counted.forward_bytes == pytest.approx(bytes_.peak, rel=0.05)
+    assert counted.output_bytes == output.aux_hidden_states.nbytes + output.last_hidden_state.nbytes
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for n in (300, 212):
+            target.model.model(torch.zeros(1, n, dtype=torch.long), use_cache=False)
+    assert counted.flops["target"] == counter.get_total_flops()
+    config, squares = target.config, 300**2 + 212**2
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or 32 // config.num_attention_heads)
+    # Causality leaves half of the scores; shorter documents are padded where they share a call.
+    assert counted.flops["target attention"] == pytest.approx(2 * 7 * width * squares, rel=0.02)
 
 
 def test_memory_grows_no_faster_than_a_conversation():
-    _, objective, cost = make(EAGLE3)
-    lengths = (4096, 8192, 16384, 32768)
-    found = [memory(cost, amount_of(objective, batch_of(n), cost)).online for n in lengths]
-    assert all(before < after <= 2 * before for before, after in pairwise(found))
+    totals = [sum(estimated(EAGLE3, batch_of(n)).values()) for n in (1024, 2048, 4096)]
+    assert all(before < after <= 2 * before for before, after in pairwise(totals))
 
 
-def test_memory_rises_with_what_is_supervised_and_falls_with_fewer_slots_at_once_and_shards():
-    _, objective, cost = make(EAGLE3)
-    few, many = (amount_of(objective, batch_of(2048, answered=share), cost) for share in (0.2, 0.9))
-    assert memory(cost, few).online < memory(cost, many).online
-    whole, parts = (
-        memory(cost, amount_of(make(EAGLE3, slots_alive=n)[1], batch_of(2048, answered=0.9), cost)) for n in (2048, 256)
+def test_memory_rises_with_supervised_tokens_and_falls_with_smaller_chunks_and_shards():
+    few, many = (estimated(EAGLE3, batch_of(2048, answered=share)) for share in (0.2, 0.9))
+    assert sum(few.values()) < sum(many.values())
+    whole, chunks = (estimated(EAGLE3, batch_of(2048, answered=0.9), n) for n in (2048, 256))
+    assert chunks["activations and logits"] < 0.6 * whole["activations and logits"]
+    replicated, sharded = (
+        estimated(EAGLE3, batch_of(2048, answered=0.9), ranks=4, parallelism=way)
+        for way in (ParallelismConfig(replicate=-1), ParallelismConfig(shard=-1))
     )
-    assert parts.parts["activations"] < 0.5 * whole.parts["activations"]
-    whole, sharded = (memory(cost, many, ranks=4, shards=n).online for n in (1, 4))
-    assert whole - sharded == 3 / 4 * 12 * cost.all_parameters, "weights and two moments"
+    sizes = sum(p.numel() for p in make(EAGLE3)[0].parameters())
+    assert sum(replicated.values()) - sum(sharded.values()) == 3 / 4 * 12 * sizes, "weights and two moments"
 
 
 def test_muon_keeps_one_moment_of_its_matrices_and_an_average_is_a_copy_more():
-    _, objective, cost = make(EAGLE3)
-    amount = amount_of(objective, batch_of(512), cost)
-    held = {
-        name: memory(cost, amount, config).parts["gradients and moments"]
+    moments = {
+        name: estimated(EAGLE3, batch_of(512), optimizer=config)["gradients and moments"]
         for name, config in (
             ("adamw", OptimizerConfig()), ("muon", MuonConfig()), ("average", OptimizerConfig(ema_decay=0.9)),
         )
     }  # fmt: skip
     sizes = {name: p.numel() for name, p in make(EAGLE3)[0].named_parameters()}
     hidden = sum(n for name, n in sizes.items() if n > 1000 and "lm_head" not in name)
-    assert held["adamw"] - held["muon"] == 4 * hidden
-    assert held["average"] - held["adamw"] == 4 * sum(sizes.values())
+    assert moments["adamw"] - moments["muon"] == 4 * hidden
+    assert moments["average"] - moments["adamw"] == 4 * sum(sizes.values())
 
 
-def test_cached_training_needs_neither_the_targets_decoder_nor_its_time():
-    job = TrainJob(draft=EAGLE3)
-    models = Models.of(job, CONFIG, make(EAGLE3)[0].shape)
+def test_training_from_hidden_states_on_disk_needs_neither_the_targets_layers_nor_its_time():
+    draft, _, job = make(EAGLE3)
     batch = batch_of(300, 212)
-    amounts = count(job, models, [batch, batch], torch.device("cpu"))
-    rates = Rates(target=1e-9, draft=2e-9, schedule=1e-6, update=0.5)
-    found: Prediction = predict(models, amounts, rates, 3, torch.device("cpu"))
-    forward = sum(models.target.multiply_adds(amounts[0]).values())
-    assert found.online - found.cached == pytest.approx(3 * forward * 1e-9)
-    draft = sum((models.draft.multiply_adds(amounts[0]) | models.target.labels(amounts[0])).values())
-    assert found.cached == pytest.approx(3 * (draft * 2e-9 + 512e-6) + 0.5)
-    held = memory(models.draft, amounts[0])
-    ends = 2 * CONFIG.vocab_size * CONFIG.hidden_size
-    read_ahead = READ_AHEAD * models.target.states_bytes(amounts[0], 4, models.draft.aux_layers)
-    assert held.online - held.cached == 4 * (models.target.parameters - ends) - read_ahead
-    assert memory(models.draft, amounts[0], target_share=0.0).cached is None
+    counted = estimate.count(job, CONFIG, draft.shape, [batch, batch], CPU)
+    rates = estimate.Rates(target=1e-9, draft=2e-9, schedule=1e-6, update=0.5)
+    target, others = estimate.step_seconds(counted, rates, 3, CPU)
+    assert target == pytest.approx(3e-9 * counted[0].target_flops)
+    assert others == pytest.approx(3 * (2e-9 * counted[0].draft_flops + 512e-6) + 0.5)
+    online, cached = (estimated(EAGLE3, batch, cached=cached) for cached in (False, True))
+    layers = estimate.size_models(job, CONFIG, draft.shape)
+    assert online["target"] - cached["target"] == 4 * (layers.target - layers.embedding_and_head)
+    assert cached["hidden states"] - online["hidden states"] == READ_AHEAD * counted[0].states_bytes
 
 
 @pytest.mark.parametrize(
@@ -289,43 +254,34 @@ def test_cached_training_needs_neither_the_targets_decoder_nor_its_time():
     ids=["replicated", "sharded", "tensor-parallel", "in groups"],
 )
 def test_a_device_holds_its_part_of_the_target(backend, layers, monkeypatch):
-    """And where that divides the ends, the head, whole, when the peak is the draft's."""
+    """And where embedding and head are sharded, the gathered head, if the draft's loss is the peak."""
     monkeypatch.setenv("WORLD_SIZE", "4")
-    job = TrainJob(draft=EAGLE3, backend=backend, parallelism=ParallelismConfig(shard=-1))
-    models = Models.of(job, CONFIG, make(EAGLE3)[0].shape)
-    amounts = count(job, models, [batch_of(64)], torch.device("cpu"))
-    held = prediction.memory(job, models, amounts, torch.device("cpu")).parts["target"]
-    ends = 2 * layers / 7 + (layers < 7)
-    assert held == pytest.approx(4 * (ends * 300 * 64 + layers * LAYER), rel=1e-3)
+    of = LlamaConfig(**CONFIG.to_dict() | {"num_key_value_heads": 4})
+    sharded = ParallelismConfig(shard=-1)
+    stored = estimated(EAGLE3, batch_of(64), of=of, ranks=4, backend=backend, parallelism=sharded)["target"]
+    layer = LAYER + 2 * 64 * 32
+    tables = 2 * layers / 7 + (layers < 7)
+    assert stored == pytest.approx(4 * (tables * 300 * 64 + layers * layer), rel=1e-3)
 
 
-@pytest.mark.parametrize("slots_alive", [None, 64], ids=["one part", "several"])
-def test_the_targets_embedding_is_gathered_for_a_draft_that_has_none_of_its_own(slots_alive):
+@pytest.mark.parametrize("chunk_slots", [None, 64], ids=["one chunk", "several"])
+def test_the_targets_embedding_is_gathered_for_a_draft_that_has_none_of_its_own(chunk_slots, monkeypatch):
     """Embedding and head outweigh all else here, so that they would be the peak."""
-    end, held, moments = 4 * LARGE_HEAD.vocab_size * LARGE_HEAD.hidden_size, [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    table, stored, moments = 4 * LARGE_HEAD.vocab_size * LARGE_HEAD.hidden_size, [], []
     for hidden_size in (None, 64):
         config = dataclasses.replace(EAGLE3_LARGE, vocab_size=200, hidden_size=hidden_size)
-        _, objective, cost = make(config, slots_alive, of=LARGE_HEAD)
-        amount = amount_of(objective, batch_of(200, answered=0.9), cost)
-        place = dataclasses.replace(HOST, ranks=2, target_share=0.5, ends_divided=True, accumulates=False)
-        parts = step_memory(target_cost(LARGE_HEAD), cost, amount, OptimizerConfig(), place).parts
-        held.append(parts["target"])
-        moments.append(parts["gradients and moments"] - 2 * 4 * cost.all_parameters)
-    always = 4 * target_cost(LARGE_HEAD).parameters / 2
-    assert held[0] - always == 3 * end, "on a CPU the embedding is there twice as it arrives, beside the head"
-    assert held[1] - always <= end
-    assert moments[0] == 0, "no part has run yet, whose gradients would wait"
-
-
-def test_layers_gathered_for_the_targets_forward_are_gone_when_the_draft_has_its_turn():
-    _, objective, cost = make(EAGLE3)
-    amount = amount_of(objective, batch_of(512), cost)
-    none, few, many, more = (memory(cost, amount, gathered_layers=n).online for n in (0, 2, 1000, 1001))
-    assert more - many == pytest.approx(4 * LAYER, rel=1e-3)
-    assert few == none, "the draft's backward pass takes more than they do"
-    waiting, fresh = (memory(cost, amount, ranks=2, gathered_layers=1000, accumulates=x).online for x in (True, False))
-    # Nothing waits before the first micro-batch of a step, nor is what lies whole on each rank gathered for it.
-    assert waiting - fresh == (4 + 4) * cost.all_parameters
+        parts = estimated(
+            config, batch_of(200, answered=0.9), chunk_slots, LARGE_HEAD, ranks=2, backend=ShardedHFBackendConfig(),
+            parallelism=ParallelismConfig(replicate=-1),
+        )  # fmt: skip
+        draft, _, job = make(config, chunk_slots, LARGE_HEAD)
+        models = estimate.size_models(job, LARGE_HEAD, draft.shape)
+        stored.append(parts["target"] - 4 * models.target / 2)
+        moments.append(parts["gradients and moments"] - 8 * models.draft_parameters)
+    assert stored[0] == 3 * table, "on a CPU the embedding exists twice as it arrives, next to the head"
+    assert stored[1] <= table
+    assert moments[0] == 0, "no chunk has run yet, whose gradients would wait"
 
 
 @pytest.mark.parametrize(
@@ -344,14 +300,18 @@ def test_micro_batches_ahead_are_those_asked_for_or_on_a_gpu_the_next(backend, r
     assert [backend.ahead(ranks, device) for device in ("cuda", "cpu")] == [on_cuda, on_cpu]
 
 
-def test_a_target_that_ranks_compute_together_is_not_read_ahead_on_a_gpu():
-    _, objective, cost = make(EAGLE3)
-    amount = amount_of(objective, batch_of(512), cost)
-    ahead, in_turn = (memory(cost, amount, device_type="cuda", ahead=n).parts for n in (1, 0))
-    assert in_turn["target's states"] == 4 * 512 * (3 + 1) * 64
-    # One more of those, and a layer at work: its input thrice beside three kept aux states, the rotation, and its MLP.
-    assert ahead["target's states"] == 4 * 512 * (2 * (3 + 1) * 64 + (3 + 3) * 64 + 2 * 16 + 3 * 160 + 64)
-    assert all(ahead[name] == in_turn[name] for name in ahead if name != "target's states")
+def test_a_gpu_holds_the_next_micro_batchs_states_and_forward_while_the_draft_works():
+    draft, _, job = make(EAGLE3)
+    (counted,) = estimate.count(job, CONFIG, draft.shape, [batch_of(512)], CPU)
+    ahead, alone = (estimated(EAGLE3, batch_of(512), device_type=device)["hidden states"] for device in ("cuda", "cpu"))
+    assert alone == counted.states_bytes == 4 * 512 * (3 + 1) * 64
+    assert ahead - alone == counted.states_bytes + counted.forward_bytes
+
+
+def test_gradients_of_earlier_micro_batches_wait():
+    once, accumulated = (estimated(EAGLE3, batch_of(512), accumulates=x) for x in (False, True))
+    sizes = sum(p.numel() for p in make(EAGLE3)[0].parameters())
+    assert sum(accumulated.values()) - sum(once.values()) == 4 * sizes
 
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -393,6 +353,7 @@ def planned_and_found(name, folder):
     shape, parallelism, backend, config, tokens, answered = WAYS[name]
     optimizer = OptimizerConfig(ema_decay=0.9 if name == "averaged" else None)
     job = TrainJob(draft=config, backend=backend, parallelism=parallelism, optimizer=optimizer)
+    job.trainer = dataclasses.replace(job.trainer, ttt_chunk_slots=512)
     dims = mesh(parallelism)
     target = get_class(backend._target_)(folder / shape, aux_layers=None)
     objective = Eagle3Objective.build(target, config, seed=0, tau_steps=1, chunk_slots=512, context=context_group(dims))
@@ -418,8 +379,10 @@ def planned_and_found(name, folder):
     # Of several steps the least: a thread of gloo's now and then frees its buffers only after the next are made.
     peak = min((release(), peak_of_tensors(step))[1] for _ in range(3))
     found = sum(part.numel() * part.element_size() for part in parts) + peak
-    models = Models.of(job, target.config, draft_shape)
-    return prediction.memory(job, models, [Amount.of(schedule)], torch.device("cpu")).online, float(found)
+    models = estimate.size_models(job, target.config, draft_shape)
+    (counted,) = estimate.count(job, target.config, draft_shape, [batch], CPU, 2)
+    parts = estimate.peak_memory(job, models, counted, dist.get_world_size(), "cpu", accumulates=False)
+    return sum(parts.values()), float(found)
 
 
 @pytest.fixture(scope="module")
