@@ -1,8 +1,8 @@
 """Trains EAGLE draft models that SGLang serves as they are."""
 
-from nemo_speculative.utils.torchvision_stub import make_importable
+from nemo_speculative.utils import torchvision_stub
 
 __version__ = "0.1.0"
 
 # Before anything imports transformers, which imports torchvision where it is installed.
-make_importable()
+torchvision_stub.install()

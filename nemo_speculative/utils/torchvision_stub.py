@@ -1,26 +1,46 @@
-"""Makes a torchvision importable that does not fit the installed torch.
+"""Makes a torchvision importable that does not match a CPU-only torch.
 
-SGLang requires torchvision, and transformers imports it where it is installed.  Next to a CPU-only torch, the wheel of
-the package index cannot load its compiled operators and then fails to register their meta functions ("operator
-torchvision::nms does not exist").  Nothing here calls one of them, so the registrations are skipped.
+SGLang requires torchvision, and transformers imports it where it is installed.  With a CPU-only torch, the wheel of the
+package index cannot load its compiled operators, and its import fails while registering them ("operator
+torchvision::nms does not exist").  This package calls none of these operators, so the registration is skipped.
 """
 
 import sys
-import types
-from importlib.metadata import PackageNotFoundError, version
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 META_REGISTRATIONS = "torchvision._meta_registrations"
 CPU_ONLY = "+cpu"
 
 
-def make_importable() -> None:
-    """Skips torchvision's meta registrations where importing them would fail.
+class _EmptyModuleFinder:
+    """Import hook that gives torchvision an empty module in place of its operator registration, if that would fail.
 
-    Decides by the installed versions alone: every program of this package calls this, and most import neither.
+    A hook rather than an entry in ``sys.modules``: programs that never import torchvision, such as ``--help``, must not
+    spend time on reading package versions.
     """
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name == META_REGISTRATIONS and registration_fails() else None  # type: ignore[arg-type]
+
+    def create_module(self, _spec: ModuleSpec) -> None:
+        """The default module."""
+
+    def exec_module(self, _module: ModuleType) -> None:
+        """An empty module."""
+
+
+def registration_fails() -> bool:
+    """Whether torch is CPU-only and torchvision is not, by their versions."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         torch, torchvision = version("torch"), version("torchvision")
     except PackageNotFoundError:
-        return
-    if torch.endswith(CPU_ONLY) and not torchvision.endswith(CPU_ONLY):
-        sys.modules.setdefault(META_REGISTRATIONS, types.ModuleType(META_REGISTRATIONS))
+        return False
+    return torch.endswith(CPU_ONLY) and not torchvision.endswith(CPU_ONLY)
+
+
+def install() -> None:
+    """Installs the import hook."""
+    sys.meta_path.insert(0, _EmptyModuleFinder())  # type: ignore[arg-type]
