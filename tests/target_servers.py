@@ -1,4 +1,4 @@
-"""Target servers in threads of the test's process, and targets small enough to be seen through."""
+"""Target servers in threads of the test's process, and trivial targets."""
 
 import contextlib
 import socket
@@ -17,7 +17,7 @@ HIDDEN, VOCAB = 4, 50
 
 
 class StandIn:
-    """A target whose supervision follows from ids and positions alone."""
+    """A target whose hidden states are a formula of ids and positions."""
 
     config = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
     aux_layers, device, requests_ahead = [1, 2], torch.device("cpu"), 0
@@ -34,7 +34,7 @@ class StandIn:
 
 
 class Gated(StandIn):
-    """It answers while its gate is open, and notes how many asked it at once."""
+    """A target that blocks until its gate opens, and counts concurrent calls."""
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -49,7 +49,7 @@ class Gated(StandIn):
 
 
 def batch_of(*ids, document=4):
-    """One row of ``ids`` in documents of so many tokens."""
+    """One row of ``ids`` in documents of ``document`` tokens."""
     row = torch.tensor([ids])
     at = torch.arange(len(ids))[None]
     spans = tuple(Span(f"d{s}", 0, 0, s, min(s + document, len(ids))) for s in range(0, len(ids), document))
@@ -57,14 +57,14 @@ def batch_of(*ids, document=4):
 
 
 def same(one, two):
-    """Whether two supervisions are equal bit by bit."""
+    """Whether two outputs are equal bit for bit."""
     names = ("aux_hidden_states", "last_hidden_state")
     return all(torch.equal(getattr(one, name), getattr(two, name)) for name in names)
 
 
 @contextlib.contextmanager
 def serving(target, *, port=0, token=None, queue=8, max_tokens=256, io_timeout=20.0, backend=None):
-    """A target server; yields the object, whose ``url`` says where it listens."""
+    """Runs a target server and yields it; ``url`` is its address."""
     listener = socket.create_server(("127.0.0.1", port))
     server = TargetServer(target, ServerLimits(queue, max_tokens, io_timeout), token, backend)
     server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -80,8 +80,8 @@ def serving(target, *, port=0, token=None, queue=8, max_tokens=256, io_timeout=2
 
 
 def until(holds, seconds=20.0):
-    """Waits until ``holds()``."""
+    """Waits until ``holds()`` is true."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What the target server's program refuses: one line, and an exit code other than 0."""
+"""Errors of the target server's command line: one line and a nonzero exit code."""
 
 import importlib.util
 import socket
@@ -12,7 +12,7 @@ from nemo_speculative.targets.remote.protocol import TOKEN_VARIABLE
 
 @pytest.fixture
 def refused(target_dir, monkeypatch, capsys):
-    """Runs the program with a command line and returns the line that it ends with."""
+    """Runs the program with a command line and returns its one-line error."""
 
     def run(*overrides):
         monkeypatch.setattr(sys, "argv", ["serve_target", "model=local", f"model.path={target_dir}", *overrides])
@@ -26,7 +26,7 @@ def refused(target_dir, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["host=no-such-host.invalid"], "host=no-such-host.invalid port=31000: cannot listen there"),
         (["host=192.0.2.1", "port=0"], "host=192.0.2.1 port=0: cannot listen there"),
@@ -43,8 +43,8 @@ def refused(target_dir, monkeypatch, capsys):
         (["quue=3"], "did you mean"),
     ],
 )
-def test_what_cannot_be_carried_out_is_one_line(refused, overrides, said):
-    assert said in refused(*overrides)
+def test_invalid_command_lines_end_in_one_line(refused, overrides, message):
+    assert message in refused(*overrides)
 
 
 def test_a_port_in_use_is_one_line_before_the_target_is_loaded(refused):
@@ -54,19 +54,19 @@ def test_a_port_in_use_is_one_line_before_the_target_is_loaded(refused):
     assert f"host=127.0.0.1 port={port}: cannot listen there (Address already in use)" in line
 
 
-def test_an_empty_token_would_let_everybody_in(refused, monkeypatch):
+def test_an_empty_token_is_rejected(refused, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, " ")
     assert f"{TOKEN_VARIABLE} is empty" in refused("port=0")
 
 
 @pytest.mark.parametrize("token", ["two words", "two\nlines", "gehëim"])
-def test_a_token_that_no_client_can_send_is_refused(refused, monkeypatch, token):
+def test_a_token_that_no_header_can_hold_is_rejected(refused, monkeypatch, token):
     monkeypatch.setenv(TOKEN_VARIABLE, token)
     line = refused("port=0")
     assert f"{TOKEN_VARIABLE} has a space" in line and token not in line
 
 
-def test_a_package_that_is_missing_is_named(refused, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(serve_target, "find_spec", lambda name: None if name == "uvicorn" else found(name))
+def test_a_missing_package_is_named(refused, monkeypatch):
+    result = importlib.util.find_spec
+    monkeypatch.setattr(serve_target, "find_spec", lambda name: None if name == "uvicorn" else result(name))
     assert "needs uvicorn, which is not installed" in refused("port=0")

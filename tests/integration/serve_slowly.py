@@ -1,4 +1,4 @@
-"""Runs the target server as its user would, with a target that takes S seconds more: ``serve_slowly.py S …``."""
+"""Runs the target server with a target that takes S seconds longer: ``serve_slowly.py S …``."""
 
 import runpy
 import sys
@@ -11,7 +11,7 @@ if __name__ == "__main__":
     compute_hidden_states = HFTarget.compute_hidden_states
 
     def slowly(self, batch):
-        if batch.num_tokens > 8:  # what it is tried with when it is loaded
+        if batch.num_tokens > 8:  # not the probe when it is loaded
             print("reading", flush=True)
             time.sleep(float(seconds))
         return compute_hidden_states(self, batch)

@@ -1,4 +1,4 @@
-"""Training against target servers in processes of their own: the same losses, whatever happens to the servers."""
+"""Training against target servers in other processes: the same losses, whatever happens to the servers."""
 
 import contextlib
 import json
@@ -20,11 +20,11 @@ from tests.target_servers import batch_of, until
 QUICK = ["backend.attempts=2", "backend.backoff_seconds=0.2", "backend.connect_timeout=2"]
 PROGRAM = ["-m", "nemo_speculative.serve_target"]
 SLOW = ["tests/integration/serve_slowly.py", "0.3"]
-"""So slow that no run is at its end before the server is killed."""
+"""Slow enough that the server is killed before the run ends."""
 
 
 class Served:
-    """A server's process, the lines it has printed, and where it listens."""
+    """A server's process and its address."""
 
     def __init__(self, process):
         self.process = process
@@ -42,7 +42,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(target_dir, *overrides, program=PROGRAM, **environment):
-    """A target server as its user starts it."""
+    """Starts a target server by its command line."""
     command = [*program, "model=local", f"model.path={target_dir}", "port=0", *overrides]
     with Program(*command, environment=ENVIRONMENT | environment) as process:
         yield Served(process)
@@ -62,7 +62,7 @@ def kill_after(step, directory, server):
 
 @pytest.fixture(scope="module")
 def in_process(settings, tmp_path_factory):
-    """The metrics of six steps with backend=hf, without what only its decoder measures."""
+    """Metrics of six steps with backend=hf, without those of decoding."""
     directory = tmp_path_factory.mktemp("hf") / "run"
     done = train(settings, directory, "trainer.max_steps=6", "optimizer.decay_ratio=0")
     assert done.returncode == 0, done.stderr
@@ -73,8 +73,8 @@ def learned(directory):
     return [{k: v for k, v in line.items() if k != "val/tau_decoded"} for line in metrics(directory)]
 
 
-def test_the_metrics_are_those_of_the_target_in_process(settings, target_dir, in_process, tmp_path, monkeypatch):
-    """And the token that the server wants is written nowhere."""
+def test_metrics_equal_those_of_the_target_in_process(settings, target_dir, in_process, tmp_path, monkeypatch):
+    """The token is saved nowhere."""
     directory, token = tmp_path / "run", "s3cret-token"
     monkeypatch.setitem(ENVIRONMENT, "NEMO_TARGET_TOKEN", token)
     with served(target_dir) as one:
@@ -89,21 +89,19 @@ def test_the_metrics_are_those_of_the_target_in_process(settings, target_dir, in
     assert token not in done.stdout + done.stderr
 
 
-def test_two_ranks_share_two_servers_of_which_one_is_killed(settings, target_dir, in_process, tmp_path):
-    """The run goes on, with the losses that it would have had."""
+def test_a_run_survives_the_loss_of_one_of_two_servers(settings, target_dir, in_process, tmp_path):
+    """Two ranks use two servers; the losses do not change."""
     with served(target_dir, program=SLOW) as one, served(target_dir) as two, ThreadPoolExecutor(1) as thread:
         killing = thread.submit(kill_after, 2, tmp_path / "run", one)
         overrides = remote(settings, tmp_path / "run", one.url, two.url)
         done = run("recipes/train_eagle3.py", *overrides, ranks=2)
         killing.result()
         assert done.returncode == 0 and f"target server {one.url} fails" in done.stderr, done.stderr
-    found = [line["train/loss"] for line in metrics(tmp_path / "run")]
-    assert found == pytest.approx([line["train/loss"] for line in in_process], rel=1e-5)
+    result = [line["train/loss"] for line in metrics(tmp_path / "run")]
+    assert result == pytest.approx([line["train/loss"] for line in in_process], rel=1e-5)
 
 
-def test_when_every_server_is_killed_the_run_ends_with_one_line_and_can_go_on(
-    settings, target_dir, in_process, tmp_path
-):
+def test_a_run_that_lost_all_servers_ends_with_one_line_and_can_be_resumed(settings, target_dir, in_process, tmp_path):
     directory = tmp_path / "run"
     with served(target_dir, program=SLOW) as one, ThreadPoolExecutor(1) as thread:
         killing = thread.submit(kill_after, 4, directory, one)
@@ -116,7 +114,7 @@ def test_when_every_server_is_killed_the_run_ends_with_one_line_and_can_go_on(
     assert learned(directory) == in_process
 
 
-def test_a_training_against_another_target_or_none_is_refused(settings, target_dir, tmp_path):
+def test_a_training_against_another_target_or_none_is_rejected(settings, target_dir, tmp_path):
     with served(target_dir, "model.dtype=bfloat16") as one:
         line = only_error(run("recipes/train_eagle3.py", *remote(settings, tmp_path / "run", one.url)))
     assert f"{one.url} runs another target: dtype is bfloat16 there and float32 here" in line
@@ -124,8 +122,8 @@ def test_a_training_against_another_target_or_none_is_refused(settings, target_d
     assert f"{one.url} does not answer as a target server" in line and not (tmp_path / "run").exists()
 
 
-def test_a_run_whose_server_hangs_ends_when_it_is_asked_to(settings, target_dir, tmp_path):
-    """With one line, long before the 300 seconds that it waits for an answer."""
+def test_a_run_whose_server_hangs_ends_on_sigterm(settings, target_dir, tmp_path):
+    """It ends with one line, long before the timeout of 300 seconds."""
     hangs = ["tests/integration/serve_slowly.py", "1000"]
     with served(target_dir, program=hangs) as one:
         command = ["recipes/train_eagle3.py", *remote(settings, tmp_path / "run", one.url)]
@@ -133,32 +131,32 @@ def test_a_run_whose_server_hangs_ends_when_it_is_asked_to(settings, target_dir,
             one.wait_for("reading")
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 130
-            said = "".join(process.stderr)
-    assert "Traceback" not in said, said
-    assert [line for line in said.splitlines() if line.startswith("error: interrupted") and "resume=auto" in line]
+            message = "".join(process.stderr)
+    assert "Traceback" not in message, message
+    assert [line for line in message.splitlines() if line.startswith("error: interrupted") and "resume=auto" in line]
 
 
-def ask(url, target, batch):
+def request(url, target, batch):
     tag = TargetIdentity.of(target).tag
     return httpx.post(f"{url}/supervise", content=pack_batch(batch), headers={"If-Match": tag}, timeout=60)
 
 
-def test_sigterm_answers_what_was_taken_on_and_takes_nothing_more(target_dir):
-    """Three requests, of which one runs and two wait; then one more."""
+def test_sigterm_answers_accepted_requests_and_accepts_no_more(target_dir):
+    """One request runs and two wait; then another one is sent."""
     target, batches = HFTarget(target_dir, aux_layers=None), [batch_of(*range(n, n + 12)) for n in range(3)]
     slow = ["tests/integration/serve_slowly.py", "1"]
     with served(target_dir, program=slow) as one, ThreadPoolExecutor(3) as clients:
-        asked = [clients.submit(ask, one.url, target, batch) for batch in batches]
+        futures = [clients.submit(request, one.url, target, batch) for batch in batches]
         one.wait_for("reading")
         until(lambda: "queue_depth 3" in httpx.get(f"{one.url}/metrics").text)
         one.process.send_signal(signal.SIGTERM)
         one.wait_for("reading")  # the second
         with pytest.raises(httpx.TransportError):
-            ask(one.url, target, batches[0])
-        for answer, batch in zip(asked, batches, strict=True):
-            found = load(answer.result().content)["aux"]
+            request(one.url, target, batches[0])
+        for answer, batch in zip(futures, batches, strict=True):
+            result = load(answer.result().content)["aux"]
             torch.testing.assert_close(
-                found, target.compute_hidden_states(batch).aux_hidden_states, rtol=1e-4, atol=1e-4
+                result, target.compute_hidden_states(batch).aux_hidden_states, rtol=1e-4, atol=1e-4
             )
         assert one.process.wait(30) == 0
         assert "every accepted request was answered" in "".join(one.process.stdout)
@@ -168,8 +166,8 @@ def test_a_drain_that_takes_too_long_is_cut_off(target_dir):
     target = HFTarget(target_dir, aux_layers=None)
     slow = ["tests/integration/serve_slowly.py", "100"]
     with served(target_dir, "drain=1", program=slow) as one, ThreadPoolExecutor(1) as clients:
-        asked = clients.submit(ask, one.url, target, batch_of(*range(12)))
+        futures = clients.submit(request, one.url, target, batch_of(*range(12)))
         one.wait_for("reading")
         assert one.end(signal.SIGTERM) == 1
         assert "drain=1: 1 requests were not answered" in "".join(one.process.stderr)
-        assert asked.exception() or asked.result().status_code >= 500
+        assert futures.exception() or futures.result().status_code >= 500

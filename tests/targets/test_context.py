@@ -1,4 +1,4 @@
-"""Ranks that share the tokens of packed rows get the hidden states that one rank alone computes."""
+"""Hidden states under context parallelism equal those that one rank computes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -50,9 +50,9 @@ def world() -> ContextGroup:
 
 
 def shares(directories, scores):
-    """What this rank computes of each batch, and which tokens these are."""
+    """This rank's output for each batch, and the flat positions of its tokens."""
     document_attention.MAX_MASK_ELEMENTS["cpu"] = scores
-    context, found = world(), {}
+    context, result = world(), {}
     for name, directory in directories.items():
         target = HFTarget(directory, aux_layers=[0, 1, 2])
         for rows in ROWS:
@@ -60,24 +60,24 @@ def shares(directories, scores):
             shard = context.shard(batch.num_tokens, HALO)
             made = target.compute_hidden_states(replace(batch, shard=shard))
             places = shard.to_global(torch.arange(made.aux_hidden_states.shape[1]))
-            found[f"{name}, {rows}"] = made.aux_hidden_states[0], made.last_hidden_state[0], places
-    return found
+            result[f"{name}, {rows}"] = made.aux_hidden_states[0], made.last_hidden_state[0], places
+    return result
 
 
 @pytest.fixture(scope="module")
-def found(directories):
-    """Of each rank, by their number: of two with masks that are as large as they get, of four with small ones."""
+def result(directories):
+    """Outputs of each rank, by the number of ranks: two with the largest masks, four with small ones."""
     return {2: on_ranks(2, shares, directories, 1 << 20), 4: on_ranks(4, shares, directories, 256)}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", WHICH)
-def test_hidden_states_are_those_of_one_rank(found, directories, name, ranks):
+def test_hidden_states_are_those_of_one_rank(result, directories, name, ranks):
     target = HFTarget(directories[name], aux_layers=[0, 1, 2])
     for rows in ROWS:
         whole = target.compute_hidden_states(batch_of(rows))
         seen = torch.zeros(whole.aux_hidden_states.shape[:2].numel(), dtype=torch.bool)
-        for aux, last_hidden_state, places in (rank[f"{name}, {rows}"] for rank in found[ranks]):
+        for aux, last_hidden_state, places in (rank[f"{name}, {rows}"] for rank in result[ranks]):
             for mine, its in ((aux, whole.aux_hidden_states), (last_hidden_state, whole.last_hidden_state)):
                 expected = its.flatten(0, 1)[places]
                 torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -85,27 +85,27 @@ def test_hidden_states_are_those_of_one_rank(found, directories, name, ranks):
         assert seen.all()
 
 
-def of_divided_targets(directory):
-    """What this rank computes of a batch by targets that ranks hold together."""
-    context, batch, found = world(), batch_of("documents across the borders of chunks"), []
+def outputs_of_distributed_targets(directory):
+    """This rank's output for a batch from each distributed target."""
+    context, batch, result = world(), batch_of("documents across the borders of chunks"), []
     for placement in (FSDP2Target, TensorParallelTarget):
         shard = context.shard(batch.num_tokens, HALO)
         made = placement(Path(directory), aux_layers=[0, 1, 2]).compute_hidden_states(replace(batch, shard=shard))
-        found.append(
+        result.append(
             (
                 made.aux_hidden_states[0],
                 made.last_hidden_state[0],
                 shard.to_global(torch.arange(made.aux_hidden_states.shape[1])),
             )
         )
-    return found
+    return result
 
 
-def test_a_divided_target_gives_each_rank_its_share(directories):
+def test_a_distributed_target_gives_each_rank_its_shard(directories):
     whole = HFTarget(directories["llama"], aux_layers=[0, 1, 2]).compute_hidden_states(
         batch_of("documents across the borders of chunks")
     )
-    for of_rank in on_ranks(2, of_divided_targets, directories["llama"]):
+    for of_rank in on_ranks(2, outputs_of_distributed_targets, directories["llama"]):
         for aux, last_hidden_state, places in of_rank:
             torch.testing.assert_close(aux, whole.aux_hidden_states.flatten(0, 1)[places], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(
@@ -123,6 +123,6 @@ def refusal(directory):
     return ""
 
 
-def test_an_attention_that_reads_whole_rows_is_refused(directories):
-    for said in on_ranks(2, refusal, directories["llama"]):
-        assert said.startswith("parallelism.context: LlamaForCausalLM with eager attention reads whole rows")
+def test_attention_over_whole_rows_is_rejected_under_context_parallelism(directories):
+    for message in on_ranks(2, refusal, directories["llama"]):
+        assert message.startswith("parallelism.context: LlamaForCausalLM with eager attention reads whole rows")

@@ -1,4 +1,4 @@
-"""The embedded target in small: the same code, a few steps."""
+"""The embedded target with a small configuration and few steps."""
 
 import dataclasses
 
@@ -17,13 +17,13 @@ def small(tmp_path, **changed):
     return TinyModelConfig(cache_dir=str(tmp_path), steps=8, rows_per_step=2, row_tokens=64, **(values | changed))
 
 
-def test_is_made_once_deterministically_and_is_an_ordinary_directory(tmp_path, capsys, monkeypatch):
+def test_it_is_trained_once_deterministically_and_is_an_ordinary_directory(tmp_path, capsys, monkeypatch):
     real = stdlib.stdlib_conversations
     monkeypatch.setattr(demo, "stdlib_conversations", lambda held_out: real(held_out)[:120])
     monkeypatch.setattr(demo, "directory_of", lambda config: tmp_path / config.cache_dir / "made")
     first = demo.prepare_tiny(small(tmp_path / "a"))
-    said = capsys.readouterr().out
-    assert "held-out loss" in said and said.count("Q: ") == 3 and said.count("A: ") == 3
+    message = capsys.readouterr().out
+    assert "held-out loss" in message and message.count("Q: ") == 3 and message.count("A: ") == 3
     second = demo.prepare_tiny(small(tmp_path / "b"))
     one, two = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (first, second))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -35,14 +35,14 @@ def test_is_made_once_deterministically_and_is_an_ordinary_directory(tmp_path, c
     assert row.loss_mask[-1] and not row.loss_mask[0]
 
 
-def test_everything_that_shapes_it_is_in_its_name(tmp_path):
+def test_the_cache_key_covers_all_settings_that_affect_it(tmp_path):
     base = demo.directory_of(small(tmp_path))
     assert demo.directory_of(small(tmp_path)) == base
     assert demo.directory_of(small(tmp_path, hidden_size=64)) != base
     assert demo.directory_of(small(tmp_path, seed=1)) != base
 
 
-def test_an_interrupted_making_leaves_no_target(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_no_target(tmp_path, monkeypatch):
     directory = tmp_path / "made"
 
     class Model:
@@ -56,7 +56,7 @@ def test_an_interrupted_making_leaves_no_target(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", "bf16", None])
-def test_it_is_trained_in_bfloat16_where_the_cpu_multiplies_it(tmp_path, monkeypatch, unit):
+def test_it_is_trained_in_bfloat16_where_the_cpu_has_units_for_it(tmp_path, monkeypatch, unit):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, unit: True})
     real, seen = demo.LlamaForCausalLM.forward, []
 

@@ -1,4 +1,4 @@
-"""Packed rows through the target: each document as if it were alone, and no memory that grows with L squared."""
+"""Attention by document: packed documents get the states they have alone, in memory linear in L."""
 
 import math
 import random
@@ -65,7 +65,7 @@ FAMILIES = {
     "learned positions": (GPT2LMHeadModel, GPT2Config(**COMMON, n_inner=64)),
 }  # fmt: skip
 PACKED = [[11, 7, 19], [40], [5, 3]]
-"""Documents of three rows of 40: some shorter than the window and some longer, a row of one, much padding."""
+"""Document lengths of three rows of 40: shorter and longer than the window, a row of one document, much padding."""
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +97,22 @@ def places(lengths: list[list[int]]) -> list[tuple[int, slice]]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_documents_are_supervised_as_if_each_were_alone(made, name):
-    """The oracle is the model's own forward of one document, without packing."""
+def test_packed_documents_have_the_states_that_each_has_alone(made, name):
+    """The reference is the model's own forward pass of one document, without packing."""
     target, rows = made(name), draw(PACKED)
     assert target._by_document
-    found = target.compute_hidden_states(collate(rows, 40, pad_id=1))
+    result = target.compute_hidden_states(collate(rows, 40, pad_id=1))
     for document, (r, span) in zip([d for row in rows for d in row], places(PACKED), strict=True):
         ids = torch.tensor([document.input_ids])
         with torch.no_grad():
             alone = target.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        for mine, its in ((found.aux_hidden_states, torch.cat(alone[1:4], -1)), (found.last_hidden_state, alone[-1])):
+        for mine, its in ((result.aux_hidden_states, torch.cat(alone[1:4], -1)), (result.last_hidden_state, alone[-1])):
             torch.testing.assert_close(mine[r, span], its[0], rtol=1e-5, atol=1e-5 * float(its.abs().max()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("changed", range(6))
-def test_a_changed_document_changes_no_bit_of_its_neighbours(made, name, changed):
+def test_a_changed_document_changes_no_bit_of_its_neighbors(made, name, changed):
     rows, others = draw(PACKED), draw(PACKED, seed=1)
     row, span = places(PACKED)[changed]
     number = places(PACKED[row : row + 1]).index((0, span))
@@ -150,8 +150,8 @@ def test_no_tensor_grows_with_the_square_of_the_row(made, name):
         target._by_document = True
 
 
-def test_no_layer_makes_the_host_look_at_a_tensor(made):
-    """A look waits for the device: transformers' forward has a few, whatever the number of layers."""
+def test_no_layer_reads_a_tensor_on_the_host(made):
+    """A read waits for the device; transformers' forward pass has a few, independent of the number of layers."""
     target, looks = made("llama"), []
     layers = target._decoder.layers
     try:
@@ -164,7 +164,7 @@ def test_no_layer_makes_the_host_look_at_a_tensor(made):
 
 
 def naive(query, key, value, lengths, window, scaling):
-    """Softmax over a mask [B * L, B * L] of all rows side by side, in float64."""
+    """Softmax over a mask [B * L, B * L] of all rows, in float64."""
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     at = torch.arange(len(document))
     sees = (document[:, None] == document) & (at[:, None] >= at) & (at[:, None] - at < (window or len(at)))
@@ -177,18 +177,18 @@ def naive(query, key, value, lengths, window, scaling):
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 64])
 @pytest.mark.parametrize("seed", range(4))
 def test_attention_against_a_naive_version(window, seed):
-    """Lengths of every kind, heads that share keys, values of another width, a scaling of its own."""
+    """All kinds of lengths, grouped heads, values of another width, another scaling."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rows = [[1] * 64, [64], [16] * 4, [5, 16, 17, 1, 25], *[cut(rng, 64) for _ in range(3)]]
     lengths = [n for row in rows for n in row]
     shapes = ((len(rows), 4, 64, 8), (len(rows), 2, 64, 8), (len(rows), 2, 64, 6))
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
-    found, weights = attention_by_document(
+    result, weights = attention_by_document(
         torch.nn.Identity(), query, key, value, DocumentMask(lengths, window), scaling=0.7
     )
-    assert weights is None and found.shape == (len(rows), 64, 4, 6)
+    assert weights is None and result.shape == (len(rows), 64, 4, 6)
     expected = naive(query, key, value, lengths, window, 0.7)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def cut(rng: random.Random, total: int) -> list[int]:
@@ -200,9 +200,9 @@ def cut(rng: random.Random, total: int) -> list[int]:
 def test_not_even_a_nan_passes_from_one_document_to_another():
     query, key, value = torch.randn(3, 1, 2, 32, 8).unbind()
     value[:, :, 10:20] = math.nan
-    found, _ = attention_by_document(torch.nn.Identity(), query, key, value, DocumentMask([10, 10, 12], None))
-    assert found[0, 10:20].isnan().all()
-    assert found[0, :10].isfinite().all() and found[0, 20:].isfinite().all()
+    result, _ = attention_by_document(torch.nn.Identity(), query, key, value, DocumentMask([10, 10, 12], None))
+    assert result[0, 10:20].isnan().all()
+    assert result[0, :10].isfinite().all() and result[0, 20:].isfinite().all()
 
 
 def test_many_short_documents_take_few_calls():
@@ -212,31 +212,31 @@ def test_many_short_documents_take_few_calls():
     assert len(plan.queries) <= sum(lengths) / MIN_LENGTH_RATIO
 
 
-@pytest.mark.parametrize("asked", ["softcap", "s_aux", "position_bias", "dropout"])
-def test_what_torchs_attention_has_not_is_refused(asked):
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias", "dropout"])
+def test_options_that_torchs_attention_lacks_are_rejected(option):
     qkv = torch.randn(3, 1, 2, 8, 4).unbind()
     with pytest.raises(NotImplementedError, match="attention by document"):
-        attention_by_document(torch.nn.Identity(), *qkv, DocumentMask([8], None), **{asked: 0.5})
+        attention_by_document(torch.nn.Identity(), *qkv, DocumentMask([8], None), **{option: 0.5})
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 8, 8, dtype=torch.bool)])
-def test_a_mask_of_the_models_own_is_refused(mask):
+def test_a_mask_made_by_the_model_is_rejected(mask):
     with pytest.raises(NotImplementedError, match="attention by document"):
         attention_by_document(torch.nn.Identity(), *torch.randn(3, 1, 2, 8, 4).unbind(), mask)
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "option",
     [{"use_vmap": True}, {"local_size": 4, "config": SimpleNamespace(attention_chunk_size=4)}],
-    ids=["a mask function beside causality", "chunks"],
+    ids=["another mask function", "chunks"],
 )
-def test_masks_other_than_causal_and_windows_are_refused(asked):
+def test_masks_other_than_causal_and_windows_are_rejected(option):
     with packed_documents([8]), pytest.raises(NotImplementedError, match="causality and sliding windows alone"):
-        document_mask(**({"config": SimpleNamespace(sliding_window=8)} | asked))
+        document_mask(**({"config": SimpleNamespace(sliding_window=8)} | option))
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, TypeError, AttributeError])
-def test_a_model_that_cannot_keeps_the_dense_mask(target_dir, error):
+def test_a_model_without_support_keeps_the_dense_mask(target_dir, error):
     def refuse(**_):
         raise error
 
@@ -251,13 +251,13 @@ def test_a_model_that_cannot_keeps_the_dense_mask(target_dir, error):
     torch.testing.assert_close(dense.last_hidden_state, by_document.last_hidden_state, rtol=1e-4, atol=1e-4)
 
 
-def test_other_attentions_are_left_to_transformers(target_dir):
+def test_other_attention_implementations_are_left_to_transformers(target_dir):
     target = HFTarget(target_dir, aux_layers=None, attn_implementation="eager")
     assert not target._by_document
 
 
-def test_the_attention_of_decoding_stays_what_was_chosen(made):
-    """``compute_hidden_states`` lends another for its own forward, and gives it back when that fails."""
+def test_the_attention_of_decoding_stays_as_configured(made):
+    """``compute_hidden_states`` sets another one for its own forward pass, and restores it, also after an error."""
     target = made("llama")
     batch = collate(draw(PACKED), 40, pad_id=1)
     target.compute_hidden_states(batch)

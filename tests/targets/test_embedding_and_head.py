@@ -1,4 +1,4 @@
-"""The ends of a target, loaded without the layers between them, beside those of the whole model."""
+"""Embedding and head loaded without the decoder layers, compared with the whole model."""
 
 import json
 
@@ -44,7 +44,7 @@ def directory(request, tmp_path):
     return tmp_path
 
 
-def test_they_are_those_of_the_whole_model(directory):
+def test_embedding_and_head_are_those_of_the_whole_model(directory):
     ends = EmbeddingAndHead(directory, aux_layers=None)
     whole = HFTarget(directory, aux_layers=None, attn_implementation="eager")
     ids = torch.arange(20)[None]
@@ -54,34 +54,34 @@ def test_they_are_those_of_the_whole_model(directory):
     assert torch.equal(ends.head_weight, whole.head_weight)
     assert torch.equal(ends.final_norm.weight, whole.final_norm.weight)
     assert (ends.aux_layers, ends.stop_ids, ends.fingerprint) == (whole.aux_layers, whole.stop_ids, whole.fingerprint)
-    assert ends.config.num_hidden_layers == 7, "the description is of the whole target"
+    assert ends.config.num_hidden_layers == 7, "the configuration is the whole target's"
 
 
 def test_no_layer_is_loaded(directory, caplog):
     loaded = EmbeddingAndHead(directory, aux_layers=None).model
     assert not any("layers" in name for name, _ in loaded.named_parameters())
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
-    assert not caplog.records, "that the layers were left out is no news"
+    assert not caplog.records, "transformers' report of missing layers is silenced"
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_the_last_layers_are_read_when_they_are_asked_for(directory, count):
-    found = EmbeddingAndHead(directory, aux_layers=None).last_layers(count)
+def test_the_last_layers_are_read_on_request(directory, count):
+    result = EmbeddingAndHead(directory, aux_layers=None).last_layers(count)
     expected = HFTarget(directory, aux_layers=None, attn_implementation="eager").last_layers(count)
-    assert len(found) == len(expected) == min(count, 7)
-    for one, two in zip(found, expected, strict=True):
+    assert len(result) == len(expected) == min(count, 7)
+    for one, two in zip(result, expected, strict=True):
         weights = dict(two.named_parameters())
         assert {name: p.shape for name, p in one.named_parameters()} == {n: p.shape for n, p in weights.items()}
         assert all(torch.equal(p, weights[name]) for name, p in one.named_parameters())
 
 
-def test_the_dtype_is_the_one_asked_for(directory):
+def test_the_dtype_is_the_requested_one(directory):
     ends = EmbeddingAndHead(directory, aux_layers=None, dtype=torch.bfloat16)
     assert ends.embed(torch.tensor([3])).dtype == ends.logits(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype
     assert ends.head_weight.dtype == torch.bfloat16
 
 
-def test_a_layer_whose_weights_have_other_names_is_refused(tmp_path):
+def test_a_layer_whose_weights_have_other_names_is_rejected(tmp_path):
     make_target(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -94,8 +94,8 @@ def test_a_layer_whose_weights_have_other_names_is_refused(tmp_path):
 
 @pytest.mark.parametrize("make", [EmbeddingAndHead, HFTarget])
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
-def test_files_that_lack_an_end_are_refused(tmp_path, make, name):
-    """transformers would start it from random numbers, and warn."""
+def test_files_without_embedding_norm_or_head_are_rejected(tmp_path, make, name):
+    """transformers would initialize it randomly, and only warn."""
     make_target(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -105,8 +105,8 @@ def test_files_that_lack_an_end_are_refused(tmp_path, make, name):
         make(tmp_path, aux_layers=None)
 
 
-def quantised(directory, method):
-    """A target whose layers' matrices are stored as ``method`` stores them; embedding, norms and head as they were."""
+def quantize(directory, method):
+    """A target whose layers' matrices are stored as ``method`` stores them; embedding, norms and head are plain."""
     make_target(directory)
     stored = {}
     for name, weight in load_file(directory / "model.safetensors").items():
@@ -126,17 +126,17 @@ def quantised(directory, method):
 
 
 @pytest.mark.parametrize("method", ["fp8", "awq"])
-def test_of_a_quantised_target_the_ends_are_plain(tmp_path, target_dir, method):
-    quantised(tmp_path, method)
+def test_embedding_and_head_of_a_quantized_target_are_plain(tmp_path, target_dir, method):
+    quantize(tmp_path, method)
     ends, plain = EmbeddingAndHead(tmp_path, aux_layers=None), EmbeddingAndHead(target_dir, aux_layers=None)
     assert torch.equal(ends.head_weight, plain.head_weight)
     assert torch.equal(ends.embed(torch.arange(9)), plain.embed(torch.arange(9)))
-    # Of float8 numbers the scale is elsewhere; copied as they are they would be wrong without a word.
+    # The scale of float8 numbers is another tensor; copying them as they are would be silently wrong.
     with pytest.raises(UserError, match=r"as it is, which draft\.init_from_target\.layer copies; set it to false"):
         ends.last_layers(1)
 
 
-def test_experts_that_transformers_fuses_are_refused_by_name(tmp_path):
+def test_experts_that_transformers_fuses_are_rejected_by_name(tmp_path):
     torch.manual_seed(0)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     AutoModelForCausalLM.from_config(Qwen2MoeConfig(**COMMON, **experts)).save_pretrained(tmp_path)

@@ -32,7 +32,7 @@ def reference(target, row):
     )
 
 
-def test_supervision_of_packed_rows_equals_each_document_alone(target):
+def test_packed_documents_equal_each_document_alone(target):
     documents = rows([11, 7, 19, 4])
     batch = collate([documents[:3], documents[3:]], 40, pad_id=1)
     supervision = target.compute_hidden_states(batch)
@@ -45,19 +45,19 @@ def test_supervision_of_packed_rows_equals_each_document_alone(target):
         torch.testing.assert_close(target.logits(supervision.last_hidden_state[r, span]), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_document_of_a_row_does_not_see_the_others(target):
+def test_documents_of_a_row_do_not_see_each_other(target):
     first, second, other = rows([11, 9, 9])[0], rows([11, 9], seed=1)[1], rows([11, 9], seed=2)[1]
     one, two = (target.compute_hidden_states(collate([[first, x]], 20, pad_id=1)) for x in (second, other))
     assert torch.equal(one.last_hidden_state[0, :11], two.last_hidden_state[0, :11])
     assert not torch.equal(one.last_hidden_state[0, 11:], two.last_hidden_state[0, 11:])
 
 
-def test_cached_forward_equals_the_whole(target):
+def test_a_forward_pass_in_cached_parts_equals_the_whole(target):
     ids, cache = torch.tensor([rows([24])[0].input_ids]), DynamicCache()
     whole = target.forward(ids)
     parts = [target.forward(part, cache=cache) for part in ids.split([10, 1, 13], dim=1)]
-    for expected, found in zip(whole, zip(*parts, strict=True), strict=True):
-        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+    for expected, result in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(result, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_target_is_frozen_and_in_eval_mode(target):
@@ -85,17 +85,17 @@ def test_aux_layers_follow_the_published_formula(num_layers, layers):
 
 
 @pytest.mark.parametrize(
-    "num_layers, chosen, said",
+    "num_layers, chosen, message",
     [(6, None, "too few"), (5, None, "draft.aux_layers=[0, 1, 3]"), (8, [0, 7], "holds 7"), (8, [-1, 2], "holds -1")],
 )
-def test_aux_layers_that_cannot_be_captured_are_refused(num_layers, chosen, said):
+def test_aux_layers_that_cannot_be_captured_are_rejected(num_layers, chosen, message):
     with pytest.raises(UserError, match=r"layers") as error:
         aux_layers_for(num_layers, chosen)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_head_that_does_more_than_a_product_is_refused(tmp_path, monkeypatch):
-    """Stands for an architecture whose logits are not head(last hidden): training on a guess would be silent."""
+def test_logits_that_are_not_the_head_of_the_last_hidden_state_are_rejected(tmp_path, monkeypatch):
+    """Such an architecture would otherwise train on wrong logits without an error."""
     make_target(tmp_path)
     forward = LlamaForCausalLM.forward
 
@@ -110,15 +110,15 @@ def test_a_head_that_does_more_than_a_product_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_model_that_lets_packed_documents_see_each_other_is_refused(target_dir, monkeypatch, attention):
+def test_a_model_whose_packed_documents_see_each_other_is_rejected(target_dir, monkeypatch, attention):
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
     monkeypatch.setattr(Batch, "document_lengths", lambda self: [self.num_tokens])
     with pytest.raises(UserError, match="packed documents see each other"):
         HFTarget(target_dir, aux_layers=None, attn_implementation=attention)
 
 
-def test_supervision_runs_the_decoder_without_the_head(target):
-    """The head of a large vocabulary costs more than several layers; the loss asks for the slots it needs."""
+def test_hidden_states_are_computed_without_the_head(target):
+    """The head of a large vocabulary costs more than several layers; the loss applies it to the slots it needs."""
     calls = []
     handle = target._head.register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -130,24 +130,24 @@ def test_supervision_runs_the_decoder_without_the_head(target):
         handle.remove()
 
 
-def test_fingerprint_tells_weights_apart_and_survives_a_copy(tmp_path, target_dir):
+def test_the_fingerprint_differs_between_weights_and_is_equal_for_copies(tmp_path, target_dir):
     same, other = make_target(tmp_path / "same"), make_target(tmp_path / "other", seed=1)
     assert target_fingerprint(same) == target_fingerprint(target_dir)
     assert target_fingerprint(other) != target_fingerprint(target_dir)
 
 
 @pytest.mark.parametrize(
-    "path, said",
+    "path, message",
     [
         ("/no/such/dir", "does not exist"),
         ("./nowhere", "does not exist"),
         ("nobody/nothing-here", "not on this machine and could not be downloaded"),
     ],
 )
-def test_a_target_that_is_not_there_is_one_line_that_says_what_to_do(path, said):
+def test_a_missing_target_is_one_line_with_the_remedy(path, message):
     with pytest.raises(UserError) as error:
         resolve_target(ModelConfig(path=path))
-    assert said in str(error.value) and "model.path" in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "model.path" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", ["no weights", "cut weights", "unknown type", "no tokenizer"])
@@ -183,7 +183,7 @@ def test_an_architecture_with_soft_capped_logits_is_reproduced(tmp_path):
     torch.testing.assert_close(target.logits(target.forward(ids)[1]), model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_config_of_the_embedded_target_has_layers_enough():
+def test_the_embedded_target_has_enough_layers():
     from nemo_speculative.config.schema import TinyModelConfig
     from nemo_speculative.targets.demo import llama_config
 
@@ -198,11 +198,11 @@ def test_a_target_placed_by_device_map_computes_the_same(target, target_dir):
     placed = HFTarget(target_dir, aux_layers=None, device_map="auto", max_memory={"cpu": "1GiB"})
     assert {parameter.device.type for parameter in placed.model.parameters()} == {"cpu"}
     ids = torch.arange(5, 17)[None]
-    for found, expected in zip(placed.forward(ids), target.forward(ids), strict=True):
-        torch.testing.assert_close(found, expected)
+    for result, expected in zip(placed.forward(ids), target.forward(ids), strict=True):
+        torch.testing.assert_close(result, expected)
 
 
-def test_a_device_map_without_the_package_that_makes_it(target_dir, monkeypatch):
+def test_a_device_map_needs_accelerate(target_dir, monkeypatch):
     monkeypatch.setattr("nemo_speculative.targets.hf.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model\.device_map=auto needs the accelerate package: pip install accelerate"):
         HFTarget(target_dir, aux_layers=None, device_map="auto")
@@ -212,6 +212,6 @@ def test_a_compiled_target_computes_the_same(target, target_dir):
     compiled, batch = HFTarget(target_dir, aux_layers=None), collate([rows([11, 7])], 20, pad_id=1)
     compiled.compile()
     assert all(layer.mlp._compiled_call_impl is not None for layer in compiled.layers)
-    expected, found = target.compute_hidden_states(batch), compiled.compute_hidden_states(batch)
-    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.aux_hidden_states, expected.aux_hidden_states, rtol=1e-5, atol=1e-5)
+    expected, result = target.compute_hidden_states(batch), compiled.compute_hidden_states(batch)
+    torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.aux_hidden_states, expected.aux_hidden_states, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The target through SGLang, with transformers in the place of its ModelRunner; tests/sglang has the real one."""
+"""The SGLang target with transformers in place of the ModelRunner; tests/sglang uses the real one."""
 
 import argparse
 import sys
@@ -30,8 +30,8 @@ def whole(target_dir):
 
 
 @pytest.fixture
-def asked(monkeypatch, whole):
-    """How many tokens each text had, forward by forward; ``whole`` computes them, one text after the other."""
+def calls(monkeypatch, whole):
+    """Document lengths of each forward pass; ``whole`` computes them, one document after the other."""
     log = []
 
     class Runner:
@@ -57,77 +57,77 @@ def batch():
     return collate([rows[:3], rows[3:]], 40, pad_id=1)
 
 
-def equal(found, expected, batch):
-    """At the tokens of documents; and nothing at padding."""
+def equal(result, expected, batch):
+    """Compares the tokens of documents, and checks that padding is zeros."""
     at = torch.zeros_like(batch.loss_mask)
     for span in batch.spans:
         at[span.row, span.start : span.end] = True
     for one, two in (
-        (found.aux_hidden_states, expected.aux_hidden_states),
-        (found.last_hidden_state, expected.last_hidden_state),
+        (result.aux_hidden_states, expected.aux_hidden_states),
+        (result.last_hidden_state, expected.last_hidden_state),
     ):
         torch.testing.assert_close(one[at], two[at], rtol=1e-4, atol=1e-4)
         assert one.shape == two.shape and not one[~at].any()
 
 
 @pytest.mark.parametrize("most", [41, 26, 19], ids=["one forward", "two", "one for each long one"])
-def test_packed_rows_are_laid_out_as_they_were(asked, whole, target_dir, batch, most):
+def test_documents_are_grouped_and_returned_to_their_rows(calls, whole, target_dir, batch, most):
     ours = SGLangTarget(target_dir, aux_layers=None, max_tokens=most)
-    asked.clear()
-    found = ours.compute_hidden_states(batch)
-    equal(found, whole.compute_hidden_states(batch), batch)
-    assert asked == {41: [[11, 7, 19, 4]], 26: [[11, 7], [19, 4]], 19: [[11, 7], [19], [4]]}[most]
+    calls.clear()
+    result = ours.compute_hidden_states(batch)
+    equal(result, whole.compute_hidden_states(batch), batch)
+    assert calls == {41: [[11, 7, 19, 4]], 26: [[11, 7], [19, 4]], 19: [[11, 7], [19], [4]]}[most]
     shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
     assert torch.equal(
-        ours.compute_hidden_states(replace(batch, shard=shard)).aux_hidden_states, found.shard(shard).aux_hidden_states
+        ours.compute_hidden_states(replace(batch, shard=shard)).aux_hidden_states, result.shard(shard).aux_hidden_states
     )
 
 
-def test_the_ranks_share_every_forward_and_keep_their_own(asked, whole, target_dir, batch, monkeypatch):
+def test_ranks_share_every_forward_pass_and_keep_their_own_output(calls, whole, target_dir, batch, monkeypatch):
     ours, other = SGLangTarget(target_dir, aux_layers=None), [[5, 6, 7], [8]]
     monkeypatch.setattr(sglang_target, "_documents_of_all_ranks", lambda own: iter([other, own, []]))
-    asked.clear()
+    calls.clear()
     equal(ours.compute_hidden_states(batch), whole.compute_hidden_states(batch), batch)
-    assert asked == [[3, 1], LENGTHS]
+    assert calls == [[3, 1], LENGTHS]
 
 
 def texts_of_all():
     own = [[[5, 6, 7], [8]], [], [[9]]][dist.get_rank()]
-    found = list(sglang_target._documents_of_all_ranks(own))
-    return {"found": found, "own is kept": found[dist.get_rank()] is own}
+    result = list(sglang_target._documents_of_all_ranks(own))
+    return {"found": result, "own is kept": result[dist.get_rank()] is own}
 
 
-def test_every_rank_hears_of_every_document():
+def test_every_rank_receives_every_document():
     assert on_ranks(3, texts_of_all) == 3 * [{"found": [[[5, 6, 7], [8]], [], [[9]]], "own is kept": True}]
 
 
-def test_a_batch_without_documents_takes_part_and_gives_zeros(asked, target_dir):
+def test_a_batch_without_documents_gives_zeros(calls, target_dir):
     ours = SGLangTarget(target_dir, aux_layers=None, max_tokens=8)
-    asked.clear()
-    found = ours.compute_hidden_states(collate([[]], 12, pad_id=1))
-    assert found.aux_hidden_states.shape == (1, 12, 96) and found.last_hidden_state.shape == (1, 12, 32)
-    assert not asked and not found.aux_hidden_states.any() and not found.last_hidden_state.any()
+    calls.clear()
+    result = ours.compute_hidden_states(collate([[]], 12, pad_id=1))
+    assert result.aux_hidden_states.shape == (1, 12, 96) and result.last_hidden_state.shape == (1, 12, 32)
+    assert not calls and not result.aux_hidden_states.any() and not result.last_hidden_state.any()
 
 
-def test_the_ids_are_those_of_the_host(asked, whole, target_dir, batch):
-    """From a device that cannot be read at all."""
+def test_ids_are_read_from_the_host(calls, whole, target_dir, batch):
+    """The batch is on a device that cannot be read."""
     far = batch.to(torch.device("meta"))
     equal(
         SGLangTarget(target_dir, aux_layers=None).compute_hidden_states(far), whole.compute_hidden_states(batch), batch
     )
 
 
-def test_a_document_that_does_not_fit_is_refused(asked, target_dir, batch):
+def test_a_document_longer_than_the_cache_is_rejected(calls, target_dir, batch):
     with pytest.raises(UserError, match=r"a document has 19 tokens.*room for 18.*backend\.max_tokens"):
         SGLangTarget(target_dir, aux_layers=None, max_tokens=18).compute_hidden_states(batch)
 
 
-def test_logits_that_are_not_the_heads_are_refused(asked, target_dir, monkeypatch):
+def test_logits_that_are_not_the_heads_are_rejected(calls, target_dir, monkeypatch):
     forward = sglang_runner.Runner.forward
 
     def scaled(self, texts):
-        found = forward(self, texts)
-        return ForwardOutput(found.aux_hidden_states, found.last_hidden_state, 3 * found.last_logits)
+        result = forward(self, texts)
+        return ForwardOutput(result.aux_hidden_states, result.last_hidden_state, 3 * result.last_logits)
 
     monkeypatch.setattr(sglang_runner.Runner, "forward", scaled)
     with pytest.raises(UserError, match="SGLang's logits are not the head applied"):
@@ -140,13 +140,13 @@ def make_runner(target_dir, *flags):
 
 
 @pytest.mark.parametrize("installed", ["0.5.17", "0.5.24", "0.6.0"])
-def test_a_version_that_was_never_run_is_refused(target_dir, monkeypatch, installed):
+def test_an_untested_version_is_rejected(target_dir, monkeypatch, installed):
     monkeypatch.setattr(sglang_runner, "installed_version", lambda: installed)
     with pytest.raises(UserError, match=rf"SGLang {installed} is installed.*works with 0\.5\.23"):
         make_runner(target_dir)
 
 
-def test_without_sglang_it_is_one_line(target_dir, monkeypatch):
+def test_a_missing_sglang_is_one_line(target_dir, monkeypatch):
     monkeypatch.setattr(sglang_runner, "installed_version", lambda: None)
     with pytest.raises(UserError, match="SGLang is not installed for"):
         make_runner(target_dir)
@@ -154,12 +154,12 @@ def test_without_sglang_it_is_one_line(target_dir, monkeypatch):
 
 @pytest.fixture
 def sglang(monkeypatch):
-    """An SGLang of the right version that parses flags, and of which nothing else is where it was."""
+    """An SGLang of a tested version that parses flags and has no other internals."""
 
     def prepare_server_args(flags):
         parser = argparse.ArgumentParser()
         parser.add_argument("--quantization")
-        return parser.parse_args(flags[flags.index("0.3") + 1 :])  # behind the last one that the backend sets
+        return parser.parse_args(flags[flags.index("0.3") + 1 :])  # after the last flag that the backend sets
 
     monkeypatch.setattr(sglang_runner, "installed_version", lambda: sglang_runner.VERSIONS[-1])
     monkeypatch.setattr(sglang_runner, "_make_importable", lambda device: None)
@@ -171,20 +171,20 @@ def sglang(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         (["--model-path", "x"], "--model-path, which the backend sets itself"),
         (["--tp-size=2"], "--tp-size, which"),
         (["--quantisation", "fp8"], "SGLang refuses backend.flags: .*unrecognized arguments: --quantisation fp8"),
     ],
 )
-def test_flags_that_cannot_be_passed_on_are_refused(target_dir, sglang, flags, said):
-    with pytest.raises(UserError, match=said):
+def test_flags_that_the_backend_sets_or_sglang_lacks_are_rejected(target_dir, sglang, flags, message):
+    with pytest.raises(UserError, match=message):
         make_runner(target_dir, *flags)
 
 
-def test_a_changed_internal_is_one_line_with_the_versions(target_dir, sglang):
-    said = r"internals of SGLang 0\.5\.23 are not as expected \(ModuleNotFoundError.*works with 0\.5\.23"
-    with pytest.raises(UserError, match=said) as error:
+def test_changed_internals_are_one_line_with_the_versions(target_dir, sglang):
+    message = r"internals of SGLang 0\.5\.23 are not as expected \(ModuleNotFoundError.*works with 0\.5\.23"
+    with pytest.raises(UserError, match=message) as error:
         make_runner(target_dir, "--quantization", "fp8")
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Targets that ranks hold together give what one that every rank holds whole gives."""
+"""Distributed targets compute what a replicated target computes."""
 
 import json
 
@@ -29,15 +29,15 @@ PLACEMENTS = {
     "TP on 2": (2, TensorParallelTarget, {}),
     "TP of 2 on 4": (4, TensorParallelTarget, {"tp_size": 2}),
 }
-"""Ranks, of which two share a copy."""
+"""Number of ranks, class and options; two ranks share each copy."""
 LENGTHS = [[[11, 7], [19, 4]], [[30], [5, 6, 7]], [[3]], [[1, 1], [2], [40]]]
-"""Of the documents in the rows of each rank."""
+"""Lengths of the documents in the rows of each rank."""
 IDS = torch.arange(10)
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """Where the Llamas are; their biases, which start as zeros, are not."""
+    """Directories of the Llamas, with random biases instead of zeros."""
     made = {}
     for name, config in LLAMAS.items():
         made[name] = make_target(tmp_path_factory.mktemp("placed"), **config)
@@ -58,7 +58,7 @@ def batch_of(rank):
 
 
 def numbers_of(target):
-    """What a target gives for a rank's rows, and what a draft reads of it otherwise."""
+    """All numbers that a draft reads from a target, for a rank's rows."""
     made = target.compute_hidden_states(batch_of(dist.get_rank() if dist.is_initialized() else 0))
     norms = torch.cat([p.float().flatten() for layer in target.last_layers(2) for p in layer.parameters()])
     return {
@@ -73,49 +73,49 @@ def bytes_of(module):
 
 
 def bytes_of_ends(target):
-    """On this rank, of the embedding and the head."""
+    """Size of the embedding and the head on this rank."""
     ends = {target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight}
     return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in ends)
 
 
 def bytes_of_ends_over_time(target):
-    """While a layer computes, behind that, and when tokens have been embedded besides."""
-    found = []
-    hook = target.layers[1].register_forward_hook(lambda *_: found.append(bytes_of_ends(target)))
+    """Size of embedding and head while a layer computes, after the forward pass, and after tokens were embedded."""
+    result = []
+    hook = target.layers[1].register_forward_hook(lambda *_: result.append(bytes_of_ends(target)))
     target.compute_hidden_states(batch_of(dist.get_rank()))
     hook.remove()
     behind = bytes_of_ends(target)
     target.embed(IDS)
-    return [found[0], behind, bytes_of_ends(target)]
+    return [result[0], behind, bytes_of_ends(target)]
 
 
 def supervised(placement, options, directories):
-    """Of every model: its numbers and stop ids, and the bytes on this rank of its layers, its ends and the rest."""
+    """For every model: its numbers, its stop ids, and this rank's bytes of layers, embedding and head, and the rest."""
     load, reads = sharded.load_model, []
     sharded.load_model = lambda *args, **more: reads.append(1) or load(*args, **more)
-    found = {}
+    result = {}
     for name, directory in directories.items():
         target = placement(directory, aux_layers=None, **options)
-        numbers_of(target)  # a first forward may leave what a second one trips over
+        numbers_of(target)  # checks that a second forward pass works
         ends = bytes_of_ends_over_time(target)
         layers = bytes_of(target.layers)
         held = layers, ends, bytes_of(target.model) - layers - ends[-1]
-        found[name] = (numbers_of(target), sorted(target.stop_ids), held)
+        result[name] = (numbers_of(target), sorted(target.stop_ids), held)
     assert len(reads) == (0 if dist.get_rank() else len(directories)), "one process of the job reads the files"
-    return found
+    return result
 
 
 @pytest.fixture(scope="module", params=list(PLACEMENTS))
-def found(request, directories):
+def result(request, directories):
     ranks, placement, options = PLACEMENTS[request.param]
     return placement, on_ranks(ranks, supervised, placement, options, directories)
 
 
 @pytest.mark.parametrize("model", LLAMAS)
-def test_every_rank_gets_for_its_own_rows_what_a_whole_target_gives(found, directories, model, monkeypatch):
+def test_every_rank_gets_the_numbers_of_a_replicated_target(result, directories, model, monkeypatch):
     whole = HFTarget(directories[model], aux_layers=None)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    for rank, of_rank in enumerate(found[1]):
+    for rank, of_rank in enumerate(result[1]):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         expected, (numbers, stop_ids, _) = numbers_of(whole), of_rank[model]
         assert stop_ids == sorted(whole.stop_ids)
@@ -126,23 +126,23 @@ def test_every_rank_gets_for_its_own_rows_what_a_whole_target_gives(found, direc
 
 
 @pytest.mark.parametrize("model", LLAMAS)
-def test_a_rank_holds_its_part_and_the_head_whole_for_the_loss(found, directories, model):
+def test_a_rank_holds_its_part_and_the_gathered_head(result, directories, model):
     whole = HFTarget(directories[model], aux_layers=None)
     layers, ends, one = bytes_of(whole.layers), bytes_of_ends(whole), whole.head_weight.untyped_storage().nbytes()
-    for of_rank in found[1]:
+    for of_rank in result[1]:
         held_layers, held_ends, rest = of_rank[model][2]
-        # Norms, and biases of what is summed, are everywhere.
+        # Norms, and biases of row-parallel layers, are replicated.
         assert layers / 2 <= held_layers <= 0.53 * layers
         row = one // whole.config.vocab_size
         assert rest == bytes_of(whole.model) - layers - ends
-        # FSDP2 needs the room for the layers that it gathers.
-        computing = ends / 2 if found[0] is FSDP2Target else 1.5 * one
+        # FSDP2 frees the embedding for the layers that it gathers.
+        computing = ends / 2 if result[0] is FSDP2Target else 1.5 * one
         for found_ends, expected in zip(held_ends, [computing, 1.5 * one, 1.5 * one], strict=True):
-            assert abs(found_ends - expected) <= 2 * row  # an odd number of rows is gathered with one of padding
+            assert abs(found_ends - expected) <= 2 * row  # an odd number of rows is padded when gathered
 
 
 def outcome(placement, directory, options=None):
-    """The message of the error that making it ends with."""
+    """The error message of the constructor."""
     try:
         placement(directory, aux_layers=None, **(options or {}))
     except UserError as error:
@@ -151,7 +151,7 @@ def outcome(placement, directory, options=None):
 
 
 def of_kind(directory, kind):
-    """``directory`` with a model in it that cannot be divided."""
+    """Writes a model that cannot be divided into ``directory``."""
     if kind == "no plan":
         config = OPTConfig(
             vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=8, num_attention_heads=4,
@@ -161,7 +161,7 @@ def of_kind(directory, kind):
         make_tokenizer().save_pretrained(directory)
         return directory
     make_target(directory)
-    if kind == "quantised":
+    if kind == "quantized":
         file = directory / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
     elif kind == "cut":
@@ -172,8 +172,8 @@ def of_kind(directory, kind):
 
 REFUSED = [
     ("no plan", TensorParallelTarget, "no tensor-parallel plan for OPTForCausalLM; take backend=hf_fsdp2"),
-    ("quantised", TensorParallelTarget, "its weights are quantised"),
-    ("quantised", FSDP2Target, "its weights are quantised"),
+    ("quantized", TensorParallelTarget, "its weights are quantized"),
+    ("quantized", FSDP2Target, "its weights are quantized"),
     ("cut", FSDP2Target, "the target cannot be loaded"),
 ]
 
@@ -182,22 +182,22 @@ def outcomes(refused):
     return [outcome(placement, directory) for placement, directory in refused]
 
 
-def test_what_cannot_be_divided_ends_every_rank_with_one_line(tmp_path):
+def test_a_model_that_cannot_be_divided_ends_every_rank_with_one_line(tmp_path):
     directories = [of_kind(tmp_path / str(n), kind) for n, (kind, *_) in enumerate(REFUSED)]
-    said = on_ranks(2, outcomes, [(placement, d) for (_, placement, _), d in zip(REFUSED, directories, strict=True)])
+    message = on_ranks(2, outcomes, [(placement, d) for (_, placement, _), d in zip(REFUSED, directories, strict=True)])
     for n, (kind, _, expected) in enumerate(REFUSED):
-        assert expected in said[0][n] and "\n" not in said[0][n]
-        assert said[1][n] == ("rank 0 failed; its message says why" if kind == "cut" else said[0][n])
+        assert expected in message[0][n] and "\n" not in message[0][n]
+        assert message[1][n] == ("rank 0 failed; its message says why" if kind == "cut" else message[0][n])
 
 
 @pytest.mark.parametrize("size, ranks", [(3, 4), (4, 2), (-1, 1)])
-def test_groups_that_do_not_divide_the_ranks(target_dir, monkeypatch, size, ranks):
+def test_group_sizes_that_do_not_divide_the_ranks_are_rejected(target_dir, monkeypatch, size, ranks):
     monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
-    said = outcome(TensorParallelTarget, target_dir, {"tp_size": size})
-    assert said.startswith(f"backend.tp_size is {size}: it must be at least 2 and divide the {ranks} process(es)")
+    message = outcome(TensorParallelTarget, target_dir, {"tp_size": size})
+    assert message.startswith(f"backend.tp_size is {size}: it must be at least 2 and divide the {ranks} process(es)")
 
 
-def test_groups_that_do_not_divide_are_found_before_the_target_is_looked_for(monkeypatch):
+def test_group_sizes_are_checked_before_the_target_is_resolved(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     job = TrainJob(model=ModelConfig(path="/no/model"), backend=TensorParallelHFBackendConfig(tp_size=3))
     with pytest.raises(UserError, match=r"backend\.tp_size is 3: .* the 4 process"):
@@ -209,8 +209,8 @@ def dtypes(directory):
     return {name: str(tensor.dtype) for name, tensor in sharded._tensors(target.model).items()}
 
 
-def test_what_transformers_keeps_in_float32_is_so_here(tmp_path):
-    """A router's bias, of which bfloat16 would choose other experts."""
+def test_weights_that_transformers_keeps_in_float32_stay_float32(tmp_path):
+    """For example a router's bias: in bfloat16 it would select other experts."""
     config = DeepseekV3Config(
         vocab_size=300, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=8,
         num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=4,

@@ -1,4 +1,4 @@
-"""Documents, captures and losses small enough for a test."""
+"""Small documents, captures and losses for tests."""
 
 import random
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ SERVING = MaskConvention.serving
 
 @dataclass
 class Algorithm:
-    """What is trained."""
+    """A draft algorithm with its configuration."""
 
     config: Eagle3DraftConfig | EagleDraftConfig
     draft: type
@@ -57,7 +57,7 @@ def eagle1(convention=SERVING):
 
 
 def make_documents(count=14, seed=0):
-    """Prompts and answers, some of several turns, one with a single supervised token."""
+    """Random prompts and answers, some of several turns, one with a single supervised token."""
     draw = random.Random(seed)
     documents = []
     for n in range(count):
@@ -77,7 +77,7 @@ def batches_of(documents, seed=0, rows=2, row_tokens=ROW):
 
 
 def capture_into(directory: Path, target, documents, algorithm, *, codec=None, megabytes=1, seal_it=True):
-    """The directory, with the features of ``documents``."""
+    """Captures ``documents`` into ``directory`` and returns it."""
     manifest = Manifest.of(target, algorithm.config.mask_convention, algorithm.name, codec)
     directory.mkdir(parents=True, exist_ok=True)
     manifest = prepare_directory(directory, manifest)
@@ -96,7 +96,7 @@ def reading(target_dir, directory, algorithm, **settings) -> FeaturesTarget:
 
 
 def loss_of(algorithm, target, batches, change=lambda batch, supervision: supervision):
-    """The loss of a global batch, and its gradients."""
+    """Loss and gradients of a global batch."""
     draft, goal = algorithm.make_draft(target), algorithm.make_objective(target)
     schedules = [goal.schedule(batch) for batch in batches]
     counts = sum(schedule.counts for schedule in schedules)
@@ -108,9 +108,9 @@ def loss_of(algorithm, target, batches, change=lambda batch, supervision: superv
     return total, {name: p.grad.clone() for name, p in draft.named_parameters()}
 
 
-def assert_same(found, expected, tolerance=0.0):
-    """Losses and gradients agree, relative to their size."""
-    assert abs(found[0] - expected[0]) <= tolerance * abs(expected[0]), (found[0], expected[0])
+def assert_same(result, expected, tolerance=0.0):
+    """Asserts that losses and gradients agree, relative to their size."""
+    assert abs(result[0] - expected[0]) <= tolerance * abs(expected[0]), (result[0], expected[0])
     for name, gradient in expected[1].items():
-        error = float((found[1][name] - gradient).norm())
+        error = float((result[1][name] - gradient).norm())
         assert error <= tolerance * float(gradient.norm()), f"{name}: {error}"

@@ -12,7 +12,7 @@ from tests.targets.cached.cases import capture_into, eagle1, eagle3, make_docume
 
 @pytest.fixture(scope="package", autouse=True)
 def one_rank():
-    """A process group of its own, which a capture shares its work over."""
+    """A process group of one rank, which capture needs."""
     before = dict(os.environ)
     with process_group(torch.device("cpu"), ParallelismConfig()):
         yield
@@ -38,19 +38,19 @@ def online(algorithm, online_of):
 
 @pytest.fixture(scope="session")
 def online_of(target, target_dir):
-    """The target that computes what an algorithm reads."""
+    """Function that returns the target with an algorithm's aux layers."""
     plain = HFTarget(target_dir, aux_layers=[])
     return lambda algorithm: target if algorithm.aux_layers is None else plain
 
 
 @pytest.fixture
 def captured(algorithm, online, documents, tmp_path):
-    """The features of the documents."""
+    """A directory with the features of the documents."""
     return capture_into(tmp_path / "features", online, documents, algorithm)
 
 
 @pytest.fixture(scope="session")
 def wide_target(tmp_path_factory):
-    """One whose layers are megabytes."""
+    """A target whose layers are megabytes."""
     wide = {"hidden_size": 128, "intermediate_size": 512}
     return make_target(tmp_path_factory.mktemp("wide"), **wide)

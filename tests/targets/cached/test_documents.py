@@ -1,4 +1,4 @@
-"""What is left out of the features is read by no loss."""
+"""No loss reads positions that are not stored."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ CONVENTIONS = list(MaskConvention)
 
 
 def read_by_hand(mask, steps, convention):
-    """(features, labels) that the slots of a document read, slot by slot."""
+    """Positions that the slots of a document read as features and as labels, slot by slot."""
     row = mask[None]
     supervised = supervision_mask(row, torch.zeros_like(row, dtype=torch.long), steps, convention)[:, 0]
     features, labels = set(), set()
@@ -30,7 +30,7 @@ def read_by_hand(mask, steps, convention):
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
-def test_every_step_reads_what_the_first_one_does(convention):
+def test_all_steps_read_the_positions_of_the_first(convention):
     draw, manifest = random.Random(0), SimpleNamespace(convention=convention, last_hidden="supervised")
     for length in (1, 2, 3, 5, 12):
         for _ in range(60):
@@ -43,14 +43,14 @@ def test_every_step_reads_what_the_first_one_does(convention):
 
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
 @pytest.mark.parametrize("make", [eagle3, eagle1])
-def test_no_loss_and_no_gradient_depends_on_what_is_not_stored(make, convention, online_of, documents):
+def test_losses_and_gradients_do_not_depend_on_positions_that_are_not_stored(make, convention, online_of, documents):
     algorithm = make(convention)
     target = online_of(algorithm)
     manifest = Manifest.of(target, convention, algorithm.name)
     batches = batches_of(documents, seed=3)
 
     def poisoned(batch, supervision):
-        """1e4 wherever nothing is stored.  Not NaN: attention multiplies what it masks with 0."""
+        """1e4 wherever nothing is stored.  Not NaN: attention multiplies masked values by 0."""
         aux, hidden = (
             torch.full_like(supervision.aux_hidden_states, 1e4),
             torch.full_like(supervision.last_hidden_state, 1e4),
@@ -82,7 +82,7 @@ def test_labels_may_be_nan_where_nothing_is_stored(target, documents):
     assert_same(loss_of(algorithm, target, batches, poisoned), loss_of(algorithm, target, batches))
 
 
-def test_a_document_is_named_by_its_ids_and_its_mask():
+def test_a_document_key_depends_on_ids_and_mask():
     ids, mask = [5, 6, 7], [False, True, True]
     key = document_key(ids, mask)
     assert key == document_key(torch.tensor(ids), torch.tensor(mask)) and len(key) == 16

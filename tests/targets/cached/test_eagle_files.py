@@ -1,4 +1,4 @@
-"""EAGLE's offline format: losses are those of online training, and what is none of it is refused with its name."""
+"""EAGLE's offline format: losses equal those of online training, and other files are rejected by name."""
 
 import pickle
 from pathlib import Path
@@ -14,7 +14,7 @@ ROUNDING = 2e-5
 
 
 def write_files(directory, target, documents, *, batched=False):
-    """As ge_data of the official code does: one dictionary a sample, in numbered folders."""
+    """Writes files like ge_data of the official code: one dictionary per sample, in numbered folders."""
     for n, row in enumerate(documents):
         ids = torch.tensor(row.input_ids)
         aux, hidden = target.forward(ids[None])
@@ -35,7 +35,7 @@ def files_of(target_dir, directory, algorithm, **settings):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_losses_are_those_of_online_training(algorithm, online, documents, target_dir, tmp_path, batched):
+def test_losses_equal_those_of_online_training(algorithm, online, documents, target_dir, tmp_path, batched):
     files = files_of(target_dir, write_files(tmp_path / "ckpt", online, documents, batched=batched), algorithm)
     assert sorted(d.input_ids for d in files.documents) == sorted(d.input_ids for d in documents)
     capture_into(tmp_path / "f", files, files.documents, algorithm)
@@ -44,16 +44,16 @@ def test_losses_are_those_of_online_training(algorithm, online, documents, targe
     assert_same(loss_of(algorithm, features, batches), loss_of(algorithm, online, batches), ROUNDING)
 
 
-def test_long_samples_are_cut(target_dir, online_of, documents, tmp_path):
+def test_long_samples_are_truncated(target_dir, online_of, documents, tmp_path):
     algorithm = eagle1()
     files = files_of(target_dir, write_files(tmp_path, online_of(algorithm), documents), algorithm, max_length=20)
     assert max(len(d.input_ids) for d in files.documents) == 20
     files.compute_hidden_states(batches_of(files.documents)[0])
 
 
-def test_the_head_says_whose_features_they_are(target_dir, online_of, documents, tmp_path):
+def test_the_heads_agreement_identifies_the_target(target_dir, online_of, documents, tmp_path):
     target, rows = online_of(eagle1()), []
-    for row in documents:  # what the target itself would say
+    for row in documents:  # the target's own predictions
         hidden = target.forward(torch.tensor(row.input_ids)[None])[1]
         best = target.logits(hidden)[0].argmax(-1).tolist()
         rows.append((row, hidden[0], best))
@@ -83,7 +83,7 @@ def test_code_in_a_pickle_is_not_run(target_dir, online_of, documents, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (
             {"input_ids": torch.arange(4), "loss_mask": torch.ones(4)},
@@ -96,11 +96,11 @@ def test_code_in_a_pickle_is_not_run(target_dir, online_of, documents, tmp_path)
         ({"loss_mask": [1, 1, 1, 1]}, "loss_mask is a list, expected a tensor"),
     ],
 )
-def test_other_contents_are_refused_with_their_file(target_dir, tmp_path, content, said):
+def test_other_contents_are_rejected_naming_the_file(target_dir, tmp_path, content, message):
     whole = {"input_ids": torch.arange(4), "loss_mask": torch.ones(4), "hidden_state": torch.zeros(4, 32)}
     partial = isinstance(content, list) or "input_ids" in content
     torch.save(content if partial else whole | content, tmp_path / "a.ckpt")
-    refused(target_dir, tmp_path, eagle1(), said)
+    refused(target_dir, tmp_path, eagle1(), message)
 
 
 def test_eagle3_needs_the_aux_states(target_dir, online_of, documents, tmp_path):
@@ -109,16 +109,16 @@ def test_eagle3_needs_the_aux_states(target_dir, online_of, documents, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1])])
-def test_other_files_are_refused(target_dir, tmp_path, content):
+def test_other_files_are_rejected(target_dir, tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
     refused(target_dir, tmp_path, eagle1(), r"a\.ckpt: cannot be read as tensors alone")
 
 
-def test_a_directory_without_samples_is_refused(target_dir, tmp_path):
+def test_a_directory_without_samples_is_rejected(target_dir, tmp_path):
     refused(target_dir, tmp_path, eagle1(), "holds no .ckpt file")
 
 
-def refused(target_dir, directory, algorithm, said):
-    with pytest.raises(UserError, match=said) as error:
+def refused(target_dir, directory, algorithm, message):
+    with pytest.raises(UserError, match=message) as error:
         files_of(target_dir, directory, algorithm)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Mixed mode: what is missing is computed once, by the target itself, and read from then on."""
+"""``fill=true``: missing documents are computed once, by the target itself, and read from disk afterwards."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ ROUNDING = 2e-5
 
 
 def epochs(documents, count):
-    """The global batches of each pass over the documents, each packed anew."""
+    """The batches of each epoch, packed with another seed."""
     lengths = [len(d.input_ids) for d in documents]
     return [
         [collate([[documents[d] for d in row]], ROW, pad_id=1, epochs=[e]) for row in pack(lengths, ROW, seed=e)]
@@ -40,8 +40,8 @@ def two_ranks(monkeypatch, target_dir, directory, algorithm, documents):
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The batches that the target itself was asked for."""
+def computed(monkeypatch):
+    """The batches that the target itself computed."""
     seen, compute_hidden_states = [], HFTarget.compute_hidden_states
     monkeypatch.setattr(
         HFTarget, "compute_hidden_states", lambda self, batch: seen.append(batch) or compute_hidden_states(self, batch)
@@ -49,28 +49,28 @@ def asked(monkeypatch):
     return seen
 
 
-def test_two_epochs_are_those_of_online_training_and_the_target_runs_in_the_first(
-    algorithm, online, documents, target_dir, tmp_path, asked
+def test_epochs_equal_online_training_and_the_target_runs_only_in_the_first(
+    algorithm, online, documents, target_dir, tmp_path, computed
 ):
     first, second, third = epochs(documents, 3)
     mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
     mixed.expect(documents)
-    found = [loss_of(algorithm, mixed, [batch]) for batch in first]
-    assert len(asked) >= len(first)
-    probes = len(asked)
+    result = [loss_of(algorithm, mixed, [batch]) for batch in first]
+    assert len(computed) >= len(first)
+    probes = len(computed)
     expected = [loss_of(algorithm, online, [batch]) for batch in first]
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(result, expected, strict=True):
         assert_same(ours, theirs)
-    asked.clear()
+    computed.clear()
     later = [loss_of(algorithm, mixed, [batch]) for batch in [*second, *third]]
-    assert not asked and probes
+    assert not computed and probes
     for ours, batch in zip(later, [*second, *third], strict=True):
         assert_same(ours, loss_of(algorithm, online, [batch]), ROUNDING)
     mixed.close()
     assert f"{len(documents)} documents" in verify(str(tmp_path / "f"))
 
 
-def test_a_run_that_goes_on_uses_what_was_captured(algorithm, documents, target_dir, tmp_path, asked):
+def test_a_resumed_run_uses_the_stored_documents(algorithm, documents, target_dir, tmp_path, computed):
     (batches,) = epochs(documents, 1)
     mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
     mixed.expect(documents)
@@ -78,47 +78,47 @@ def test_a_run_that_goes_on_uses_what_was_captured(algorithm, documents, target_
         mixed.compute_hidden_states(batch)
     mixed.close()
     again = reading(target_dir, tmp_path / "f", algorithm, fill=True)
-    asked.clear()
+    computed.clear()
     for batch in batches[:2]:
         again.compute_hidden_states(batch)
-    assert not asked
+    assert not computed
     again.compute_hidden_states(batches[2])
-    assert asked[-1] is batches[2]
+    assert computed[-1] is batches[2]
     again.close()
 
 
 def shared_by(two_ranks, batch):
-    """Each rank with what it is asked for, where they share the batch; the first one writes, and is asked last."""
+    """Each rank with its shard of the batch; the first rank, which writes, comes last."""
     for rank in (1, 0):
         group = SimpleNamespace(size=lambda: 2, rank=lambda rank=rank: rank)
         shard = ContextGroup(group).shard(batch.num_tokens, halo=3)
         yield two_ranks[rank], replace(batch, shard=shard)
 
 
-def test_ranks_that_share_rows_write_each_document_once_and_whole(
-    algorithm, online, documents, target_dir, tmp_path, asked, monkeypatch
+def test_context_parallel_ranks_store_each_document_once_and_whole(
+    algorithm, online, documents, target_dir, tmp_path, computed, monkeypatch
 ):
     ranks = two_ranks(monkeypatch, target_dir, tmp_path / "f", algorithm, documents)
     first, second = epochs(documents, 2)
-    # Shards of the same documents in the same order would have the same name.
+    # Counts documents rather than files: shards of the same documents in the same order have the same name.
     written: list[bytes] = []
     keep = shards.write_shard
     monkeypatch.setattr(shards, "write_shard", lambda at, some: written.extend(d.key for d in some) or keep(at, some))
     for batch in first:
         expected = online.compute_hidden_states(batch)
         for rank, part in shared_by(ranks, batch):
-            found, own = rank.compute_hidden_states(part), expected.shard(part.shard)
-            assert torch.equal(found.aux_hidden_states, own.aux_hidden_states) and torch.equal(
-                found.last_hidden_state, own.last_hidden_state
+            result, own = rank.compute_hidden_states(part), expected.shard(part.shard)
+            assert torch.equal(result.aux_hidden_states, own.aux_hidden_states) and torch.equal(
+                result.last_hidden_state, own.last_hidden_state
             )
-            assert found.last_hidden_state.shape[1] < batch.num_tokens
-    for rank, part in shared_by(ranks, second[0]):  # the next pass, which the writer comes to last
+            assert result.last_hidden_state.shape[1] < batch.num_tokens
+    for rank, part in shared_by(ranks, second[0]):  # the next epoch, which the writing rank enters last
         rank.compute_hidden_states(part)
-    asked.clear()
+    computed.clear()
     for batch in second:
         for rank, part in shared_by(ranks, batch):
             rank.compute_hidden_states(part)
-    assert not asked, "what one rank wrote, the other has found"
+    assert not computed, "each rank found what the other wrote"
     for rank in ranks:
         rank.close()
     assert len(written) == len(set(written)) == len(documents)
@@ -127,9 +127,7 @@ def test_ranks_that_share_rows_write_each_document_once_and_whole(
         assert_same(loss_of(algorithm, again, [batch]), loss_of(algorithm, online, [batch]), ROUNDING)
 
 
-def test_captured_features_are_filled_up_where_they_are_not_complete(
-    algorithm, online, documents, target_dir, tmp_path
-):
+def test_incomplete_captures_are_completed(algorithm, online, documents, target_dir, tmp_path):
     capture_into(tmp_path / "f", online, documents[:9], algorithm)
     mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
     for batch in epochs(documents, 1)[0]:
@@ -138,7 +136,7 @@ def test_captured_features_are_filled_up_where_they_are_not_complete(
     assert "14 documents" in verify(str(tmp_path / "f"))
 
 
-def test_two_trainings_do_not_fill_one_directory(algorithm, target_dir, tmp_path):
+def test_only_one_training_at_a_time_fills_a_directory(algorithm, target_dir, tmp_path):
     first = reading(target_dir, tmp_path / "f", algorithm, fill=True)
     with pytest.raises(UserError, match=f"backend.directory: another process writes into {tmp_path / 'f'}"):
         reading(target_dir, tmp_path / "f", algorithm, fill=True)
@@ -146,27 +144,27 @@ def test_two_trainings_do_not_fill_one_directory(algorithm, target_dir, tmp_path
     reading(target_dir, tmp_path / "f", algorithm, fill=True).close()
 
 
-def test_two_ranks_share_what_each_captured_and_the_last_one_seals_it(
-    algorithm, online, documents, target_dir, tmp_path, asked, monkeypatch
+def test_ranks_share_stored_documents_and_the_last_one_seals_the_directory(
+    algorithm, online, documents, target_dir, tmp_path, computed, monkeypatch
 ):
     first, second = epochs(documents, 2)
     ranks = two_ranks(monkeypatch, target_dir, tmp_path / "f", algorithm, documents)
     for n, batch in enumerate(first):
         ranks[n % 2].compute_hidden_states(batch)
-    for rank in ranks:  # each begins the next pass, and so leaves to the other what it held back
+    for rank in ranks:  # each enters the next epoch, and so writes its unfinished shard
         rank.compute_hidden_states(second[0])
-    asked.clear()
+    computed.clear()
     for batch in second:
         for rank in ranks:
             assert_same(loss_of(algorithm, rank, [batch]), loss_of(algorithm, online, [batch]), ROUNDING)
-    assert len(asked) == 2 * len(second), "each by the online one"
-    for rank, said in zip(ranks, (0, len(documents)), strict=True):
+    assert len(computed) == 2 * len(second), "each by the online one"
+    for rank, message in zip(ranks, (0, len(documents)), strict=True):
         rank.close()
-        assert Manifest.read(tmp_path / "f").documents == said
+        assert Manifest.read(tmp_path / "f").documents == message
     assert f"{len(documents)} documents" in verify(str(tmp_path / "f"))
 
 
-def test_other_trainings_stay_out_until_the_last_rank_has_left(algorithm, documents, target_dir, tmp_path, monkeypatch):
+def test_the_directory_is_locked_until_the_last_rank_closes(algorithm, documents, target_dir, tmp_path, monkeypatch):
     ranks = two_ranks(monkeypatch, target_dir, tmp_path / "f", algorithm, documents)
     monkeypatch.setenv("RANK", "0")
     for rank in ranks:
@@ -178,7 +176,7 @@ def test_other_trainings_stay_out_until_the_last_rank_has_left(algorithm, docume
     reading(target_dir, tmp_path / "f", algorithm, fill=True).close()
 
 
-def test_a_disk_that_is_too_small_is_refused_at_the_start(algorithm, documents, target_dir, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_rejected_at_the_start(algorithm, documents, target_dir, tmp_path, monkeypatch):
     mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
     monkeypatch.setattr("nemo_speculative.targets.cached.budget.free_bytes", lambda directory: 1000)
     with pytest.raises(UserError, match=r"backend.directory: the features take .* GB free; make room"):
@@ -186,7 +184,7 @@ def test_a_disk_that_is_too_small_is_refused_at_the_start(algorithm, documents, 
     mixed.close()
 
 
-def test_the_size_is_known_beforehand_to_the_byte(algorithm, online, documents, tmp_path):
+def test_the_budget_is_exact_to_the_byte(algorithm, online, documents, tmp_path):
     manifest = Manifest.of(online, algorithm.config.mask_convention, algorithm.name)
     (tmp_path / "f").mkdir()
     budget = Budget.of(FeatureStore(tmp_path / "f", manifest), documents, documents)

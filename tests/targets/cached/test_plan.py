@@ -1,4 +1,4 @@
-"""``plan=true``: a target that is elsewhere, or on disk, takes no memory here but for its ends."""
+"""``plan=true``: a remote or cached target takes memory only for embedding and head."""
 
 import re
 
@@ -14,9 +14,9 @@ def planned(settings, *overrides):  # noqa: F811
     return describe(to_job(composed("train_eagle3", *settings, *overrides)))
 
 
-def target_bytes(said):
-    found = re.search(r"memory .* target ([\d.]+) (MB|GB)", said)
-    return float(found[1]) * {"MB": 1e6, "GB": 1e9}[found[2]]
+def target_bytes(message):
+    result = re.search(r"memory .* target ([\d.]+) (MB|GB)", message)
+    return float(result[1]) * {"MB": 1e6, "GB": 1e9}[result[2]]
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def target_bytes(said):
     ],
     ids=["features", "remote", "sglang", "fill"],
 )
-def test_only_layers_that_lie_here_are_counted(settings, tmp_path, wide_target, backend, share):  # noqa: F811
+def test_only_local_layers_are_counted(settings, tmp_path, wide_target, backend, share):  # noqa: F811
     here = [*settings, f"model.path={wide_target}"]
     plain, other = planned(here), planned(here, *backend)
     assert target_bytes(plain) > 5e6

@@ -1,4 +1,4 @@
-"""Capturing and training from features as their user starts them; killed, interrupted, twice at once, on two ranks."""
+"""Capture and training from features as command lines: killed, interrupted, twice at once, on two ranks."""
 
 import json
 import signal
@@ -40,17 +40,17 @@ def online(settings, tmp_path_factory):  # noqa: F811
     return metrics(directory)
 
 
-def agree(found, expected, tolerance=1e-3):
-    """Every figure that training and validation report; decoding is measured online only."""
-    assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
+def agree(result, expected, tolerance=1e-3):
+    """Compares all metrics of training and validation; only online runs measure decoding."""
+    assert len(result) == len(expected)
+    for ours, theirs in zip(result, expected, strict=True):
         theirs = {k: v for k, v in theirs.items() if k != "val/tau_decoded"}
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
 
 
-def test_two_ranks_capture_what_a_training_reports_on_like_an_online_one(settings, online, tmp_path):  # noqa: F811
+def test_training_from_a_capture_of_two_ranks_equals_online_training(settings, online, tmp_path):  # noqa: F811
     features = tmp_path / "features"
     done = capture(settings, features, ranks=2)
     assert done.returncode == 0 and "bytes a token" in done.stdout, done.stderr
@@ -59,7 +59,7 @@ def test_two_ranks_capture_what_a_training_reports_on_like_an_online_one(setting
     trained = train(settings, tmp_path / "run", *backend)
     assert trained.returncode == 0, trained.stderr
     agree(metrics(tmp_path / "run"), online)
-    # What was captured is data itself.
+    # The captured documents are a dataset themselves.
     data = [*settings, f"data.path={features}/training.jsonl", f"data.held_out_path={features}/held_out.jsonl"]
     rows = train(data, tmp_path / "rows", *backend, "trainer.max_steps=1")
     assert rows.returncode == 0, rows.stderr
@@ -67,7 +67,7 @@ def test_two_ranks_capture_what_a_training_reports_on_like_an_online_one(setting
     assert f"aux_layers is [1, 3, 4] in {features} and [0, 2, 4] here" in error_of(other)
 
 
-def test_mixed_mode_reports_what_an_online_training_does(settings, online, tmp_path):  # noqa: F811
+def test_fill_equals_online_training(settings, online, tmp_path):  # noqa: F811
     backend = ["backend=features", f"backend.directory={tmp_path / 'features'}", "backend.fill=true"]
     done = train(settings, tmp_path / "run", *backend)
     assert done.returncode == 0 and "captured during training" in done.stdout, done.stderr
@@ -81,9 +81,9 @@ from nemo_speculative.targets.cached import shards
 from nemo_speculative.targets.hf import HFTarget
 log, compute_hidden_states = sys.argv.pop(1), HFTarget.compute_hidden_states
 load, keep = HFTarget.__init__, shards.write_shard
-def note(said):
+def note(message):
     with open(log, "a") as file:
-        file.write(f"{os.environ['RANK']} {said}\\n")
+        file.write(f"{os.environ['RANK']} {message}\\n")
 def watched(self, batch):
     note(max((span.epoch for span in batch.on_host.spans), default=0))
     return compute_hidden_states(self, batch)
@@ -92,10 +92,10 @@ HFTarget.__init__ = lambda self, *given, **settings: (note("loads"), load(self, 
 shards.write_shard = lambda at, documents: (note(f"writes {len(documents)}"), keep(at, documents))[1]
 runpy.run_path("recipes/train_eagle3.py", run_name="__main__")
 """
-"""A training that tells when the target itself is loaded, what epochs' batches it is asked for, and what is written."""
+"""A training that logs when the target is loaded, the epochs of the batches it computes, and the shards written."""
 
 
-def test_two_ranks_capture_in_the_first_epoch_and_read_from_then_on(settings, online, tmp_path):  # noqa: F811
+def test_two_ranks_fill_in_the_first_epoch_and_read_afterwards(settings, online, tmp_path):  # noqa: F811
     features, program, log = tmp_path / "features", tmp_path / "watched.py", tmp_path / "log"
     program.write_text(WATCHED)
     backend = ["backend=features", f"backend.directory={features}"]
@@ -108,11 +108,15 @@ def test_two_ranks_capture_in_the_first_epoch_and_read_from_then_on(settings, on
         agree(metrics(tmp_path / name), online, 1e-5)
         return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
 
-    said = trained("first", "backend.fill=true")
+    message = trained("first", "backend.fill=true")
     for rank in "01":
-        asked = [what for who, what, *_ in said if who == rank and what.isdigit()]
-        # One look ahead may come before the other rank has written what it held back.
-        assert asked.count("0") >= 4 and asked.count("1") <= 3 and asked.count("0") + asked.count("1") == len(asked)
+        computed = [what for who, what, *_ in message if who == rank and what.isdigit()]
+        # A prefetched batch may come before the other rank has written its unfinished shard.
+        assert (
+            computed.count("0") >= 4
+            and computed.count("1") <= 3
+            and computed.count("0") + computed.count("1") == len(computed)
+        )
     store = FeatureStore(features, Manifest.read(features))
     held = sum(len(shard.entries) for shard in store.shards)
     assert len(store) == 54 == Manifest.read(features).documents and 54 <= held < 2 * 54
@@ -120,7 +124,7 @@ def test_two_ranks_capture_in_the_first_epoch_and_read_from_then_on(settings, on
     assert trained("again") == []
 
 
-def test_ranks_that_share_rows_write_each_document_once(settings, online, tmp_path):  # noqa: F811
+def test_context_parallel_ranks_store_each_document_once(settings, online, tmp_path):  # noqa: F811
     features, program, log = tmp_path / "features", tmp_path / "watched.py", tmp_path / "log"
     program.write_text(WATCHED)
     shared = [*settings, "parallelism=cp", "parallelism.context=2", "backend=features", f"backend.directory={features}"]
@@ -131,16 +135,16 @@ def test_ranks_that_share_rows_write_each_document_once(settings, online, tmp_pa
         agree(metrics(tmp_path / name), online, 1e-5)
 
     trained("first", "backend.fill=true")
-    said = [line.split() for line in log.read_text().splitlines()]
-    assert {rank for rank, what, *_ in said if what == "loads"} == {"0", "1"}, "both compute"
-    # Not what lies there: shards of the same documents in the same order have the same name.
-    written = [(rank, int(count)) for rank, what, *more in said if what == "writes" for count in more]
+    message = [line.split() for line in log.read_text().splitlines()]
+    assert {rank for rank, what, *_ in message if what == "loads"} == {"0", "1"}, "both compute"
+    # Not the files: shards of the same documents in the same order have the same name.
+    written = [(rank, int(count)) for rank, what, *more in message if what == "writes" for count in more]
     assert {rank for rank, _ in written} == {"0"} and sum(count for _, count in written) == 54
     assert Manifest.read(features).documents == 54
     verify(str(features))
     log.unlink()
     trained("again")
-    assert not log.exists(), "the target was asked for nothing"
+    assert not log.exists(), "the target computed nothing"
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +173,11 @@ def slowly(self, batch):
 HFTarget.compute_hidden_states = slowly
 runpy.run_path("recipes/capture_features.py", run_name="__main__")
 """
-"""A capture that does not end while it is looked at."""
+"""A capture slow enough to be interrupted."""
 
 
 def interrupted(program, many, features, number, already):
-    """Its exit code and what it said, when it was sent a signal with so many shards there."""
+    """Exit code and output after a signal that is sent once there are ``already + 2`` shards."""
     with Program(str(program), *many, f"output={features}", environment=ENVIRONMENT) as process:
         until(lambda: len(shards(features)) >= already + 2 or process.returncode is not None, seconds=100)
         assert process.returncode is None, "it was done before it could be interrupted"
@@ -186,15 +190,15 @@ def interrupted(program, many, features, number, already):
         return process.wait(60), "".join(process.stdout)
 
 
-def test_what_was_written_survives_and_the_same_command_goes_on(many, tmp_path):
+def test_an_interrupted_capture_is_resumed_by_the_same_command(many, tmp_path):
     features, program = tmp_path / "features", tmp_path / "slow.py"
     program.write_text(SLOW)
     code, _ = interrupted(program, many, features, signal.SIGKILL, already=0)
     assert code == -signal.SIGKILL
     first = FeatureStore(features, Manifest.read(features))
     first.verify()
-    code, said = interrupted(program, many, features, signal.SIGTERM, already=len(first.shards))
-    assert code == 130 and f"({len(first)} more are present)" in said and "the same command goes on" in said
+    code, message = interrupted(program, many, features, signal.SIGTERM, already=len(first.shards))
+    assert code == 130 and f"({len(first)} more are present)" in message and "the same command goes on" in message
     second = FeatureStore(features, Manifest.read(features))
     done = capture(many, features)
     assert done.returncode == 0, done.stderr
@@ -219,7 +223,7 @@ def test_eagle_files_train_eagle1(settings, online_of, documents, tmp_path):  # 
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["backend=features", "backend.directory=x"], "take backend=hf"),
         (["shard_mb=0"], "capture.shard_mb is 0"),
@@ -227,12 +231,12 @@ def test_eagle_files_train_eagle1(settings, online_of, documents, tmp_path):  # 
         (["dtype=fp4"], "dtype"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(more, said):
-    with pytest.raises((UserError, OmegaConfBaseException, ConfigCompositionException), match=said):
+def test_invalid_settings_are_rejected(more, message):
+    with pytest.raises((UserError, OmegaConfBaseException, ConfigCompositionException), match=message):
         to_job(composed("capture_features", "model=local", *more))
 
 
-def test_a_plan_says_what_it_takes_and_leaves_nothing(settings, tmp_path):  # noqa: F811
+def test_a_plan_prints_the_budget_and_writes_nothing(settings, tmp_path):  # noqa: F811
     planned = capture(settings, tmp_path / "features", "plan=true")
     assert planned.returncode == 0 and "bytes a token" in planned.stdout, planned.stderr
     assert not (tmp_path / "features").exists()

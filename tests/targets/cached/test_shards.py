@@ -1,4 +1,4 @@
-"""What is damaged is named and never replaced; what was finished is never lost."""
+"""Damaged shards are named and never replaced; complete ones are never lost."""
 
 import ctypes
 import errno
@@ -32,7 +32,7 @@ def manifest(stored="float32", aux_layers=(1, 2)):
 
 
 def documents(count=5, stored="float32", first=0):
-    """Some, each with its own number of rows; the second has none at all."""
+    """Documents with different numbers of rows; the second has none."""
     codec, made = CODECS[stored], []
     for n in range(first, first + count):
         random = torch.Generator().manual_seed(n)
@@ -40,21 +40,21 @@ def documents(count=5, stored="float32", first=0):
         if n == 1:
             aux, hidden = aux[:0], hidden[:0]
         parts = {"aux": codec.encode(aux, HIDDEN), "last_hidden": codec.encode(hidden, HIDDEN)}
-        tensors = {kind + suffix: x for kind, found in parts.items() for suffix, x in found.items() if len(x)}
+        tensors = {kind + suffix: x for kind, result in parts.items() for suffix, x in result.items() if len(x)}
         made.append(Document(document_key([n], [True]), tensors))
     return made
 
 
 @pytest.mark.parametrize("stored", list(CODECS))
-def test_every_document_is_found_as_it_was_written(tmp_path, stored):
+def test_documents_are_read_as_they_were_written(tmp_path, stored):
     parts = [documents(5, stored), documents(4, stored, first=5)]
     for part in parts:
         write_shard(tmp_path, part)
     store, all_of_them = FeatureStore(tmp_path, manifest(stored)), [*parts[1], *parts[0]]
     for document, place in zip(all_of_them, store.find([d.key for d in all_of_them]), strict=True):
-        found = store.tensors(place)
-        assert found.keys() == document.tensors.keys()
-        assert all(torch.equal(found[n].view(torch.uint8), x.view(torch.uint8)) for n, x in document.tensors.items())
+        result = store.tensors(place)
+        assert result.keys() == document.tensors.keys()
+        assert all(torch.equal(result[n].view(torch.uint8), x.view(torch.uint8)) for n, x in document.tensors.items())
     assert store.find([b"0123456789abcdef"]) == [None] and len(store) == 9
 
 
@@ -63,24 +63,24 @@ def large_document(aux_rows, hidden_rows):
     return Document(document_key([99], [True]), tensors)
 
 
-def test_all_that_a_document_is_made_of_is_asked_for_before_it_is_touched(tmp_path, monkeypatch):
-    asked, libc = [], shards.LIBC
+def test_a_whole_document_is_read_ahead_before_it_is_touched(tmp_path, monkeypatch):
+    computed, libc = [], shards.LIBC
 
     class Spy:
         def madvise(self, start, length, advice):
-            asked.append((start.value, start.value + length.value))
+            computed.append((start.value, start.value + length.value))
             assert advice == mmap.MADV_WILLNEED and libc.madvise(start, length, advice) == 0
             return 0
 
     monkeypatch.setattr(shards, "LIBC", Spy())
-    monkeypatch.setattr(shards, "checksum", lambda tensors: (asked.append(None), checksum(tensors))[1])
+    monkeypatch.setattr(shards, "checksum", lambda tensors: (computed.append(None), checksum(tensors))[1])
     write_shard(tmp_path, [*documents(3), large_document(5000, 900)])
-    asked.clear()
-    found = FeatureStore(tmp_path, manifest()).tensors((0, 3))
-    *before, touched = asked
+    computed.clear()
+    result = FeatureStore(tmp_path, manifest()).tensors((0, 3))
+    *before, touched = computed
     assert touched is None and max(end - start for start, end in before) == 128 * 1024
     begin, end = {start for start, _ in before}, {end for _, end in before}
-    for x, start, last in zip(found.values(), sorted(begin - end), sorted(end - begin), strict=True):
+    for x, start, last in zip(result.values(), sorted(begin - end), sorted(end - begin), strict=True):
         assert start <= x.data_ptr() < x.data_ptr() + x.nbytes == last
 
 
@@ -94,23 +94,23 @@ def resident(x):
 
 
 def dropped(file):
-    """Out of memory, onto the disk."""
+    """Evicts a file from the page cache."""
     with file.open("rb+") as held:
         os.fsync(held.fileno())
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if resident(torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8)):
-        pytest.skip("this file system drops nothing from memory")
+        pytest.skip("this file system keeps everything in memory")
 
 
-def test_a_document_of_many_of_the_devices_requests_is_read_as_a_whole(tmp_path, monkeypatch):
-    """48 MB; devices read up to 16 MB at one call."""
+def test_a_document_larger_than_a_device_request_is_read_ahead_as_a_whole(tmp_path, monkeypatch):
+    """48 MB; devices read up to 16 MB per request."""
     read = []
 
     def wait_and_hash(tensors):
         until = time.monotonic() + 20
-        while (found := min(resident(x) / x.nbytes for x in tensors.values())) < 1 and time.monotonic() < until:
+        while (result := min(resident(x) / x.nbytes for x in tensors.values())) < 1 and time.monotonic() < until:
             time.sleep(0.05)
-        read.append(found)
+        read.append(result)
         return checksum(tensors)
 
     index = write_shard(tmp_path, [large_document(700_000, 100)])
@@ -128,7 +128,7 @@ def test_a_shard_is_a_safetensors_file(tmp_path):
         assert torch.equal(tensors[name], torch.cat([d.tensors[name] for d in made if name in d.tensors]))
 
 
-def test_float8_keeps_every_state_to_its_own_scale():
+def test_float8_scales_each_state_separately():
     x = torch.randn(50, 3 * HIDDEN) * torch.tensor([1e-3, 1.0, 300.0]).repeat_interleave(HIDDEN)
     x[7] = 0
     codec = CODECS["fp8"]
@@ -155,8 +155,8 @@ def only(directory, pattern):
     return file
 
 
-def refused_by_all(features, target_dir, said):
-    """By a training and by a check, in one line that names the file."""
+def assert_rejected(features, target_dir, message):
+    """Asserts that training and verification fail with one line that names the file."""
 
     def train():
         read = reading(target_dir, features, eagle3())
@@ -164,15 +164,15 @@ def refused_by_all(features, target_dir, said):
             read.compute_hidden_states(batch)
 
     for use in (train, lambda: verify(str(features))):
-        with pytest.raises(UserError, match=said) as refused:
+        with pytest.raises(UserError, match=message) as refused:
             use()
         assert "\n" not in str(refused.value) and "capture again" in str(refused.value)
 
 
-def test_a_flipped_bit_is_found_at_the_first_reading(features, target_dir):
+def test_a_flipped_bit_is_found_at_the_first_read(features, target_dir):
     shard = only(features, "*.safetensors")
     damage(shard, -100)
-    refused_by_all(
+    assert_rejected(
         features, target_dir, f"{re.escape(str(shard))} is damaged: the checksum of document [0-9a-f]+ does not match"
     )
 
@@ -180,19 +180,19 @@ def test_a_flipped_bit_is_found_at_the_first_reading(features, target_dir):
 def test_a_damaged_header_is_named(features, target_dir):
     shard = only(features, "*.safetensors")
     damage(shard, 12)
-    refused_by_all(features, target_dir, re.escape(str(shard)))
+    assert_rejected(features, target_dir, re.escape(str(shard)))
 
 
 def test_a_truncated_shard_is_named(features, target_dir):
     shard = only(features, "*.safetensors")
     os.truncate(shard, shard.stat().st_size - 64)
-    refused_by_all(features, target_dir, f"{re.escape(str(shard))} has [0-9]+ bytes, its index says")
+    assert_rejected(features, target_dir, f"{re.escape(str(shard))} has [0-9]+ bytes, its index says")
 
 
 def test_a_missing_shard_is_named(features, target_dir):
     shard = only(features, "*.safetensors")
     shard.unlink()
-    refused_by_all(features, target_dir, f"{re.escape(str(shard))} is missing")
+    assert_rejected(features, target_dir, f"{re.escape(str(shard))} is missing")
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:-20], lambda t: t.replace("[0,", "[1,", 1).replace(", 0,", ", 1,", 1)])
@@ -201,13 +201,13 @@ def test_a_damaged_index_is_named(features, target_dir, change):
     changed = change(index.read_text())
     assert changed != index.read_text()
     index.write_text(changed)
-    refused_by_all(features, target_dir, f"{re.escape(str(index))}: the index is damaged")
+    assert_rejected(features, target_dir, f"{re.escape(str(index))}: the index is damaged")
 
 
-def test_shards_that_were_removed_with_their_index_are_missed(features, target_dir):
+def test_shards_removed_with_their_index_are_noticed(features, target_dir):
     for file in (only(features, "*.safetensors"), only(features, "*.json")):
         file.unlink()
-    refused_by_all(features, target_dir, "holds 0 documents and its manifest.json says 8")
+    assert_rejected(features, target_dir, "holds 0 documents and its manifest.json says 8")
 
 
 def test_a_damaged_manifest_is_named(features, target_dir):
@@ -216,22 +216,22 @@ def test_a_damaged_manifest_is_named(features, target_dir):
         reading(target_dir, features, eagle3())
 
 
-def test_what_was_removed_is_captured_again_and_nothing_else(features, target, target_dir, monkeypatch):
+def test_a_capture_adds_only_missing_documents(features, target, target_dir, monkeypatch):
     documents, batches = make_documents(8), batches_of(make_documents(8), seed=4)
     more = [*documents, *make_documents(5, seed=9)]
     capture_into(features, target, more, eagle3())
     assert len(list(features.glob("*.safetensors"))) == 2
-    asked = []
-    monkeypatch.setattr(type(target), "compute_hidden_states", lambda self, batch: asked.append(batch))
+    computed = []
+    monkeypatch.setattr(type(target), "compute_hidden_states", lambda self, batch: computed.append(batch))
     capture_into(features, target, more, eagle3())
-    assert not asked
+    assert not computed
     monkeypatch.undo()
     assert_same(
         loss_of(eagle3(), reading(target_dir, features, eagle3()), batches), loss_of(eagle3(), target, batches), 2e-5
     )
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, target, monkeypatch):
+def test_a_full_disk_ends_in_one_line_and_keeps_complete_shards(tmp_path, target, monkeypatch):
     documents, written = make_documents(60), []
     monkeypatch.setattr("nemo_speculative.training.capture_features.MIB", 1)
     whole = os.write
@@ -259,19 +259,19 @@ def test_a_full_disk_ends_in_one_line_and_leaves_what_is_there(tmp_path, target,
     )
 
 
-def test_an_unfinished_shard_is_no_shard(features):
+def test_partial_files_are_ignored(features):
     (features / "0123.safetensors.77.partial").write_bytes(b"half")
     (features / "0123.json.77.partial").write_text("{")
     assert len(FeatureStore(features, Manifest.read(features))) == 8
 
 
-def test_parts_are_merged_and_read_as_one(tmp_path, target, target_dir):
+def test_directories_are_merged_and_read_as_one(tmp_path, target, target_dir):
     documents = make_documents(12)
     parts = [capture_into(tmp_path / str(n), target, documents[n * 4 : n * 4 + 6], eagle3()) for n in range(3)]
-    said = merge(list(map(str, parts)), str(tmp_path / "all"))
-    assert "12 documents in 3 shards" in said
+    message = merge(list(map(str, parts)), str(tmp_path / "all"))
+    assert "12 documents in 3 shards" in message
     reading(target_dir, tmp_path / "all", eagle3()).expect(documents)
-    assert merge([str(parts[0])], str(tmp_path / "all")) == said
+    assert merge([str(parts[0])], str(tmp_path / "all")) == message
     batches = batches_of(documents)
     assert_same(
         loss_of(eagle3(), reading(target_dir, tmp_path / "all", eagle3()), batches),
@@ -280,7 +280,7 @@ def test_parts_are_merged_and_read_as_one(tmp_path, target, target_dir):
     )
 
 
-def test_parts_of_another_kind_are_not_merged(tmp_path, target):
+def test_directories_of_another_kind_are_not_merged(tmp_path, target):
     plain = capture_into(tmp_path / "a", target, make_documents(3), eagle3())
     small = capture_into(tmp_path / "b", target, make_documents(3), eagle3(), codec=CODECS["fp8"])
     with pytest.raises(UserError, match=f"stored is float32 in {tmp_path / 'c'} and fp8 here"):

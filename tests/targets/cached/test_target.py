@@ -1,4 +1,4 @@
-"""Training from features: the losses of online training, in any packing, and every mismatch refused by name."""
+"""Training from features: the losses of online training, in any packing, and every mismatch rejected by name."""
 
 import dataclasses
 import json
@@ -28,19 +28,21 @@ from tests.targets.cached.cases import (
 )
 
 ROUNDING = 2e-5
-"""The target's own, where a document lies elsewhere in a row."""
+"""Rounding of the target itself, when a document is at another place in a row."""
 
 
 @pytest.mark.parametrize("packing", [{"seed": 5}, {"seed": 6, "rows": 1, "row_tokens": 50}, {"seed": 7, "rows": 5}])
-def test_losses_and_gradients_are_those_of_online_training(algorithm, online, captured, documents, target_dir, packing):
+def test_losses_and_gradients_equal_those_of_online_training(
+    algorithm, online, captured, documents, target_dir, packing
+):
     batches = batches_of(documents, **packing)
     features = reading(target_dir, captured, algorithm)
     features.expect(documents)
     assert_same(loss_of(algorithm, features, batches), loss_of(algorithm, online, batches), ROUNDING)
 
 
-def test_where_rows_are_the_same_losses_are_bit_equal(algorithm, online, documents, target_dir, tmp_path):
-    """One document a row, at capture and in training: the target then computes the same products."""
+def test_losses_are_bit_identical_for_the_same_rows(algorithm, online, documents, target_dir, tmp_path):
+    """With one document per row, at capture and in training, the target computes the same products."""
     alone = [d for d in documents if len(d.input_ids) == len(documents[0].input_ids)]
     batch = collate([alone], 96, pad_id=1)
     capture_into(tmp_path / "f", online, alone, algorithm)
@@ -48,32 +50,32 @@ def test_where_rows_are_the_same_losses_are_bit_equal(algorithm, online, documen
     assert_same(loss_of(algorithm, features, [batch]), loss_of(algorithm, online, [batch]))
 
 
-def test_everything_that_is_stored_is_what_the_target_computed(algorithm, online, captured, documents, target_dir):
+def test_stored_states_are_those_that_the_target_computed(algorithm, online, captured, documents, target_dir):
     features = reading(target_dir, captured, algorithm)
     for batch in batches_of(documents, seed=9):
-        found, expected = features.compute_hidden_states(batch), online.compute_hidden_states(batch)
+        result, expected = features.compute_hidden_states(batch), online.compute_hidden_states(batch)
         for span in batch.spans:
             place = slice(span.start, span.end)
             positions = StoredPositions.of(batch.loss_mask[span.row, place], features.store.manifest)
             front, labels = slice(span.start, span.start + positions.num_aux), positions.last_hidden + span.start
             torch.testing.assert_close(
-                found.aux_hidden_states[span.row, front],
+                result.aux_hidden_states[span.row, front],
                 expected.aux_hidden_states[span.row, front],
                 rtol=1e-4,
                 atol=1e-4,
             )
             torch.testing.assert_close(
-                found.last_hidden_state[span.row, labels],
+                result.last_hidden_state[span.row, labels],
                 expected.last_hidden_state[span.row, labels],
                 rtol=1e-4,
                 atol=1e-4,
             )
         assert (
-            found.aux_hidden_states.shape == expected.aux_hidden_states.shape
-            and found.aux_hidden_states.dtype == expected.aux_hidden_states.dtype
+            result.aux_hidden_states.shape == expected.aux_hidden_states.shape
+            and result.aux_hidden_states.dtype == expected.aux_hidden_states.dtype
         )
         shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
-        mine, its = features.compute_hidden_states(replace(batch, shard=shard)), found.shard(shard)
+        mine, its = features.compute_hidden_states(replace(batch, shard=shard)), result.shard(shard)
         assert torch.equal(mine.aux_hidden_states, its.aux_hidden_states) and torch.equal(
             mine.last_hidden_state, its.last_hidden_state
         )
@@ -81,9 +83,7 @@ def test_everything_that_is_stored_is_what_the_target_computed(algorithm, online
 
 
 @pytest.mark.parametrize(("stored", "tolerance"), [("bfloat16", 0.05), ("fp8", 0.3)])
-def test_fewer_bytes_cost_precision_and_nothing_else(
-    algorithm, online, documents, target_dir, tmp_path, stored, tolerance
-):
+def test_smaller_encodings_only_lose_precision(algorithm, online, documents, target_dir, tmp_path, stored, tolerance):
     plain = capture_into(tmp_path / "plain", online, documents, algorithm)
     small = capture_into(tmp_path / "small", online, documents, algorithm, codec=CODECS[stored])
     assert bytes_of(small) < bytes_of(plain) * {"bfloat16": 0.55, "fp8": 0.4}[stored]
@@ -102,31 +102,31 @@ def bytes_of(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
-def test_only_the_ends_of_the_target_are_loaded(captured, algorithm, target_dir):
+def test_only_embedding_and_head_of_the_target_are_loaded(captured, algorithm, target_dir):
     features = reading(target_dir, captured, algorithm)
     assert not any("layers." in name for name, _ in features.model.named_parameters())
     assert features.requests_ahead > 0
 
 
-def test_a_target_in_bfloat16_is_read_back_bit_by_bit(target_dir, documents, tmp_path):
+def test_a_bfloat16_target_is_read_back_bit_for_bit(target_dir, documents, tmp_path):
     algorithm, target = eagle3(), HFTarget(target_dir, aux_layers=None, dtype=torch.bfloat16)
     capture_into(tmp_path / "f", target, documents[:1], algorithm)
     features = reading(target_dir, tmp_path / "f", algorithm, dtype=torch.bfloat16)
     batch = collate([documents[:1]], 96, pad_id=1)
     front = StoredPositions.of(batch.loss_mask[0, : len(documents[0].input_ids)], features.store.manifest).num_aux
-    found, expected = (
+    result, expected = (
         features.compute_hidden_states(batch).aux_hidden_states,
         target.compute_hidden_states(batch).aux_hidden_states,
     )
-    assert found.dtype == torch.bfloat16 and torch.equal(found[0, :front], expected[0, :front])
+    assert result.dtype == torch.bfloat16 and torch.equal(result[0, :front], expected[0, :front])
 
 
 def test_a_batch_without_documents_is_zeros(algorithm, captured, target_dir):
-    found = reading(target_dir, captured, algorithm).compute_hidden_states(collate([[]], 96, pad_id=1))
-    assert not found.aux_hidden_states.any() and not found.last_hidden_state.any()
+    result = reading(target_dir, captured, algorithm).compute_hidden_states(collate([[]], 96, pad_id=1))
+    assert not result.aux_hidden_states.any() and not result.last_hidden_state.any()
 
 
-def test_documents_that_are_not_there_are_counted_and_named(algorithm, captured, documents, target_dir):
+def test_missing_documents_are_counted_and_the_first_is_named(algorithm, captured, documents, target_dir):
     features, others = reading(target_dir, captured, algorithm), make_documents(3, seed=8)
     with pytest.raises(UserError, match=r"3 of 17 documents are not in .*, the first is c0: .*capture_features.py"):
         features.expect([*documents, *others])
@@ -134,7 +134,7 @@ def test_documents_that_are_not_there_are_counted_and_named(algorithm, captured,
         features.compute_hidden_states(batches_of(others)[0])
 
 
-def test_the_same_content_is_found_whatever_it_is_called(algorithm, captured, documents, target_dir):
+def test_documents_are_found_by_content_not_by_id(algorithm, captured, documents, target_dir):
     reading(target_dir, captured, algorithm).expect([dataclasses.replace(d, id="new", origin="") for d in documents])
 
 
@@ -151,33 +151,33 @@ def refusal(model, directory, algorithm, **settings):
     return line
 
 
-def test_other_aux_layers_are_refused(base, target_dir):
+def test_other_aux_layers_are_rejected(base, target_dir):
     algorithm = dataclasses.replace(eagle3(), aux_layers=[0, 2, 4])
     assert f"aux_layers is [1, 3, 4] in {base} and [0, 2, 4] here" in refusal(target_dir, base, algorithm)
     assert f"aux_layers is [1, 3, 4] in {base} and [] here" in refusal(target_dir, base, eagle1())
 
 
-def test_another_mask_convention_is_refused(base, target_dir):
-    said = refusal(target_dir, base, eagle3(MaskConvention.official))
-    assert f"mask_convention is serving in {base} and official here" in said
+def test_another_mask_convention_is_rejected(base, target_dir):
+    message = refusal(target_dir, base, eagle3(MaskConvention.official))
+    assert f"mask_convention is serving in {base} and official here" in message
 
 
-def test_another_dtype_is_refused(base, target_dir):
-    said = refusal(target_dir, base, eagle3(), dtype=torch.bfloat16)
-    assert f"dtype is float32 in {base} and bfloat16 here" in said
+def test_another_dtype_is_rejected(base, target_dir):
+    message = refusal(target_dir, base, eagle3(), dtype=torch.bfloat16)
+    assert f"dtype is float32 in {base} and bfloat16 here" in message
 
 
-def test_other_weights_are_refused(base, tmp_path):
+def test_other_weights_are_rejected(base, tmp_path):
     assert "target is " in refusal(make_target(tmp_path / "other", seed=1), base, eagle3())
 
 
-def test_another_chat_template_is_refused(base, target_dir, tmp_path):
+def test_another_chat_template_is_rejected(base, target_dir, tmp_path):
     other = copy_of(target_dir, tmp_path / "other")
     make_tokenizer(PREFIX_TEMPLATE).save_pretrained(other)
     assert "chat_template is " in refusal(other, base, eagle3())
 
 
-def test_another_tokenizer_is_refused(base, target_dir, tmp_path):
+def test_another_tokenizer_is_rejected(base, target_dir, tmp_path):
     other = copy_of(target_dir, tmp_path / "other")
     rules = json.loads((other / "tokenizer.json").read_text())
     rules["model"]["merges"] = rules["model"]["merges"][:-1]
@@ -185,7 +185,7 @@ def test_another_tokenizer_is_refused(base, target_dir, tmp_path):
     assert "tokenizer is " in refusal(other, base, eagle3())
 
 
-def test_a_draft_that_reads_the_last_hidden_state_everywhere_is_refused(base, target_dir):
+def test_a_draft_that_reads_all_last_hidden_states_is_rejected(base, target_dir):
     class Both(eagle3().draft):
         READS_LAST_HIDDEN = True
 
@@ -195,7 +195,7 @@ def test_a_draft_that_reads_the_last_hidden_state_everywhere_is_refused(base, ta
     assert f"last_hidden is supervised in {base} and attended here" in refusal(target_dir, base, algorithm)
 
 
-def test_a_directory_without_features_is_refused(target_dir, tmp_path):
+def test_a_directory_without_features_is_rejected(target_dir, tmp_path):
     assert "has no manifest.json" in refusal(target_dir, tmp_path, eagle3())
 
 
