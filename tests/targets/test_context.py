@@ -30,14 +30,14 @@ HALO = 3
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """A random model of each family."""
-    made = {}
+    paths = {}
     for name in WHICH:
-        made[name] = str(tmp_path_factory.mktemp("family"))
+        paths[name] = str(tmp_path_factory.mktemp("family"))
         torch.manual_seed(0)
         model_type, config = FAMILIES[name]
-        model_type(config).save_pretrained(made[name])
-        make_tokenizer().save_pretrained(made[name])
-    return made
+        model_type(config).save_pretrained(paths[name])
+        make_tokenizer().save_pretrained(paths[name])
+    return paths
 
 
 def batch_of(rows: str) -> Batch:
@@ -58,9 +58,9 @@ def shares(directories, scores):
         for rows in ROWS:
             batch = batch_of(rows)
             shard = context.shard(batch.num_tokens, HALO)
-            made = target.compute_hidden_states(replace(batch, shard=shard))
-            places = shard.to_global(torch.arange(made.aux_hidden_states.shape[1]))
-            result[f"{name}, {rows}"] = made.aux_hidden_states[0], made.last_hidden_state[0], places
+            output = target.compute_hidden_states(replace(batch, shard=shard))
+            places = shard.to_global(torch.arange(output.aux_hidden_states.shape[1]))
+            result[f"{name}, {rows}"] = output.aux_hidden_states[0], output.last_hidden_state[0], places
     return result
 
 
@@ -78,9 +78,9 @@ def test_hidden_states_are_those_of_one_rank(result, directories, name, ranks):
         whole = target.compute_hidden_states(batch_of(rows))
         seen = torch.zeros(whole.aux_hidden_states.shape[:2].numel(), dtype=torch.bool)
         for aux, last_hidden_state, places in (rank[f"{name}, {rows}"] for rank in result[ranks]):
-            for mine, its in ((aux, whole.aux_hidden_states), (last_hidden_state, whole.last_hidden_state)):
-                expected = its.flatten(0, 1)[places]
-                torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+            for actual, reference in ((aux, whole.aux_hidden_states), (last_hidden_state, whole.last_hidden_state)):
+                expected = reference.flatten(0, 1)[places]
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
             seen[places] = True
         assert seen.all()
 
@@ -90,12 +90,12 @@ def outputs_of_distributed_targets(directory):
     context, batch, result = world(), batch_of("documents across the borders of chunks"), []
     for placement in (FSDP2Target, TensorParallelTarget):
         shard = context.shard(batch.num_tokens, HALO)
-        made = placement(Path(directory), aux_layers=[0, 1, 2]).compute_hidden_states(replace(batch, shard=shard))
+        output = placement(Path(directory), aux_layers=[0, 1, 2]).compute_hidden_states(replace(batch, shard=shard))
         result.append(
             (
-                made.aux_hidden_states[0],
-                made.last_hidden_state[0],
-                shard.to_global(torch.arange(made.aux_hidden_states.shape[1])),
+                output.aux_hidden_states[0],
+                output.last_hidden_state[0],
+                shard.to_global(torch.arange(output.aux_hidden_states.shape[1])),
             )
         )
     return result

@@ -106,8 +106,13 @@ def test_packed_documents_have_the_states_that_each_has_alone(made, name):
         ids = torch.tensor([document.input_ids])
         with torch.no_grad():
             alone = target.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        for mine, its in ((result.aux_hidden_states, torch.cat(alone[1:4], -1)), (result.last_hidden_state, alone[-1])):
-            torch.testing.assert_close(mine[r, span], its[0], rtol=1e-5, atol=1e-5 * float(its.abs().max()))
+        for actual, reference in (
+            (result.aux_hidden_states, torch.cat(alone[1:4], -1)),
+            (result.last_hidden_state, alone[-1]),
+        ):
+            torch.testing.assert_close(
+                actual[r, span], reference[0], rtol=1e-5, atol=1e-5 * float(reference.abs().max())
+            )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

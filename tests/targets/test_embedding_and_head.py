@@ -45,16 +45,20 @@ def directory(request, tmp_path):
 
 
 def test_embedding_and_head_are_those_of_the_whole_model(directory):
-    ends = EmbeddingAndHead(directory, aux_layers=None)
+    partial = EmbeddingAndHead(directory, aux_layers=None)
     whole = HFTarget(directory, aux_layers=None, attn_implementation="eager")
     ids = torch.arange(20)[None]
-    hidden = torch.randn(5, ends.config.hidden_size)
-    assert torch.equal(ends.embed(ids), whole.embed(ids))
-    assert torch.equal(ends.logits(hidden), whole.logits(hidden))
-    assert torch.equal(ends.head_weight, whole.head_weight)
-    assert torch.equal(ends.final_norm.weight, whole.final_norm.weight)
-    assert (ends.aux_layers, ends.stop_ids, ends.fingerprint) == (whole.aux_layers, whole.stop_ids, whole.fingerprint)
-    assert ends.config.num_hidden_layers == 7, "the configuration is the whole target's"
+    hidden = torch.randn(5, partial.config.hidden_size)
+    assert torch.equal(partial.embed(ids), whole.embed(ids))
+    assert torch.equal(partial.logits(hidden), whole.logits(hidden))
+    assert torch.equal(partial.head_weight, whole.head_weight)
+    assert torch.equal(partial.final_norm.weight, whole.final_norm.weight)
+    assert (partial.aux_layers, partial.stop_ids, partial.fingerprint) == (
+        whole.aux_layers,
+        whole.stop_ids,
+        whole.fingerprint,
+    )
+    assert partial.config.num_hidden_layers == 7, "the configuration is the whole target's"
 
 
 def test_no_layer_is_loaded(directory, caplog):
@@ -76,9 +80,9 @@ def test_the_last_layers_are_read_on_request(directory, count):
 
 
 def test_the_dtype_is_the_requested_one(directory):
-    ends = EmbeddingAndHead(directory, aux_layers=None, dtype=torch.bfloat16)
-    assert ends.embed(torch.tensor([3])).dtype == ends.logits(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype
-    assert ends.head_weight.dtype == torch.bfloat16
+    partial = EmbeddingAndHead(directory, aux_layers=None, dtype=torch.bfloat16)
+    assert partial.embed(torch.tensor([3])).dtype == partial.logits(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype
+    assert partial.head_weight.dtype == torch.bfloat16
 
 
 def test_a_layer_whose_weights_have_other_names_is_rejected(tmp_path):
@@ -87,9 +91,9 @@ def test_a_layer_whose_weights_have_other_names_is_rejected(tmp_path):
     weights = load_file(file)
     renamed = {name.replace("layers.7.mlp.up_proj", "layers.7.mlp.other"): w for name, w in weights.items()}
     save_file(renamed, file, metadata={"format": "pt"})
-    ends = EmbeddingAndHead(tmp_path, aux_layers=None)
+    partial = EmbeddingAndHead(tmp_path, aux_layers=None)
     with pytest.raises(UserError, match=r"layers\.7\.mlp\.up_proj\.weight .*init_from_target\.layer"):
-        ends.last_layers(1)
+        partial.last_layers(1)
 
 
 @pytest.mark.parametrize("make", [EmbeddingAndHead, HFTarget])
@@ -128,12 +132,12 @@ def quantize(directory, method):
 @pytest.mark.parametrize("method", ["fp8", "awq"])
 def test_embedding_and_head_of_a_quantized_target_are_plain(tmp_path, target_dir, method):
     quantize(tmp_path, method)
-    ends, plain = EmbeddingAndHead(tmp_path, aux_layers=None), EmbeddingAndHead(target_dir, aux_layers=None)
-    assert torch.equal(ends.head_weight, plain.head_weight)
-    assert torch.equal(ends.embed(torch.arange(9)), plain.embed(torch.arange(9)))
+    partial, plain = EmbeddingAndHead(tmp_path, aux_layers=None), EmbeddingAndHead(target_dir, aux_layers=None)
+    assert torch.equal(partial.head_weight, plain.head_weight)
+    assert torch.equal(partial.embed(torch.arange(9)), plain.embed(torch.arange(9)))
     # The scale of float8 numbers is another tensor; copying them as they are would be silently wrong.
     with pytest.raises(UserError, match=r"as it is, which draft\.init_from_target\.layer copies; set it to false"):
-        ends.last_layers(1)
+        partial.last_layers(1)
 
 
 def test_experts_that_transformers_fuses_are_rejected_by_name(tmp_path):

@@ -35,14 +35,14 @@ def reference(target, row):
 def test_packed_documents_equal_each_document_alone(target):
     documents = rows([11, 7, 19, 4])
     batch = collate([documents[:3], documents[3:]], 40, pad_id=1)
-    supervision = target.compute_hidden_states(batch)
+    output = target.compute_hidden_states(batch)
     places = [(0, 0), (0, 11), (0, 18), (1, 0)]
     for row, (r, start) in zip(documents, places, strict=True):
         aux, last, logits = reference(target, row)
         span = slice(start, start + len(row.input_ids))
-        torch.testing.assert_close(supervision.aux_hidden_states[r, span], aux, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(supervision.last_hidden_state[r, span], last, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(target.logits(supervision.last_hidden_state[r, span]), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.aux_hidden_states[r, span], aux, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output.last_hidden_state[r, span], last, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target.logits(output.last_hidden_state[r, span]), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_documents_of_a_row_do_not_see_each_other(target):
@@ -122,9 +122,9 @@ def test_hidden_states_are_computed_without_the_head(target):
     calls = []
     handle = target._head.register_forward_hook(lambda *_: calls.append(1))
     try:
-        supervision = target.compute_hidden_states(collate([rows([11, 7])], 20, pad_id=1))
+        output = target.compute_hidden_states(collate([rows([11, 7])], 20, pad_id=1))
         assert not calls
-        target.logits(supervision.last_hidden_state)
+        target.logits(output.last_hidden_state)
         assert calls
     finally:
         handle.remove()

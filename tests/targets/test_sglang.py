@@ -72,22 +72,23 @@ def equal(result, expected, batch):
 
 @pytest.mark.parametrize("most", [41, 26, 19], ids=["one forward", "two", "one for each long one"])
 def test_documents_are_grouped_and_returned_to_their_rows(calls, whole, target_dir, batch, most):
-    ours = SGLangTarget(target_dir, aux_layers=None, max_tokens=most)
+    target = SGLangTarget(target_dir, aux_layers=None, max_tokens=most)
     calls.clear()
-    result = ours.compute_hidden_states(batch)
+    result = target.compute_hidden_states(batch)
     equal(result, whole.compute_hidden_states(batch), batch)
     assert calls == {41: [[11, 7, 19, 4]], 26: [[11, 7], [19, 4]], 19: [[11, 7], [19], [4]]}[most]
     shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
     assert torch.equal(
-        ours.compute_hidden_states(replace(batch, shard=shard)).aux_hidden_states, result.shard(shard).aux_hidden_states
+        target.compute_hidden_states(replace(batch, shard=shard)).aux_hidden_states,
+        result.shard(shard).aux_hidden_states,
     )
 
 
 def test_ranks_share_every_forward_pass_and_keep_their_own_output(calls, whole, target_dir, batch, monkeypatch):
-    ours, other = SGLangTarget(target_dir, aux_layers=None), [[5, 6, 7], [8]]
+    target, other = SGLangTarget(target_dir, aux_layers=None), [[5, 6, 7], [8]]
     monkeypatch.setattr(sglang_target, "_documents_of_all_ranks", lambda own: iter([other, own, []]))
     calls.clear()
-    equal(ours.compute_hidden_states(batch), whole.compute_hidden_states(batch), batch)
+    equal(target.compute_hidden_states(batch), whole.compute_hidden_states(batch), batch)
     assert calls == [[3, 1], LENGTHS]
 
 
@@ -102,9 +103,9 @@ def test_every_rank_receives_every_document():
 
 
 def test_a_batch_without_documents_gives_zeros(calls, target_dir):
-    ours = SGLangTarget(target_dir, aux_layers=None, max_tokens=8)
+    target = SGLangTarget(target_dir, aux_layers=None, max_tokens=8)
     calls.clear()
-    result = ours.compute_hidden_states(collate([[]], 12, pad_id=1))
+    result = target.compute_hidden_states(collate([[]], 12, pad_id=1))
     assert result.aux_hidden_states.shape == (1, 12, 96) and result.last_hidden_state.shape == (1, 12, 32)
     assert not calls and not result.aux_hidden_states.any() and not result.last_hidden_state.any()
 

@@ -38,14 +38,14 @@ IDS = torch.arange(10)
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """Directories of the Llamas, with random biases instead of zeros."""
-    made = {}
+    paths = {}
     for name, config in LLAMAS.items():
-        made[name] = make_target(tmp_path_factory.mktemp("placed"), **config)
-        model = HFTarget(made[name], aux_layers=None).model
+        paths[name] = make_target(tmp_path_factory.mktemp("placed"), **config)
+        model = HFTarget(paths[name], aux_layers=None).model
         for parameter in (p for n, p in model.named_parameters() if n.endswith("bias")):
             parameter.data.normal_()
-        model.save_pretrained(made[name])
-    return made
+        model.save_pretrained(paths[name])
+    return paths
 
 
 def batch_of(rank):
@@ -59,11 +59,11 @@ def batch_of(rank):
 
 def numbers_of(target):
     """All numbers that a draft reads from a target, for a rank's rows."""
-    made = target.compute_hidden_states(batch_of(dist.get_rank() if dist.is_initialized() else 0))
+    output = target.compute_hidden_states(batch_of(dist.get_rank() if dist.is_initialized() else 0))
     norms = torch.cat([p.float().flatten() for layer in target.last_layers(2) for p in layer.parameters()])
     return {
-        "aux": made.aux_hidden_states, "last hidden": made.last_hidden_state,
-        "logits": target.logits(made.last_hidden_state),
+        "aux": output.aux_hidden_states, "last hidden": output.last_hidden_state,
+        "logits": target.logits(output.last_hidden_state),
         "embedded": target.embed(IDS), "head": target.head_weight, "norm": target.final_norm.weight, "layers": norms,
     }  # fmt: skip
 
@@ -72,24 +72,24 @@ def bytes_of(module):
     return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in set(module.parameters()))
 
 
-def bytes_of_ends(target):
+def bytes_of_embedding_and_head(target):
     """Size of the embedding and the head on this rank."""
-    ends = {target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight}
-    return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in ends)
+    embedding_and_head = {target.model.get_input_embeddings().weight, target.model.get_output_embeddings().weight}
+    return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in embedding_and_head)
 
 
-def bytes_of_ends_over_time(target):
+def embedding_and_head_bytes_over_time(target):
     """Size of embedding and head while a layer computes, after the forward pass, and after tokens were embedded."""
     result = []
-    hook = target.layers[1].register_forward_hook(lambda *_: result.append(bytes_of_ends(target)))
+    hook = target.layers[1].register_forward_hook(lambda *_: result.append(bytes_of_embedding_and_head(target)))
     target.compute_hidden_states(batch_of(dist.get_rank()))
     hook.remove()
-    behind = bytes_of_ends(target)
+    after_forward = bytes_of_embedding_and_head(target)
     target.embed(IDS)
-    return [result[0], behind, bytes_of_ends(target)]
+    return [result[0], after_forward, bytes_of_embedding_and_head(target)]
 
 
-def supervised(placement, options, directories):
+def all_results(placement, options, directories):
     """For every model: its numbers, its stop ids, and this rank's bytes of layers, embedding and head, and the rest."""
     load, reads = sharded.load_model, []
     sharded.load_model = lambda *args, **more: reads.append(1) or load(*args, **more)
@@ -97,10 +97,10 @@ def supervised(placement, options, directories):
     for name, directory in directories.items():
         target = placement(directory, aux_layers=None, **options)
         numbers_of(target)  # checks that a second forward pass works
-        ends = bytes_of_ends_over_time(target)
+        embedding_and_head = embedding_and_head_bytes_over_time(target)
         layers = bytes_of(target.layers)
-        held = layers, ends, bytes_of(target.model) - layers - ends[-1]
-        result[name] = (numbers_of(target), sorted(target.stop_ids), held)
+        sizes = layers, embedding_and_head, bytes_of(target.model) - layers - embedding_and_head[-1]
+        result[name] = (numbers_of(target), sorted(target.stop_ids), sizes)
     assert len(reads) == (0 if dist.get_rank() else len(directories)), "one process of the job reads the files"
     return result
 
@@ -108,7 +108,7 @@ def supervised(placement, options, directories):
 @pytest.fixture(scope="module", params=list(PLACEMENTS))
 def result(request, directories):
     ranks, placement, options = PLACEMENTS[request.param]
-    return placement, on_ranks(ranks, supervised, placement, options, directories)
+    return placement, on_ranks(ranks, all_results, placement, options, directories)
 
 
 @pytest.mark.parametrize("model", LLAMAS)
@@ -128,17 +128,21 @@ def test_every_rank_gets_the_numbers_of_a_replicated_target(result, directories,
 @pytest.mark.parametrize("model", LLAMAS)
 def test_a_rank_holds_its_part_and_the_gathered_head(result, directories, model):
     whole = HFTarget(directories[model], aux_layers=None)
-    layers, ends, one = bytes_of(whole.layers), bytes_of_ends(whole), whole.head_weight.untyped_storage().nbytes()
+    layers, embedding_and_head, one = (
+        bytes_of(whole.layers),
+        bytes_of_embedding_and_head(whole),
+        whole.head_weight.untyped_storage().nbytes(),
+    )
     for of_rank in result[1]:
-        held_layers, held_ends, rest = of_rank[model][2]
+        held_layers, held_embedding_and_head, rest = of_rank[model][2]
         # Norms, and biases of row-parallel layers, are replicated.
         assert layers / 2 <= held_layers <= 0.53 * layers
         row = one // whole.config.vocab_size
-        assert rest == bytes_of(whole.model) - layers - ends
+        assert rest == bytes_of(whole.model) - layers - embedding_and_head
         # FSDP2 frees the embedding for the layers that it gathers.
-        computing = ends / 2 if result[0] is FSDP2Target else 1.5 * one
-        for found_ends, expected in zip(held_ends, [computing, 1.5 * one, 1.5 * one], strict=True):
-            assert abs(found_ends - expected) <= 2 * row  # an odd number of rows is padded when gathered
+        computing = embedding_and_head / 2 if result[0] is FSDP2Target else 1.5 * one
+        for measured, expected in zip(held_embedding_and_head, [computing, 1.5 * one, 1.5 * one], strict=True):
+            assert abs(measured - expected) <= 2 * row  # an odd number of rows is padded when gathered
 
 
 def outcome(placement, directory, options=None):
@@ -150,7 +154,7 @@ def outcome(placement, directory, options=None):
     return "none"
 
 
-def of_kind(directory, kind):
+def write_model(directory, kind):
     """Writes a model that cannot be divided into ``directory``."""
     if kind == "no plan":
         config = OPTConfig(
@@ -183,7 +187,7 @@ def outcomes(refused):
 
 
 def test_a_model_that_cannot_be_divided_ends_every_rank_with_one_line(tmp_path):
-    directories = [of_kind(tmp_path / str(n), kind) for n, (kind, *_) in enumerate(REFUSED)]
+    directories = [write_model(tmp_path / str(n), kind) for n, (kind, *_) in enumerate(REFUSED)]
     message = on_ranks(2, outcomes, [(placement, d) for (_, placement, _), d in zip(REFUSED, directories, strict=True)])
     for n, (kind, _, expected) in enumerate(REFUSED):
         assert expected in message[0][n] and "\n" not in message[0][n]

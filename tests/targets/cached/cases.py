@@ -95,7 +95,7 @@ def reading(target_dir, directory, algorithm, **settings) -> FeaturesTarget:
     )  # fmt: skip
 
 
-def loss_of(algorithm, target, batches, change=lambda batch, supervision: supervision):
+def loss_of(algorithm, target, batches, change=lambda batch, output: output):
     """Loss and gradients of a global batch."""
     draft, goal = algorithm.make_draft(target), algorithm.make_objective(target)
     schedules = [goal.schedule(batch) for batch in batches]

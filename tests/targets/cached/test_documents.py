@@ -49,19 +49,19 @@ def test_losses_and_gradients_do_not_depend_on_positions_that_are_not_stored(mak
     manifest = Manifest.of(target, convention, algorithm.name)
     batches = batches_of(documents, seed=3)
 
-    def poisoned(batch, supervision):
+    def poisoned(batch, output):
         """1e4 wherever nothing is stored.  Not NaN: attention multiplies masked values by 0."""
         aux, hidden = (
-            torch.full_like(supervision.aux_hidden_states, 1e4),
-            torch.full_like(supervision.last_hidden_state, 1e4),
+            torch.full_like(output.aux_hidden_states, 1e4),
+            torch.full_like(output.last_hidden_state, 1e4),
         )
         for span in batch.spans:
             place = slice(span.start, span.end)
             positions = StoredPositions.of(batch.loss_mask[span.row, place], manifest)
             kept = positions.last_hidden + span.start
-            hidden[span.row, kept] = supervision.last_hidden_state[span.row, kept]
+            hidden[span.row, kept] = output.last_hidden_state[span.row, kept]
             front = slice(span.start, span.start + positions.num_aux)
-            aux[span.row, front] = supervision.aux_hidden_states[span.row, front]
+            aux[span.row, front] = output.aux_hidden_states[span.row, front]
         return TargetOutput(aux, hidden)
 
     assert_same(loss_of(algorithm, target, batches, poisoned), loss_of(algorithm, target, batches))
@@ -71,13 +71,13 @@ def test_labels_may_be_nan_where_nothing_is_stored(target, documents):
     algorithm, batches = eagle3(), batches_of(documents)
     manifest = Manifest.of(target, algorithm.config.mask_convention, algorithm.name)
 
-    def poisoned(batch, supervision):
-        hidden = torch.full_like(supervision.last_hidden_state, float("nan"))
+    def poisoned(batch, output):
+        hidden = torch.full_like(output.last_hidden_state, float("nan"))
         for span in batch.spans:
             place = slice(span.start, span.end)
             kept = StoredPositions.of(batch.loss_mask[span.row, place], manifest).last_hidden + span.start
-            hidden[span.row, kept] = supervision.last_hidden_state[span.row, kept]
-        return TargetOutput(supervision.aux_hidden_states, hidden)
+            hidden[span.row, kept] = output.last_hidden_state[span.row, kept]
+        return TargetOutput(output.aux_hidden_states, hidden)
 
     assert_same(loss_of(algorithm, target, batches, poisoned), loss_of(algorithm, target, batches))
 

@@ -75,11 +75,11 @@ def test_stored_states_are_those_that_the_target_computed(algorithm, online, cap
             and result.aux_hidden_states.dtype == expected.aux_hidden_states.dtype
         )
         shard = ContextGroup.planned(2).shard(batch.num_tokens, halo=3)
-        mine, its = features.compute_hidden_states(replace(batch, shard=shard)), result.shard(shard)
-        assert torch.equal(mine.aux_hidden_states, its.aux_hidden_states) and torch.equal(
-            mine.last_hidden_state, its.last_hidden_state
+        actual, reference = features.compute_hidden_states(replace(batch, shard=shard)), result.shard(shard)
+        assert torch.equal(actual.aux_hidden_states, reference.aux_hidden_states) and torch.equal(
+            actual.last_hidden_state, reference.last_hidden_state
         )
-        assert mine.aux_hidden_states.shape[1] < batch.num_tokens
+        assert actual.aux_hidden_states.shape[1] < batch.num_tokens
 
 
 @pytest.mark.parametrize(("stored", "tolerance"), [("bfloat16", 0.05), ("fp8", 0.3)])
@@ -90,9 +90,9 @@ def test_smaller_encodings_only_lose_precision(algorithm, online, documents, tar
     batches = batches_of(documents, seed=2)
     features = reading(target_dir, small, algorithm)
     shard = ContextGroup.planned(2).shard(batches[0].num_tokens, halo=3)
-    mine = features.compute_hidden_states(replace(batches[0], shard=shard))
+    actual = features.compute_hidden_states(replace(batches[0], shard=shard))
     assert torch.equal(
-        mine.aux_hidden_states, features.compute_hidden_states(batches[0]).shard(shard).aux_hidden_states
+        actual.aux_hidden_states, features.compute_hidden_states(batches[0]).shard(shard).aux_hidden_states
     )
     loss, _ = loss_of(algorithm, features, batches)
     assert abs(loss - loss_of(algorithm, online, batches)[0]) < tolerance * abs(loss)
