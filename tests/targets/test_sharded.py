@@ -175,7 +175,7 @@ def write_model(directory, kind):
 
 
 REFUSED = [
-    ("no plan", TensorParallelTarget, "no tensor-parallel plan for OPTForCausalLM; take backend=hf_fsdp2"),
+    ("no plan", TensorParallelTarget, "no tensor-parallel plan for OPTForCausalLM; use backend=hf_fsdp2"),
     ("quantized", TensorParallelTarget, "its weights are quantized"),
     ("quantized", FSDP2Target, "its weights are quantized"),
     ("cut", FSDP2Target, "the target cannot be loaded"),
