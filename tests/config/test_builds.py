@@ -76,7 +76,7 @@ def test_backend_sglang(target_dir, monkeypatch):
     monkeypatch.setattr("nemo_speculative.targets.sglang_runner._make_importable", lambda device: None)
     monkeypatch.setattr("nemo_speculative.targets.sglang_runner.parse_flags", lambda flags, _: asked.extend(flags))
     job = job_of("backend=sglang", "data=tiny", "data.answers=given", "backend.flags=[--quantization,fp8]")
-    with pytest.raises(InstantiationException, match="not as expected from inside"):  # there is no SGLang to ask
+    with pytest.raises(InstantiationException, match="internals of SGLang"):  # SGLang is not installed
         instantiate(job.backend, path=target_dir, aux_layers=None)
     said = " ".join(asked)
     assert "--return-aux-hidden-state-layer-ids 1 3 4" in said and said.endswith("--quantization fp8")
@@ -101,7 +101,7 @@ def asked_and_planned(target_dir, folder):
             "features": [f"backend.directory={folder}", "backend.fill=true"],
             "remote": [f"backend.urls=[{server.url},{server.url}/other]"],
         }
-        patch.setattr("nemo_speculative.targets.remote.client.Servers.check", lambda self, identity: None)
+        patch.setattr("nemo_speculative.targets.remote.client.ServerPool.check", lambda self, identity: None)
         found = {}
         for option in options("backend"):
             if option == "hf_tp" and ranks == 1:

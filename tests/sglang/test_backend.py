@@ -11,7 +11,7 @@ import pytest
 from nemo_speculative.targets.cached.store import open_store
 from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
-from tests.targets.test_embedding_and_head import quantised
+from tests.targets.test_embedding_and_head import quantize
 
 ROUNDING = {"aux": 1e-4, "last_hidden": 1e-4}
 """Of float32, where a number is at most some hundreds."""
@@ -62,14 +62,14 @@ for path, *given in json.loads(sys.argv[1]):
     arguments.resolve_once()
     print("read:", ModelConfig.from_server_args(arguments).quantization)
 """
-"""What SGLang would run, without running it: its quantised kernels need a GPU."""
+"""What SGLang would run, without running it: its quantized kernels need a GPU."""
 
 
-def test_a_quantised_target_is_passed_on(tmp_path):
+def test_a_quantized_target_is_passed_on(tmp_path):
     """Whether it is said by flags or not."""
     methods, asked = ("fp8", "awq"), []
     for method in methods:
-        quantised(tmp_path / method, method)
+        quantize(tmp_path / method, method)
         asked += [[str(tmp_path / method)], [str(tmp_path / method), "--quantization", method]]
     done = run("-c", READ, json.dumps(asked))
     read = [line.removeprefix("read: ") for line in done.stdout.splitlines() if line.startswith("read: ")]
