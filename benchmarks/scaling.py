@@ -371,7 +371,7 @@ class Training:
     @classmethod
     def of(cls, size: str) -> "Training":
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            job = to_job(compose("train_eagle3", ["model=llama31_8b", "output_dir=unused"]))
+            job = to_job(compose("train_eagle3", ["experiment=llama31_8b_ultrachat", "output_dir=unused"]))
         shared = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
         config = LlamaConfig(tie_word_embeddings=False, **shared, **SIZES[size])
         shape = draft_shape(job, config, job.draft.vocabulary(config.vocab_size).entries or config.vocab_size)

@@ -1,7 +1,7 @@
 """Run the target once over the data of a training, and keep its hidden states on disk for backend=features.
 
-python recipes/capture_features.py model=… draft=eagle3 data=jsonl data.path=FILE output=DIR     what a training reads
-python recipes/train_eagle3.py     model=… draft=eagle3 data=jsonl data.path=FILE backend=features backend.directory=DIR
+python recipes/capture_features.py model=… draft=eagle3 data.path=FILE output=DIR     what a training reads
+python recipes/train_eagle3.py     model=… draft=eagle3 data.path=FILE backend=features backend.directory=DIR
 python recipes/capture_features.py … output=DIR plan=true         bytes a token, the total, what is free
 python recipes/capture_features.py draft=eagle1 model=… eagle=CKPTS output=DIR     EAGLE's .ckpt files, converted
 python recipes/capture_features.py merge=[DIR1,DIR2] output=DIR   parts captured on several machines

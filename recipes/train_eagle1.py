@@ -2,7 +2,7 @@
 
 python recipes/train_eagle1.py                       the embedded case: no download, no GPU, minutes
 python recipes/train_eagle1.py draft.ttt_steps=3 draft.topk_w=1     with aligned passes (HASS)
-torchrun --nproc-per-node 8 recipes/train_eagle1.py model=llama31_8b data=jsonl data.path=conversations.jsonl
+torchrun --nproc-per-node 8 recipes/train_eagle1.py model=llama31_8b data.path=conversations.jsonl
 """
 
 from nemo_speculative.config.app import recipe

@@ -2,7 +2,7 @@
 
 python recipes/train_eagle2.py                       the embedded case: no download, no GPU, minutes
 python recipes/train_eagle2.py exporter.topk=8 exporter.num_draft_tokens=32      a wider tree
-torchrun --nproc-per-node 8 recipes/train_eagle2.py model=llama31_8b data=jsonl data.path=conversations.jsonl
+torchrun --nproc-per-node 8 recipes/train_eagle2.py model=llama31_8b data.path=conversations.jsonl
 """
 
 from nemo_speculative.config.app import recipe

@@ -3,7 +3,7 @@
 python recipes/train_eagle3.py                       the embedded case: no download, no GPU, minutes
 python recipes/train_eagle3.py draft=eagle3_1        with the norms of EAGLE-3.1
 python recipes/train_eagle3.py plan=true             what would happen, without loading weights
-torchrun --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data=jsonl data.path=conversations.jsonl
+torchrun --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data.path=conversations.jsonl
 """
 
 from nemo_speculative.config.app import recipe

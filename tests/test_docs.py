@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative import launch
 from nemo_speculative.config.reference import reference
 
 ROOT = Path(__file__).parents[1]
@@ -35,14 +34,3 @@ def test_files_and_targets_that_are_named_exist(page):
 
 def test_ci_runs_the_readmes_own_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "`make test`" in (ROOT / "README.md").read_text()
-
-
-COMMANDS = [*PAGES, *(ROOT / "recipes").glob("*.py"), *(ROOT / "launch").iterdir(), Path(launch.__file__)]
-
-
-@pytest.mark.parametrize("file", COMMANDS, ids=lambda p: p.name)
-def test_a_file_of_ones_own_is_not_taken_for_the_models_data_set(file):
-    """``model=llama31_8b data.path=FILE`` would read FILE as UltraChat."""
-    for line in file.read_text().replace("\\\n", " ").splitlines():
-        if " model=" in line and " data.path=" in line:
-            assert " data=" in line, line

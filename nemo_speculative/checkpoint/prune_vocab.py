@@ -9,8 +9,7 @@ from hydra.utils import get_method
 
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import read_config
-from nemo_speculative.config.schema import ModelConfig, PruneJob
-from nemo_speculative.config.vocab_and_aux_layers import VocabularySize, parse_vocab_size
+from nemo_speculative.config.schema import ModelConfig, PruneJob, VocabularySize, parse_vocab_size
 from nemo_speculative.data.tokenized_dataset import Tokenization, load_or_tokenize
 from nemo_speculative.data.vocab_mapping import entries_for_coverage
 from nemo_speculative.targets.describe import describe_target

@@ -23,8 +23,8 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from nemo_speculative.config import expressions, groups, schema
 from nemo_speculative.config.conf_dir import CONF, options
+from nemo_speculative.config.draft_config_file import apply_config_file
 from nemo_speculative.config.help import help_text
-from nemo_speculative.config.published import filled
 from nemo_speculative.config.renames import KEYS
 from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UserError, print_error
 
@@ -94,7 +94,7 @@ def to_job(config: DictConfig) -> Any:
     except InterpolationResolutionError as error:
         raise _user_error_within(error) or error from None
     if isinstance(job, schema.TrainJob):
-        job.draft = filled(job.draft)
+        job.draft = apply_config_file(job.draft)
     return job
 
 

@@ -18,6 +18,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("target", _target_field, replace=True)
     OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("div", _divide, replace=True)
+    OmegaConf.register_new_resolver(
+        "default_data", lambda model: "tiny" if model == "tiny" else "default", replace=True
+    )
 
 
 def _target_field(key: str, *, _root_: DictConfig) -> Any:
@@ -29,6 +32,11 @@ def _target_field(key: str, *, _root_: DictConfig) -> Any:
             raise UserError(f"${{target:{key}}}: the target's config.json has no {part!r}")
         value = value[part]
     return value
+
+
+def _default_data(model: str) -> str:
+    """The option of the group data for an option of the group model, in the defaults lists of conf/."""
+    return "tiny" if model == "tiny" else "default"
 
 
 def _divide(dividend: int, divisor: int) -> int:

@@ -17,6 +17,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
     ("backend", "features"): schema.FeaturesBackendConfig,
     ("data", "jsonl"): schema.DataConfig,
     ("data", "tiny"): schema.TinyDataConfig,
+    ("data", "default"): schema.DefaultDataConfig,
     ("data", "dataset"): schema.DatasetConfig,
     ("data", "mix"): schema.MixDataConfig,
     ("loss", "soft_ce"): schema.LossConfig,

@@ -17,10 +17,18 @@ HEAD = """# Configuration
 
 Generated from `nemo_speculative/config/schema/` by `python -m nemo_speculative.config.reference`; do not edit.
 
-A recipe composes one option of each group of `conf/`; every key below can be overridden on the command line
-(`trainer.max_steps=100`), every group replaced (`data=jsonl`), and swept (`--multirun seed=0,1,2`).  `--cfg job` prints
-the composed configuration, `plan=true` what it would do.  An unknown key, a wrong type and a contradiction are one
-line and exit code 1.  The values below are the schema's; an option's YAML may set others, which `--cfg job` shows.
+A recipe composes one option of each group of `conf/`, whose files show every key with its value; every key below can
+be overridden on the command line (`trainer.max_steps=100`), every group replaced (`optimizer=muon`), and swept
+(`--multirun seed=0,1,2`, which writes to `<output_dir>/<number>`). `experiment=NAME` is a complete recipe of
+`conf/experiment/`. `--help` lists the groups with their options, `--cfg job` prints the composed configuration,
+`plan=true` what it would do. An unknown key, a wrong type and a contradiction are one line and exit code 1.
+
+YAML files of your own: `hydra.searchpath=[file:///DIR]` adds `DIR/<group>/<option>.yaml` to the groups. On a Slurm
+cluster, `pip install "nemo_speculative[slurm]"` and `--multirun hydra/launcher=submitit_slurm
+hydra.launcher.partition=NAME hydra.launcher.gpus_per_node=1` submit each run of a sweep as a job of one process;
+`launch/slurm.sbatch` starts a training on several GPUs.
+
+The defaults below are the schema's; those of the YAML files are the same where a file does not say otherwise.
 """
 ROOTS = {
     "recipes/train_eagle3.py": schema.TrainJob,

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
+from nemo_speculative.config.schema import VocabularySize
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.files import atomic_write

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import replace
 
-from nemo_speculative.config.schema import DatasetConfig, MixDataConfig, PrepareJob
+from nemo_speculative.config.schema import DatasetConfig, DefaultDataConfig, MixDataConfig, PrepareJob
 from nemo_speculative.data.sources import Split, load_jsonl
 from nemo_speculative.prepare_data.output import finished, stored_request, table
 from nemo_speculative.prepare_data.run import prepare
@@ -31,6 +31,15 @@ def load_prepared(config: DatasetConfig | MixDataConfig, seed: int) -> Split:
     train, held_out = job.directory / "train.jsonl", job.directory / "held_out.jsonl"
     held_out_path = str(held_out) if held_out.stat().st_size else None
     return load_jsonl(replace(config, path=str(train), held_out_path=held_out_path), seed)
+
+
+def load_file_or_prepared(config: DefaultDataConfig, seed: int) -> Split:
+    """The JSONL file ``config.path`` where it is given, else the dataset.
+
+    Raises:
+        UserError: the file or the dataset cannot be read.
+    """
+    return load_jsonl(config, seed) if config.path else load_prepared(config, seed)
 
 
 def _require_same_data(job: PrepareJob) -> None:

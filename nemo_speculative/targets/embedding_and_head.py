@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from nemo_speculative.config.vocab_and_aux_layers import aux_layers_for
+from nemo_speculative.config.schema import aux_layers_for
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UserError

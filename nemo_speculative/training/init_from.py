@@ -7,7 +7,7 @@ from hydra.utils import get_class
 
 from nemo_speculative.checkpoint.adapters.base import ForeignDraft
 from nemo_speculative.checkpoint.convert import read_foreign
-from nemo_speculative.config.published import with_numbers
+from nemo_speculative.config.draft_config_file import with_numbers
 from nemo_speculative.config.schema import DraftConfig
 from nemo_speculative.utils.errors import UserError
 

@@ -10,9 +10,8 @@ from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.prune_vocab import coverage_table, kept_entries, prune_checkpoint, pruned_tensors
-from nemo_speculative.config.schema import DataConfig, PruneJob
+from nemo_speculative.config.schema import DataConfig, PruneJob, VocabularySize
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
 from nemo_speculative.data.vocab_mapping import build_vocab_mapping
 from nemo_speculative.utils.errors import UserError
 

@@ -13,7 +13,8 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from nemo_speculative.config.app import CONF, to_job
+from nemo_speculative.config.app import to_job
+from nemo_speculative.config.conf_dir import CONF
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.embedding_and_head import text_config
@@ -178,7 +179,7 @@ def test_groups_of_plain_values_have_no_other_options():
     """These name nothing to build; an option that does belongs to a test above."""
     plain = {"parallelism", "trainer", "exporter", "evaluation", "server", "hydra"}
     built = {"model", "backend", "draft", "loss", "data", "optimizer", "logger", "form"}
-    elsewhere = {"model_draft", "suite", "engine", "reasoning"}  # below, and in tests of their own
+    elsewhere = {"model_draft", "experiment", "suite", "engine", "reasoning"}  # below, and in tests of their own
     assert {group for group, _ in GROUPS} == plain | built | elsewhere
 
 

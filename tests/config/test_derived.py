@@ -15,8 +15,8 @@ from nemo_speculative.config.schema import (
     TinyModelConfig,
     TrainerConfig,
     TrainJob,
+    VocabularySize,
 )
-from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
 from nemo_speculative.utils.errors import UserError
 
 

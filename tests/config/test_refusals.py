@@ -9,12 +9,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from nemo_speculative.config.app import CONF, explain, run_program, to_job
+from nemo_speculative.config.app import explain, run_program, to_job
+from nemo_speculative.config.conf_dir import CONF
 from nemo_speculative.utils.errors import UserError
 from tests import programs
 
 REPOSITORY = CONF.parent
-JSONL = ["model=local", "model.path=/nowhere", "data=jsonl", "data.path=some.jsonl"]
 
 
 def refused(*overrides: str, root: str = "train_eagle3", config_dir: Path = CONF) -> str:
@@ -135,7 +135,7 @@ def test_a_negative_weight_of_an_eagle1_loss():
 
 MISSING = [
     (["model=local"], "model.path is not set: give it on the command line, model.path=…"),
-    (["model=local", "model.path=x"], "data.path is not set: give it on the command line, data.path=…"),
+    (["model=local", "model.path=x", "data=jsonl"], "data.path is not set: give it on the command line, data.path=…"),
     (["seed=???"], "seed is not set: give it on the command line, seed=…"),
 ]
 
@@ -259,7 +259,8 @@ def test_a_defect_keeps_its_traceback():
         (["trainer.max_step=5"], "trainer.max_step=5: unknown key 'max_step'; did you mean 'max_steps'?"),
         (["trainer.max_steps=abc"], "trainer.max_steps=abc: Value 'abc' of type 'str' could not be converted"),
         (["exporter.num_draft_tokens=3"], "exporter.num_draft_tokens is 3: with exporter.topk=1 it must be"),
-        (["model=local", "model.path=x"], "data.path is not set: give it on the command line, data.path=…"),
+        (["model=local"], "model.path is not set: give it on the command line, model.path=…"),
+        (["draft.num_steps=3"], "draft.num_steps=3: this key is now draft.ttt_steps"),
         (["model=nosuch"], "In 'train_eagle3': Could not find 'model/nosuch'; Available options"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nemo_speculative.config.vocab_and_aux_layers import VocabularySize
+from nemo_speculative.config.schema import VocabularySize
 from nemo_speculative.data import vocab_mapping
 from nemo_speculative.data.tokenized_dataset import load_or_tokenize
 from nemo_speculative.data.vocab_mapping import load_or_build_vocab_mapping

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from nemo_speculative.config.schema import ModelConfig
-from nemo_speculative.config.vocab_and_aux_layers import aux_layers_for
+from nemo_speculative.config.schema import ModelConfig, aux_layers_for
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import collate

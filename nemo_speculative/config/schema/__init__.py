@@ -18,6 +18,9 @@ from nemo_speculative.config.schema.draft import (
     InitFromTarget,
     MaskConvention,
     Normalization,
+    VocabularySize,
+    aux_layers_for,
+    parse_vocab_size,
 )
 from nemo_speculative.config.schema.evaluation import EvaluationConfig
 from nemo_speculative.config.schema.exporter import (
@@ -58,7 +61,14 @@ from nemo_speculative.config.schema.model import (
     TinyModelConfig,
 )
 from nemo_speculative.config.schema.optimizer import DecayType, MuonConfig, OptimizerConfig
-from nemo_speculative.config.schema.prepare import DatasetConfig, FilterConfig, MixDataConfig, PrepareJob, SourceConfig
+from nemo_speculative.config.schema.prepare import (
+    DatasetConfig,
+    DefaultDataConfig,
+    FilterConfig,
+    MixDataConfig,
+    PrepareJob,
+    SourceConfig,
+)
 from nemo_speculative.config.schema.serve import ServeTargetJob
 from nemo_speculative.config.schema.trainer import (
     LoggerConfig,
@@ -79,6 +89,7 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "DecayType",
+    "DefaultDataConfig",
     "DepthSampling",
     "DraftConfig",
     "Dtype",
@@ -134,6 +145,9 @@ __all__ = [
     "TrainJob",
     "TrainerConfig",
     "TransformersFormConfig",
+    "VocabularySize",
     "WandbConfig",
     "WandbMode",
+    "aux_layers_for",
+    "parse_vocab_size",
 ]

@@ -1,4 +1,4 @@
-"""The benchmark against a server: what is asked, and how the server is started."""
+"""The benchmark on a server: its prompts, and how the server is started."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,27 +11,26 @@ from nemo_speculative.config.schema.common import require, require_not_negative,
 
 @dataclass
 class SuiteConfig:
-    """Prompts, and what makes an answer right."""
+    """Prompts, and how answers are scored."""
 
     name: str = MISSING
-    """What the results call it."""
+    """Name of the suite in the results."""
     path: Optional[str] = None
     """A JSONL file; null: the dataset on the hub."""
     repository: Optional[str] = None
     """Name of the dataset on the hub."""
     subset: Optional[str] = None
-    """Its configuration there, if it has several."""
+    """Configuration of the dataset, if it has several."""
     split: str = "test"
-    """Its split there."""
+    """Split of the dataset."""
     reader: dict[str, Any] = MISSING
-    """How a row becomes a prompt: a class by `_target_`, see `evaluation/server_benchmark/suites.py`."""
+    """Class that makes a prompt of a row, by `_target_`; see `evaluation/server_benchmark/suites.py`."""
     scorer: Optional[dict[str, Any]] = None
-    """What makes an answer right: a class by `_target_`, see `evaluation/server_benchmark/scoring.py`; null: nothing
-    does."""
+    """Class that scores an answer, by `_target_`; see `evaluation/server_benchmark/scoring.py`; null: no score."""
     max_new_tokens: int = 1024
     """Longest answer to one turn, in tokens."""
     num_prompts: Optional[int] = None
-    """Ask the first so many only; null: all."""
+    """Use only the first num_prompts prompts; null: all."""
 
     def __post_init__(self) -> None:
         require_positive(self, "suite", "max_new_tokens", "num_prompts")
@@ -39,26 +38,26 @@ class SuiteConfig:
 
 @dataclass
 class ServerConfig:
-    """The SGLang server that is started; none of it is used with url."""
+    """The SGLang server that the benchmark starts; unused with url."""
 
     python: Optional[str] = None
-    """Python of the environment that holds SGLang; null: the one that runs this."""
+    """Python of the environment that has SGLang; null: the current one."""
     device: str = "cuda"
-    """cuda: the accelerator that SGLang finds; cpu: to judge at temperature 0, not to measure speed."""
+    """cuda: the accelerator that SGLang finds; cpu: for acceptance at temperature 0, not for speed."""
     dtype: Optional[str] = None
-    """Of target and draft; null: as remembered."""
+    """dtype of target and draft; null: as recorded in the checkpoint."""
     tp_size: int = 1
     """GPUs that share the target."""
     port: int = 30000
-    """Where it listens, on 127.0.0.1."""
+    """Port on 127.0.0.1."""
     timeout: float = 900.0
     """Seconds until it must be ready."""
     target_variant: bool = False
-    """Accept a target with other weights of the same shape than the draft was trained for, such as a quantised copy."""
+    """Accept a target of the same shape with other weights than the draft was trained for, such as a quantized copy."""
     trust_remote_code: bool = False
     """Whether the target's own code may run."""
     flags: list[str] = field(default_factory=list)
-    """Further flags that go to SGLang as they are."""
+    """More flags, passed to SGLang unchanged."""
 
     def __post_init__(self) -> None:
         require_positive(self, "server", "timeout", "tp_size", "port")
@@ -66,24 +65,24 @@ class ServerConfig:
 
 @dataclass
 class BenchmarkJob:
-    """The measurement of a checkpoint on an SGLang server."""
+    """The benchmark of a checkpoint on an SGLang server."""
 
     checkpoint: Optional[str] = None
-    """A run directory, a step_<N> directory or its model/; it is served, and so is its target without it."""
+    """A run directory, a step_<N> directory or its model/; the target is served with and without it."""
     target: Optional[str] = None
-    """The target's directory or hub name; null: what the checkpoint remembers, or the server at url says."""
+    """The target's directory or hub name; null: as recorded in the checkpoint, or reported by the server at url."""
     url: Optional[str] = None
-    """A running server to measure in place of a checkpoint."""
+    """A running server to measure instead of a checkpoint."""
     baseline_url: Optional[str] = None
-    """Beside url, a server of the same target without speculation."""
+    """With url: a server of the same target without speculation."""
     suite: SuiteConfig = field(default_factory=SuiteConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     num_steps: Optional[int] = None
-    """Draft tokens along a branch; null: what the checkpoint remembers."""
+    """Draft tokens along a branch; null: as recorded in the checkpoint."""
     topk: Optional[int] = None
-    """Branches a draft step keeps; null: what the checkpoint remembers."""
+    """Branches a draft step keeps; null: as recorded in the checkpoint."""
     num_draft_tokens: Optional[int] = None
-    """Tokens verified at once, the last sampled one included; null: as remembered, or steps * topk + 1."""
+    """Tokens verified at once, the last sampled one included; null: as recorded, or steps * topk + 1."""
     sweep: list[list[int]] = field(default_factory=list)
     """Settings to compare, [steps, topk] or [steps, topk, draft tokens] each; empty: one, the keys above."""
     baseline: bool = True
@@ -91,14 +90,14 @@ class BenchmarkJob:
     concurrency: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32])
     """Conversations in flight at once; each is measured."""
     temperature: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """Of the answers; each is measured, 0 is greedy, the only one with server.device=cpu."""
+    """Sampling temperatures, each is measured; 0 is greedy, the only one with server.device=cpu."""
     warmup: int = 4
-    """Prompts that each server answers before it is measured."""
+    """Prompts that each server answers before the measurement."""
     results: str = "outputs/benchmark"
-    """Directory of cells.jsonl, table.md, heatmap.svg and the servers' logs; what it holds is not measured again."""
+    """Directory of cells.jsonl, table.md, heatmap.svg and server logs; results in it are not measured again."""
     write_back: Optional[int] = None
-    """One of concurrency: the setting with the most tokens/s there, on this suite at the first temperature, becomes
-    what the checkpoint remembers to be served with."""
+    """One of concurrency: the setting with the most tokens/s there, on this suite at the first temperature, is
+    recorded in the checkpoint as its serving settings."""
 
     def __post_init__(self) -> None:
         require_positive(self, "benchmark", "num_steps", "topk", "num_draft_tokens")

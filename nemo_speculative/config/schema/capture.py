@@ -1,4 +1,4 @@
-"""Features on disk: what is captured, and where it goes."""
+"""The capture of features to disk."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,22 +19,22 @@ class FeatureDtype(Enum):
 
 @dataclass
 class CaptureJob(TrainJob):
-    """The features of a training: the same command line says what it reads, training and held-out conversations."""
+    """The capture of the features that the training with the same command line reads."""
 
     output: str = MISSING
-    """Directory of the features: a new one, or one to go on with, in which only what is missing is computed."""
+    """Directory of the features, new or existing; only missing features are computed."""
     dtype: FeatureDtype = FeatureDtype.target
-    """As the target computes them; bf16; or fp8 with a scale for each hidden state, which costs some acceptance."""
+    """target: as the target computes them; bf16; fp8 with a scale per hidden state, at some cost of acceptance."""
     shard_mb: int = 1024
-    """MiB of a shard; up to three are held in memory."""
+    """MiB of a file; up to three are held in memory."""
     eagle: Optional[str] = None
-    """In place of data: a directory of EAGLE's .ckpt files (input_ids, loss_mask, hidden_state), to convert."""
+    """Instead of data: a directory of EAGLE's .ckpt files (input_ids, loss_mask, hidden_state) to convert."""
     merge: list[str] = field(default_factory=list)
-    """Directories of features whose shards are put into output; nothing is computed."""
+    """Directories of features to merge into output; nothing is computed."""
     verify: bool = False
-    """Compare all of output with its checksums; nothing is computed."""
+    """Compare output with its checksums; nothing is computed."""
     plan: bool = False
-    """Print what it takes, and stop before the target runs."""
+    """Print sizes and free space, and stop before the target runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

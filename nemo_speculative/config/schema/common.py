@@ -1,4 +1,4 @@
-"""What several groups need: the checks, and the dtypes."""
+"""Checks and types that several groups share."""
 
 from enum import Enum
 from typing import Any
@@ -12,13 +12,13 @@ class Dtype(Enum):
 
 
 def require(holds: bool, message: str) -> None:
-    """Raises a :class:`UserError` with ``message`` where a group's values do not hold together."""
+    """Raises a :class:`UserError` with ``message`` unless ``holds``."""
     if not holds:
         raise UserError(message)
 
 
 def require_positive(config: Any, group: str, *names: str) -> None:
-    """Refuses the keys ``names`` of ``group`` at or below 0; null passes, for it leaves the choice to others."""
+    """Refuses the keys ``names`` of ``group`` at or below 0; null passes: the default is decided elsewhere."""
     for name in names:
         value = getattr(config, name)
         require(value is None or value > 0, f"{group}.{name} is {value}: it must be greater than 0")

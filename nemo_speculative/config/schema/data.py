@@ -1,4 +1,4 @@
-"""Conversations, and where they come from."""
+"""Conversations: their source, and how they become packed rows of tokens."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -16,17 +16,17 @@ class Answers(Enum):
 
 @dataclass
 class DataConfig:
-    """Conversations, and how they become rows of tokens."""
+    """Conversations from a JSONL file, and how they become packed rows of tokens."""
 
     _target_: str = "nemo_speculative.data.sources.load_jsonl"
     path: Optional[str] = MISSING
-    """JSONL: {"conversations": [{"role", "content"}]} a line, or {"input_ids", "loss_mask"}."""
+    """JSONL file; a line is {"conversations": [{"role", "content"}]} or {"input_ids", "loss_mask"}."""
     held_out_path: Optional[str] = None
-    """The same, for validation and evaluation; null: held_out_share of path, chosen by id."""
+    """JSONL file for validation and evaluation; null: held_out_share of path, chosen by id."""
     held_out_share: float = 0.05
     """Share of the conversations kept out of training when held_out_path is null."""
     max_conversations: Optional[int] = None
-    """Train on the first so many only (of a seeded order)."""
+    """Most conversations to train on, the first of a seeded order; null: all."""
     answers: Answers = Answers.given
     """given: train on the answers in the data; target: the target answers every question itself first (on-policy)."""
     max_answer_tokens: int = 512
@@ -34,13 +34,13 @@ class DataConfig:
     generation_batch_size: int = 64
     """Conversations answered at once with answers=target."""
     max_length: Optional[int] = None
-    """Longest conversation, in tokens; what is cut off is counted. null: 2048, or the target's context if shorter."""
+    """Longest conversation in tokens, longer ones are truncated; null: 2048, or the target's context if shorter."""
     packed_length: Optional[int] = None
     """Tokens in one packed row; null: max_length."""
     cache_dir: str = "cache"
-    """Where tokenised rows (tokens/) and generated answers (answers/) are kept, by what they were made of."""
+    """Directory of tokenized rows (tokens/) and generated answers (answers/), keyed by their inputs."""
     workers: Optional[int] = None
-    """Processes that tokenise a long file; null: as many as there are cores, up to 8."""
+    """Processes that tokenize a long file; null: the number of cores, at most 8."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -80,7 +80,7 @@ class DataConfig:
 
 @dataclass
 class TinyDataConfig(DataConfig):
-    """Questions on the standard library, answered by the target itself."""
+    """Questions about the standard library, answered by the target itself."""
 
     _target_: str = "nemo_speculative.data.sources.load_stdlib"
     path: Optional[str] = None
@@ -89,5 +89,5 @@ class TinyDataConfig(DataConfig):
         super().__post_init__()
         require(
             self.path is None,
-            f"data.path is {self.path}, and data=tiny, which model=tiny brings, reads no file: add data=jsonl",
+            f"data.path is {self.path}, and data=tiny, the default of model=tiny, reads no file: add data=jsonl",
         )

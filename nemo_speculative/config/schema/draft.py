@@ -1,5 +1,6 @@
-"""The draft networks, with their training objectives."""
+"""The draft networks with their training objectives, and the target's layers and ids that they use."""
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
@@ -8,7 +9,78 @@ from omegaconf import MISSING
 
 from nemo_speculative.config.schema.common import require, require_not_negative, require_positive
 from nemo_speculative.config.schema.loss import LossConfig
-from nemo_speculative.config.vocab_and_aux_layers import VocabularySize, aux_layers_for, parse_vocab_size
+from nemo_speculative.utils.errors import UserError
+
+LARGEST_AUTO = 32000
+COVERAGE = re.compile(r"(\d+(?:\.\d+)?)%")
+
+
+@dataclass(frozen=True)
+class VocabularySize:
+    """The size of a draft vocabulary."""
+
+    entries: int | None
+    """None: enough for ``coverage``."""
+    coverage: float = 1.0
+    """Share of the supervised tokens, from 0 to 1."""
+    own_head: bool = True
+    """False: the target's head computes the logits."""
+
+
+def parse_vocab_size(value: Any, target_vocab_size: int) -> VocabularySize:
+    """The draft vocabulary that ``draft.vocab_size`` means for a target with ``target_vocab_size`` ids.
+
+    Raises:
+        UserError: the value has no known form, or is larger than the target's vocabulary.
+    """
+    if value == "auto":
+        return VocabularySize(min(LARGEST_AUTO, target_vocab_size))
+    if value in ("full", "target_head"):
+        return VocabularySize(target_vocab_size, own_head=value == "full")
+    share = COVERAGE.fullmatch(value) if isinstance(value, str) else None
+    if share and 0 < float(share[1]) <= 100:
+        return VocabularySize(None, float(share[1]) / 100)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise UserError(
+            f"draft.vocab_size is {value!r}: expected a number above 0, a coverage such as 99.5%, full, target_head or "
+            "auto"
+        )
+    if value > target_vocab_size:
+        raise UserError(
+            f"draft.vocab_size is {value}, larger than the target's vocabulary of {target_vocab_size}: "
+            f"set draft.vocab_size={target_vocab_size} or less, or auto"
+        )
+    return VocabularySize(value)
+
+
+def aux_layers_for(num_layers: int, chosen: list[int] | None) -> list[int]:
+    """The aux layers of a target of ``num_layers`` decoder layers.
+
+    ``chosen``, or the published formula [1, N//2 - 1, N - 4] (EAGLE-3, algorithm as released; 0-based outputs).
+
+    Raises:
+        UserError: a layer is out of range, or the formula gives the same layer twice (fewer than 7 layers).
+    """
+    if chosen is None:
+        layers = [1, num_layers // 2 - 1, num_layers - 4]
+        if len(set(layers)) < 3 or min(layers) < 0 or layers != sorted(layers):
+            raise UserError(
+                f"the target has {num_layers} layers, too few for the default aux layers [1, N//2 - 1, N - 4] = "
+                f"{layers}; list them, e.g. draft.aux_layers={_spread(num_layers)}"
+            )
+        return layers
+    # The output of the last layer is not captured by SGLang (it reads layer inputs).
+    wrong = [layer for layer in chosen if not 0 <= layer < num_layers - 1]
+    if wrong:
+        raise UserError(
+            f"draft.aux_layers holds {wrong[0]}: the target has {num_layers} layers, so 0 to {num_layers - 2} can be "
+            "captured"
+        )
+    return list(chosen)
+
+
+def _spread(num_layers: int) -> list[int]:
+    return sorted({0, max(num_layers // 2 - 1, 0), max(num_layers - 2, 0)})
 
 
 class MaskConvention(Enum):
@@ -35,7 +107,7 @@ class FeatureNoise(Enum):
 
 @dataclass
 class InitFromTarget:
-    """Which parts of the draft start from the target's weights instead of random ones."""
+    """Parts of the draft that start from the target's weights instead of random ones."""
 
     head: bool = True
     """lm_head from the target head's rows."""
@@ -47,15 +119,15 @@ class InitFromTarget:
 
 @dataclass
 class DraftConfig:
-    """The draft network and its training objective; every number that is null is the target's."""
+    """The draft network and its training objective; a number that is null is the target's."""
 
     _target_: str = MISSING
     objective: str = MISSING
-    """The class of the loss."""
+    """Class of the training objective."""
     config: Optional[str] = None
-    """A draft's config.json in the published EAGLE or SpecForge form: its numbers fill what is null here."""
+    """A config.json in the form of EAGLE or SpecForge; its numbers replace those that are null here."""
     init_from: Optional[str] = None
-    """A draft to start from: a checkpoint of this project, or another project's."""
+    """Checkpoint to start from, of this project or another."""
     num_layers: Optional[int] = None
     """Decoder layers of the draft; null: 1."""
     intermediate_size: Optional[int] = None
@@ -63,20 +135,20 @@ class DraftConfig:
     num_kv_heads: Optional[int] = None
     head_dim: Optional[int] = None
     rope_theta: Optional[float] = None
-    """Base of a plain rotary embedding of the draft's own; null: the target's, with its scaling."""
+    """Base of a plain rotary embedding; null: the target's base and scaling."""
     ttt_steps: int = 7
-    """Steps of the unroll in training (T)."""
+    """Training-time test steps (T): how many tokens the draft drafts from its own outputs in training."""
     step_decay: float = 0.8
-    """Step i weighs step_decay ** i in the loss."""
+    """Step i has weight step_decay ** i in the loss."""
     mask_convention: MaskConvention = MaskConvention.serving
-    """Which slots are supervised: serving is what inference asks for; official and automodel as those frameworks do."""
+    """Supervised slots: serving: those that inference drafts; official, automodel: as in those frameworks."""
     normalization: Normalization = Normalization.token
-    """What weighs the same in the loss: every supervised token, or every conversation."""
+    """token: each supervised token has the same weight in the loss; conversation: each conversation has."""
     depth_sampling: DepthSampling = DepthSampling.none
     """geometric: a slot runs step i with probability step_decay ** i and weighs 1 there; same expected gradient."""
     position_offset: Optional[int] = None
-    """In training every document skips positions at a random place, up to this one, so that the draft meets longer
-    distances than its documents have; null: no skips. The target reads the true positions."""
+    """Largest position id in training: each conversation skips position ids at a random place, so that the draft is
+    trained for longer contexts than its data has; null: no skips. The target reads the true positions."""
     init_from_target: InitFromTarget = field(default_factory=InitFromTarget)
 
     def __post_init__(self) -> None:
@@ -96,10 +168,10 @@ class DraftConfig:
         )
 
     def check_positions(self, max_length: int) -> None:
-        """Documents of ``max_length`` tokens leave room for a skip.
+        """Checks that position_offset leaves room for a skip in conversations of ``max_length`` tokens.
 
         Raises:
-            UserError: they do not.
+            UserError: it does not.
         """
         require(
             self.position_offset is None or self.position_offset > max_length,
@@ -108,33 +180,33 @@ class DraftConfig:
         )
 
     def chosen_aux_layers(self, num_layers: int) -> list[int]:
-        """The aux layers that it reads of a target of ``num_layers`` layers."""
+        """The aux layers of a target with ``num_layers`` layers that the draft reads."""
         return []
 
     def vocabulary(self, target_vocab_size: int) -> VocabularySize:
-        """How many ids of a target of ``target_vocab_size`` it can propose."""
+        """The vocabulary of the draft for a target with ``target_vocab_size`` ids."""
         return VocabularySize(target_vocab_size)
 
 
 @dataclass
 class Eagle3DraftConfig(DraftConfig):
-    """EAGLE-3, and EAGLE-3.1 by its three switches."""
+    """EAGLE-3; with its switches EAGLE-3.1."""
 
     _target_: str = "nemo_speculative.algorithms.eagle3.network.Eagle3Draft"
     objective: str = "nemo_speculative.algorithms.eagle3.training.Eagle3Objective"
     hidden_size: Optional[int] = None
-    """Where it is not the target's, the draft trains an embedding of its own."""
+    """Width of the draft; if it differs from the target's, the draft trains its own embedding."""
     aux_layers: Optional[list[int]] = None
     """Decoder layers (0-based) whose outputs are the aux hidden states; null: [1, N//2 - 1, N - 4] for N layers."""
     vocab_size: Any = "auto"
-    """Of the draft: a number, a coverage such as 99.5%, full, target_head (no head of its own), or auto: 32000, or the
-    whole target vocabulary where that is smaller."""
+    """Size of the draft vocabulary: a number, a coverage such as 99.5%, full, target_head (the target's head computes
+    the logits), or auto: 32000, at most the target's."""
     fc_norm: bool = False
-    """EAGLE-3.1: an RMSNorm over each aux state before fc."""
+    """EAGLE-3.1: RMSNorm of each aux hidden state before fc."""
     norm_before_fc: bool = False
-    """The other form: one RMSNorm over all aux states together."""
+    """One RMSNorm over the concatenated aux hidden states, in place of fc_norm."""
     norm_output: bool = False
-    """EAGLE-3.1: the next step is fed the state after the final norm."""
+    """EAGLE-3.1: the next step reads the hidden state after the final norm."""
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
@@ -162,18 +234,18 @@ class Eagle3DraftConfig(DraftConfig):
 
 @dataclass
 class EagleDraftConfig(DraftConfig):
-    """EAGLE-1 and EAGLE-2: feature autoregression under the target's own head."""
+    """EAGLE-1 and EAGLE-2: autoregression on features, with the target's head."""
 
     _target_: str = "nemo_speculative.algorithms.eagle.network.EagleDraft"
     objective: str = "nemo_speculative.algorithms.eagle.training.EagleObjective"
     ttt_steps: int = 1
-    """Aligned passes over the draft's own features (HASS); 1 is EAGLE's."""
+    """Aligned passes over the draft's own features (HASS); EAGLE has 1."""
     vloss_w: float = 1.0
-    """Weight of the regression of the target's next feature (smooth L1)."""
+    """Weight of the smooth L1 loss on the target's next feature."""
     ploss_w: float = 0.1
-    """Weight of the cross-entropy between the two distributions."""
+    """Weight of the cross-entropy with the target's distribution."""
     topk_w: float = 0.0
-    """Weight of the cross-entropy over the target's topk likeliest tokens (HASS uses 1)."""
+    """Weight of the cross-entropy over the target's topk most likely tokens (HASS uses 1)."""
     topk: int = 10
     noise: FeatureNoise = FeatureNoise.paper
     """Uniform noise on the features read in training: ±0.1 (paper), or that times 512 / length (official code)."""

@@ -1,4 +1,4 @@
-"""The measurement of a draft."""
+"""The evaluation of a draft."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,33 +9,33 @@ from nemo_speculative.config.schema.common import require, require_positive
 
 @dataclass
 class EvaluationConfig:
-    """The measurement of the draft with the built-in lossless decoder."""
+    """The evaluation of the draft with the built-in lossless decoder."""
 
     num_questions: int = 100
     """Held-out questions at the end of a run."""
     selection_questions: int = 16
-    """Held-out questions measured at every checkpoint, by which `best` is chosen."""
+    """Held-out questions at every checkpoint, which decide `best`."""
     max_new_tokens: Optional[int] = None
-    """Longest answer; null: 256, or in evaluate.py what the run used."""
+    """Longest answer in tokens; null: 256, or in evaluate.py as in the run."""
     num_threads: Optional[int] = None
-    """CPU threads while measuring; null: torch's choice, or in evaluate.py what the run used."""
+    """CPU threads; null: torch's choice, or in evaluate.py as in the run."""
     ngram: int = 3
-    """Longest n-gram that prompt-lookup drafting, the baseline, matches."""
+    """Longest n-gram of prompt-lookup drafting, the baseline."""
     batch_size: int = 1
-    """Questions answered at once; speed is compared at this size."""
+    """Questions decoded together; speed is compared at this size."""
     temperature: float = 0.0
-    """Of the answers; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Sample from the smallest set of the likeliest tokens that holds so much probability; 1: from all."""
+    """Sample from the smallest set of most likely tokens with this probability; 1: all tokens."""
     top_k: int = 0
-    """Sample from so many of the likeliest tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: all tokens."""
     rejection_sampling: bool = False
     """At a temperature above 0, draw the draft tokens and accept each with min(1, p/q): chains only; false: SGLang's
     default rule, which needs no draft probabilities."""
     static_tree: bool = False
-    """EAGLE-1's published static tree in place of what the checkpoint is served with."""
+    """Decode with EAGLE-1's published static tree instead of the checkpoint's settings."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -58,7 +58,7 @@ class EvaluationConfig:
         return self.max_new_tokens or 256
 
     def like(self, run: dict[str, Any]) -> "EvaluationConfig":
-        """With what the configuration of a run says where this one says nothing."""
+        """A copy with the values of the configuration ``run`` where this one has null."""
         return replace(
             self,
             max_new_tokens=self.max_new_tokens or run.get("max_new_tokens"),

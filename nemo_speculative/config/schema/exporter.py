@@ -1,4 +1,4 @@
-"""What is written for serving, and the forms that a draft is converted into."""
+"""The checkpoint for serving, and the formats that a draft is converted into."""
 
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -9,19 +9,19 @@ from nemo_speculative.config.speculative import SpeculativeSettings, default_dra
 
 @dataclass
 class ExporterConfig:
-    """What is written for serving, and the speculative settings that the checkpoint remembers."""
+    """The checkpoint for serving, and the speculative settings recorded in it."""
 
     dtype: Optional[Dtype] = None
-    """Of the draft's weights on disk; null: the target's."""
+    """dtype of the draft's weights on disk; null: the target's."""
     num_steps: int = 5
     """Draft tokens in a chain (SGLang's --speculative-num-steps)."""
     topk: int = 1
     """Branches a draft step keeps (--speculative-eagle-topk); 1 is a chain."""
     num_draft_tokens: Any = None
     """Tokens verified at once, the last sampled one included; null: steps * topk + 1; auto (with topk above 1):
-    several are measured when training is done, and the cheapest per token is kept."""
+    several are measured after training, and the cheapest per token is recorded."""
     sglang_version: str = "0.5.23"
-    """The version that will serve it; what it cannot serve is refused."""
+    """SGLang version for serving; a draft that it cannot serve is refused."""
 
     def __post_init__(self) -> None:
         require_positive(self, "exporter", "num_steps", "topk")
@@ -55,14 +55,14 @@ class ExporterConfig:
 
     @property
     def speculative(self) -> SpeculativeSettings:
-        """The settings; where they are yet to be measured, a full beam's."""
+        """The speculative settings; those of a full beam if they are still to be measured."""
         tokens = default_draft_tokens(self.num_steps, self.topk) if self.measure_width else self.num_draft_tokens
         return SpeculativeSettings(self.num_steps, self.topk, tokens)
 
 
 @dataclass
 class FormConfig:
-    """The form that a draft is converted into: what SGLang serves and every program of this project reads."""
+    """The format that SGLang serves and every program of this project reads."""
 
     _target_: str = "nemo_speculative.checkpoint.adapters.own.SGLangExport"
 
@@ -76,6 +76,6 @@ class SpeculatorsFormConfig(FormConfig):
 
 @dataclass
 class TransformersFormConfig(FormConfig):
-    """What transformers loads with the code that lies beside it (trust_remote_code)."""
+    """The format that transformers loads with the code next to the weights (trust_remote_code)."""
 
     _target_: str = "nemo_speculative.checkpoint.adapters.transformers_remote_code.RemoteCodeExport"

@@ -1,8 +1,8 @@
-"""The target's answers to questions: who gives them, to what, and where they go."""
+"""The generation of the target's answers to the questions of a data file."""
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from omegaconf import MISSING
 
@@ -13,7 +13,7 @@ from nemo_speculative.utils.errors import UserError
 
 @dataclass
 class EngineConfig:
-    """Who answers."""
+    """The engine that generates answers."""
 
     _target_: str = MISSING
 
@@ -24,11 +24,11 @@ class HFEngineConfig(EngineConfig):
 
     _target_: str = "nemo_speculative.generate_data.engines.HFEngine"
     batch_size: int = 64
-    """Answers decoded at once; their keys and values share the device's memory with the target."""
+    """Answers decoded together; their KV cache shares the device's memory with the target."""
     attn_implementation: str = "sdpa"
-    """transformers' name of the target's attention."""
+    """Attention implementation of transformers."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto: cuda if available, else cpu."""
 
     def __post_init__(self) -> None:
         require_positive(self, "engine", "batch_size")
@@ -36,24 +36,24 @@ class HFEngineConfig(EngineConfig):
 
 @dataclass
 class EndpointConfig(EngineConfig):
-    """OpenAI-compatible servers, best SGLang's, which tells the ids that it generated.
+    """OpenAI-compatible servers, preferably SGLang, which returns the generated ids.
 
-    The variable SGLANG_API_KEY or OPENAI_API_KEY holds their token.
+    The environment variable SGLANG_API_KEY or OPENAI_API_KEY holds their token.
     """
 
     _target_: str = "nemo_speculative.generate_data.endpoint.EndpointEngine"
     urls: list[str] = field(default_factory=list)
-    """Where they listen, without /v1; requests go to the one with the fewest under way."""
+    """Addresses without /v1; a request goes to the server with the fewest in flight."""
     model: Optional[str] = None
-    """Which of their models answers; null: the only one that they have."""
+    """Name of the model on the servers; null: the only one."""
     concurrency: int = 32
-    """Requests under way at each server."""
+    """Requests in flight at each server."""
     attempts: int = 5
-    """How often a request is tried in a run; one that no server could take, being down or busy, was not tried."""
+    """Attempts of a request in a run; a server that is down or busy does not count as one."""
     timeout: float = 600.0
-    """Seconds for an answer."""
+    """Seconds to wait for an answer."""
     give_up_after: float = 300.0
-    """Seconds without an answer of any server after which the run ends, to be gone on with later."""
+    """Seconds without an answer of any server after which the run ends; the same command resumes it."""
 
     def __post_init__(self) -> None:
         require_servers("engine.urls", self.urls)
@@ -62,56 +62,48 @@ class EndpointConfig(EngineConfig):
 
 @dataclass
 class ReasoningConfig:
-    """What becomes of the reasoning of an answer in the conversation; its ids always hold it."""
+    """Treatment of the reasoning in an answer's text; its token ids always include it."""
 
     _target_: str = MISSING
     tags: list[str] = field(default_factory=lambda: ["<think>", "</think>"])
-    """What opens and what closes it; the opening one may stand in the prompt."""
+    """Opening and closing tag; the opening one may be in the prompt."""
 
     def __post_init__(self) -> None:
         require(
             len(self.tags) == 2 and all(self.tags),
-            f"reasoning.tags is {self.tags}: expected two, what opens the reasoning and what closes it",
+            f"reasoning.tags is {self.tags}: expected two, the opening and the closing tag",
         )
 
 
 @dataclass
 class GenerateJob:
-    """Every answer of a data file given anew by the target."""
+    """The generation of new answers for a data file by the target."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The target; an endpoint takes no more than its tokenizer and chat template."""
+    """The target; with engine=endpoint only its tokenizer and chat template are used."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     path: str = MISSING
-    """JSONL of conversations, or of rows of token ids, as recipes/prepare_data.py writes it."""
+    """JSONL of conversations or token ids, as recipes/prepare_data.py writes it."""
     output: str = MISSING
-    """A directory; each range gets one of its own in it, <start>-<end>, with answers.jsonl, left_out.jsonl and
-    manifest.json. What it holds is found again by the lines' ids and contents."""
+    """Directory with a subdirectory <start>-<end> for each range: answers.jsonl, left_out.jsonl and manifest.json.
+    Stored answers are matched by id and content of the lines."""
     range: Optional[str] = None
-    """start:end, the lines to answer, from 0 on, without end; null: all."""
+    """Lines to answer, start:end, from 0, end excluded; null: all."""
     temperature: float = 0.0
-    """Of the answers; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Sample from the smallest set of the likeliest tokens that holds so much probability; 1: from all."""
+    """Sample from the smallest set of most likely tokens with this probability; 1: all tokens."""
     top_k: int = 0
-    """Sample from so many of the likeliest tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: all tokens."""
     seed: int = 0
-    """Of the sampling; each answer has its own seed, from this one, the conversation's id and the turn."""
+    """Seed of the sampling; each answer's seed derives from it, the conversation's id and the turn."""
     max_new_tokens: int = 2048
     """Longest answer, in tokens."""
     max_length: Optional[int] = None
     """Longest conversation, in tokens; null: the target's context."""
     keep_cut: bool = True
-    """Keep conversations with an answer that was cut at its limit; false: they are skipped."""
+    """Keep conversations with a truncated answer; false: leave them out."""
     reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
-    data: Any = None
-    """A model brings it for a training; not used here."""
-    optimizer: Any = None
-    """A model brings it for a training; not used here."""
-    trainer: Any = None
-    """A model brings it for a training; not used here."""
-    evaluation: Any = None
-    """A model brings it for a training; not used here."""
 
     def __post_init__(self) -> None:
         require_positive(self, "generate", "max_new_tokens", "max_length")
@@ -121,7 +113,7 @@ class GenerateJob:
             require(end is None or start < end, f"range is {self.range}: it holds no line; expected start:end")
 
     def bounds(self) -> tuple[int, Optional[int]]:
-        """Where the range starts and ends; None: nowhere."""
+        """Start and end of the range; end None: the last line."""
         parts = re.fullmatch(r"(\d*):(\d*)", self.range or ":")
         if parts is None:
             raise UserError(f"range is {self.range!r}: expected start:end, e.g. range=0:17500 or range=17500:")
@@ -130,11 +122,11 @@ class GenerateJob:
 
 @dataclass
 class MergeJob:
-    """Parts of generated answers put together."""
+    """The merge of generated answers."""
 
     parts: list[str] = field(default_factory=list)
-    """Directories that generate_data.py wrote, or the one above them."""
+    """Directories written by generate_data.py, or their parent."""
     output: str = MISSING
-    """The JSONL file to write, one that does not exist."""
+    """JSONL file to create."""
     allow_missing: bool = False
-    """Write it although lines are missing or failed."""
+    """Write the file although lines are missing or failed."""

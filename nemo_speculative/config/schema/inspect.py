@@ -1,8 +1,8 @@
-"""What a look at the data takes."""
+"""The report on the data of a training."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from nemo_speculative.config.schema.common import require
 from nemo_speculative.config.schema.data import DataConfig
@@ -20,28 +20,22 @@ class InspectJob:
     show: list[str] = field(default_factory=list)
     """Conversations to show with their mask: ids, or lines of the file; empty: the first three."""
     compare: int = 1000
-    """Conversations, from the first on, whose every turn is compared with what a chat server would render; 0: none."""
+    """Number of conversations compared turn by turn with what a chat server would render; 0: none."""
     url: Optional[str] = None
-    """A running SGLang server that is asked what it renders; null: what the tokenizer's template says it would."""
+    """A running SGLang server that renders them; null: the tokenizer's chat template does."""
     seed: int = 0
-    """Of the order of the data: that of the training."""
-    optimizer: Any = None
-    """A model brings it for a training; not used here."""
-    trainer: Any = None
-    """A model brings it for a training; not used here."""
-    evaluation: Any = None
-    """A model brings it for a training; not used here."""
+    """Seed of the order of the data, as in the training."""
 
     def __post_init__(self) -> None:
         require(self.compare >= 0, f"compare is {self.compare}: it must not be negative")
 
     @property
     def name(self) -> str:
-        """Of the data."""
+        """Name of the data."""
         named = self.data.path or getattr(self.data, "prepared", None) or "stdlib"
         return Path(named).name.removesuffix(".jsonl")
 
     @property
     def directory(self) -> Path:
-        """Where the report goes."""
+        """Directory of the report."""
         return Path(self.output or f"outputs/inspect-{self.name}").expanduser()

@@ -1,4 +1,4 @@
-"""The roots: what a recipe is given; contradictions between groups end here."""
+"""The root schemas of the recipes, which check values across groups."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -38,11 +38,11 @@ class TrainJob:
     output_dir: str = MISSING
     """The run's directory: config.yaml, metrics.jsonl, checkpoints/, summary.json."""
     seed: int = 0
-    """Of the draft's initialisation and the order of the data."""
+    """Seed of the draft's initialization and of the order of the data."""
     resume: Resume = Resume.never
-    """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    """auto: resume from the newest checkpoint in output_dir, if there is one."""
     plan: bool = False
-    """Print what would happen and stop, without loading any weights."""
+    """Print what the training would do and need, and stop without loading weights."""
 
     def __post_init__(self) -> None:
         require(
@@ -58,7 +58,7 @@ class TrainJob:
         )
 
     def data_ranks(self, ranks: int) -> int:
-        """How many of ``ranks`` processes read rows of their own.
+        """The number of data-parallel ranks, of ``ranks`` processes.
 
         Raises:
             UserError: the parallelism is for another number of processes, or a global batch cannot be split over them.
@@ -76,29 +76,29 @@ class TrainJob:
 
 @dataclass
 class EvaluateJob:
-    """The measurement of a checkpoint."""
+    """The evaluation of a checkpoint."""
 
     checkpoint: str = MISSING
     """A run directory, a step_<N> directory or its model/."""
     target: Optional[str] = None
-    """The target's directory or hub name; null: the one that the checkpoint remembers."""
+    """The target's directory or hub name; null: the one recorded in the checkpoint."""
     questions: Optional[str] = None
-    """JSONL of questions: conversations (asked up to the first answer) or input_ids; null: those of the run."""
+    """JSONL of questions: conversations (used up to the first answer) or input_ids; null: those of the run."""
     model: PlacementConfig = field(default_factory=PlacementConfig)
     backend: HFBackendConfig = field(default_factory=HFBackendConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_steps: Optional[int] = None
-    """Draft tokens along a branch; null: what the checkpoint remembers."""
+    """Draft tokens along a branch; null: as recorded in the checkpoint."""
     topk: Optional[int] = None
-    """Branches a draft step keeps; null: what the checkpoint remembers."""
+    """Branches a draft step keeps; null: as recorded in the checkpoint."""
     num_draft_tokens: Optional[int] = None
-    """Tokens verified at once, the last sampled one included; null: as remembered, or steps * topk + 1."""
+    """Tokens verified at once, the last sampled one included; null: as recorded, or steps * topk + 1."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto: cuda if available, else cpu."""
     draft_class: Optional[str] = None
-    """The class of a draft that lies outside this package; importing it makes its architecture known."""
+    """Class of a draft defined outside this package; importing it registers its architecture."""
     trust_remote_code: bool = False
-    """Whether the target's own modelling code may run."""
+    """Whether the target's own modeling code may run."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "topk", "num_draft_tokens"):
@@ -108,21 +108,21 @@ class EvaluateJob:
 
 @dataclass
 class ConvertJob:
-    """The conversion of a draft of any known format."""
+    """The conversion of a draft from any known format."""
 
     checkpoint: str = MISSING
-    """Its directory: of this project, EAGLE (SafeAILab), SpecForge, NeMo AutoModel or speculators."""
+    """Directory of the draft: of this project, EAGLE (SafeAILab), SpecForge, NeMo AutoModel or speculators."""
     target: Optional[str] = None
-    """The target's directory or hub name; null: the one that the draft says it was trained for."""
+    """The target's directory or hub name; null: the one named in the draft's files."""
     output: Optional[str] = None
-    """A directory that does not exist; null: beside the draft, its name and the form's."""
+    """Directory to create; null: next to the draft, named after it and the form."""
     aux_layers: Optional[list[int]] = None
-    """Layers of the target whose outputs it reads, where it says so wrongly; null: what it says, or EAGLE's default."""
+    """Layers of the target that it reads, if its files are wrong; null: as in its files, or EAGLE's default."""
     form: FormConfig = field(default_factory=FormConfig)
     exporter: ExporterConfig = field(default_factory=ExporterConfig)
-    """What another project's draft is to be served with; dtype null keeps the file's."""
+    """Speculative settings for a draft of another project; dtype null keeps the file's."""
     trust_remote_code: bool = False
-    """Whether the target's own modelling code may run."""
+    """Whether the target's own modeling code may run."""
 
 
 @dataclass
@@ -134,6 +134,6 @@ class PruneJob:
     output: str = MISSING
     """A new directory; the pruned checkpoint is its model/."""
     vocab_size: Any = MISSING
-    """Entries to keep: a number, or a coverage such as 99.5%."""
+    """Entries that remain: a number, or a coverage such as 99.5%."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Conversations whose assistant tokens are counted, best those that it was trained on."""
+    """Conversations whose assistant tokens are counted, preferably the training data."""

@@ -1,4 +1,4 @@
-"""What the draft's distribution costs beside the target's."""
+"""The losses between the draft's and the target's distribution."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from nemo_speculative.config.schema.common import require
 
 @dataclass
 class LossConfig:
-    """Between the target's distribution p and the draft's q: soft cross-entropy."""
+    """Soft cross-entropy of the draft's distribution q with the target's p."""
 
     _target_: str = "nemo_speculative.algorithms.common.losses.SoftCrossEntropy"
 
 
 @dataclass
 class HardCrossEntropyConfig(LossConfig):
-    """Cross-entropy against the target's likeliest token."""
+    """Cross-entropy with the target's most likely token."""
 
     _target_: str = "nemo_speculative.algorithms.common.losses.HardCrossEntropy"
 
@@ -26,7 +26,7 @@ class KLDivergenceConfig(LossConfig):
 
     _target_: str = "nemo_speculative.algorithms.common.losses.KLDivergence"
     temperature: float = 1.0
-    """Above 1, unlikely tokens weigh more."""
+    """Softening temperature; above 1, unlikely tokens have more weight."""
 
     def __post_init__(self) -> None:
         require(
@@ -51,11 +51,11 @@ class LKAlphaConfig(LossConfig):
 
 @dataclass
 class LKLambdaConfig(LossConfig):
-    """LK^lambda: from KL divergence towards total variation, the more is accepted."""
+    """LK^lambda: moves from KL divergence to total variation as acceptance grows."""
 
     _target_: str = "nemo_speculative.algorithms.common.losses.LKLambda"
     eta: float = 3.0
-    """How fast: KL weighs exp(-eta * acceptance); 0 is KL alone."""
+    """KL divergence has weight exp(-eta * acceptance); 0: KL divergence alone."""
 
     def __post_init__(self) -> None:
         require(

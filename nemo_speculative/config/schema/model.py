@@ -1,4 +1,4 @@
-"""The target: which model, what runs it, and where it lies."""
+"""The target: which model, and what runs it."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
@@ -13,7 +13,7 @@ from nemo_speculative.config.schema.draft import MaskConvention
 
 @dataclass
 class ModelConfig:
-    """The target model, whose decoding is to be made faster."""
+    """The target model, whose decoding the draft accelerates."""
 
     _target_: str = "nemo_speculative.targets.resolve.resolve_target"
     path: str = MISSING
@@ -21,33 +21,33 @@ class ModelConfig:
     revision: Optional[str] = None
     """Branch, tag or commit of a hub repository."""
     dtype: Dtype = Dtype.float32
-    """The dtype the frozen target runs in."""
+    """dtype of the frozen target."""
     trust_remote_code: bool = False
-    """Whether a repository's own modelling code may run."""
+    """Whether a repository's own modeling code may run."""
 
 
 @dataclass
 class TinyModelConfig(ModelConfig):
-    """The embedded target: made on first use from the standard library's documentation, then cached."""
+    """The embedded target, trained on first use on the documentation of the standard library, then cached."""
 
     _target_: str = "nemo_speculative.targets.demo.prepare_tiny"
     path: str = "embedded"
     cache_dir: str = "cache/targets"
-    """Where it is kept."""
+    """Directory of the trained target."""
     num_layers: int = 10
     """Decoder layers; the default aux layers need at least 7."""
     hidden_size: int = 128
     intermediate_size: int = 384
     head_dim: int = 64
     vocab_size: int = 1024
-    """Entries of its byte-level BPE."""
+    """Entries of its byte-level BPE vocabulary."""
     context: int = 1024
     """Its longest sequence, in tokens."""
     row_tokens: int = 256
     """Tokens in one row of its training."""
     rows_per_step: int = 8
     steps: int = 1000
-    """Training steps; by steps, not seconds, so that two machines make the same target."""
+    """Training steps (not seconds, so that two machines train the same target)."""
     warmup_steps: int = 50
     muon_lr: float = 0.03
     """Learning rate of the matrices."""
@@ -58,64 +58,64 @@ class TinyModelConfig(ModelConfig):
     def __post_init__(self) -> None:
         require(
             self.path == "embedded",
-            f"model.path is {self.path}, and model is tiny, the embedded target: add model=local for a model of yours",
+            f"model.path is {self.path}, and model is tiny, the embedded target: add model=local for your own model",
         )
         require(self.num_layers >= 7, f"model.num_layers is {self.num_layers}: the embedded target needs at least 7")
         require_positive(self, "model", "steps", "rows_per_step", "row_tokens", "warmup_steps", "context")
 
 
 READ_AHEAD = 2
-"""Micro-batches of features that are read in threads while the draft works on one."""
+"""Micro-batches of features that threads read ahead."""
 LOADING_SECONDS = 3600.0
-"""For a target that is loaded when the first of its features is missing."""
+"""Longest time to load the target when a feature is missing."""
 
 
 @dataclass
 class BackendConfig:
-    """What runs the frozen target in training."""
+    """The backend that runs the frozen target in training."""
 
     DECODES: ClassVar[bool] = False
-    """Whether it continues texts: answers questions, and measures drafts."""
+    """Whether it generates text: answers questions, and evaluates drafts."""
     GATHERED_LAYERS: ClassVar[int] = 0
-    """Whole layers that lie on a device, beside its share, while it computes."""
+    """Whole layers gathered on a device in addition to its shard during a forward."""
     SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = False
-    """Whether embedding and head are divided as the layers are, and gathered where they are used."""
+    """Whether embedding and head are sharded like the layers, and gathered for use."""
     WHOLE_ROWS: ClassVar[bool] = False
-    """Whether it gives each of the ranks that share rows all of them, to keep its part."""
+    """Whether it returns whole rows to every context-parallel rank, which then keeps its part."""
     _target_: str = MISSING
 
     @property
     def requests_ahead(self) -> int:
-        """Micro-batches that it is asked for beforehand, in threads."""
+        """Micro-batches requested ahead of time, in threads."""
         return 0
 
     def together(self, ranks: int) -> bool:
-        """Whether ``ranks`` processes compute it together, in turn with the draft's work."""
+        """Whether ``ranks`` processes compute its forward collectively, alternating with the draft."""
         return False
 
     def ahead(self, ranks: int, device_type: str) -> int:
-        """Micro-batches whose states are there, or on their way, while the draft works on one."""
+        """Micro-batches whose hidden states are computed ahead of the draft."""
         return self.requests_ahead or int(device_type == "cuda" and not self.together(ranks))
 
     @property
     def longest_wait(self) -> float:
-        """Seconds that a rank may spend on one batch by this configuration: for so long the others have to wait."""
+        """Seconds that a rank may wait for one batch; other ranks must wait at least this long."""
         return 0.0
 
     def share_of_layers(self, ranks: int) -> float:
-        """How much of the target's decoder layers each of ``ranks`` processes holds.
+        """The fraction of the target's decoder layers that each of ``ranks`` processes holds.
 
         Raises:
-            UserError: it does not run on so many.
+            UserError: it does not run on this number of processes.
         """
         return 1.0
 
     def share_of_width(self, ranks: int) -> float:
-        """How much of each layer's activations a process computes, for the rows of one rank after the other."""
+        """The fraction of each layer's activations that a process computes, for the rows of one rank at a time."""
         return 1.0
 
     def check_target(self, config: Any, ranks: int) -> None:
-        """Raises UserError if a target of ``config``, as transformers describes it, does not run so on ``ranks``."""
+        """Raises UserError if a target with the transformers config ``config`` does not run on ``ranks`` processes."""
 
 
 @dataclass
@@ -125,7 +125,7 @@ class HFBackendConfig(BackendConfig):
     DECODES: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.hf.HFTarget"
     attn_implementation: str = "sdpa"
-    """transformers' name of the target's attention."""
+    """Attention implementation of transformers."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ class ShardedHFBackendConfig(BackendConfig):
     SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.sharded.FSDP2Target"
     attn_implementation: str = "sdpa"
-    """transformers' name of the target's attention."""
+    """Attention implementation of transformers."""
 
     def together(self, ranks: int) -> bool:
         return True
@@ -147,15 +147,15 @@ class ShardedHFBackendConfig(BackendConfig):
 
 @dataclass
 class TensorParallelHFBackendConfig(BackendConfig):
-    """transformers, tensor-parallel by its own plan; the ranks of a group compute their batches one after the other."""
+    """transformers with its tensor-parallel plan; the ranks of a group compute their batches one after another."""
 
     SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.sharded.TensorParallelTarget"
     attn_implementation: str = "sdpa"
-    """transformers' name of the target's attention."""
+    """Attention implementation of transformers."""
     tp_size: int = -1
-    """Neighbouring ranks that share a copy of the target, best within a node; -1: all."""
+    """Consecutive ranks that share a copy of the target, preferably within a node; -1: all."""
 
     def __post_init__(self) -> None:
         require(
@@ -164,10 +164,10 @@ class TensorParallelHFBackendConfig(BackendConfig):
         )
 
     def group(self, ranks: int) -> int:
-        """How many of ``ranks`` processes share a copy.
+        """The number of processes that share a copy, of ``ranks``.
 
         Raises:
-            UserError: they cannot be divided so.
+            UserError: they cannot be divided into such groups.
         """
         size = ranks if self.tp_size == -1 else self.tp_size
         require(
@@ -199,14 +199,14 @@ class TensorParallelHFBackendConfig(BackendConfig):
 
 @dataclass
 class SGLangBackendConfig(BackendConfig):
-    """SGLang's own kernels in this process, tensor-parallel over all ranks (needs SGLang beside the trainer)."""
+    """SGLang's own kernels in this process, tensor-parallel over all ranks (needs SGLang in the same environment)."""
 
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.sglang.SGLangTarget"
     max_tokens: int = 16384
-    """Tokens in one forward; no document may be longer."""
+    """Tokens in one forward; no conversation may be longer."""
     flags: list[str] = field(default_factory=list)
-    """Further flags of SGLang's server, word by word, e.g. [--quantization, fp8, --mem-fraction-static, 0.5]."""
+    """More flags of SGLang's server, word by word, e.g. [--quantization, fp8, --mem-fraction-static, 0.5]."""
 
     def __post_init__(self) -> None:
         require_positive(self, "backend", "max_tokens")
@@ -228,15 +228,15 @@ class RemoteBackendConfig(BackendConfig):
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.remote.client.RemoteTarget"
     urls: list[str] = field(default_factory=list)
-    """Where they listen; micro-batches are spread over them."""
+    """Addresses of the servers; micro-batches are balanced over them."""
     timeout: float = 300.0
-    """Seconds to wait for an answer, and for a place in the queues of servers that are all busy."""
+    """Seconds to wait for a response, and for a server with room in its queue."""
     connect_timeout: float = 5.0
     """Seconds to wait for a connection."""
     attempts: int = 4
-    """How often a micro-batch is tried for each server before the run ends."""
+    """Attempts per server for one micro-batch before the run ends."""
     backoff_seconds: float = 5.0
-    """Seconds for which a server that failed is left alone."""
+    """Seconds without requests to a server that failed."""
 
     def __post_init__(self) -> None:
         require_servers("backend.urls", self.urls)
@@ -256,20 +256,20 @@ class RemoteBackendConfig(BackendConfig):
 
 @dataclass
 class FeaturesBackendConfig(BackendConfig):
-    """Hidden states on disk, that recipes/capture_features.py or an epoch with fill=true left there."""
+    """Hidden states on disk, written by recipes/capture_features.py or by an epoch with fill=true."""
 
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.cached.target.FeaturesTarget"
     directory: str = MISSING
-    """Where they are."""
+    """Directory of the features."""
     fill: bool = False
-    """What is missing is computed by transformers in this process when it is first needed, and kept (mixed mode)."""
+    """Compute missing features with transformers in this process, and store them."""
     shard_mb: int = 1024
-    """MiB of a shard that is written then; up to three are held in memory."""
+    """MiB of a file written with fill=true; up to three are held in memory."""
     mask_convention: MaskConvention = MaskConvention.serving
-    """Of the draft: says which positions are needed; its YAML takes it from there."""
+    """The draft's, which decides the positions that are needed."""
     draft: str = MISSING
-    """The draft's class: says which states are needed; the YAML takes it from there."""
+    """The draft's class, which decides the states that are needed."""
 
     def __post_init__(self) -> None:
         require_positive(self, "backend", "shard_mb")
@@ -287,7 +287,7 @@ class FeaturesBackendConfig(BackendConfig):
 
 
 def require_servers(key: str, urls: list[str]) -> None:
-    """Refuses none, what is no URL of a server, and one that is named twice; ``key`` is where they were given."""
+    """Refuses an empty list, an invalid URL and a duplicate; ``key`` names the option in the error."""
     require(bool(urls), f"{key} is empty: expected one URL or more, e.g. [http://127.0.0.1:31000]")
     servers = [_server_named(key, url) for url in urls]
     again = next((url for n, url in enumerate(urls) if servers[n] in servers[:n]), None)
@@ -295,7 +295,7 @@ def require_servers(key: str, urls: list[str]) -> None:
 
 
 def _server_named(key: str, url: str) -> str:
-    """``url`` as any other spelling of it is written, too."""
+    """A normalized form of ``url``, to find duplicates."""
     try:
         parsed = parse_url(url)
     except LocationParseError:
@@ -310,13 +310,13 @@ def _server_named(key: str, url: str) -> str:
 
 @dataclass
 class PlacementConfig:
-    """Where the target of an evaluation lies."""
+    """Placement of the target of an evaluation."""
 
     device_map: Optional[str] = None
-    """auto, balanced, sequential: transformers spreads it over the GPUs of this machine, and its memory if they are too
-    small (needs the accelerate package); null: on one device."""
+    """auto, balanced or sequential: transformers distributes it over the GPUs of this machine, and its memory if they
+    are too small (needs the accelerate package); null: one device."""
     max_memory: Optional[dict[str, str]] = None
-    """What device_map may use of each: {0: 20GiB, 1: 20GiB, cpu: 60GiB}."""
+    """Memory that device_map may use per device: {0: 20GiB, 1: 20GiB, cpu: 60GiB}."""
 
     def __post_init__(self) -> None:
         require(

@@ -1,4 +1,4 @@
-"""The optimizers, with the schedule of the learning rate."""
+"""The optimizers and the learning-rate schedule."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,17 +24,17 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_ratio: float = 0.015
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the steps for the warm-up."""
     decay_ratio: float = 1.0
-    """Share of the steps after warm-up in which it falls."""
+    """Fraction of the steps after the warm-up in which the learning rate decays."""
     decay_type: DecayType = DecayType.cosine
-    """constant: it does not fall."""
+    """Shape of the decay; constant: none."""
     min_lr_factor: float = 0.0
-    """The learning rate at the end, as a share of lr."""
+    """Final learning rate as a fraction of lr."""
     clip_norm: float = 0.5
-    """Largest norm of the gradient."""
+    """Gradients are clipped to this norm."""
     ema_decay: Optional[float] = None
-    """What a step leaves of the average of the weights that is measured and exported; null: no average is kept."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and exported; null: none."""
 
     def __post_init__(self) -> None:
         require_positive(self, "optimizer", "lr", "clip_norm", "eps")
@@ -48,8 +48,8 @@ class OptimizerConfig:
             require(0 <= value <= 1, f"optimizer.{name} is {value}: expected a share between 0 and 1")
         require(
             self.decay_type is not DecayType.constant or self.min_lr_factor == 0,
-            f"optimizer.min_lr_factor is {self.min_lr_factor}, and with optimizer.decay_type=constant nothing falls to "
-            "it: leave out one of them",
+            f"optimizer.min_lr_factor is {self.min_lr_factor}, and optimizer.decay_type=constant has no decay: "
+            "leave out one of them",
         )
         require(
             self.ema_decay is None or 0 <= self.ema_decay < 1,
@@ -57,7 +57,7 @@ class OptimizerConfig:
         )
 
     def decay_share(self, warmup_share: float) -> float:
-        """Share of all steps in which the learning rate falls, where it rises in ``warmup_share`` of them."""
+        """Fraction of all steps in which the learning rate decays, after a warm-up of ``warmup_share`` of them."""
         return 0.0 if self.decay_type is DecayType.constant else self.decay_ratio * (1 - warmup_share)
 
 
@@ -69,7 +69,7 @@ class MuonConfig(OptimizerConfig):
     muon_lr: Optional[float] = None
     """Learning rate of the matrices, whose updates are scaled to the size of AdamW's; null: lr."""
     momentum: float = 0.95
-    """Of Muon."""
+    """Momentum of Muon."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

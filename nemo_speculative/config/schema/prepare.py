@@ -1,4 +1,4 @@
-"""The preparation of datasets: where they come from, and what is left out."""
+"""The preparation of datasets: their sources, and the filters."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +14,30 @@ CACHE = "cache/dataset"
 
 @dataclass
 class DatasetConfig(DataConfig):
-    """A dataset in any known shape: prepared once, by recipes/prepare_data.py or the first training that wants it."""
+    """A dataset in any known shape, prepared once by recipes/prepare_data.py or the first training that reads it."""
 
     _target_: str = "nemo_speculative.prepare_data.load.load_prepared"
     path: Optional[str] = None
-    """A file or folder that holds it; null: repository."""
+    """A local file or folder of the dataset; null: repository."""
     repository: str = MISSING
     """Name on the hub, or a directory that the `datasets` library reads."""
     subset: Optional[str] = None
-    """Which of the repository's configurations; null: its default."""
+    """Configuration of the repository; null: its default."""
     revision: Optional[str] = None
-    """Branch, tag or commit of the repository; null: its newest."""
+    """Branch, tag or commit of the repository; null: the newest."""
     split: str = "train"
-    """Of the repository, or of a directory that `datasets` saved."""
+    """Split of the repository, or of a directory saved by `datasets`."""
     held_out_split: Optional[str] = None
-    """The repository's split for held_out.jsonl; null: held_out_share of split."""
+    """Split for held_out.jsonl; null: held_out_share of split."""
     prepared: str = MISSING
     """Directory of the prepared rows: train.jsonl and held_out.jsonl."""
+
+
+@dataclass
+class DefaultDataConfig(DatasetConfig):
+    """The JSONL file `data.path` where it is given, else a dataset."""
+
+    _target_: str = "nemo_speculative.prepare_data.load.load_file_or_prepared"
 
 
 @dataclass
@@ -38,11 +45,11 @@ class SourceConfig:
     """One part of a mix."""
 
     name: str = MISSING
-    """An option of conf/data, or a file or folder; beside a path, any name."""
+    """An option of conf/data, a file or a folder; with a path, any name."""
     path: Optional[str] = None
-    """A file or folder that holds it; null: where the name leads."""
+    """A local file or folder; null: found by name."""
     weight: float = 1.0
-    """Its share of the rows written, beside the other weights, until it has none left."""
+    """Relative share of the rows, until the source is exhausted."""
 
     def __post_init__(self) -> None:
         require_positive(self, f"data.sources ({self.name})", "weight")
@@ -55,25 +62,25 @@ class MixDataConfig(DataConfig):
     _target_: str = "nemo_speculative.prepare_data.load.load_prepared"
     path: Optional[str] = None
     sources: list[SourceConfig] = MISSING
-    """Of each: name, weight, and path if it is not to be had by its name."""
+    """Sources with name, weight, and path if the name is not enough."""
     prepared: str = MISSING
     """Directory of the prepared rows: train.jsonl and held_out.jsonl."""
 
 
 @dataclass
 class FilterConfig:
-    """What is too short, too long or too odd to learn from, in any language."""
+    """Limits beyond which a conversation is left out."""
 
     min_characters: int = 2
-    """Of all messages together."""
+    """Fewest characters of all messages together."""
     max_characters: Optional[int] = None
-    """Of all messages together; null: as long as they are."""
+    """Most characters of all messages together; null: no limit."""
     max_tokens: Optional[int] = None
-    """Of rows that are token ids; null: as long as they are."""
+    """Most tokens of a row of token ids; null: no limit."""
     min_variety: float = 0.02
-    """Compressed over plain size of texts from 2000 bytes on; loops lie below, 0 keeps them."""
+    """Lowest ratio of compressed to plain size of texts of 2000 bytes or more, to leave out loops; 0: no limit."""
     max_control_share: float = 0.01
-    """Share of characters that are control characters or stand for undecodable bytes."""
+    """Largest fraction of control characters and replacement characters."""
 
     def __post_init__(self) -> None:
         require_not_negative(self, "filters", "min_characters", "min_variety", "max_control_share")
@@ -86,15 +93,15 @@ class PrepareJob:
 
     data: DataConfig = field(default_factory=DataConfig)
     output: Optional[str] = None
-    """Directory of the result; null: data.prepared, or cache/dataset/ and the name of data.path."""
+    """Directory of the result; null: data.prepared, or cache/dataset/<name of data.path>."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns to rename before a shape is looked for: {theirs: known}."""
+    """Columns to rename before the shape is detected: {old: new}."""
     tokenizer: Optional[str] = None
-    """Directory or hub name: finds the assistant's part of `text` rows, which its chat template formatted."""
+    """Tokenizer (directory or hub name) whose chat template formatted `text` rows, to find the assistant's part."""
     keep_unanswered: bool = False
-    """Keep conversations without an answer, for a target to write it."""
+    """Keep conversations without an answer, for a target to generate it."""
     deduplicate: bool = True
-    """Leave out conversations that were there before, white space aside."""
+    """Leave out duplicates, ignoring white space."""
     max_conversations: Optional[int] = None
     """Most rows of train.jsonl; null: all."""
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -107,10 +114,10 @@ class PrepareJob:
 
     @property
     def directory(self) -> Path:
-        """Where the result goes.
+        """Directory of the result.
 
         Raises:
-            UserError: the data has no files that could be prepared.
+            UserError: the data has no files to prepare.
         """
         if self.output:
             return Path(self.output)

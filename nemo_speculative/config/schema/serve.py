@@ -1,7 +1,7 @@
-"""The target server: what it runs, where it listens, how much it takes on."""
+"""The target server and its limits."""
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from nemo_speculative.config.schema.common import require
 from nemo_speculative.config.schema.model import (
@@ -16,7 +16,7 @@ from nemo_speculative.config.schema.model import (
 
 @dataclass
 class ServeTargetJob:
-    """A target server.  The variable NEMO_TARGET_TOKEN, where it is set, holds the token that clients must carry."""
+    """A target server. Clients must send the token in the environment variable NEMO_TARGET_TOKEN, if it is set."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
@@ -25,25 +25,17 @@ class ServeTargetJob:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every network of this machine."""
     port: int = 31000
-    """Port to listen on; 0: any that is free."""
+    """Port to listen on; 0: any free one."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """auto: cuda if available, else cpu."""
     queue: int = 8
-    """Requests taken on at once, waiting, running or being answered; more are told to come back."""
+    """Requests accepted at once; more are answered with 429."""
     max_tokens: int = 65536
-    """Of one request; an answer is held in memory until it is sent."""
+    """Most tokens of one request; its response is held in memory."""
     io_timeout: float = 60.0
-    """Seconds for a request to arrive, and for its answer to be taken."""
+    """Seconds to receive a request or send a response."""
     drain: int = 60
-    """Seconds after SIGTERM in which the requests taken on are answered."""
-    data: Any = None
-    """A model brings it for a training; not used here."""
-    optimizer: Any = None
-    """A model brings it for a training; not used here."""
-    trainer: Any = None
-    """A model brings it for a training; not used here."""
-    evaluation: Any = None
-    """A model brings it for a training; not used here."""
+    """Seconds after SIGTERM to finish accepted requests."""
 
     def __post_init__(self) -> None:
         for name, elsewhere in (("remote", RemoteBackendConfig), ("features", FeaturesBackendConfig)):

@@ -1,4 +1,4 @@
-"""The loop of training: its steps, its processes, and where its metrics go."""
+"""The training loop, its parallelism and its loggers."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -7,7 +7,8 @@ from typing import Optional
 from nemo_speculative.config.schema.common import Dtype, require, require_positive
 
 STATES_ALIVE = {"cpu": 1 << 17, "cuda": 1 << 25}
-"""Slots times width: as few as run at full speed.  A slot keeps some hundred times its width for its gradient."""
+"""Slots times width of one TTT chunk: the smallest that run at full speed. A slot stores about a hundred times its
+width for the backward pass."""
 
 
 class WandbMode(Enum):
@@ -20,13 +21,13 @@ class ParallelismConfig:
     """How a draft is trained by the processes that a launcher starts: replicate * shard * context of them."""
 
     replicate: int = 1
-    """Groups of ranks that each hold a whole draft; -1: as many as the others leave (DDP, HSDP)."""
+    """Replicas of the draft (DDP, HSDP); -1: ranks / (shard * context)."""
     shard: int = 1
-    """Ranks that share one draft, and each train on rows of their own; -1: as many as the others leave (FSDP2)."""
+    """Ranks that shard one draft, each training on its own rows (FSDP2); -1: ranks / (replicate * context)."""
     context: int = 1
-    """Ranks that share a row, and one draft: each computes a part of the positions (context parallelism)."""
+    """Ranks that split the positions of each row (context parallelism)."""
     offload: bool = False
-    """Keep the draft's float32 weights and the optimizer's states in the host's memory, and step there."""
+    """Keep float32 weights and optimizer states of the draft in host memory, and step there."""
 
     def __post_init__(self) -> None:
         for name in ("replicate", "shard"):
@@ -39,10 +40,10 @@ class ParallelismConfig:
         )
 
     def sizes(self, ranks: int) -> tuple[int, int]:
-        """``replicate`` and ``shard`` on so many processes.
+        """``replicate`` and ``shard`` on ``ranks`` processes.
 
         Raises:
-            ConfigError: they do not multiply to them.
+            UserError: the three sizes do not multiply to ``ranks``.
         """
         replicate, shard = self.replicate, self.shard
         if replicate == -1:
@@ -61,38 +62,39 @@ class ParallelismConfig:
 @dataclass
 class TrainerConfig:
     max_steps: Optional[int] = None
-    """Optimizer steps; null: as many as epochs asks for."""
+    """Optimizer steps; null: epochs decides."""
     epochs: float = 1.0
     """Passes over the data, where max_steps is null."""
     global_batch_size: int = 8
     """Rows in one optimizer step, over all ranks and accumulation."""
     micro_batch_size: int = 8
-    """At most so many rows in one forward; the rest is accumulated."""
+    """Most rows in one forward on a rank; gradients are accumulated over the others."""
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     dtype: Dtype = Dtype.float32
-    """What the draft computes in; its master weights, reductions and optimizer are float32 always."""
+    """Compute dtype of the draft; master weights, reductions and optimizer states are always float32."""
     ttt_chunk_slots: Optional[int] = None
-    """Slots whose unroll is alive at once, rounded up to 64; fewer take less memory; null: by the draft's width."""
+    """Slots whose TTT steps are computed together, rounded up to 64: fewer need less memory; null: by the draft's
+    width."""
     compile: bool = False
-    """torch.compile the draft layer behind its attention (output projection, norm, MLP), and the target's MLPs."""
+    """Apply torch.compile to the draft layer after its attention, and to the target's MLPs."""
     timeout_seconds: float = 600.0
-    """How long a rank waits for the others within a step before it ends; longer while a checkpoint is measured, and
-    where the backend's own waits are longer."""
+    """Seconds that a rank waits for the others in a step before it ends; longer during evaluation, and with a backend
+    that may itself take longer."""
     log_interval: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between lines of metrics."""
     save_interval: int = 500
-    """Steps between two checkpoints; each is measured with the decoder, and the best kept."""
+    """Steps between checkpoints; each is evaluated, and the best is kept."""
     save_minutes: Optional[float] = None
-    """Minutes after which another checkpoint is written, for machines that may be taken away; null: by steps alone."""
+    """Minutes between checkpoints, for machines that can be preempted; null: save_interval alone."""
     async_save: bool = True
-    """Go on training while a checkpoint is written; false: wait for it."""
+    """Continue training while a checkpoint is written."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the best."""
+    """Newest checkpoints that are kept, in addition to the best."""
     val_interval: int = 100
-    """Steps between two losses on held-out rows."""
+    """Steps between validation losses on held-out rows."""
     val_rows: int = 16
-    """Held-out rows in one validation, of twice as many conversations at most as evaluation asks questions."""
+    """Held-out rows of a validation, from at most twice evaluation.num_questions conversations."""
     profile: bool = False
     """Write a torch profiler trace to <output_dir>/profile."""
 
@@ -104,7 +106,7 @@ class TrainerConfig:
         )  # fmt: skip
 
     def slots(self, hidden_size: int, device_type: str) -> int:
-        """Slots at once, for a draft of width ``hidden_size``."""
+        """Slots of one TTT chunk, for a draft of width ``hidden_size``."""
         return self.ttt_chunk_slots or max(STATES_ALIVE[device_type] // hidden_size, 1)
 
     def total_steps(self, num_rows: int) -> int:
@@ -114,7 +116,7 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go beside the console and metrics.jsonl."""
+    """Logger of metrics in addition to the console and metrics.jsonl."""
 
     _target_: str = "nemo_speculative.training.metrics.no_logger"
 
@@ -129,6 +131,6 @@ class WandbConfig(LoggerConfig):
     _target_: str = "nemo_speculative.training.metrics.WandbLogger"
     project: str = "nemo_speculative"
     name: Optional[str] = None
-    """The run's name; null: wandb's own choice."""
+    """Name of the run; null: chosen by wandb."""
     mode: WandbMode = WandbMode.offline
     """offline needs no account; upload later with `wandb sync`."""

@@ -24,7 +24,7 @@ KEYS = {
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
-def filled(draft: DraftConfig) -> DraftConfig:
+def apply_config_file(draft: DraftConfig) -> DraftConfig:
     """``draft`` with the numbers of its ``config`` file where it has none of its own.
 
     Raises:

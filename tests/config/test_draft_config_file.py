@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nemo_speculative.config.app import to_job
-from nemo_speculative.config.published import filled
+from nemo_speculative.config.draft_config_file import apply_config_file
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
 from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import composed
@@ -33,7 +33,7 @@ def published(tmp_path):
 
 
 def test_its_numbers_fill_what_is_null(published):
-    draft = filled(Eagle3DraftConfig(config=published(SPECFORGE), head_dim=16))
+    draft = apply_config_file(Eagle3DraftConfig(config=published(SPECFORGE), head_dim=16))
     expected = {
         "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "num_layers": 1, "head_dim": 16,
         "vocab_size": 120, "aux_layers": [1, 2, 3], "fc_norm": True, "norm_output": True, "norm_before_fc": False,
@@ -42,13 +42,13 @@ def test_its_numbers_fill_what_is_null(published):
 
 
 def test_the_official_form(published):
-    draft = filled(Eagle3DraftConfig(config=published(OFFICIAL)))
+    draft = apply_config_file(Eagle3DraftConfig(config=published(OFFICIAL)))
     assert (draft.num_heads, draft.vocab_size, draft.aux_layers, draft.fc_norm) == (4, 120, None, False)
 
 
 def test_it_reaches_the_job(published):
     job = to_job(composed("train_eagle3", f"draft.config={published(SPECFORGE)}"))
-    assert job.draft == filled(Eagle3DraftConfig(config=job.draft.config, ttt_steps=5))
+    assert job.draft == apply_config_file(Eagle3DraftConfig(config=job.draft.config, ttt_steps=5))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_it_reaches_the_job(published):
 )
 def test_refused_in_one_line(published, config, draft, said):
     with pytest.raises(UserError) as caught:
-        filled(dataclasses.replace(draft, config=published(config)))
+        apply_config_file(dataclasses.replace(draft, config=published(config)))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
