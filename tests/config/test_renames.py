@@ -23,7 +23,6 @@ CLASSES = {
     "features.target": "FeaturesTarget", "preparation.load": "load_prepared", "serving.sglang_target": "SGLangTarget",
     "targets.remote": "RemoteTarget", "targets.tiny": "prepare_tiny", "training.loggers": "WandbLogger",
     "training.optimization": "adamw",
-    "training.loggers": "WandbLogger",
 }  # fmt: skip
 
 
