@@ -1,4 +1,4 @@
-"""launch/: a script that does with stand-ins for Slurm what it says, and a manifest of fields that the API has."""
+"""launch/: the Slurm script, run with mocked commands, and the Kubernetes manifest, against the fields of the API."""
 
 import os
 import re
@@ -20,21 +20,22 @@ SRUN = r"""#!/bin/bash
 case "$*" in
   *" ip "*) [[ "$*" == "--nodes=1 --ntasks=1 --nodelist=node7 ip -4 -oneline address show dev ib0" ]] || exit 9
     echo '3: ib0    inet 10.9.8.7/24 brd 10.9.8.255 scope global ib0\       valid_lft forever preferred_lft forever';;
-  *) shift; export SLURM_NODEID=1 PATH=$STAND_INS; cd "$STAND_INS" || exit 9; "$@";;
+  *) shift; export SLURM_NODEID=1 PATH=$MOCKS; cd "$MOCKS" || exit 9; "$@";;
 esac
 """
-PYTHON = '#!/bin/bash\nprintf "%s\\n" "$@" > "$STAND_INS/asked"\nexit "$ENDS_WITH"\n'
+PYTHON = '#!/bin/bash\nprintf "%s\\n" "$@" > "$MOCKS/arguments"\nexit "$ENDS_WITH"\n'
 SCONTROL = """#!/bin/bash
 case "$1" in
   show) printf 'node7\nnode8\n';;
-  requeue) echo "$2" > "$STAND_INS/requeued";;
+  requeue) echo "$2" > "$MOCKS/requeued";;
 esac
 """
 
 
 @pytest.fixture
 def submitted(tmp_path):
-    """Runs the script on node 1 of two, whose launcher ends with a status: (its own, what was asked for, requeued)."""
+    """Runs the script on node 1 of two; the launcher ends with the given status.  Returns the script's process, the
+    launcher's arguments, and the job that was queued again."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), (".venv/bin/python", PYTHON)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -43,7 +44,7 @@ def submitted(tmp_path):
 
     def run(ends_with, **more):
         environment = {
-            "PATH": f"{tmp_path}:{os.environ['PATH']}", "STAND_INS": str(tmp_path), "ENDS_WITH": str(ends_with),
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "MOCKS": str(tmp_path), "ENDS_WITH": str(ends_with),
             "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "41234",
             "OUTPUT_DIR": "/shared/one", "INTERFACE": "ib0", **more,
         }  # fmt: skip
@@ -51,54 +52,54 @@ def submitted(tmp_path):
             ["bash", SCRIPT, "model=llama31_8b", "data=jsonl", "data.path=/shared/my file.jsonl"], env=environment,
             text=True, capture_output=True, check=False,
         )  # fmt: skip
-        asked, requeued = tmp_path / "asked", tmp_path / "requeued"
+        arguments, requeued = tmp_path / "arguments", tmp_path / "requeued"
         return (
             done,
-            asked.read_text().splitlines() if asked.exists() else [],
+            arguments.read_text().splitlines() if arguments.exists() else [],
             requeued.read_text().strip() if requeued.exists() else None,
         )
 
     return run
 
 
-def settled(arguments):
-    """The launcher's arguments as it reads them, and what the recipe makes of its overrides."""
+def parse(arguments):
+    """The launcher's parsed arguments, and the composed job of the recipe."""
     args = launch._parser().parse_args(arguments)
     args.interface = "lo"
-    launch.settle(args)
+    launch.resolve_arguments(args)
     assert (ROOT / args.training_script).exists()
     return args, composed(Path(args.training_script).stem, *args.training_script_args)
 
 
 def test_the_script_starts_a_launcher_on_each_node(submitted):
-    done, asked, requeued = submitted(0)
+    done, arguments, requeued = submitted(0)
     assert done.returncode == 0 and requeued is None, done.stderr
-    assert asked[:2] == ["-m", "nemo_speculative.launch"] and asked[asked.index("--interface") + 1] == "ib0"
-    args, job = settled([{"gpu": "8"}.get(word, word) for word in asked[2:]])
+    assert arguments[:2] == ["-m", "nemo_speculative.launch"] and arguments[arguments.index("--interface") + 1] == "ib0"
+    args, job = parse([{"gpu": "8"}.get(word, word) for word in arguments[2:]])
     assert (args.nnodes, args.max_restarts, args.stopped_status) == ("2", 3, 75)
     assert args.rdzv_endpoint == "10.9.8.7:21234" and "rank=1" in args.rdzv_conf
     assert job.data.path == "/shared/my file.jsonl" and job.output_dir and job.parallelism.replicate == -1
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, "41234"), (1, None)])
-def test_a_run_that_was_stopped_is_queued_again_and_one_that_failed_is_not(submitted, status, requeued):
-    done, _, found = submitted(status)
-    assert (done.returncode, found) == (status, requeued), done.stderr
+def test_a_stopped_run_is_queued_again_and_a_failed_one_is_not(submitted, status, requeued):
+    done, _, job = submitted(status)
+    assert (done.returncode, job) == (status, requeued), done.stderr
 
 
-def test_the_script_asks_for_the_interface_before_it_starts_anything(submitted):
-    done, asked, _ = submitted(0, INTERFACE="")
-    assert done.returncode and not asked
+def test_the_script_requires_the_interface_before_it_starts_anything(submitted):
+    done, arguments, _ = submitted(0, INTERFACE="")
+    assert done.returncode and not arguments
     assert "name the network interface that the nodes share" in done.stderr
 
 
-def test_the_shell_linter_finds_nothing():
+def test_the_script_passes_shellcheck():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
     done = subprocess.run([linter("shellcheck"), SCRIPT], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_slurm_reads_its_options_before_the_first_command():
+def test_slurm_options_come_before_the_first_command():
     text = SCRIPT.read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, re.M))
     assert text.index("set -euo pipefail") > text.rindex("#SBATCH")
@@ -139,15 +140,15 @@ PYTORCH_JOB = {
         "pytorchReplicaSpecs!": {"Master!": REPLICAS, "Worker": REPLICAS},
     },
 }
-"""Of kubeflow.org/v1 PyTorchJob and of Kubernetes' pods, the fields that the manifest may use; ``!``: it must."""
+"""Fields of kubeflow.org/v1 PyTorchJob and of Kubernetes' pods that the manifest may use; ``!``: required."""
 
 
-def strange(value: Any, shape: Any, place: str = "") -> list[str]:
-    """Where ``value`` is not of ``shape``."""
+def mismatches(value: Any, shape: Any, place: str = "") -> list[str]:
+    """Places where ``value`` does not have ``shape``."""
     if isinstance(shape, list):
         if not isinstance(value, list) or not value:
             return [f"{place}: not a list"]
-        return [line for i, one in enumerate(value) for line in strange(one, shape[0], f"{place}[{i}]")]
+        return [line for i, one in enumerate(value) for line in mismatches(one, shape[0], f"{place}[{i}]")]
     if not isinstance(shape, dict):
         return [] if type(value) is shape else [f"{place}: not {shape.__name__}"]
     if not isinstance(value, dict):
@@ -156,7 +157,7 @@ def strange(value: Any, shape: Any, place: str = "") -> list[str]:
     lines = [f"{place}.{key}: no such field" for key in value.keys() - fields.keys()]
     lines += [f"{place}.{key[:-1]}: missing" for key in shape if key.endswith("!") and key[:-1] not in value]
     return lines + [
-        line for key in value.keys() & fields for line in strange(value[key], fields[key], f"{place}.{key}")
+        line for key in value.keys() & fields for line in mismatches(value[key], fields[key], f"{place}.{key}")
     ]
 
 
@@ -166,7 +167,7 @@ def manifest():
 
 
 def test_the_manifest_has_the_fields_of_the_api(manifest):
-    assert strange(manifest, PYTORCH_JOB) == []
+    assert mismatches(manifest, PYTORCH_JOB) == []
     assert (manifest["apiVersion"], manifest["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     spec = manifest["spec"]
     assert spec["runPolicy"]["cleanPodPolicy"] in ("None", "Running", "All")
@@ -178,29 +179,29 @@ def test_the_manifest_has_the_fields_of_the_api(manifest):
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-def test_a_field_that_the_api_lacks_or_misses_is_seen(manifest):
+def test_unknown_missing_and_mistyped_fields_are_detected(manifest):
     del manifest["spec"]["pytorchReplicaSpecs"]["Master"]["restartPolicy"]
     manifest["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] = "1"
     manifest["spec"]["nproc"] = 8
-    assert sorted(line.split(".")[-1] for line in strange(manifest, PYTORCH_JOB)) == [
+    assert sorted(line.split(".")[-1] for line in mismatches(manifest, PYTORCH_JOB)) == [
         "nproc: no such field",
         "replicas: not int",
         "restartPolicy: missing",
     ]
 
 
-def test_the_pods_start_what_the_launcher_understands(manifest):
+def test_the_pods_start_the_launcher_with_valid_arguments(manifest):
     replicas = manifest["spec"]["pytorchReplicaSpecs"]
-    given = {"RANK": "1", "MASTER_ADDR": "10.9.8.7", "MASTER_PORT": "23456"}
-    for one in replicas.values():
-        (container,) = one["template"]["spec"]["containers"]
+    variables = {"RANK": "1", "MASTER_ADDR": "10.9.8.7", "MASTER_PORT": "23456"}
+    for pod in replicas.values():
+        (container,) = pod["template"]["spec"]["containers"]
         assert container["command"] == ["python", "-m", "nemo_speculative.launch"]
-        words = [re.sub(r"\$\((\w+)\)", lambda name: given[name[1]], word) for word in container["args"]]
-        args, job = settled(words)
+        words = [re.sub(r"\$\((\w+)\)", lambda name: variables[name[1]], word) for word in container["args"]]
+        args, job = parse(words)
         assert args.rdzv_endpoint == "10.9.8.7:23456" and "rank=1" in args.rdzv_conf
         assert int(args.nnodes) == sum(other["replicas"] for other in replicas.values())
         assert int(args.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
         assert job.data._target_ == composed("train_eagle3", "data=jsonl").data._target_  # not the model's data set
         # The operator's ExitCode: 1 to 127 ends the job, more is started again.
-        assert one["restartPolicy"] == "ExitCode" and UserError.exit_code < 128 <= PeerLostError.exit_code
+        assert pod["restartPolicy"] == "ExitCode" and UserError.exit_code < 128 <= PeerLostError.exit_code
         assert 128 <= args.stopped_status < 256 and job.resume.name == "auto" and job.parallelism.replicate == -1
