@@ -180,7 +180,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
         draft = build.build_draft(job, target, vocabulary)
         trainer = build.build_trainer(
             job, target=target, draft=draft, objective=build.build_objective(job, target, context_group(dims)),
-            data=data, run=build.prepare_run_dir(job), dims=dims, device=device,
+            data=data, questions=[], run=build.prepare_run_dir(job), dims=dims, device=device,
         )  # fmt: skip
         read = StatesRead(target) if target.requests_ahead else None
         with closing(trainer):

@@ -49,7 +49,6 @@ class Saved(Ours):
         self.saver = Checkpointer(
             run=RunDirectory(out), keep=1, draft=type(draft), shape=draft.shape, provenance=served,
             export_dtype=torch.float32, special_ids={}, start=ResumeMetadata(0, {}, {}, "", ""), measure=None,
-            minutes=None,
         )  # fmt: skip
         self.saved = 0
 
@@ -65,7 +64,7 @@ class Saved(Ours):
         self.saved += 1
         started = time.perf_counter()
         self.saver.begin(self.saved, self.state, {})
-        while not (wait or self.saver.written):
+        while not (wait or self.saver.pending.written.done()):
             steps.append(self.timed_step())
         self.saver.finish(measure=False, before_publishing=figures.update)
         return figures["perf/save_pause_seconds"], time.perf_counter() - started, steps

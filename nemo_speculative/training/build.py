@@ -1,5 +1,6 @@
 """From a job to the parts of a run, in the order of the recipe."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ def save_config(job: TrainJob, run: RunDirectory) -> None:
 
 
 def build_trainer(
-    job: TrainJob, *, target: Target, draft: Draft, objective: TTTObjective, data: RunData, run: RunDirectory,
-    dims: titan.ParallelDims, device: torch.device,
+    job: TrainJob, *, target: Target, draft: Draft, objective: TTTObjective, data: RunData,
+    questions: Sequence[list[int]], run: RunDirectory, dims: titan.ParallelDims, device: torch.device,
 ) -> DraftTrainer:  # fmt: skip
     """The trainer with all its parts."""
     loader = build_loader(job, target, data, dims)
@@ -148,21 +149,23 @@ def build_trainer(
         total_steps=total_steps,
         parallel_dims=dims,
         device=device,
-        checkpointer=_build_checkpointer(job, target, draft, data, run),
+        checkpointer=_build_checkpointer(job, target, draft, data, questions, run),
         metrics=MetricsLogger(run.root, logger, device, total_steps),
     )
 
 
-def _build_checkpointer(job: TrainJob, target: Target, draft: Draft, data: RunData, run: RunDirectory) -> Checkpointer:
+def _build_checkpointer(
+    job: TrainJob, target: Target, draft: Draft, data: RunData, questions: Sequence[list[int]], run: RunDirectory
+) -> Checkpointer:
     """Writes the run's checkpoints, and measures each with the decoder if the target can decode."""
     settings = job.exporter.speculative
-    prompts = data.prompts[: job.evaluation.selection_questions]
-    decoder = target if isinstance(target, HFTarget) and prompts else None
+    selection = questions[: job.evaluation.selection_questions]
+    decoder = target if isinstance(target, HFTarget) and selection else None
 
     def measure(servable: Servable) -> float:
         assert decoder is not None
         exported = servable.build(decoder.device, getattr(torch, job.model.dtype.value))
-        return measure_tau(decoder, exported, prompts, settings, job.evaluation)
+        return measure_tau(decoder, exported, selection, settings, job.evaluation)
 
     # The name of a hub model is kept, so that the checkpoint works on another machine; a directory becomes absolute.
     local = Path(job.model.path).expanduser()
@@ -178,5 +181,4 @@ def _build_checkpointer(job: TrainJob, target: Target, draft: Draft, data: RunDa
         special_ids={"bos_token_id": target.config.bos_token_id, "eos_token_id": target.config.eos_token_id},
         start=ResumeMetadata(0, {}, to_plain_dict(job), target.fingerprint, data.fingerprint),
         measure=measure if decoder else None,
-        minutes=job.trainer.save_minutes,
     )

@@ -37,8 +37,7 @@ class RunData:
     training: TokenizedDataset
     held_out: TokenizedDataset
     row_tokens: int
-    prompts: list[list[int]]
-    """Held-out questions, for measuring the draft."""
+    """Length of a packed row."""
 
     @property
     def fingerprint(self) -> str:
@@ -79,8 +78,13 @@ def build_data(job: TrainJob, target: Target, split: Split) -> RunData:
     training, held_out = (_documents(job, target, items, title) for title, items in _sides(job, split).items())
     if not training.rows:
         raise UserError(f"data: no conversation holds a supervised token ({training.report()}); nothing to train on")
-    longest_prompt = target.config.max_position_embeddings - 2
-    return RunData(training, held_out, row_tokens, question_prompts(held_out.rows, _num_questions(job), longest_prompt))
+    return RunData(training, held_out, row_tokens)
+
+
+def held_out_questions(job: TrainJob, target: Target, data: RunData) -> list[list[int]]:
+    """Token ids of held-out questions for measuring the draft: the most that any measurement takes."""
+    longest = target.config.max_position_embeddings - 2
+    return question_prompts(data.held_out.rows, _num_questions(job), longest)
 
 
 def _sides(job: TrainJob, split: Split) -> dict[str, Conversations]:

@@ -228,25 +228,12 @@ class Checkpointer:
     """Metadata of a fresh start, with which a resumed run must agree."""
     measure: Callable[[Servable], float] | None
     """Measures τ of a draft on the selection questions; None where there are none."""
-    minutes: float | None
-    """Interval between checkpoints by rank 0's clock."""
     pending: PendingSave | None = None
-    _begun: float = field(default_factory=time.monotonic)
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="model"))
 
     @property
     def is_first_rank(self) -> bool:
         return dist.get_rank() == 0
-
-    @property
-    def written(self) -> bool:
-        """Whether there is a pending checkpoint of which this rank has nothing more to write."""
-        return self.pending is not None and self.pending.written.done()
-
-    @property
-    def due(self) -> bool:
-        """Whether this is rank 0 and a checkpoint is due by its clock."""
-        return self.is_first_rank and self.minutes is not None and time.monotonic() - self._begun > 60 * self.minutes
 
     def begin(self, step: int, state: ResumeState, data: dict[str, int]) -> None:
         """Copies ``state`` and starts to write the checkpoint of ``step``; no other may be pending.
@@ -255,7 +242,7 @@ class Checkpointer:
             UserError: it could not be started; earlier checkpoints are unchanged.
         """
         assert self.pending is None
-        self._begun, started = time.monotonic(), time.perf_counter()
+        started = time.perf_counter()
         with self._write_errors(step):
             on_first_rank(lambda: self.run.begin(step))
             written = state.save(self.run.partial(step))

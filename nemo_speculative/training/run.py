@@ -24,7 +24,7 @@ from nemo_speculative.serving.command import sglang_command
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import build, checks
-from nemo_speculative.training.build_data import build_data, load_split, tokenize_in_background
+from nemo_speculative.training.build_data import build_data, held_out_questions, load_split, tokenize_in_background
 from nemo_speculative.training.plan import describe
 from nemo_speculative.utils.devices import choose_device
 
@@ -55,6 +55,7 @@ def train(job: TrainJob) -> None:
         ):
             on_first_rank(tokenization.wait)
             data = build_data(job, target, split)
+            questions = held_out_questions(job, target, data)
             target.expect(data.training.rows, data.held_out.rows)
             vocabulary = first_rank_first(partial(build.build_draft_vocabulary, job, target, data.training))
             build.print_data_report(data, vocabulary)
@@ -62,17 +63,24 @@ def train(job: TrainJob) -> None:
             objective = build.build_objective(job, target, context_group(dims))
             run = build.prepare_run_dir(job)
             trainer = build.build_trainer(
-                job, target=target, draft=draft, objective=objective, data=data, run=run, dims=dims, device=device
+                job,
+                target=target,
+                draft=draft,
+                objective=objective,
+                data=data,
+                questions=questions,
+                run=run,
+                dims=dims,
+                device=device,
             )
             heartbeat.get_progress = trainer.progress
             with closing(trainer):
                 if job.resume is Resume.auto:
                     trainer.resume()
                 build.save_config(job, run)
-                questions = data.prompts[: job.evaluation.num_questions]
-                on_first_rank(lambda: save_questions(run, questions))
+                on_first_rank(lambda: save_questions(run, questions[: job.evaluation.num_questions]))
                 trainer.train()
-        on_first_rank(lambda: measure_and_summarize(job, target, run, questions))
+        on_first_rank(lambda: measure_and_summarize(job, target, run, questions[: job.evaluation.num_questions]))
     return None
 
 

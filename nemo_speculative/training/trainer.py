@@ -6,6 +6,7 @@ of rows, losses are divided by counts over all of it, and the only state besides
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class DraftTrainer:
         self.average = WeightAverage(self.module, job.optimizer.ema_decay)
         self.state = ResumeState(self.module, self.optimizers, self.lr_schedulers, self.average, device)
         self._stop, self._signals = threading.Event(), set[int]()
+        self._last_save = time.monotonic()
         self.batches = BatchPrefetcher(loader, objective, device)
         self.targets = TargetPrefetcher(target, device, self.timer, self._stop)
         self._unchecked: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
@@ -196,6 +198,7 @@ class DraftTrainer:
                 self.metrics.hold()
             self.metrics.write(self.step, metrics)
             if save:
+                self._last_save = time.monotonic()
                 self.checkpointer.begin(self.step, self.state, result.batch.loader_state)
                 if ending or not self.config.async_save:
                     self._finish_save()
@@ -211,8 +214,10 @@ class DraftTrainer:
 
     def _sync_ranks(self, counts: torch.Tensor) -> StepSync:
         """One small reduction on the CPU; ``counts`` [T] are this rank's."""
-        signals = list(EXIT_STATUS)
-        flags = [*(number in self._signals for number in signals), self.checkpointer.due, self.checkpointer.written]
+        signals, minutes, pending = list(EXIT_STATUS), self.config.save_minutes, self.checkpointer.pending
+        save_due = minutes is not None and dist.get_rank() == 0 and time.monotonic() - self._last_save > 60 * minutes
+        save_written = pending is not None and pending.written.done()
+        flags = [*(number in self._signals for number in signals), save_due, save_written]
         packed = torch.cat([counts, torch.tensor(flags, dtype=torch.float64)])
         dist.all_reduce(packed)
         *stopping, due, written = packed[len(counts) :].tolist()
