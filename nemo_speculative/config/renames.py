@@ -23,11 +23,15 @@ MODULES = {
     "preparation.load": "prepare_data.load",
     "serving.sglang_target": "targets.sglang",
     "targets.remote": "targets.remote.client",
+    "targets.sharded": "targets.sharded",
+    "targets.tensor_parallel": "targets.sharded",
     "targets.tiny": "targets.demo",
     "training.loggers": "training.metrics",
     "training.optimization": "training.optimizer",
 }
 """Modules of this package."""
+CLASSES = {"ShardedTarget": "FSDP2Target"}
+"""Classes in these modules."""
 
 
 def translate(config: dict[str, Any]) -> dict[str, Any]:
@@ -51,4 +55,6 @@ def current_class(path: str) -> str:
     """Today's path of the class ``path``; any other string as it is."""
     package, _, rest = path.partition(".")
     module, _, name = rest.rpartition(".")
-    return f"{package}.{MODULES[module]}.{name}" if package == "nemo_speculative" and module in MODULES else path
+    if package != "nemo_speculative" or module not in MODULES:
+        return path
+    return f"{package}.{MODULES[module]}.{CLASSES.get(name, name)}"

@@ -21,7 +21,9 @@ CLASSES = {
     "drafts.eagle": "EagleDraft", "drafts.eagle3": "Eagle3Draft", "objectives.eagle": "EagleObjective",
     "objectives.eagle3": "Eagle3Objective", "objectives.losses": "SoftCrossEntropy",
     "features.target": "FeaturesTarget", "preparation.load": "load_prepared", "serving.sglang_target": "SGLangTarget",
-    "targets.remote": "RemoteTarget", "targets.tiny": "prepare_tiny", "training.loggers": "WandbLogger",
+    "targets.remote": "RemoteTarget",
+    "targets.sharded": "ShardedTarget", "targets.tensor_parallel": "TensorParallelTarget",
+    "targets.tiny": "prepare_tiny", "training.loggers": "WandbLogger",
     "training.optimization": "adamw",
 }  # fmt: skip
 
