@@ -5,7 +5,7 @@ python recipes/prepare_data.py data=sharegpt data.path=FILE         the same fro
 python recipes/prepare_data.py data=jsonl data.path=FOLDER          your own, in any known shape
 python recipes/prepare_data.py data=mix "data.sources=[{name: sharegpt, weight: 2}, {name: FILE}]"
 
-An interrupted run is gone on with by the same command.  Why rows were left out is in left_out.jsonl, row by row.
+The same command resumes an interrupted run.  left_out.jsonl has the reason for each row that was left out.
 """
 
 from nemo_speculative.config.app import recipe

@@ -1,4 +1,4 @@
-"""The chat template, and which tokens it marks as the assistant's."""
+"""The chat template, and the tokens that it marks as the assistant's."""
 
 import pytest
 
@@ -11,7 +11,7 @@ END = 1
 
 
 def with_newlines(template: str) -> str:
-    """The template with a newline behind every stop token, as ChatML has it; the tag covers it too."""
+    """The template with a newline after every stop token, as ChatML has it; the tag covers it too."""
     return template.replace("<|end|>", "<|end|>\n")
 
 
@@ -45,9 +45,9 @@ def naive(tokenizer, conversation: Conversation, newline: str = "") -> tuple[lis
     ids, mask = encode("<|begin|>"), [False]
     for message in conversation.messages:
         role, content = encode(f"<|{message['role']}|>"), [*encode(message["content"]), END]
-        behind = encode(newline)
-        ids += role + content + behind
-        mask += [False] * len(role) + [message["role"] == "assistant"] * len(content) + [False] * len(behind)
+        suffix = encode(newline)
+        ids += role + content + suffix
+        mask += [False] * len(role) + [message["role"] == "assistant"] * len(content) + [False] * len(suffix)
     return ids, mask
 
 
@@ -91,7 +91,7 @@ FORGETFUL = (
     "{% if m['role'] == 'assistant' and not loop.last %}…{% else %}{{ m['content'] }}{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""Cuts earlier answers short, as templates of reasoning models do: only the last answer is rendered in full."""
+"""Shortens earlier answers, as templates of reasoning models do: only the last answer is rendered in full."""
 OTHER_PROMPT = PREFIX_TEMPLATE.replace("%}<|assistant|>{%", "%}<|assistant|>think{%")
 """Its generation prompt is not how an answer begins within the conversation."""
 
@@ -114,7 +114,7 @@ def test_a_template_whose_prefixes_disagree_is_refused(template, conversation, t
     assert "\n" not in message
 
 
-def test_messages_reach_the_template_as_servers_hand_them_on():
+def test_messages_reach_the_template_as_servers_pass_them():
     """No null, and the arguments of calls as objects: a template that prints them shows it."""
     tokenizer = make_tokenizer(
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.name is defined %}{{ m.name }}{% endif %}"
@@ -132,7 +132,7 @@ def test_messages_reach_the_template_as_servers_hand_them_on():
     assert messages[1]["content"] is None and call["function"]["arguments"] == '{"x": "fox"}', "left as it was"
 
 
-def test_a_single_turn_of_such_a_template_is_fine():
+def test_a_single_turn_of_such_a_template_is_accepted():
     tokenizer, conversation = make_tokenizer(FORGETFUL), dialogue("u:one", "a:two")
     row = tokenize(tokenizer, conversation, {END})
     assert (row.input_ids, row.loss_mask) == naive(tokenizer, conversation)
@@ -153,14 +153,14 @@ RAISES = "{{ raise_exception('roles must alternate\nuser/assistant') }}"
 BROKEN = "{{ messages[0]['content'].no_such_method() }}"
 
 
-@pytest.mark.parametrize(("template", "said"), [(RAISES, "roles must alternate user/assistant"), (BROKEN, "no_such")])
+@pytest.mark.parametrize(("template", "reason"), [(RAISES, "roles must alternate user/assistant"), (BROKEN, "no_such")])
 @pytest.mark.parametrize("tag", ["", "{% generation %}{% endgeneration %}"])
-def test_a_template_that_raises_is_quoted_on_one_line(template, said, tag):
+def test_a_template_that_raises_is_quoted_on_one_line(template, reason, tag):
     with pytest.raises(UserError) as caught:
         tokenize(make_tokenizer(template + tag), DIALOGUES[0], {END})
     message = str(caught.value)
     assert message.startswith("data.jsonl:1: the chat template rejects this conversation: ")
-    assert said in message
+    assert reason in message
     assert "\n" not in message
 
 
@@ -176,7 +176,7 @@ def test_tools_reach_the_template(template):
     assert prompt_ids(tokenizer, messages[:1], "here", [{"name": "fox"}])[: len(added)] == added
 
 
-def test_the_digest_tells_tokenizers_apart_and_not_what_calls_leave_behind():
+def test_the_digest_differs_between_tokenizers_and_ignores_what_calls_change():
     tokenizer, other, grown = make_tokenizer(), make_tokenizer(PREFIX_TEMPLATE), make_tokenizer()
     grown.add_tokens(["zebra"])
     before = tokenizer_digest(tokenizer)

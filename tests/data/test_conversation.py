@@ -96,7 +96,7 @@ def test_a_file_that_is_missing_or_a_directory(tmp_path, name):
     assert str(caught.value) == f"data.path: {tmp_path / name} does not exist or is not a file; expected a JSONL file"
 
 
-def test_what_a_file_holds_comes_back(tmp_path):
+def test_rows_are_read_as_they_were_written(tmp_path):
     file = tmp_path / "data.jsonl"
     umlaut = turns({"role": "system", "content": "Größe"}, {"role": "tool", "content": "\u2028"})
     lines = [GOOD, umlaut | {"id": "named"}, TOKENS, TOKENS | {"id": 7}, GOOD | {"id": None}]

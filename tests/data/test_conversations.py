@@ -1,4 +1,4 @@
-"""Items that stay on the disk, beside the same ones in memory."""
+"""Conversations in a file, compared with the same ones in memory."""
 
 import json
 import pickle
@@ -36,12 +36,12 @@ def write(file, lines) -> str:
 
 @pytest.fixture
 def mixed(tmp_path) -> str:
-    """Conversations, generated rows, empty lines, and letters of several bytes."""
+    """Conversations, generated rows, empty lines, and characters of several bytes."""
     lines = [line(0), {}, line(1, "größer 漢字 🙂"), generated(2, 3), {}, {}, generated(3, 1), line(4)]
     return write(tmp_path / "mixed.jsonl", lines)
 
 
-def test_every_item_is_what_reading_the_whole_file_gives(mixed):
+def test_every_item_equals_that_of_the_whole_file_read_at_once(mixed):
     items, whole = ConversationFile(mixed), read_jsonl(mixed)
     assert list(items) == whole and len(items) == 7
     assert [items[n] for n in reversed(range(7))] == whole[::-1]
@@ -57,7 +57,7 @@ def test_another_process_reads_the_same(mixed):
     assert copy[0] == first and list(copy) == list(items)
 
 
-def test_content_is_told_and_not_where_it_lies(mixed, tmp_path):
+def test_the_fingerprint_depends_on_content_and_not_on_the_path(mixed, tmp_path):
     items = ConversationFile(mixed)
     moved = tmp_path / "elsewhere.jsonl"
     shutil.copy(mixed, moved)
@@ -70,7 +70,7 @@ def test_content_is_told_and_not_where_it_lies(mixed, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["id", "source", "ids", "mask", "text", "tools"])
-def test_what_is_in_memory_is_told_by_all_of_it(change):
+def test_the_fingerprint_of_a_list_depends_on_every_field(change):
     def items(**changed):
         row = {"id": "a", "input_ids": [1, 2], "loss_mask": [False, True], "origin": "here", "source": ""} | changed
         return ConversationList([TokenRow(**row)])
@@ -89,7 +89,7 @@ def test_what_is_in_memory_is_told_by_all_of_it(change):
     assert items(origin="elsewhere").fingerprint == items().fingerprint
 
 
-def test_what_one_conversation_became_lies_on_one_side(tmp_path):
+def test_all_rows_of_one_conversation_are_on_the_same_side(tmp_path):
     items = ConversationFile(write(tmp_path / "a.jsonl", [generated(n, 1 + n % 3) for n in range(300)]))
     training, held_out = split_by_hash(items, 0.2)
     sides = [{row.id.split("#")[0] for row in side} for side in (training, held_out)]
@@ -98,14 +98,14 @@ def test_what_one_conversation_became_lies_on_one_side(tmp_path):
     assert len(training) + len(held_out) == len(items)
 
 
-def test_the_order_is_that_of_a_shuffled_list(tmp_path):
+def test_the_order_equals_that_of_a_shuffled_list(tmp_path):
     items = ConversationFile(write(tmp_path / "a.jsonl", [line(n) for n in range(100)]))
     listed = list(items)
     random.Random(5).shuffle(listed)
     assert list(shuffled(items, 5)) == listed
 
 
-def test_a_line_that_is_malformed_is_named_at_once(tmp_path):
+def test_a_malformed_line_is_named_when_the_file_is_opened(tmp_path):
     file = tmp_path / "a.jsonl"
     write(file, [line(n) for n in range(5)])
     file.write_bytes(file.read_bytes() + b'{"id": 1\n' + b"\n")
@@ -116,15 +116,15 @@ def test_a_line_that_is_malformed_is_named_at_once(tmp_path):
         ConversationFile(file)
 
 
-def test_no_line_stays_in_memory(tmp_path):
-    """Ten times as much text in as many lines takes no byte more."""
+def test_memory_does_not_grow_with_the_length_of_lines(tmp_path):
+    """Ten times the text in the same number of lines takes no more memory."""
     taken = []
     for length in (1_000, 10_000):
         file = write(tmp_path / f"{length}.jsonl", [line(n, "x" * length) for n in range(300)])
         ConversationFile(file)[0]
         tracemalloc.start()
-        kept = split_by_hash(ConversationFile(file), 0.1), shuffled(ConversationFile(file), 0)
+        selections = split_by_hash(ConversationFile(file), 0.1), shuffled(ConversationFile(file), 0)
         taken.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-        assert len(kept[1]) == 300
+        assert len(selections[1]) == 300
     assert taken[1] < taken[0] + 20_000 and taken[1] < 300 * 1_000

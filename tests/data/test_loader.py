@@ -1,4 +1,4 @@
-"""The order of training: the same whatever the ranks and micro-batches, and exact after a restart."""
+"""The loader's order does not depend on ranks and micro-batches, and is exact after a restart."""
 
 import random
 from collections import Counter
@@ -76,7 +76,7 @@ def test_micro_batches_split_a_global_batch_in_its_order(micro_batch_size):
 
 
 @pytest.mark.parametrize("done", [0, 1, 4, 5, 9, 14])
-def test_going_on_after_a_restart_equals_never_having_stopped(done):
+def test_a_resumed_loader_gives_the_batches_of_an_uninterrupted_one(done):
     """Across epochs too, and on another number of ranks."""
     uninterrupted = take(stream(), BATCHES)
     first = stream()
@@ -95,7 +95,7 @@ def test_going_on_after_a_restart_equals_never_having_stopped(done):
         assert shares[1][number] == batch[1::2]
 
 
-def test_a_stream_can_be_set_back():
+def test_a_loader_can_be_set_back():
     s = stream()
     expected = take(s, BATCHES)
     s.load_state_dict({"rows_consumed": 16})
@@ -108,7 +108,7 @@ def test_the_state_counts_the_rows_of_all_ranks():
     assert s.state_dict() == {"rows_consumed": 24}
 
 
-def test_each_epoch_holds_each_document_once_in_an_order_of_its_own():
+def test_each_epoch_holds_each_document_once_in_a_different_order():
     s = stream(global_batch_size=1, micro_batch_size=1)
     epochs = [ids_of_epoch(s) for _ in range(4)]
     for ids in epochs:
@@ -128,7 +128,7 @@ def test_the_epoch_is_that_of_the_next_row():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_global_batch_larger_than_an_epoch_goes_on_with_the_next(count):
+def test_a_global_batch_larger_than_an_epoch_continues_with_the_next(count):
     """Documents of a whole row each: a batch of 8 rows is 8 // count epochs and a part of another."""
     few = [TokenRow(f"d{i}", [i] * ROW_TOKENS, [True] * ROW_TOKENS, "here") for i in range(count)]
     batch = stream(documents=TokenizedDataset(300, few)).next_global_batch()[0]

@@ -134,8 +134,8 @@ def test_the_lengths_of_a_batchs_documents(lengths, row_tokens, known):
     assert sum(expected) == batch.num_tokens
 
 
-def test_the_lengths_are_known_without_a_look_at_the_device():
-    """There a look would wait for the device; a tensor on ``meta`` has nothing to look at."""
+def test_the_lengths_are_known_without_reading_the_device():
+    """Reading would wait for the device; a tensor on ``meta`` cannot be read."""
     batch = collate([documents(2, 3), documents(8)], 8, 0)
     assert batch.to(torch.device("meta")).document_lengths() == [2, 3, 3, 8]
 

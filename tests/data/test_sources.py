@@ -1,4 +1,4 @@
-"""Where conversations come from, and what is kept out of training."""
+"""Sources of conversations, and their split into training and held out."""
 
 import hashlib
 import json

@@ -91,12 +91,12 @@ def test_what_is_documented_and_public_is_found(found):
 
 
 def test_what_is_asked_about_a_function(found):
-    asked = {c.id: c.messages for c in conversations_about(found["kitchen.brew"])}
-    assert list(asked) == [f"kitchen.brew/{kind}" for kind in ("doc", "brief", "signature", "source")]
-    question, answer = (m["content"] for m in asked["kitchen.brew/brief"])
+    questions = {c.id: c.messages for c in conversations_about(found["kitchen.brew"])}
+    assert list(questions) == [f"kitchen.brew/{kind}" for kind in ("doc", "brief", "signature", "source")]
+    question, answer = (m["content"] for m in questions["kitchen.brew/brief"])
     assert question == "In one sentence, what is kitchen.brew for?"
     assert answer == "kitchen.brew is a function of the module kitchen. In one sentence: Brews."
-    assert asked["kitchen.brew/signature"][1]["content"].endswith(
+    assert questions["kitchen.brew/signature"][1]["content"].endswith(
         "It is called with these parameters:\ndef brew(leaves):"
     )
 

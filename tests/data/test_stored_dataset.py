@@ -1,4 +1,4 @@
-"""Tokenised rows on disk, beside the same made in memory."""
+"""Tokenized rows on disk, compared with the same rows in memory."""
 
 import dataclasses
 import errno
@@ -60,48 +60,48 @@ def config(tmp_path):
     return DataConfig(path="x", cache_dir=str(tmp_path / "cache"), workers=1)
 
 
-def assert_equal(stored, made):
+def assert_equal(stored, expected):
     assert [dataclasses.replace(row, origin="") for row in stored.rows] == [
-        dataclasses.replace(row, origin="") for row in made.rows
+        dataclasses.replace(row, origin="") for row in expected.rows
     ]
-    assert list(stored.lengths) == list(made.lengths)
-    assert list(stored.counts) == list(made.counts) == ["", "ids", "text"]
-    assert all(torch.equal(stored.counts[source], made.counts[source]) for source in made.counts)
+    assert list(stored.lengths) == list(expected.lengths)
+    assert list(stored.counts) == list(expected.counts) == ["", "ids", "text"]
+    assert all(torch.equal(stored.counts[source], expected.counts[source]) for source in expected.counts)
     assert (stored.unsupervised, stored.truncated, stored.supervised_tokens_cut) == (
-        made.unsupervised, made.truncated, made.supervised_tokens_cut
+        expected.unsupervised, expected.truncated, expected.supervised_tokens_cut
     )  # fmt: skip
     assert stored.unsupervised and stored.truncated
-    assert stored.report() == made.report() and stored.fingerprint == made.fingerprint
+    assert stored.report() == expected.report() and stored.fingerprint == expected.fingerprint
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
-def test_what_is_stored_is_what_is_made_in_memory(items, how, config, monkeypatch, chunk):
+def test_stored_rows_equal_those_in_memory(items, how, config, monkeypatch, chunk):
     monkeypatch.setattr(tokenized_dataset, "CHUNK", chunk)
-    made = how(list(items))
-    assert_equal(load_or_tokenize(items, how, config, "t"), made)
+    expected = how(list(items))
+    assert_equal(load_or_tokenize(items, how, config, "t"), expected)
     again = load_or_tokenize(items, how, config, "t")
-    assert_equal(again, made)
-    assert again.rows[-1].id == made.rows[-1].id and [row.id for row in again.rows[2:9:3]] == [
-        row.id for row in made.rows[2:9:3]
+    assert_equal(again, expected)
+    assert again.rows[-1].id == expected.rows[-1].id and [row.id for row in again.rows[2:9:3]] == [
+        row.id for row in expected.rows[2:9:3]
     ]
     with pytest.raises(IndexError):
         again.rows[len(again.rows)]
-    assert list(pack(again.lengths, 48, 0)) == list(pack(made.lengths, 48, 0))
+    assert list(pack(again.lengths, 48, 0)) == list(pack(expected.lengths, 48, 0))
 
 
-def test_other_processes_make_the_same(items, how, config, monkeypatch):
+def test_worker_processes_give_the_same_rows(items, how, config, monkeypatch):
     monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
     monkeypatch.setattr(tokenized_dataset, "CHUNK", 4)
     assert_equal(load_or_tokenize(items, how, dataclasses.replace(config, workers=2), "t"), how(list(items)))
 
 
-def test_what_was_made_is_not_made_again(items, how, config, monkeypatch):
+def test_stored_rows_are_not_tokenized_again(items, how, config, monkeypatch):
     load_or_tokenize(items, how, config, "t")
-    monkeypatch.setattr(tokenized_dataset, "tokenize_conversations", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenized_dataset, "tokenize_conversations", lambda *_: pytest.fail("tokenized again"))
     load_or_tokenize(items, how, config, "t")
 
 
-def test_everything_that_shapes_the_rows_is_noticed(items, how, config, tokenizer, tmp_path):
+def test_the_key_depends_on_everything_that_shapes_the_rows(items, how, config, tokenizer, tmp_path):
     other = make_tokenizer(PREFIX_TEMPLATE)
     with_token = make_tokenizer()
     with_token.add_tokens(["zebra"])
@@ -123,7 +123,7 @@ def test_everything_that_shapes_the_rows_is_noticed(items, how, config, tokenize
 
 @pytest.mark.parametrize("file", [tokenized_dataset.ROWS, tokenized_dataset.COUNTS, tokenized_dataset.META])
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_what_is_damaged_is_made_again(items, how, config, file, damage):
+def test_damaged_rows_are_tokenized_again(items, how, config, file, damage):
     load_or_tokenize(items, how, config, "t")
     (directory,) = (file for file in (items.path.parent / "cache/tokens").iterdir())
     if damage == "gone":
@@ -133,19 +133,19 @@ def test_what_is_damaged_is_made_again(items, how, config, file, damage):
     assert_equal(load_or_tokenize(items, how, config, "t"), how(list(items)))
 
 
-def test_nothing_at_all(how, config):
+def test_an_empty_dataset(how, config):
     empty = load_or_tokenize(ConversationList([]), how, config, "t")
     assert len(empty.rows) == 0 and empty.tokens == 0 and list(pack(empty.lengths, 8, 0)) == []
     assert empty.report() == "0 conversations, 0 tokens, 0% supervised"
 
 
 def left_in(items):
-    """The files of the cache, but for those that say who writes."""
+    """The files of the cache, except locks."""
     return [file for file in (items.path.parent / "cache/tokens").glob("*/*") if file.name != ".lock"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_is_refused_leaves_nothing(items, how, config, monkeypatch, workers):
+def test_an_error_leaves_no_files(items, how, config, monkeypatch, workers):
     monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
     silent = ConversationList([*items, Conversation("x", [{"role": "user", "content": "q"}], "somewhere:7")])
     with pytest.raises(UserError, match="somewhere:7: the conversation has no assistant turn"):
@@ -162,7 +162,7 @@ class KilledAt(ConversationList):
         return super()._item(index)
 
 
-def test_a_process_that_is_killed_is_one_line(items, how, config, monkeypatch):
+def test_a_killed_worker_is_one_line(items, how, config, monkeypatch):
     monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
     monkeypatch.setattr(tokenized_dataset, "CHUNK", 8)
     with pytest.raises(UserError, match=r"data\.workers: a process that tokenized was killed"):
@@ -171,7 +171,7 @@ def test_a_process_that_is_killed_is_one_line(items, how, config, monkeypatch):
 
 
 class Endless(ConversationList):
-    """Keeps whoever reads its last item."""
+    """Blocks the process that reads its last item."""
 
     def _item(self, index):
         if index == len(self) - 1:
@@ -199,7 +199,7 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
+def test_workers_do_not_outlive_their_parent(tmp_path):
     program = tmp_path / "leaves.py"
     program.write_text(LEAVES)
     done = run_program(str(program), str(tmp_path / "cache"), environment=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -215,8 +215,8 @@ def running(process):
         return False
 
 
-def test_what_nobody_wants_any_more_ends_at_once(items, how, config, monkeypatch):
-    """Also while a chunk is waited for."""
+def test_tokenizing_stops_at_once_when_canceled(items, how, config, monkeypatch):
+    """Also while the writer waits for a chunk."""
     monkeypatch.setattr(tokenized_dataset, "MIN_ITEMS_FOR_WORKERS", 1)
     monkeypatch.setattr(tokenized_dataset, "CHUNK", 40)
     calls = iter(range(3))
@@ -231,7 +231,7 @@ def test_what_nobody_wants_any_more_ends_at_once(items, how, config, monkeypatch
     assert left_in(items) == []
 
 
-def test_the_order_asked_for_is_none_of_its_content(items, how, config):
+def test_the_order_of_a_selection_does_not_change_the_stored_rows(items, how, config):
     one, two = (load_or_tokenize(shuffled(items, seed), how, config, "t") for seed in (0, 1))
     assert one.fingerprint == two.fingerprint == how(list(items)).fingerprint
     assert len(list((items.path.parent / "cache/tokens").iterdir())) == 1
@@ -241,18 +241,18 @@ def test_the_order_asked_for_is_none_of_its_content(items, how, config):
     ]
 
 
-def test_processes_that_want_the_same_at_once_make_it_once(items, how, config, monkeypatch):
-    made = []
+def test_concurrent_requests_for_the_same_rows_tokenize_once(items, how, config, monkeypatch):
+    expected = []
     make = tokenized_dataset._create
     monkeypatch.setattr(
-        tokenized_dataset, "_create", lambda *given: (made.append(1), time.sleep(0.2), make(*given))[-1]
+        tokenized_dataset, "_create", lambda *given: (expected.append(1), time.sleep(0.2), make(*given))[-1]
     )
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda _: load_or_tokenize(items, how, config, "t").fingerprint, range(4)))
-    assert made == [1] and set(found) == {how(list(items)).fingerprint}
+    assert expected == [1] and set(found) == {how(list(items)).fingerprint}
 
 
-def test_a_full_disk_names_the_place_and_leaves_nothing(items, how, config, monkeypatch):
+def test_a_full_disk_names_the_directory_and_leaves_no_files(items, how, config, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

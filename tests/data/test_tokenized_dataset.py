@@ -1,4 +1,4 @@
-"""From conversations to documents, with what is left out counted."""
+"""Conversations tokenized to rows, with the counts of those left out."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_token_rows_and_conversations_mix_in_their_order(tokenizer):
     assert out.supervised_tokens == 3 + sum(out.rows[1].loss_mask)
 
 
-def test_what_is_cut_and_left_out_is_counted(tokenizer):
+def test_truncated_and_left_out_rows_are_counted(tokenizer):
     items = [
         row("fits", "0111"),
         row("cut", "011111"),  # loses two supervised tokens
@@ -67,12 +67,12 @@ def test_what_is_cut_and_left_out_is_counted(tokenizer):
     )
 
 
-def test_many_left_out_are_named_in_part(tokenizer):
+def test_only_the_first_ids_left_out_are_named(tokenizer):
     out = tokenize_conversations([row(str(i), "00") for i in range(5)], tokenizer, {END}, 4, 300)
     assert out.report().endswith("5 without a supervised token left out (0, 1, 2, …)")
 
 
-def test_nothing_at_all():
+def test_an_empty_dataset():
     assert TokenizedDataset(300).report() == "0 conversations, 0 tokens, 0% supervised"
 
 

@@ -1,4 +1,4 @@
-"""The draft vocabulary, against counting by hand."""
+"""The draft vocabulary, compared with counting by hand."""
 
 import random
 from collections import Counter
@@ -55,7 +55,7 @@ def test_d2t_is_an_offset_and_t2d_its_mask(size):
     assert len(vocabulary.t2d) == TARGET_SIZE
 
 
-def test_ties_and_ids_never_seen_go_to_the_lower_id():
+def test_ties_and_ids_never_written_go_to_the_lower_id():
     data = [TokenRow("a", [9, 4, 9, 4, 7, 2], [True] * 5 + [False], "here")]
     assert build_vocab_mapping(count_supervised(data, 12), VocabularySize(1)).ids.tolist() == [4]
     assert build_vocab_mapping(count_supervised(data, 12), VocabularySize(2)).ids.tolist() == [4, 9]

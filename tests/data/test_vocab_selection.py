@@ -1,4 +1,4 @@
-"""The draft vocabulary beside the rows, against the counts themselves."""
+"""The draft vocabulary stored next to the rows, compared with the counts."""
 
 import dataclasses
 import errno
@@ -29,7 +29,7 @@ def most_frequent(documents, entries):
     return sorted(sorted(range(documents.vocab_size), key=lambda i: (-counts[i], i))[:entries])
 
 
-def test_it_lies_beside_the_rows_as_checkpoints_have_it(documents):
+def test_it_is_stored_next_to_the_rows_in_the_format_of_checkpoints(documents):
     found = load_or_build_vocab_mapping(documents, SIZE)
     (file,) = documents.directory.glob("vocabulary*")
     stored = load_file(file)
@@ -38,12 +38,12 @@ def test_it_lies_beside_the_rows_as_checkpoints_have_it(documents):
     assert ids == found.ids.tolist() == most_frequent(documents, 20)
     assert stored["t2d"].nonzero()[:, 0].tolist() == ids and stored["t2d"].dtype == torch.bool
     with safe_open(file, "pt") as opened:
-        said = opened.metadata()
-    assert (said["rows"], said["size"], said["entries"]) == (documents.fingerprint, "20", "20")
-    assert float(said["coverage"]) == pytest.approx(found.coverage, abs=1e-6)
+        header = opened.metadata()
+    assert (header["rows"], header["size"], header["entries"]) == (documents.fingerprint, "20", "20")
+    assert float(header["coverage"]) == pytest.approx(found.coverage, abs=1e-6)
 
 
-def test_the_same_is_found_and_another_is_chosen(documents, monkeypatch):
+def test_a_stored_vocabulary_is_reused_only_for_the_same_rows_and_size(documents, monkeypatch):
     sizes = [SIZE, VocabularySize(40), VocabularySize(None, 0.9)]
     first = [load_or_build_vocab_mapping(documents, size) for size in sizes]
     assert len(list(documents.directory.glob("vocabulary*"))) == 3
@@ -57,7 +57,7 @@ def test_the_same_is_found_and_another_is_chosen(documents, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["cut", "no header", "other ids", "ids outside"])
-def test_what_is_damaged_is_chosen_anew(documents, damage):
+def test_a_damaged_vocabulary_is_chosen_again(documents, damage):
     expected = load_or_build_vocab_mapping(documents, SIZE)
     (file,) = documents.directory.glob("vocabulary*")
     content, d2t = file.read_bytes(), expected.d2t.numpy().tobytes()
@@ -73,7 +73,7 @@ def test_what_is_damaged_is_chosen_anew(documents, damage):
     assert torch.equal(load_file(file)["d2t"], expected.d2t)
 
 
-def test_nothing_is_left_where_nothing_is_stored_or_the_targets_head_serves(documents, items, how):  # noqa: F811
+def test_nothing_is_stored_for_rows_in_memory_or_with_the_targets_head(documents, items, how):  # noqa: F811
     load_or_build_vocab_mapping(documents, VocabularySize(300, own_head=False))
     in_memory = load_or_build_vocab_mapping(how(list(items)), SIZE)
     assert not list(documents.directory.glob("vocabulary*"))

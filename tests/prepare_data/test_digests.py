@@ -1,4 +1,4 @@
-"""A set like Python's own, in less memory."""
+"""The set of digests equals Python's set, in less memory."""
 
 import random
 
@@ -7,7 +7,7 @@ from nemo_speculative.prepare_data.filters import INITIAL_SLOTS, DigestSet, dige
 
 def test_it_is_a_set():
     rng = random.Random(0)
-    # Many of the same low bits: they collide where slots are chosen.
+    # Many with the same low bits, which collide in their slot.
     values = [rng.choice([rng.randrange(1, 50), rng.getrandbits(64) or 1, rng.getrandbits(20) << 44 | 1])
               for _ in range(5 * INITIAL_SLOTS)]  # fmt: skip
     mine, own = DigestSet(), set()

@@ -1,4 +1,4 @@
-"""What is trained on, and what is left out with which reason."""
+"""Rows that pass the filters, and the reasons for which others are left out."""
 
 import random
 import string
@@ -37,7 +37,7 @@ def test_roles_out_of_order(roles):
 
 
 @pytest.mark.parametrize("roles", ["a", "au", "aua", "sau"])
-def test_the_assistant_does_not_begin(roles):
+def test_the_assistant_does_not_start(roles):
     assert reason(conversation(roles)) == reasons.STARTS_WITH_ASSISTANT
 
 
@@ -53,7 +53,7 @@ def test_empty_content(content):
     item["conversations"][3]["content"] = content
     assert reason(item) == reasons.EMPTY_CONTENT
     item["conversations"][3]["tool_calls"] = [{}]
-    assert reason(item) is None, "a call says something"
+    assert reason(item) is None, "a call is content"
     assert reason({"conversations": []}) == reasons.EMPTY_CONTENT
 
 
@@ -66,7 +66,7 @@ def test_lengths_count_all_messages_and_reasoning():
 
 
 @pytest.mark.parametrize("unit", ["I am. ", "啊", "لا ", "ab"])
-def test_loops_in_any_language(unit):
+def test_repetition_in_any_language(unit):
     assert reason(conversation("ua", unit * 6000)) == reasons.REPETITIVE
     assert reason(conversation("ua", unit * 6000), min_variety=0) is None
     assert reason(conversation("ua", unit * 5)) is None
@@ -75,7 +75,7 @@ def test_loops_in_any_language(unit):
 @pytest.mark.parametrize(
     "alphabet", [string.ascii_lowercase + " ", "的一是不了人我在有他这为之大来以个中上们", "абвгдеёжзий ", "01 "]
 )
-def test_text_in_any_language_is_not_a_loop(alphabet):
+def test_text_in_any_language_is_not_repetitive(alphabet):
     text = "".join(random.Random(0).choices(alphabet, k=20_000))
     assert reason(conversation("ua", text)) is None
 
@@ -83,10 +83,10 @@ def test_text_in_any_language_is_not_a_loop(alphabet):
 def test_control_characters():
     clean = "tab\tline\nreturn\r " * 10
     assert reason(conversation("ua", clean)) is None
-    assert reason(conversation("ua", clean + "\x1b[0m")) is None, "one of many is no garbage"
+    assert reason(conversation("ua", clean + "\x1b[0m")) is None, "one of many is allowed"
     for odd in ("\x00", "\ufffd", "\x9d"):
         assert reason(conversation("ua", clean + odd * 20)) == reasons.CONTROL_CHARACTERS
-    assert reason(conversation("ua", clean + "\ud800")) == reasons.CONTROL_CHARACTERS, "half a character is no text"
+    assert reason(conversation("ua", clean + "\ud800")) == reasons.CONTROL_CHARACTERS, "a lone surrogate is not text"
 
 
 def test_rows_of_tokens():
@@ -97,6 +97,6 @@ def test_rows_of_tokens():
 
 
 @pytest.mark.parametrize("given", [{"min_characters": -1}, {"max_characters": 0}, {"min_variety": -0.1}])
-def test_filters_that_make_no_sense(given):
+def test_filter_values_out_of_range(given):
     with pytest.raises(UserError, match=rf"^filters\.{next(iter(given))} is "):
         FilterConfig(**given)

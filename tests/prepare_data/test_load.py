@@ -1,4 +1,4 @@
-"""What a training reads of a dataset of conf/data: prepared, of what it asks for."""
+"""A training reads a prepared dataset of conf/data, and refuses one prepared from other data."""
 
 import json
 from dataclasses import replace
@@ -24,19 +24,19 @@ def dataset(tmp_path: Path, **more) -> DatasetConfig:
     return DatasetConfig(repository="nobody/nothing", prepared=str(tmp_path / "prepared"), held_out_share=0.2, **more)
 
 
-def test_training_prepares_what_is_not_there_and_reads_it(tmp_path, monkeypatch, capsys):
+def test_training_prepares_a_missing_dataset_and_reads_it(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "rows.json", [{"question": f"q{n}", "answer": "a"} for n in range(50)])
     split = load_prepared(dataset(tmp_path, path=path), seed=0)
     assert len(split.training) + len(split.held_out) == 50 and split.held_out
     assert {row.id for row in split.held_out} == {r["id"] for r in rows_of(tmp_path / "prepared", "held_out")}
-    monkeypatch.setattr(streams, "hub_parts", lambda *_: pytest.fail("it is prepared: nobody need ask the hub"))
+    monkeypatch.setattr(streams, "hub_parts", lambda *_: pytest.fail("it is prepared, so the hub is not needed"))
     capsys.readouterr()
     again = load_prepared(dataset(tmp_path), seed=0)
     assert "was prepared from files (data.path), not from the hub" in capsys.readouterr().out
     assert [row.id for row in again.training] == [row.id for row in split.training]
 
 
-def test_training_keeps_what_was_prepared_with_options_of_its_own_and_refuses_other_content(tmp_path):
+def test_training_accepts_other_options_and_refuses_other_content(tmp_path):
     path = write(tmp_path / "rows.jsonl", [chat(f"q{n}", "a" * n) for n in range(1, 50)])
     config = dataset(tmp_path, path=path)
     prepare(PrepareJob(config, filters=FilterConfig(max_characters=20)))
@@ -96,7 +96,7 @@ def test_training_on_another_mix_than_was_prepared_is_refused(tmp_path):
         load(SourceConfig(a), SourceConfig("gsm8k", b))
 
 
-def test_training_on_what_another_version_prepared_is_refused(tmp_path):
+def test_training_on_data_that_another_version_prepared_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", [chat(f"q{n}", "a") for n in range(50)])
     load_prepared(dataset(tmp_path, path=path), seed=0)
     manifest = tmp_path / "prepared" / "manifest.json"
@@ -105,7 +105,7 @@ def test_training_on_what_another_version_prepared_is_refused(tmp_path):
         load_prepared(dataset(tmp_path, path=path), seed=0)
 
 
-def test_another_slice_of_a_repository_is_prepared_anew(tmp_path, monkeypatch):
+def test_another_slice_of_a_repository_is_prepared_again(tmp_path, monkeypatch):
     """A directory stands in for the hub; both slices are of the same files."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
@@ -123,10 +123,10 @@ def test_another_slice_of_a_repository_is_prepared_anew(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert {row["source"] for row in rows_of(tmp_path / "prepared")} == {"here"}
     write(tmp_path / "here" / "train.jsonl", [{"question": f"other {n}", "answer": "a"} for n in range(50)])
-    assert asked("train[20:]") == (False, {f"other {n}" for n in range(20, 50)}), "a branch may have gone on"
+    assert asked("train[20:]") == (False, {f"other {n}" for n in range(20, 50)}), "the content of a branch may change"
 
 
-def test_training_on_a_dataset_that_cannot_be_had(tmp_path):
+def test_training_on_a_dataset_that_cannot_be_loaded(tmp_path):
     with pytest.raises(UserError, match=r"^data\.repository: nobody/nothing cannot be loaded here"):
         load_prepared(dataset(tmp_path), seed=0)
     assert not list(tmp_path.iterdir())

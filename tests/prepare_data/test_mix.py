@@ -1,4 +1,4 @@
-"""Several sources as one."""
+"""Several sources in one mix."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from nemo_speculative.utils.errors import UserError
 from tests.prepare_data.cases import chat, job_for, mix_job, rows_of, write
 
 
-def test_a_mix_keeps_its_shares_at_every_moment_until_a_source_ends(tmp_path):
+def test_a_mix_keeps_its_shares_after_every_row_until_a_source_ends(tmp_path):
     for name, count in (("a", 600), ("b", 200)):
         write(tmp_path / f"{name}.jsonl", [chat(f"{name}{n}", "x") if n % 3 else {"foo": 1} for n in range(count)])
     sources = [SourceConfig(str(tmp_path / "a.jsonl"), weight=2), SourceConfig(str(tmp_path / "b.jsonl"))]
@@ -28,19 +28,21 @@ def test_a_mix_keeps_its_shares_at_every_moment_until_a_source_ends(tmp_path):
     assert not prepare(mix_job(tmp_path, sources)).up_to_date
 
 
-@pytest.mark.parametrize(("weights", "most", "said"), [((2, 1), None, True), ((2, 1), 5, False), ((2, 2), None, False)])
-def test_weights_without_a_limit_are_said_to_order_the_rows_alone(tmp_path, capsys, weights, most, said):
+@pytest.mark.parametrize(
+    ("weights", "limit", "reported"), [((2, 1), None, True), ((2, 1), 5, False), ((2, 2), None, False)]
+)
+def test_weights_without_a_limit_only_order_the_rows_and_this_is_reported(tmp_path, capsys, weights, limit, reported):
     sources = []
     for name, weight in zip("ab", weights, strict=True):
         write(tmp_path / f"{name}.jsonl", [chat(f"{name}{n}", "x") for n in range(9)])
         sources.append(SourceConfig(str(tmp_path / f"{name}.jsonl"), weight=weight))
-    job = replace(mix_job(tmp_path, sources), max_conversations=most)
+    job = replace(mix_job(tmp_path, sources), max_conversations=limit)
     prepare(job)
-    assert ("the weights determine the order alone" in capsys.readouterr().out) == said
+    assert ("the weights determine the order alone" in capsys.readouterr().out) == reported
 
 
-def test_a_row_lies_on_the_same_side_alone_and_in_a_mix(tmp_path):
-    """Though its name is another there: what is held out of one is trained on with neither."""
+def test_a_row_is_on_the_same_side_alone_and_in_a_mix(tmp_path):
+    """Although its id differs in a mix: a held-out row of one is a training row of neither."""
     alone = prepare(job_for(tmp_path, [chat(f"q{n}", "a", id=f"c{n}") for n in range(80)], share=0.1)).directory
     rows = str(tmp_path / "rows.jsonl")
     write(tmp_path / "more.jsonl", [chat(f"other {n}", "a", id=f"m{n}") for n in range(20)])
@@ -49,7 +51,7 @@ def test_a_row_lies_on_the_same_side_alone_and_in_a_mix(tmp_path):
     assert {row["id"] for row in rows_of(alone, "held_out")} == mixed & {f"c{n}" for n in range(80)} != set()
 
 
-def test_a_mix_has_no_duplicates_and_ids_of_its_own(tmp_path):
+def test_a_mix_has_no_duplicates_and_unique_ids(tmp_path):
     for name in "ab":
         write(
             tmp_path / f"{name}.jsonl", [chat(f"{name}{n % 9}" if n < 9 else "same", "x", id=str(n)) for n in range(12)]
@@ -72,7 +74,7 @@ def test_a_source_of_a_mix_may_be_an_option_of_conf(tmp_path):
     ("names", "expected"),
     [(["nowhere"], "data.path: nowhere does not exist"), (["tiny"], "data: nothing to prepare here")],
 )
-def test_a_mix_of_what_is_not_there(tmp_path, names, expected):
+def test_a_mix_of_missing_sources(tmp_path, names, expected):
     with pytest.raises(UserError) as caught:
         prepare(mix_job(tmp_path, [SourceConfig(name) for name in names]))
     assert str(caught.value).startswith(expected)

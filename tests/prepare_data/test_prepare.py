@@ -1,4 +1,4 @@
-"""The whole preparation: what is written, that nothing is lost or doubled, and that it goes on where it stopped."""
+"""The whole preparation: its output, that no row is lost or duplicated, and that it resumes where it stopped."""
 
 import errno
 import json
@@ -41,14 +41,14 @@ def test_every_row_is_written_or_left_out_with_its_reason(tmp_path):
     assert by_reason[reasons.UNKNOWN_SHAPE]["found"] == "the keys foo"
 
 
-def test_what_is_written_is_what_training_reads(tmp_path):
+def test_training_reads_the_rows_that_were_written(tmp_path):
     prepare(job_for(tmp_path))
     read = [*read_jsonl(tmp_path / "out" / "train.jsonl"), *read_jsonl(tmp_path / "out" / "held_out.jsonl")]
     assert len({row.id for row in read}) == len(read) == len(MIXED) - sum(EXPECTED.values())
     assert {f"c{n}" for n in range(40)} < {row.id for row in read}
     assert {row.source for row in read} == {"rows"}
-    said = {row.messages[1]["content"] for row in read if isinstance(row, Conversation)}
-    assert said == {f"answer {n}" for n in range(40)} | {"so much", "but the same id"}
+    answers = {row.messages[1]["content"] for row in read if isinstance(row, Conversation)}
+    assert answers == {f"answer {n}" for n in range(40)} | {"so much", "but the same id"}
 
 
 def test_the_split_is_by_id_and_survives_added_and_moved_rows(tmp_path):
@@ -67,7 +67,7 @@ def test_the_split_is_by_id_and_survives_added_and_moved_rows(tmp_path):
     assert stable <= held_out and stable and len(after) > 80
 
 
-def test_ids_sides_and_sources_do_not_depend_on_where_the_result_goes(tmp_path):
+def test_ids_sides_and_sources_do_not_depend_on_the_output_directory(tmp_path):
     results = []
     for name in ("one", "other"):
         job = job_for(tmp_path, [chat(f"q{n}", "a") for n in range(60)])
@@ -76,11 +76,11 @@ def test_ids_sides_and_sources_do_not_depend_on_where_the_result_goes(tmp_path):
     assert results[0] == results[1] and all(results[0])
 
 
-def test_an_id_by_content_is_of_messages_and_tools_alone(tmp_path):
+def test_an_id_by_content_depends_on_messages_and_tools_alone(tmp_path):
     tools = [{"type": "function", "function": {"name": "f"}}]
-    told = [chat("q", "a"), chat("q", "a", tools=tools), chat("q", "b")]
+    records = [chat("q", "a"), chat("q", "a", tools=tools), chat("q", "b")]
     for name, extra in (("here", {}), ("there", {"score": 3})):
-        path = write(tmp_path / f"{name}.jsonl", [record | extra for record in told])
+        path = write(tmp_path / f"{name}.jsonl", [record | extra for record in records])
         prepare(PrepareJob(DataConfig(path=path, held_out_share=0.0), output=str(tmp_path / name)))
     here, there = ([row["id"] for row in rows_of(tmp_path / name)] for name in ("here", "there"))
     assert here == there and len(set(here)) == 3
@@ -91,7 +91,7 @@ def generated(question: str, *rows: dict, **more) -> dict:
     return {"index": 0} | chat(question, "a", rows=list(rows), **more) | {"finish": ["stop"]}
 
 
-def test_ids_that_a_target_generated_are_kept_as_they_are(tmp_path):
+def test_token_ids_that_a_target_generated_are_kept_unchanged(tmp_path):
     rows = [{"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, {"input_ids": [8, 9], "loss_mask": [0, 1]}]
     silent = {"input_ids": [1, 2], "loss_mask": [0, 0]}
     bad = {"input_ids": [1, 2], "loss_mask": [0]}
@@ -112,7 +112,7 @@ def test_ids_that_a_target_generated_are_kept_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(("depth", "left_out"), [(400, {}), (100_000, {reasons.BAD_JSON: 1, reasons.BAD_TOOLS: 1})])
-def test_what_is_nested_too_deeply_is_left_out(tmp_path, depth, left_out):
+def test_a_row_nested_too_deeply_is_left_out(tmp_path, depth, left_out):
     tool = f'[{{"name": "f", "parameters": {"[" * depth}{"]" * depth}}}]'
     line = json.dumps(chat("q", "a", tools=0)).replace('"tools": 0', f'"tools": {tool}') + "\n"
     records = [line, chat("q2", "a", tools=tool), chat("q3", "a")]
@@ -120,8 +120,8 @@ def test_what_is_nested_too_deeply_is_left_out(tmp_path, depth, left_out):
     assert counts.left_out == left_out and counts.read == 12
 
 
-def test_a_held_out_file_of_its_own_comes_first(tmp_path):
-    """A conversation of it must not be trained on."""
+def test_a_separate_held_out_file_is_read_first(tmp_path):
+    """No conversation of it must be trained on."""
     job = job_for(tmp_path, [chat(f"q{n}", f"a{n}") for n in range(9)])
     job.data.held_out_path = write(tmp_path / "held.jsonl", [chat("q3", "a3"), chat("other", "one")])
     counts = prepare(job).counts
@@ -129,7 +129,7 @@ def test_a_held_out_file_of_its_own_comes_first(tmp_path):
     assert counts["rows"].train == 8 and counts["rows"].left_out == {reasons.DUPLICATE: 1}
 
 
-def test_again_is_up_to_date_whatever_the_path_until_the_content_changes(tmp_path):
+def test_a_second_run_is_up_to_date_whatever_the_path_until_the_content_changes(tmp_path):
     first = prepare(job_for(tmp_path))
     before = contents(tmp_path / "out")
     elsewhere = tmp_path / "elsewhere"
@@ -145,7 +145,7 @@ def test_again_is_up_to_date_whatever_the_path_until_the_content_changes(tmp_pat
     assert {row["source"] for row in rows_of(tmp_path / "out")} == {"renamed"}, "its rows say where they are from"
 
 
-def test_what_replaces_an_earlier_result_is_said(tmp_path, capsys):
+def test_replacing_an_earlier_result_is_reported(tmp_path, capsys):
     job = job_for(tmp_path, [chat(f"q{n}", "a") for n in range(9)])
     prepare(job)
     prepare(job)
@@ -159,7 +159,7 @@ def test_what_replaces_an_earlier_result_is_said(tmp_path, capsys):
     )
 
 
-def test_a_result_that_was_cut_is_made_again(tmp_path):
+def test_a_truncated_result_is_prepared_again(tmp_path):
     prepare(job_for(tmp_path))
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "train.jsonl").write_bytes(before["train.jsonl"][:100])
@@ -192,7 +192,7 @@ def _run_killed(directory: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [50, 250, 999])
-def test_a_killed_run_is_gone_on_with(tmp_path, at, monkeypatch, capsys):
+def test_a_killed_run_is_resumed(tmp_path, at, monkeypatch, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     prepare(job_for(whole, MANY))
@@ -202,8 +202,8 @@ def test_a_killed_run_is_gone_on_with(tmp_path, at, monkeypatch, capsys):
     monkeypatch.setattr(run._Preparation, "_process_row", lambda *args: (seen.append(args[3].id), put(*args)))
     prepare(job_for(killed, MANY))
     assert seen == [f"r{n}" for n in range(at // 100 * 100, 1000)], "only what came after the last state"
-    said = [f"{killed}/out: resuming after row {at // 100 * 100}"] if at >= 100 else []
-    assert said == [line for line in capsys.readouterr().out.splitlines() if "resuming" in line]
+    expected = [f"{killed}/out: resuming after row {at // 100 * 100}"] if at >= 100 else []
+    assert expected == [line for line in capsys.readouterr().out.splitlines() if "resuming" in line]
     results = [{**contents(d / "out"), "left_out.jsonl": b""} for d in (whole, killed)]  # holds the path
     assert results[0].keys() == results[1].keys()
     for name in ("train.jsonl", "held_out.jsonl"):
@@ -211,13 +211,13 @@ def test_a_killed_run_is_gone_on_with(tmp_path, at, monkeypatch, capsys):
     assert json.loads(results[0]["manifest.json"])["counts"] == json.loads(results[1]["manifest.json"])["counts"]
 
 
-def test_what_was_begun_for_other_input_is_not_gone_on_with(tmp_path):
+def test_a_run_of_other_input_is_not_resumed(tmp_path):
     _run_killed(tmp_path, 500)
     (counts,) = prepare(job_for(tmp_path, MANY[:300])).counts.values()
     assert counts.read == counts.kept == 300
 
 
-def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_rows_written_so_far(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "ROWS_BETWEEN_STATES", 100)
     write_manifest = output.write_manifest
     states = iter(range(100))
@@ -252,11 +252,11 @@ def test_two_processes_do_not_write_the_same_output(tmp_path):
         (["{broken\n"] * 3 + [chat("q", "a")], "not JSON (Expecting property name"),
     ],
 )
-def test_a_file_that_is_not_what_was_meant(tmp_path, records, expected):
+def test_a_file_without_known_shapes_is_refused(tmp_path, records, expected):
     with pytest.raises(UserError) as caught:
         prepare(job_for(tmp_path, records))
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path}/rows.jsonl: ") and expected in said and "\n" not in said
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/rows.jsonl: ") and expected in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_columns_of_other_names(tmp_path):
     assert counts.kept == 5
 
 
-def test_options_of_what_is_kept(tmp_path):
+def test_the_options_that_keep_rows(tmp_path):
     records = [{"prompt": "question"}, *[chat("q2", "a" * n, id=f"r{n}") for n in (1, 50, 50, 50)]]
     job = job_for(tmp_path, records, 0.0, keep_unanswered=True, deduplicate=False, filters=FilterConfig(5))
     prepare(job)
@@ -288,17 +288,17 @@ def test_options_of_what_is_kept(tmp_path):
     assert [row["conversations"][0]["content"] for row in rows_of(tmp_path / "out")] == [f"q{n}" for n in range(7)]
 
 
-def test_formatted_text_is_masked_as_the_conversation_that_it_shows(tmp_path):
-    """The oracle is what training makes of the same conversation in messages."""
+def test_formatted_text_has_the_mask_of_its_conversation(tmp_path):
+    """The oracle is the row that training makes of the same conversation in messages."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    told = [chat("the fox", "jumps")["conversations"] + chat("a dog?", "lazy\n\nover there")["conversations"],
+    conversations = [chat("the fox", "jumps")["conversations"] + chat("a dog?", "lazy\n\nover there")["conversations"],
             [{"role": "system", "content": "quick"}, *chat("what", " five dozen ")["conversations"]]]  # fmt: skip
-    texts = [{"text": tokenizer.apply_chat_template(messages, tokenize=False)} for messages in told]
+    texts = [{"text": tokenizer.apply_chat_template(messages, tokenize=False)} for messages in conversations]
     job = job_for(tmp_path, [*texts, {"text": "no chat at all"}], 0.0, tokenizer=str(tmp_path / "tokenizer"))
     (counts,) = prepare(job).counts.values()
     assert counts.left_out == {reasons.NO_SPAN: 1}
-    for row, messages in zip(read_jsonl(tmp_path / "out" / "train.jsonl"), told, strict=True):
+    for row, messages in zip(read_jsonl(tmp_path / "out" / "train.jsonl"), conversations, strict=True):
         expected = tokenize(tokenizer, Conversation("", messages, ""), [tokenizer.eos_token_id])
         assert (row.input_ids, row.loss_mask) == (expected.input_ids, expected.loss_mask)
 
@@ -308,7 +308,7 @@ def test_formatted_text_without_a_tokenizer(tmp_path):
         prepare(job_for(tmp_path, [{"text": "<|user|>q<|assistant|>a"}]))
 
 
-def test_a_tokenizer_that_cannot_tell_answers(tmp_path):
+def test_a_tokenizer_whose_template_does_not_mark_answers(tmp_path):
     with pytest.raises(UserError, match=r"^tokenizer: /nowhere cannot be loaded here"):
         prepare(job_for(tmp_path, tokenizer="/nowhere"))
     make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}").save_pretrained(tmp_path / "plain")
@@ -333,7 +333,7 @@ def test_the_table_adds_up():
     ]
 
 
-def test_where_the_result_goes():
+def test_the_output_directory():
     assert PrepareJob(DataConfig(path="/x/my.data.jsonl.gz")).directory == Path("cache/dataset/my")
     assert PrepareJob(DatasetConfig(repository="a/b", prepared="p")).directory == Path("p")
     with pytest.raises(UserError, match="nothing to prepare here"):

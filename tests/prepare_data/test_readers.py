@@ -1,4 +1,4 @@
-"""Files, folders and tables give the same records, and say where they cannot be read."""
+"""Files, folders and tables give the same records, and name the place of an error."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ def records(path: Path, split=None) -> list:
 )
 @pytest.mark.parametrize("chunk", [3, 1000, 1 << 20])
 def test_json_in_every_form(tmp_path, monkeypatch, name, content, chunk):
-    """However the array is cut into chunks."""
+    """Whatever the size of the chunks in which an array is read."""
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", chunk)
     (tmp_path / name).write_bytes(content)
     assert records(tmp_path / name) == RECORDS
@@ -61,7 +61,7 @@ def test_parquet(tmp_path):
     assert records(tmp_path / "a.parquet") == RECORDS
 
 
-def test_keys_that_only_other_rows_have_are_not_there(tmp_path):
+def test_keys_that_only_other_rows_have_are_absent(tmp_path):
     calls = [{"m": [{"arguments": {"a": 1}}]}, {"m": [{"arguments": {"b": 2}}]}]
     parquet.write_table(pyarrow.Table.from_pylist(calls), tmp_path / "a.parquet")
     assert records(tmp_path / "a.parquet") == calls
@@ -78,7 +78,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     assert records(tmp_path) == RECORDS
 
 
-def test_what_datasets_saved(tmp_path):
+def test_a_dataset_that_datasets_saved(tmp_path):
     datasets.disable_progress_bars()
     both = datasets.DatasetDict(
         train=datasets.Dataset.from_list(RECORDS[:200]), test=datasets.Dataset.from_list(RECORDS[200:])
@@ -120,7 +120,7 @@ def test_a_bad_line_is_left_out_and_the_others_are_read(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("chunk", [5, 64, 1 << 20])
-def test_an_array_with_an_error_names_the_line_and_gives_what_lies_before(tmp_path, monkeypatch, chunk):
+def test_an_array_with_an_error_gives_the_elements_before_it_and_names_the_line(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(readers, "CHUNK_CHARACTERS", chunk)
     text = json.dumps(RECORDS[:9], indent=1).splitlines()
     at = next(i for i, line in enumerate(text) if '"number": 6' in line)
@@ -145,7 +145,7 @@ def test_an_array_with_an_error_names_the_line_and_gives_what_lies_before(tmp_pa
         ("cut.parquet", b"PAR1" + bytes(100), "cannot be read as Parquet"),
     ],
 )
-def test_a_file_that_cannot_be_read_on(tmp_path, name, content, expected):
+def test_a_file_that_cannot_be_read_further(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         rows(tmp_path / name)
@@ -163,17 +163,17 @@ def test_nothing_to_read(tmp_path):
         rows(tmp_path)
 
 
-def test_a_repository_that_the_hub_cannot_give_here(monkeypatch):
+def test_a_repository_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
         hub_parts("nobody/nothing-at-all", "train", None, None)
-    said = str(caught.value)
-    assert said.startswith("data.repository: nobody/nothing-at-all cannot be loaded here (")
-    assert "data.path=FILE_OR_FOLDER" in said and "\n" not in said
+    message = str(caught.value)
+    assert message.startswith("data.repository: nobody/nothing-at-all cannot be loaded here (")
+    assert "data.path=FILE_OR_FOLDER" in message and "\n" not in message
 
 
 def test_a_repository(tmp_path, monkeypatch):
-    """A directory stands in for the hub: the library reads both in one way."""
+    """A directory stands in for the hub: the library reads both in the same way."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
     (tmp_path / "here").mkdir()
@@ -184,7 +184,7 @@ def test_a_repository(tmp_path, monkeypatch):
     assert part.files and part.sha256() == hub_parts(str(tmp_path / "here"), "test", None, None)[0].sha256()
 
 
-def test_the_hash_is_that_of_the_content(tmp_path):
+def test_the_hash_depends_on_the_content_alone(tmp_path):
     for name, content in (("a.jsonl", b"{}\n"), ("b.jsonl", b"{}\n"), ("c.jsonl", b"{} \n")):
         (tmp_path / name).write_bytes(content)
     a, b, c = (readers.JsonFile(tmp_path / f"{name}.jsonl").sha256() for name in "abc")

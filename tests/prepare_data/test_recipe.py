@@ -1,4 +1,4 @@
-"""The program as its user starts it."""
+"""recipes/prepare_data.py as a program."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_a_mix_on_the_command_line(tmp_path, path):
         (["data=tiny"], "data: nothing to prepare here"),
     ],
 )
-def test_what_cannot_be_had_is_one_line_and_leaves_nothing(tmp_path, overrides, expected):
+def test_data_that_cannot_be_loaded_is_one_line_and_leaves_no_files(tmp_path, overrides, expected):
     done = prepared(*overrides, f"output={tmp_path}/out")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {expected}") and done.stderr.count("\n") == 1
@@ -59,8 +59,8 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(tmp_path, overrides, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_says_so_in_a_line_and_is_gone_on_with(tmp_path, number):
-    """It is stopped in the middle: behind row 2100 the program sleeps."""
+def test_an_interrupted_run_ends_in_one_line_and_is_resumed(tmp_path, number):
+    """It is stopped in the middle: after row 2100 the program sleeps."""
     rows = [{"question": f"q{n}", "answer": "a"} for n in range(3000)]
     path, slow = tmp_path / "rows.jsonl", tmp_path / "slow.py"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -81,14 +81,14 @@ def test_a_run_that_is_ended_says_so_in_a_line_and_is_gone_on_with(tmp_path, num
         until(lambda: state.exists() and '"read": 2000' in state.read_text())
         program.send_signal(number)
         assert program.wait(60) == 130
-        said = list(program.stderr)
-    assert said == ["error: interrupted; start again with the same command (a training with resume=auto)\n"]
+        errors = list(program.stderr)
+    assert errors == ["error: interrupted; start again with the same command (a training with resume=auto)\n"]
     done = run_program(*command, environment=ENVIRONMENT, timeout=120)
     assert f"{tmp_path}/out: resuming after row 2000" in done.stdout and "| rows   | 3000 " in done.stdout, done.stdout
 
 
 def test_the_processes_of_a_job_prepare_once(tmp_path, path):
-    """Each rank of a training asks for the rows; one makes them, the others read what it left."""
+    """Each rank of a training requests the rows; one prepares them, the others read them."""
     program = tmp_path / "rank.py"
     program.write_text(
         "from nemo_speculative.config.schema import DatasetConfig\n"

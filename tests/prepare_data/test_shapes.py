@@ -1,4 +1,4 @@
-"""Every shape is read as the same conversation; what is none says why."""
+"""Every shape is read as the same conversation; other records are left out with a reason."""
 
 import json
 
@@ -89,32 +89,32 @@ def test_tools_in_openais_form(record, expected):
     assert read.tools == TOOLS and read.messages == expected
 
 
-def test_calls_in_messages_of_their_own_are_those_of_one_answer():
+def test_calls_in_separate_messages_become_one_answer():
     calls = [{"from": "function_call", "value": json.dumps({"name": name, "arguments": {}})} for name in "fg"]
-    told = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "let me see"}, *calls]
-    (_, answer) = recognize({"conversations": told})["conversations"]
+    messages = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "let me see"}, *calls]
+    (_, answer) = recognize({"conversations": messages})["conversations"]
     assert answer["content"] == "let me see"
     assert [call["function"]["name"] for call in answer["tool_calls"]] == ["f", "g"]
 
 
 def test_a_call_keeps_its_id():
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    told = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]},
+    messages = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": {"rain": True}, "tool_call_id": "c1", "name": "f"}]  # fmt: skip
-    messages = recognize({"messages": told})["conversations"]
+    messages = recognize({"messages": messages})["conversations"]
     assert messages[1]["tool_calls"][0]["id"] == "c1"
     assert messages[2] == {"role": "tool", "content": '{"rain": true}', "tool_call_id": "c1", "name": "f"}
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept(key):
-    told = [{**ASKED[0], key: "not the assistant's"}, {**ASKED[1], key: "hm"}]
-    assert recognize({"messages": told})["conversations"] == [ASKED[0], {**ASKED[1], "reasoning_content": "hm"}]
+    messages = [{**ASKED[0], key: "not the assistant's"}, {**ASKED[1], key: "hm"}]
+    assert recognize({"messages": messages})["conversations"] == [ASKED[0], {**ASKED[1], "reasoning_content": "hm"}]
 
 
-def test_reasoning_inside_an_answer_is_left_alone():
-    told = [ASKED[0], {"role": "assistant", "content": "<think>hm</think>a"}]
-    assert recognize({"messages": told})["conversations"] == told
+def test_reasoning_inside_an_answer_is_unchanged():
+    messages = [ASKED[0], {"role": "assistant", "content": "<think>hm</think>a"}]
+    assert recognize({"messages": messages})["conversations"] == messages
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_token_ids_with_a_mask(key, mask):
         ({"input_ids": "12", "loss_mask": [0, 1]}, reasons.BAD_IDS),
     ],
 )
-def test_what_is_no_conversation(record, reason):
+def test_a_record_without_a_valid_conversation(record, reason):
     with pytest.raises(LeftOut) as caught:
         recognize(record)
     assert caught.value.reason == reason
