@@ -14,7 +14,8 @@ from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversation import TokenRow, read_jsonl
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import ConversationFile
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.targets.hf import HFTarget
 
@@ -42,7 +43,7 @@ def main() -> None:
 
 def make_batch(path: str) -> Batch:
     """The first rows of ``path``, packed."""
-    rows = [row for row in read_jsonl(path) if isinstance(row, TokenRow)]
+    rows = [row for row in ConversationFile(path) if isinstance(row, TokenRow)]
     packed = pack([len(row.input_ids) for row in rows], ROW_TOKENS, seed=0)[:ROWS]
     return collate([[rows[d] for d in row] for row in packed], ROW_TOKENS, pad_id=0)
 

@@ -67,7 +67,7 @@ def measured(count: int, length: int, workers: int) -> dict[str, float]:
         documents = load_or_tokenize(items, how, config, "tokenising")
         times.append(time.perf_counter())
         stream = PackedLoader(
-            documents, row_tokens=ROW_TOKENS, global_batch_size=8, micro_batch_size=8, pad_id=0, seed=0
+            documents, packed_length=ROW_TOKENS, global_batch_size=8, micro_batch_size=8, pad_id=0, seed=0
         )
         batches = [len(stream.next_global_batch()) for _ in range(1)]
         times.append(time.perf_counter())

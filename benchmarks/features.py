@@ -24,7 +24,8 @@ import torch
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.schema import MaskConvention
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversation import TokenRow, read_jsonl
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import ConversationFile
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.targets.cached.manifest import Manifest
 from nemo_speculative.targets.cached.target import FeaturesTarget
@@ -75,7 +76,7 @@ def read_alone(target_dir: Path, features: Path, rounds: int) -> None:
     reader = FeaturesTarget(
         target_dir, directory=str(features), mask_convention=MaskConvention.serving, draft=EAGLE3, aux_layers=None
     )
-    batches = batches_of([row for row in read_jsonl(features / "training.jsonl") if isinstance(row, TokenRow)])
+    batches = batches_of([row for row in ConversationFile(features / "training.jsonl") if isinstance(row, TokenRow)])
     read = [reader.compute_hidden_states(batch) for batch in batches[:8]]
     memory = [x for made in read for x in (made.aux_hidden_states, made.last_hidden_state)]
     size = sum(x.numel() * x.element_size() for x in memory) / 1e9

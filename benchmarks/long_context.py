@@ -74,7 +74,7 @@ def trained(target: HFTarget, documents: list[TokenRow], offset: int | None, ste
     init_from_target(draft, target, InitFromTarget())
     objective = Eagle3Objective.build(target, config, seed=seed, tau_steps=UNROLLED)
     stream = PackedLoader(
-        TokenizedDataset(target.config.vocab_size, documents), row_tokens=ROW_TOKENS, global_batch_size=ROWS,
+        TokenizedDataset(target.config.vocab_size, documents), packed_length=ROW_TOKENS, global_batch_size=ROWS,
         micro_batch_size=ROWS, pad_id=1, seed=seed,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(draft.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Batch:
     """The tokens that this context-parallel rank computes."""
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Any] = {k: send(getattr(self, k), device) for k in _TENSORS}
+        moved: dict[str, Any] = {k: to_device(getattr(self, k), device) for k in _TENSORS}
         return replace(self, **moved, host=None if device.type == "cpu" else self.host or self)
 
     @property

@@ -1,9 +1,7 @@
 """Conversations and token rows, and the lines of a data file parsed into them."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nemo_speculative.utils.errors import UserError
@@ -45,31 +43,6 @@ class TokenRow:
         if len(self.input_ids) <= max_length:
             return self
         return replace(self, input_ids=self.input_ids[:max_length], loss_mask=self.loss_mask[:max_length])
-
-
-def read_jsonl(path: str | Path, key: str = "data.path") -> list[Conversation | TokenRow]:
-    """Reads a JSONL file of ``{"conversations": [...]}`` or ``{"input_ids": [...], "loss_mask": [...]}`` lines.
-
-    Args:
-        key: configuration key of the path, for error messages.
-
-    Raises:
-        UserError: the file is missing, empty, not UTF-8 or a line of it is malformed; the line is named.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{key}: {file} does not exist or is not a file; expected a JSONL file")
-    rows = list(_parse_lines(file))
-    if not rows:
-        raise UserError(f"{key}: {file} is empty; expected one JSON object a line")
-    return rows
-
-
-def _parse_lines(file: Path) -> Iterator[Conversation | TokenRow]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield from parse_line(line, f"{file}:{number}", str(number))
 
 
 def parse_line(line: bytes, origin: str, number: str) -> list[Conversation | TokenRow]:

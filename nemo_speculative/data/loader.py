@@ -16,7 +16,7 @@ class PackedLoader:
         self,
         dataset: TokenizedDataset,
         *,
-        row_tokens: int,
+        packed_length: int,
         global_batch_size: int,
         micro_batch_size: int,
         pad_id: int,
@@ -24,7 +24,7 @@ class PackedLoader:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.documents, self.row_tokens, self.pad_id, self.seed = dataset.rows, row_tokens, pad_id, seed
+        self.documents, self.packed_length, self.pad_id, self.seed = dataset.rows, packed_length, pad_id, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
         self.rows_consumed = 0
@@ -36,7 +36,7 @@ class PackedLoader:
         """The packed rows of an epoch; those of the last two epochs requested are cached."""
         if epoch not in self._epochs:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = pack(self._lengths, self.row_tokens, seed=self.seed * 1_000_003 + epoch)
+            self._epochs[epoch] = pack(self._lengths, self.packed_length, seed=self.seed * 1_000_003 + epoch)
         return self._epochs[epoch]
 
     @property
@@ -61,7 +61,7 @@ class PackedLoader:
         return [
             collate(
                 [[self.documents[d] for d in row] for row, _ in chunk],
-                self.row_tokens,
+                self.packed_length,
                 self.pad_id,
                 [epoch for _, epoch in chunk],
             )

@@ -32,13 +32,13 @@ class PackedRows(Indexed[list[int]]):
         self._ends.append(len(self._documents))
 
 
-def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> PackedRows:
+def pack(lengths: Sequence[int], packed_length: int, seed: int) -> PackedRows:
     """Packs documents into rows: best-fit decreasing within windows of a shuffled order.
 
     A function of its arguments alone, so that every rank and every restart makes the same rows.
 
     Args:
-        lengths: tokens of each document, at most ``row_tokens``.
+        lengths: tokens of each document, at most ``packed_length``.
 
     Returns:
         Indices into ``lengths``, in the order in which they are trained on.
@@ -49,19 +49,19 @@ def pack(lengths: Sequence[int], row_tokens: int, seed: int) -> PackedRows:
     rows = PackedRows()
     for start in range(0, len(order), WINDOW):
         window = sorted(order[start : start + WINDOW], key=lambda i: (-lengths[i], i))
-        packed = _best_fit(window, lengths, row_tokens)
+        packed = _best_fit(window, lengths, packed_length)
         rng.shuffle(packed)
         for row in packed:
             rows.append(row)
     return rows
 
 
-def _best_fit(documents: list[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+def _best_fit(documents: list[int], lengths: Sequence[int], packed_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for document in documents:
         at = bisect.bisect_left(free, (lengths[document], -1))
-        left, row = free.pop(at) if at < len(free) else (row_tokens, len(rows))
+        left, row = free.pop(at) if at < len(free) else (packed_length, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(document)
@@ -70,10 +70,10 @@ def _best_fit(documents: list[int], lengths: Sequence[int], row_tokens: int) -> 
 
 
 def collate(
-    rows: Sequence[Sequence[TokenRow]], row_tokens: int, pad_id: int, epochs: Sequence[int] | None = None
+    rows: Sequence[Sequence[TokenRow]], packed_length: int, pad_id: int, epochs: Sequence[int] | None = None
 ) -> Batch:
-    """Tensors of packed ``rows``, padded to ``row_tokens``; ``epochs`` has the pass over the data of each row."""
-    shape = (len(rows), row_tokens)
+    """Tensors of packed ``rows``, padded to ``packed_length``; ``epochs`` has the pass over the data of each row."""
+    shape = (len(rows), packed_length)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     positions, documents = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -88,6 +88,6 @@ def collate(
             documents[r, start:end] = d
             spans.append(Span(document.id, epoch, r, start, end))
             start = end
-        positions[r, start:] = torch.arange(row_tokens - start)
+        positions[r, start:] = torch.arange(packed_length - start)
         documents[r, start:] = len(row)
     return Batch(input_ids, loss_mask, positions, documents, tuple(spans))

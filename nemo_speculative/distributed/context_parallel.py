@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.precision import exact
 
 # torch 2.13 renames both.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -183,7 +182,9 @@ class ChunkPairShard(ContextShard):
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """The transpose of :meth:`gather`: the sum over all ranks of [N, w] → [m, w], zero in the halo."""
-        sent = x.new_zeros(self.group.size(), 2, self._padded_length, x.shape[1], dtype=exact(x.dtype))
+        sent = x.new_zeros(
+            self.group.size(), 2, self._padded_length, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
+        )
         parts = x.split([length for *_, length in self._chunks_in_order()])
         for (rank, half, length), part in zip(self._chunks_in_order(), parts, strict=True):
             sent[rank, half, :length] = part

@@ -11,7 +11,7 @@ from nemo_speculative.checkpoint.convert import as_servable
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.config.schema import EvaluateJob, ModelConfig
 from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens
-from nemo_speculative.data.conversation import read_jsonl
+from nemo_speculative.data.conversations import ConversationFile
 from nemo_speculative.evaluation.acceptance import Evaluation, evaluate_draft, prompt_of
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target
@@ -71,7 +71,7 @@ def _target_of(servable: Servable, job: EvaluateJob) -> HFTarget:
 
 def _prompts(job: EvaluateJob, servable: Servable, target: HFTarget) -> list[list[int]]:
     file = Path(job.questions) if job.questions else run_questions(servable.directory)
-    all_prompts = (prompt_of(row, target.tokenizer) for row in read_jsonl(file, "questions"))
+    all_prompts = (prompt_of(row, target.tokenizer) for row in ConversationFile(file, "questions"))
     longest = target.config.max_position_embeddings - 2
     prompts = [prompt for prompt in all_prompts if 0 < len(prompt) <= longest][: job.evaluation.num_questions]
     if not prompts:

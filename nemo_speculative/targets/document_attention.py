@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 
 BY_DOCUMENT = "by_document"
 """Name of this attention in transformers' registry."""
@@ -167,7 +167,7 @@ def _make_plan(groups: list[list[_Piece]], window: int | None, device: torch.dev
     results = torch.empty_like(real)
     results[queries[real]] = real
     calls = tuple(_make_call(group, window, device) for group in groups)
-    return _Plan(send(queries, device), send(results, device), calls)
+    return _Plan(to_device(queries, device), to_device(results, device), calls)
 
 
 def _padded_queries(group: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,7 +191,7 @@ def _make_call(group: list[_Piece], window: int | None, device: torch.device) ->
         return _Call(1, queries, before + queries, slice(group[0].first, group[0].end), mask)
     first, last = torch.tensor([(p.first, p.end - 1) for p in group]).T[..., None]
     keys = (first + torch.arange(before + queries)).minimum(last).flatten()  # padded like the queries
-    return _Call(len(group), queries, before + queries, send(keys, device), mask)
+    return _Call(len(group), queries, before + queries, to_device(keys, device), mask)
 
 
 def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> DocumentMask:

@@ -126,7 +126,7 @@ def build_loader(job: TrainJob, target: Target, data: RunData, dims: titan.Paral
     rank, ranks = data_rank(dims)
     return PackedLoader(
         data.training,
-        row_tokens=data.row_tokens,
+        packed_length=data.row_tokens,
         global_batch_size=job.trainer.global_batch_size,
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=_pad_id(target),

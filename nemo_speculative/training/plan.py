@@ -125,7 +125,7 @@ def _cost_lines(
         return ["cost      not known before the target writes the answers"]
     loader = PackedLoader(  # of the first rank
         documents,
-        row_tokens=row_tokens,
+        packed_length=row_tokens,
         global_batch_size=job.trainer.global_batch_size,
         micro_batch_size=job.trainer.micro_batch_size,
         pad_id=0,

@@ -266,7 +266,8 @@ class DraftTrainer:
         return metrics | {
             "data/epoch": result.batch.epoch,
             "data/rows": result.batch.loader_state["rows_consumed"],
-            "data/supervised_share": float(sums["count"][0]) / (self.config.global_batch_size * self.loader.row_tokens),
+            "data/supervised_share": float(sums["count"][0])
+            / (self.config.global_batch_size * self.loader.packed_length),
         }
 
     @torch.no_grad()

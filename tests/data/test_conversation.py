@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nemo_speculative.data.conversation import Conversation, TokenRow, read_jsonl
+from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import ConversationFile
 from nemo_speculative.utils.errors import UserError
 
 GOOD = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -56,7 +57,7 @@ def test_a_malformed_line_is_named_with_its_number(tmp_path, line, found, expect
     bad = line if isinstance(line, str) else json.dumps(line)
     file.write_text(f"{json.dumps(GOOD)}\n\n{bad}\n{json.dumps(GOOD)}\n")
     with pytest.raises(UserError) as caught:
-        read_jsonl(file)
+        ConversationFile(file)
     message = str(caught.value)
     assert message.startswith(f"{file}:3: ")
     assert "\n" not in message
@@ -68,7 +69,7 @@ def test_a_long_value_is_not_printed_whole(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"conversations": "x" * 10_000}))
     with pytest.raises(UserError) as caught:
-        read_jsonl(file)
+        ConversationFile(file)
     assert len(str(caught.value)) < 300
 
 
@@ -76,7 +77,7 @@ def test_a_line_that_is_not_utf8(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(json.dumps(GOOD).encode() + b"\n" + b'{"conversations": "caf\xe9"}\n')
     with pytest.raises(UserError) as caught:
-        read_jsonl(file)
+        ConversationFile(file)
     assert str(caught.value) == f"{file}:2: not UTF-8 (invalid continuation byte at byte 22); convert the file"
 
 
@@ -85,15 +86,17 @@ def test_an_empty_file(tmp_path, content):
     file = tmp_path / "data.jsonl"
     file.write_text(content)
     with pytest.raises(UserError) as caught:
-        read_jsonl(file)
+        ConversationFile(file)
     assert str(caught.value) == f"data.path: {file} is empty; expected one JSON object a line"
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "."])
-def test_a_file_that_is_missing_or_a_directory(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "found"), [("missing.jsonl", "does not exist or is not a file"), (".", "is a directory")]
+)
+def test_a_file_that_is_missing_or_a_directory(tmp_path, name, found):
     with pytest.raises(UserError) as caught:
-        read_jsonl(tmp_path / name)
-    assert str(caught.value) == f"data.path: {tmp_path / name} does not exist or is not a file; expected a JSONL file"
+        ConversationFile(tmp_path / name)
+    assert str(caught.value) == f"data.path: {tmp_path / name} {found}; expected a JSONL file"
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
@@ -101,7 +104,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     umlaut = turns({"role": "system", "content": "Größe"}, {"role": "tool", "content": "\u2028"})
     lines = [GOOD, umlaut | {"id": "named"}, TOKENS, TOKENS | {"id": 7}, GOOD | {"id": None}]
     file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    assert read_jsonl(file) == [
+    assert list(ConversationFile(file)) == [
         Conversation("1", GOOD["conversations"], f"{file}:1"),
         Conversation("named", umlaut["conversations"], f"{file}:2"),
         TokenRow("3", [5, 6, 7], [False, True, True], f"{file}:3"),
@@ -126,7 +129,7 @@ def test_tools_and_what_a_target_generated(tmp_path):
     ]
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_jsonl(file) == [
+    assert list(ConversationFile(file)) == [
         Conversation("with tools", messages, f"{file}:1", tools, "calls"),
         TokenRow("one", [5, 6, 7], [False, True, True], f"{file}:2"),
         TokenRow("two#0", [5, 6, 7], [False, True, True], f"{file}:3", "s"),
@@ -137,7 +140,7 @@ def test_tools_and_what_a_target_generated(tmp_path):
 def test_a_last_line_without_a_newline_counts(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\r\n{json.dumps(TOKENS)}")
-    assert [type(row) for row in read_jsonl(file)] == [Conversation, TokenRow]
+    assert [type(row) for row in ConversationFile(file)] == [Conversation, TokenRow]
 
 
 @pytest.mark.parametrize(("length", "expected"), [(5, 3), (3, 3), (2, 2), (1, 1)])

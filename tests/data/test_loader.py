@@ -11,12 +11,12 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 
-ROW_TOKENS = 32
+PACKED_LENGTH = 32
 
 
 def documents(count: int = 61, seed: int = 0) -> TokenizedDataset:
     rng = random.Random(seed)
-    lengths = [rng.randint(3, ROW_TOKENS) for _ in range(count)]
+    lengths = [rng.randint(3, PACKED_LENGTH) for _ in range(count)]
     rows = [
         TokenRow(f"d{i}", [rng.randrange(300) for _ in range(n)], [True] * n, "here") for i, n in enumerate(lengths)
     ]
@@ -24,7 +24,7 @@ def documents(count: int = 61, seed: int = 0) -> TokenizedDataset:
 
 
 def stream(**options) -> PackedLoader:
-    values = {"row_tokens": ROW_TOKENS, "global_batch_size": 8, "micro_batch_size": 8, "pad_id": 0, "seed": 3}
+    values = {"packed_length": PACKED_LENGTH, "global_batch_size": 8, "micro_batch_size": 8, "pad_id": 0, "seed": 3}
     return PackedLoader(options.pop("documents", documents()), **(values | options))
 
 
@@ -130,7 +130,7 @@ def test_the_epoch_is_that_of_the_next_row():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_global_batch_larger_than_an_epoch_continues_with_the_next(count):
     """Documents of a whole row each: a batch of 8 rows is 8 // count epochs and a part of another."""
-    few = [TokenRow(f"d{i}", [i] * ROW_TOKENS, [True] * ROW_TOKENS, "here") for i in range(count)]
+    few = [TokenRow(f"d{i}", [i] * PACKED_LENGTH, [True] * PACKED_LENGTH, "here") for i in range(count)]
     batch = stream(documents=TokenizedDataset(300, few)).next_global_batch()[0]
     ids = list(batch.ids)
     for start in range(0, 8 - count + 1, count):

@@ -9,7 +9,8 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
 from nemo_speculative.config.schema import MergeJob
-from nemo_speculative.data.conversation import TokenRow, read_jsonl
+from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import ConversationFile
 from nemo_speculative.generate_data.merge import merge
 from nemo_speculative.generate_data.run import generate_data, require_success, summary_table
 from nemo_speculative.utils.append_log import AppendLog
@@ -64,7 +65,7 @@ def test_every_turn_is_answered_anew_and_sees_the_new_ones_before_it(target, job
 
 def test_training_reads_the_rows_as_they_were_generated(job):
     outcome = generate_data(job())
-    rows = read_jsonl(answers_of(outcome))
+    rows = ConversationFile(answers_of(outcome))
     kept = [row for record in read(answers_of(outcome)) for row in record["rows"]]
     assert all(isinstance(row, TokenRow) for row in rows)
     assert [row.input_ids for row in rows] == [row["input_ids"] for row in kept]
@@ -147,7 +148,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(job, tmp_path, monkeypatch):
     monkeypatch.undo()
     part = tmp_path / "out" / "0-end" / "answers.jsonl"
     assert caught.value.filename == str(part)
-    assert len(read_jsonl(part)) > 0 and part.read_bytes().endswith(b"}\n")
+    assert len(ConversationFile(part)) > 0 and part.read_bytes().endswith(b"}\n")
     assert answers_of(generate_data(job())).read_bytes() == whole
 
 
@@ -192,7 +193,7 @@ def test_answers_in_another_format_are_refused_by_it_and_can_be_trained_on(job, 
         with pytest.raises(UserError, match=expected) as caught:
             refused()
         assert "\n" not in str(caught.value) and file.read_bytes() == before
-    assert [r.input_ids for r in read_jsonl(file)] == [row["input_ids"] for r in records for row in r["rows"]]
+    assert [r.input_ids for r in ConversationFile(file)] == [row["input_ids"] for r in records for row in r["rows"]]
 
 
 def test_a_damaged_line_is_named_and_answered_again_once_it_is_gone(job):

@@ -18,7 +18,8 @@ from nemo_speculative.config.schema import (
     PrepareJob,
 )
 from nemo_speculative.data.chat_template import tokenize
-from nemo_speculative.data.conversation import Conversation, read_jsonl
+from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.conversations import ConversationFile
 from nemo_speculative.prepare_data import output, reasons, run
 from nemo_speculative.prepare_data.output import table
 from nemo_speculative.prepare_data.run import prepare
@@ -43,7 +44,7 @@ def test_every_row_is_written_or_left_out_with_its_reason(tmp_path):
 
 def test_training_reads_the_rows_that_were_written(tmp_path):
     prepare(job_for(tmp_path))
-    read = [*read_jsonl(tmp_path / "out" / "train.jsonl"), *read_jsonl(tmp_path / "out" / "held_out.jsonl")]
+    read = [*ConversationFile(tmp_path / "out" / "train.jsonl"), *ConversationFile(tmp_path / "out" / "held_out.jsonl")]
     assert len({row.id for row in read}) == len(read) == len(MIXED) - sum(EXPECTED.values())
     assert {f"c{n}" for n in range(40)} < {row.id for row in read}
     assert {row.source for row in read} == {"rows"}
@@ -107,7 +108,7 @@ def test_token_ids_that_a_target_generated_are_kept_unchanged(tmp_path):
     assert first == {**chat("q1", "a"), "id": "g", "rows": rows, "source": "code"}
     assert second["rows"] == [rows[1], silent] and second["source"] == "rows"
     assert "rows" not in plain and plain["source"] == "rows"
-    read = read_jsonl(tmp_path / "out" / "train.jsonl")
+    read = ConversationFile(tmp_path / "out" / "train.jsonl")
     assert [row.input_ids for row in read[:2]] == [row["input_ids"] for row in rows]
 
 
@@ -298,7 +299,7 @@ def test_formatted_text_has_the_mask_of_its_conversation(tmp_path):
     job = job_for(tmp_path, [*texts, {"text": "no chat at all"}], 0.0, tokenizer=str(tmp_path / "tokenizer"))
     (counts,) = prepare(job).counts.values()
     assert counts.left_out == {reasons.NO_SPAN: 1}
-    for row, messages in zip(read_jsonl(tmp_path / "out" / "train.jsonl"), conversations, strict=True):
+    for row, messages in zip(ConversationFile(tmp_path / "out" / "train.jsonl"), conversations, strict=True):
         expected = tokenize(tokenizer, Conversation("", messages, ""), [tokenizer.eos_token_id])
         assert (row.input_ids, row.loss_mask) == (expected.input_ids, expected.loss_mask)
 

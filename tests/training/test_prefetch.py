@@ -30,7 +30,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 def make_loader(**shard):
     rows = [TokenRow(f"c{n}", [n % VOCAB] * (6 + n), [t > 2 for t in range(6 + n)], "") for n in range(11)]
-    numbers = {"row_tokens": 24, "global_batch_size": 4, "micro_batch_size": 2, "pad_id": 0, "seed": 3}
+    numbers = {"packed_length": 24, "global_batch_size": 4, "micro_batch_size": 2, "pad_id": 0, "seed": 3}
     return PackedLoader(TokenizedDataset(VOCAB, rows), **numbers, **shard)
 
 

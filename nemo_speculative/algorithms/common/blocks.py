@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from nemo_speculative.algorithms.common.attention import CausalBlock, Pair, Piece, PieceBlock
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 
 PIECE_QUERIES = 128
 PIECE_SCORES = 1 << 19
@@ -64,7 +64,7 @@ def _piece_block(
     back = torch.empty_like(order)
     # ``source`` ascends: of the rows that stand for a query this finds the first.
     back[order] = torch.searchsorted(source, torch.arange(len(order)))
-    return PieceBlock(send(order[source], device), send(back, device), tuple(pieces))
+    return PieceBlock(to_device(order[source], device), to_device(back, device), tuple(pieces))
 
 
 def _rounded(count: int, multiple: int) -> int:
@@ -132,7 +132,7 @@ def _piece(
     if masked_from < high:
         keys = torch.arange(masked_from, high)
         seen = (keys >= first[:, None]) & (keys <= last[:, None])
-        mask = send(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")), device)
+        mask = to_device(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")), device)
     return Piece(queries, slice(low, high), mask)
 
 
@@ -165,12 +165,12 @@ def flex_block(
 ) -> FlexBlock:
     """For queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
     partial, full = _block_structure(first, last, num_keys)
-    first, last = send(first, device), send(last, device)
+    first, last = to_device(first, device), to_device(last, device)
 
     def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key >= first[query]) & (key <= last[query])
 
-    counts, blocks, full_counts, full_blocks = (send(x, device) for x in (*_indices(partial), *_indices(full)))
+    counts, blocks, full_counts, full_blocks = (to_device(x, device) for x in (*_indices(partial), *_indices(full)))
     mask = BlockMask.from_kv_blocks(
         counts,
         blocks,
@@ -180,7 +180,7 @@ def flex_block(
         mask_mod=sees,
         seq_lengths=(len(first), num_keys),
     )
-    return FlexBlock(send(order, device), send(order.argsort(), device), mask)
+    return FlexBlock(to_device(order, device), to_device(order.argsort(), device), mask)
 
 
 def _block_structure(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:

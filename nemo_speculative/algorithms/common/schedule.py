@@ -23,7 +23,7 @@ from nemo_speculative.algorithms.common.blocks import block_for, rounded_width
 from nemo_speculative.config.schema import MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 
 LABEL_CHUNK = {"cpu": 128, "cuda": 512}
 """Positions whose target logits [P, V] exist at once."""
@@ -115,8 +115,8 @@ class Slots:
             active=active,
             token_window=token_window,
             key_window=key_window,
-            index=send(index - first, device),
-            position_ids=send((flat if position_ids is None else position_ids.flatten())[at], device),
+            index=to_device(index - first, device),
+            position_ids=to_device((flat if position_ids is None else position_ids.flatten())[at], device),
             blocks=tuple(blocks[n] for n in active),
         )
 
@@ -201,8 +201,8 @@ def make_schedule(
         slots = Slots.of(batch.positions, longest * chosen, device, batch.shard, position_ids)
         supervised = sampled[:, slots.host_index] & slots.real
         rows = _loss_rows(slots, supervised, weights[:, slots.host_index].float(), device)
-        chunks.append(SlotChunk(slots, rows, send(supervised, device)))
-    layout = Layout.of(batch.positions, send(position_ids, device), batch.shard)
+        chunks.append(SlotChunk(slots, rows, to_device(supervised, device)))
+    layout = Layout.of(batch.positions, to_device(position_ids, device), batch.shard)
     sent = batch.to(device)
     return Schedule(sent, sent.shard.local(sent.input_ids), layout, tuple(chunks), counts, step_weights)
 
@@ -250,7 +250,7 @@ def _loss_rows(slots: Slots, supervised: torch.Tensor, weights: torch.Tensor, de
         "label": torch.where(filler, first, label),
         "label_positions": pad(label_positions, (0, chunks[-1][1].stop - len(label_positions))),
     }
-    return LossRows(**{name: send(x, device) for name, x in columns.items()}, chunks=tuple(chunks))
+    return LossRows(**{name: to_device(x, device) for name, x in columns.items()}, chunks=tuple(chunks))
 
 
 def _label_chunks(label: torch.Tensor, size: int) -> tuple[torch.Tensor, list[tuple[slice, slice]]]:

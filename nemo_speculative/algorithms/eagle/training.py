@@ -20,7 +20,7 @@ from nemo_speculative.algorithms.common.ttt import Sums, TTTObjective
 from nemo_speculative.config.schema import FeatureNoise
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 
 NOISE_AMPLITUDE = 0.1
 OFFICIAL_NOISE_LENGTH = 512
@@ -110,4 +110,4 @@ def document_noise(batch: Batch, features: torch.Tensor, kind: FeatureNoise, see
         drawn = (document_uniform(f"{seed}:{span.epoch}:{span.id}", (length, features.shape[-1])) - 0.5) * 2
         scale = OFFICIAL_NOISE_LENGTH / length if kind is FeatureNoise.official else 1.0
         noise[span.row, span.start : span.end] = drawn * (NOISE_AMPLITUDE * scale)
-    return send(batch.shard.local(noise).to(features.dtype), features.device)
+    return to_device(batch.shard.local(noise).to(features.dtype), features.device)

@@ -23,7 +23,7 @@ from nemo_speculative.targets.cached.documents import document_key
 from nemo_speculative.targets.cached.manifest import Tensors
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 from nemo_speculative.utils.errors import UserError, describe_error
 
 PROBED_FILES = 16
@@ -114,7 +114,7 @@ class EagleFiles(EmbeddingAndHead):
             hidden[tokens] = sample["hidden_state"][:length].to(self.dtype)
             if self.aux_layers:
                 aux[tokens] = sample["aux_hidden_state"][:length].to(self.dtype)
-        return TargetOutput(send(aux, self.device), send(hidden, self.device))
+        return TargetOutput(to_device(aux, self.device), to_device(hidden, self.device))
 
     @cached_property
     def _file_of_document(self) -> dict[bytes, Path]:

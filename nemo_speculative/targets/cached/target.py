@@ -26,7 +26,7 @@ from nemo_speculative.targets.cached.store import (
 )
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import JobLock
 
@@ -131,7 +131,7 @@ class FeaturesTarget(EmbeddingAndHead):
         layout = manifest.layouts.get(kind)
         if layout is None:
             return torch.zeros(*batch.shard.local(batch.input_ids).shape, 0, dtype=dtype, device=self.device)
-        parts = {suffix: send(rows[kind + suffix], self.device) for suffix in layout}
+        parts = {suffix: to_device(rows[kind + suffix], self.device) for suffix in layout}
         return manifest.codec.decode(parts, manifest.hidden_size, dtype)
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from nemo_speculative.targets.remote.protocol import (
     bearer_token,
     pack_batch,
 )
-from nemo_speculative.utils.devices import send
+from nemo_speculative.utils.devices import to_device
 from nemo_speculative.utils.errors import PeerLostError, UserError, describe_error
 from nemo_speculative.utils.http import POLL_SECONDS, BalancedServer, Client, LoadBalancer, Unreachable
 
@@ -77,7 +77,9 @@ class RemoteTarget(EmbeddingAndHead):
         layout = OutputLayout.of(batch, self.config.hidden_size, self.identity)
         output = self.servers.request(pack_batch(batch), self.identity, layout, pinned=self.device.type == "cuda")
         output = output.shard(batch.shard)
-        return TargetOutput(send(output.aux_hidden_states, self.device), send(output.last_hidden_state, self.device))
+        return TargetOutput(
+            to_device(output.aux_hidden_states, self.device), to_device(output.last_hidden_state, self.device)
+        )
 
 
 class ServerBusy(Exception):
