@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings

@@ -5,21 +5,26 @@ architecture adds.
 """
 
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from nemo_speculative.algorithms.common.contract import Contract, number
-from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.algorithms.eagle.contract import EagleContract
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Contract
 from nemo_speculative.utils.errors import UserError
 
+if TYPE_CHECKING:  # a command for SGLang is printed without importing torch
+    import torch
+
+    from nemo_speculative.algorithms.common.draft import Draft
+
 FIXED_FLAGS = {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
 
 
-CONTRACTS: dict[str, Contract] = {}
+CONTRACTS: dict[str, Contract] = {
+    "LlamaForCausalLMEagle": EagleContract(),
+    "LlamaForCausalLMEagle3": Eagle3Contract(),
+}
 """The known contracts, by architecture."""
 
 
@@ -28,16 +33,12 @@ def register(contract: Contract) -> None:
     CONTRACTS[contract.architecture] = contract
 
 
-register(EagleContract())
-register(Eagle3Contract())
-
-
-def contract_of(draft: type[Draft]) -> Contract:
+def contract_of(draft: "type[Draft]") -> Contract:
     """The contract of the architecture that serves ``draft``."""
     return CONTRACTS[draft.ARCHITECTURE]
 
 
-def fields_of(contract: Contract, shape: Any, dtype: torch.dtype) -> dict[str, Any]:
+def fields_of(contract: Contract, shape: Any, dtype: "torch.dtype") -> dict[str, Any]:
     """The contents of ``config.json`` that describe the network."""
     return {
         "architectures": [contract.architecture],

@@ -37,7 +37,7 @@ class Servable:
     @property
     def algorithm(self) -> str:
         """SGLang's name of the algorithm."""
-        return self.contract.draft.ALGORITHM
+        return self.contract.algorithm
 
     @property
     def aux_layers(self) -> list[int]:

@@ -1,14 +1,12 @@
 """A checkpoint without its tensors: its directory, its ``config.json`` and what that records for serving.
 
-Imports neither torch nor transformers, so that ``serve_sglang --print-only`` is quick.
+Imports no heavy library, so that ``serve_sglang --print-only`` is quick.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.utils.errors import UserError
@@ -92,14 +90,20 @@ def update_speculative_settings(directory: Path, speculative: SpeculativeSetting
 
 
 def check_not_truncated(directory: Path) -> None:
-    """Refuses weights that are cut off, from the header of the file alone.
+    """Refuses weights that are cut off, from the header of the file alone: 8 bytes of length, then JSON, then the data.
 
     Raises:
-        UserError: the file ends early or has no readable header.
+        UserError: the file has another size than its header states, or no readable header.
     """
     file = directory / "model.safetensors"
     try:
-        with safe_open(file, "np"):
-            pass
-    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(header_size, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + header_size + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: cut off or not readable ({error})") from None
+    if size != expected:
+        raise UserError(f"{file}: cut off or not readable ({size} bytes, its header states {expected})")

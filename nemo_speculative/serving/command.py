@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_speculative.checkpoint.contract import shape_of
 from nemo_speculative.checkpoint.metadata import Provenance, check_not_truncated, find_model, provenance_of, read_config
 from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens, largest_tree, smallest_tree
 from nemo_speculative.serving.versions import NEWEST, check_servable, default_version, flag, require_supported
@@ -169,8 +170,6 @@ def read_recorded_settings(model: Path) -> RecordedSettings:
     Raises:
         UserError: its ``config.json`` is malformed.
     """
-    from nemo_speculative.checkpoint.contract import shape_of
-
     config, file = read_config(model), model / "config.json"
     try:
         contract, shape = shape_of(config, file)
@@ -184,7 +183,7 @@ def read_recorded_settings(model: Path) -> RecordedSettings:
     for name in ("target", "target_dtype"):
         value = getattr(provenance, name)
         _require(isinstance(value, str) and bool(value), f"{file}: malformed, {name} is {value!r}, expected a text")
-    return RecordedSettings(contract.draft.ALGORITHM, shape, provenance)
+    return RecordedSettings(contract.algorithm, shape, provenance)
 
 
 def _speculative_settings(recorded: SpeculativeSettings, overrides: dict[str, Any]) -> SpeculativeSettings:

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from nemo_speculative.utils.errors import UsageError, UserError, describe_error
-from nemo_speculative.utils.http import Client, Unauthorized, Unreachable
 from nemo_speculative.utils.network import bind_socket
 
 STOP_SECONDS = 20.0
@@ -126,6 +125,9 @@ class Server(SGLangProcess):
         Raises:
             ServerError: no token came within ``timeout`` seconds, or no draft was verified for them.
         """
+        # Slow to import, and not needed to print a command.
+        from nemo_speculative.utils.http import Client, Unauthorized, Unreachable
+
         try:
             with Client(self.url, api_key, timeout=timeout) as client:
                 response = client.request("POST", "/generate", json=SMOKE_REQUEST)
@@ -153,6 +155,8 @@ class Server(SGLangProcess):
         raise self.exit_error("while it served")
 
     def _healthy(self) -> bool:
+        from nemo_speculative.utils.http import Client, Unauthorized, Unreachable
+
         try:
             with Client(self.url, timeout=HEALTH_SECONDS) as client:
                 return client.request("GET", "/health").status == HTTP_OK

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
+from nemo_speculative.algorithms.eagle.contract import EagleShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle.training import EagleObjective, EagleWeights
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import FeatureNoise, MaskConvention
 from nemo_speculative.data.conversation import TokenRow

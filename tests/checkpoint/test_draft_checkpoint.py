@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance, find_model
 from nemo_speculative.config.speculative import SpeculativeSettings

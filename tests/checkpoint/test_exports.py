@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle.contract import EagleShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.adapters.base import Export
 from nemo_speculative.checkpoint.adapters.modeling_eagle_draft import DraftModel, Eagle3DraftModel, EagleDraftConfig
 from nemo_speculative.checkpoint.adapters.speculators import SpeculatorsExport

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nemo_speculative.algorithms.eagle.network import EagleDraft
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.prune_vocab import coverage_table, kept_entries, prune_checkpoint, pruned_tensors

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
+from nemo_speculative.algorithms.eagle.contract import EagleShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nemo_speculative.algorithms.eagle.network import EagleShape
-from nemo_speculative.algorithms.eagle3.network import Eagle3Shape
+from nemo_speculative.algorithms.eagle.contract import EagleShape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.serving.versions import NEWEST, check_servable, parse_version
 from nemo_speculative.utils.errors import UserError
 

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.shape import DraftShape
-from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle.contract import EagleShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings

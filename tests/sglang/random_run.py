@@ -18,7 +18,8 @@ from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.schedule import Layout, Slots
 from nemo_speculative.algorithms.common.ttt import compute_step0, unroll
 from nemo_speculative.algorithms.eagle.network import EagleDraft
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings

@@ -12,8 +12,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle.contract import EagleShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.config.schema import DecayType, MuonConfig, OptimizerConfig
 from nemo_speculative.distributed import titan

@@ -2,20 +2,31 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.drafting import DraftSession
 from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.utils.errors import UserError
+
+if TYPE_CHECKING:  # a command for SGLang is printed without importing torch
+    from nemo_speculative.algorithms.common.draft import Draft
+    from nemo_speculative.algorithms.common.drafting import DraftSession
 
 
 class Contract(ABC):
     """A served architecture: its draft class, its drafting, and its fields of ``config.json``."""
 
-    draft: ClassVar[type[Draft]]
-    session: ClassVar[type[DraftSession]]
-    """How decoding runs it."""
+    algorithm: ClassVar[str]
+    """SGLang's --speculative-algorithm."""
+
+    @property
+    @abstractmethod
+    def draft(self) -> "type[Draft]":
+        """The network; imported on first use."""
+
+    @property
+    @abstractmethod
+    def session(self) -> "type[DraftSession]":
+        """The class with which decoding runs it; imported on first use."""
 
     @property
     def architecture(self) -> str:

@@ -33,8 +33,6 @@ class Draft(nn.Module, ABC):
 
     ARCHITECTURE: ClassVar[str]
     """The class that serves it, as ``config.json`` names it."""
-    ALGORITHM: ClassVar[str]
-    """SGLang's --speculative-algorithm."""
     READS_LAST_HIDDEN: ClassVar[bool] = True
     """Whether :meth:`project_hidden_states` uses the last hidden state: then captured features need it everywhere."""
 

@@ -11,9 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
 from nemo_speculative.utils.errors import UserError
 
 if TYPE_CHECKING:  # a served command needs no Hydra
@@ -171,6 +168,10 @@ _KINDS: dict[str, Callable[[Rope, Any, int], Rope]] = {
 
 def _attention_factor(rope: Rope, config: Any, head_dim: int) -> float:
     """The factor of cosines and sines."""
+    # Slow to import, and not needed to read a config.json.
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     like = LlamaConfig(
         head_dim=head_dim, max_position_embeddings=config.max_position_embeddings, rope_parameters=dict(rope)
     )

@@ -9,7 +9,6 @@ EAGLE-2 is the same network; its tree belongs to decoding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,8 @@ from torch.nn.functional import linear
 
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.layers import DraftLayer
-from nemo_speculative.algorithms.common.shape import DraftShape, numbers_for
+from nemo_speculative.algorithms.common.shape import numbers_for
+from nemo_speculative.algorithms.eagle.contract import EagleShape
 
 if TYPE_CHECKING:  # a served command needs no Hydra
     from nemo_speculative.config.schema import DraftConfig
@@ -27,16 +27,10 @@ EMBEDDING_SCALE = 0.2
 """Factor of fc's random weights where fc starts as the identity on the feature."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EagleShape(DraftShape):
-    """The sizes of the network; the hidden size is the target's."""
-
-
 class EagleDraft(Draft):
     """An EAGLE-1 or EAGLE-2 draft."""
 
     ARCHITECTURE = "LlamaForCausalLMEagle"
-    ALGORITHM = "EAGLE"
 
     def __init__(self, shape: EagleShape):
         super().__init__(shape)

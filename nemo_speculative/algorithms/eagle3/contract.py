@@ -1,20 +1,75 @@
-"""``config.json`` of a served EAGLE-3 or EAGLE-3.1 draft."""
+"""The shape of an EAGLE-3 or EAGLE-3.1 draft, and its ``config.json``."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_speculative.algorithms.common.contract import Contract, number, switch
-from nemo_speculative.algorithms.eagle3.drafting import Eagle3Session
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.common.shape import DraftShape, numbers_for
 from nemo_speculative.utils.errors import UserError
+
+if TYPE_CHECKING:  # a command for SGLang is printed without importing torch or Hydra
+    from nemo_speculative.algorithms.common.draft import Draft
+    from nemo_speculative.algorithms.common.drafting import DraftSession
+    from nemo_speculative.config.schema import DraftConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Shape(DraftShape):
+    """The sizes and switches of the network."""
+
+    draft_vocab_size: int | None
+    """None: no head of its own; the target's gives the logits."""
+    aux_layers: tuple[int, ...]
+    target_hidden_size: int
+    fc_norm: bool = False
+    """EAGLE-3.1: an RMSNorm over each aux state before fc."""
+    norm_before_fc: bool = False
+    """The other form: one RMSNorm over all aux states together."""
+    norm_output: bool = False
+    """EAGLE-3.1: the next step reads the state after the final norm."""
+
+    @classmethod
+    def like_target(
+        cls, target_config: Any, aux_layers: Sequence[int], draft_vocab_size: int | None,
+        config: "DraftConfig | None" = None, **switches: Any,
+    ) -> "Eagle3Shape":  # fmt: skip
+        """The shape of one of the target's layers, unless ``config`` or ``switches`` set another."""
+        return cls(
+            **{**numbers_for(config, target_config), **switches},
+            draft_vocab_size=draft_vocab_size,
+            aux_layers=tuple(aux_layers),
+            target_hidden_size=target_config.hidden_size,
+        )
+
+    @property
+    def own_embedding(self) -> bool:
+        """Whether the draft has an embedding of its own."""
+        return self.hidden_size != self.target_hidden_size
+
+    @property
+    def fc_width(self) -> int:
+        return len(self.aux_layers) * self.target_hidden_size
 
 
 class Eagle3Contract(Contract):
     """EAGLE-3 and EAGLE-3.1."""
 
-    draft = Eagle3Draft
-    session = Eagle3Session
+    algorithm = "EAGLE3"
     SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
+
+    @property
+    def draft(self) -> "type[Draft]":
+        from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+
+        return Eagle3Draft
+
+    @property
+    def session(self) -> "type[DraftSession]":
+        from nemo_speculative.algorithms.eagle3.drafting import Eagle3Session
+
+        return Eagle3Session
 
     def own_fields(self, shape: Eagle3Shape) -> dict[str, Any]:
         return {

@@ -11,7 +11,6 @@ Notable choices:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn.functional import linear
 
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.layers import DraftLayer, rms_norm
-from nemo_speculative.algorithms.common.shape import DraftShape, numbers_for
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.utils.errors import UserError
 
@@ -29,44 +28,6 @@ if TYPE_CHECKING:  # a served command needs no Hydra
 
 LOW_AUX_SCALE = 0.2
 """Factor of fc's random weights where fc starts as the identity on the highest aux state."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eagle3Shape(DraftShape):
-    """The sizes and switches of the network."""
-
-    draft_vocab_size: int | None
-    """None: no head of its own; the target's gives the logits."""
-    aux_layers: tuple[int, ...]
-    target_hidden_size: int
-    fc_norm: bool = False
-    """EAGLE-3.1: an RMSNorm over each aux state before fc."""
-    norm_before_fc: bool = False
-    """The other form: one RMSNorm over all aux states together."""
-    norm_output: bool = False
-    """EAGLE-3.1: the next step reads the state after the final norm."""
-
-    @classmethod
-    def like_target(
-        cls, target_config: Any, aux_layers: Sequence[int], draft_vocab_size: int | None,
-        config: "DraftConfig | None" = None, **switches: Any,
-    ) -> "Eagle3Shape":  # fmt: skip
-        """The shape of one of the target's layers, unless ``config`` or ``switches`` set another."""
-        return cls(
-            **{**numbers_for(config, target_config), **switches},
-            draft_vocab_size=draft_vocab_size,
-            aux_layers=tuple(aux_layers),
-            target_hidden_size=target_config.hidden_size,
-        )
-
-    @property
-    def own_embedding(self) -> bool:
-        """Whether the draft has an embedding of its own."""
-        return self.hidden_size != self.target_hidden_size
-
-    @property
-    def fc_width(self) -> int:
-        return len(self.aux_layers) * self.target_hidden_size
 
 
 class Eagle3FirstLayer(DraftLayer):
@@ -81,7 +42,6 @@ class Eagle3Draft(Draft):
     """An EAGLE-3 or EAGLE-3.1 draft."""
 
     ARCHITECTURE = "LlamaForCausalLMEagle3"
-    ALGORITHM = "EAGLE3"
     READS_LAST_HIDDEN = False
 
     d2t: torch.Tensor

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.eagle.network import EagleDraft, EagleShape
-from nemo_speculative.algorithms.eagle3.network import Eagle3Draft, Eagle3Shape
+from nemo_speculative.algorithms.eagle.contract import EagleShape
+from nemo_speculative.algorithms.eagle.network import EagleDraft
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.adapters.base import ForeignDraft, Reading, Tensors
 from nemo_speculative.checkpoint.adapters.llama_config import numbers_of
 from nemo_speculative.checkpoint.contract import contract_of

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.algorithms.eagle3.network import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.checkpoint.adapters.base import Export, ForeignDraft, Format, Reading, Source, write_exported
 from nemo_speculative.checkpoint.adapters.networks import SWITCHES, Eagle3Layout, read_eagle3, switches_of
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
