@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# An environment that serves our checkpoints with SGLang: install.sh cpu|cuda DIRECTORY
+# Creates an environment that serves checkpoints with SGLang: install.sh cpu|cuda DIRECTORY
 #
-# What the Containerfiles and `make test-sglang` run.  At its end SGLang's own parser reads the command of a draft.
+# The Containerfiles and `make test-sglang` run it.  Finally SGLang's own parser reads the command of a random draft.
 set -euo pipefail
 
 sglang=0.5.23
@@ -9,7 +9,7 @@ torchvision=0.28.0
 setuptools=84.2.1
 
 usage() {
-  echo "error: usage: $0 cpu|cuda DIRECTORY, which is made; PYTHON3 names another python3" >&2
+  echo "error: usage: $0 cpu|cuda DIRECTORY, which is created; PYTHON3 names another python3" >&2
   exit 2
 }
 

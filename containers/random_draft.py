@@ -1,4 +1,4 @@
-"""Writes a small EAGLE-3 draft with random weights, for a target that does not exist: enough to try a command on.
+"""Writes a small EAGLE-3 draft with random weights for a nonexistent target, to test commands with.
 
 python containers/random_draft.py DIRECTORY
 """

@@ -1,4 +1,4 @@
-"""Our ``sgl_kernel``, function by function, beside textbook definitions; tests/sglang runs it inside SGLang."""
+"""The stand-in ``sgl_kernel`` against textbook definitions, function by function; tests/sglang runs it in SGLang."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def extend(cache, q, new, tree_mask=None, **changed):
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_decode_stores_the_new_token_and_sees_all_before_it(cache, window):
+def test_decode_stores_the_new_token_and_attends_to_all_before_it(cache, window):
     keys, values, table = cache
     q, k, v = torch.randn(2, HEADS, DIM), torch.randn(2, KV_HEADS * DIM), torch.randn(2, KV_HEADS, DIM)
     out = decode(cache, q, k, v, window)
@@ -72,7 +72,7 @@ def test_extend_is_causal(cache):
         torch.testing.assert_close(out[rows], textbook(q[rows], keys[slots], values[slots], mask))
 
 
-def test_a_tree_node_sees_its_sequence_and_what_the_mask_says(cache):
+def test_a_tree_node_attends_to_its_sequence_and_its_mask(cache):
     keys, values, table = cache
     q = torch.randn(6, HEADS, DIM)
     tree = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 0, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]], dtype=torch.bool)
@@ -87,7 +87,7 @@ def test_a_tree_node_sees_its_sequence_and_what_the_mask_says(cache):
     "unsupported",
     [{"logit_cap": 30.0}, {"is_cross_attention": True}, {"is_causal": False}, {"sinks": torch.zeros(HEADS)}],
 )
-def test_what_is_not_llama_like_is_refused(cache, unsupported):
+def test_attention_of_other_models_is_refused(cache, unsupported):
     with pytest.raises(NotImplementedError):
         extend(cache, torch.randn(5, HEADS, DIM), [3, 2], **unsupported)
 
@@ -97,12 +97,12 @@ def test_slots_are_written_and_read_back():
     start, end, slots = torch.tensor([4, 0]), torch.tensor([7, 2]), torch.tensor([11, 12, 13, 21, 22])
     sgl_kernel.assign_req_to_token_pool_cpu(requests, table, start, end, slots, 10)
     assert table[2].tolist() == [0, 0, 0, 0, 11, 12, 13, 0, 0, 0] and table[0, :3].tolist() == [21, 22, 0]
-    found = torch.zeros(5, dtype=torch.int64)
-    sgl_kernel.assign_extend_cache_locs_cpu(requests, table, start, end, found, 10)
-    assert found.tolist() == slots.tolist()
+    stored = torch.zeros(5, dtype=torch.int64)
+    sgl_kernel.assign_extend_cache_locs_cpu(requests, table, start, end, stored, 10)
+    assert stored.tolist() == slots.tolist()
 
 
-def test_each_branch_has_its_own_slots_behind_the_sequence():
+def test_each_branch_has_its_own_slots_after_the_sequence():
     table, requests, lengths = torch.arange(40).view(2, 20), torch.tensor([1, 0]), torch.tensor([3, 5])
     slots = torch.zeros(12, dtype=torch.int64)
     sgl_kernel.assign_draft_cache_locs_contiguous_cpu(requests, table, lengths, slots, 20, 2, 3)
@@ -113,7 +113,7 @@ def test_each_branch_has_its_own_slots_behind_the_sequence():
     assert rows[3, :8].tolist() == [0, 1, 2, 3, 4, 8, 9, 10]
 
 
-def test_cache_rows_move_in_every_buffer_even_where_they_overlap():
+def test_overlapping_cache_rows_move_in_every_buffer():
     buffers = [torch.arange(12.0).view(6, 2), torch.arange(18).view(6, 3)]
     before = [b.clone() for b in buffers]
     pointers = torch.tensor([b.data_ptr() for b in buffers])
@@ -165,7 +165,7 @@ BEAM = [[-1, 0, 1]]
 
 
 @pytest.mark.parametrize("mode", [0, 1])
-def test_a_tree_keeps_siblings_in_order_and_sees_ancestors_only(mode):
+def test_a_tree_keeps_siblings_in_order_and_masks_all_but_ancestors(mode):
     mask, positions, _, child, sibling = build(BEAM, [[0, 1, 2, 3, 5]], [4], 2, mode)
     assert child.tolist() == [[1, 3, 5, -1, -1, -1]]
     assert sibling.tolist() == [[-1, 2, -1, 4, -1, -1]]
@@ -175,8 +175,8 @@ def test_a_tree_keeps_siblings_in_order_and_sees_ancestors_only(mode):
     assert mask.view(6, -1)[:, :-6].all()
 
 
-def test_a_node_whose_parent_was_not_selected_is_out_of_reach():
-    """Scores of 1.0 tie: the child may be selected and the parent not."""
+def test_a_node_without_a_selected_parent_is_unreachable():
+    """With tied scores of 1.0 the child may be selected without its parent."""
     _, _, _, child, sibling = build(BEAM, [[0, 4]], [4], 2)
     assert child.tolist() == [[1, -1, -1]] and (sibling == -1).all()
 
@@ -205,6 +205,6 @@ def test_verification_follows_the_targets_choices():
     assert predicts == [12, 0, 15, 0, 0, 99, 77, 0, 0, 0, 0, 0]
 
 
-def test_sglang_finds_the_attention_where_it_looks():
+def test_the_attention_is_registered_as_a_torch_operator():
     assert torch.ops.sgl_kernel.decode_attention_cpu is sgl_kernel.decode_attention_cpu
     assert torch.ops.sgl_kernel.extend_attention_cpu is sgl_kernel.extend_attention_cpu

@@ -1,4 +1,4 @@
-"""Hidden states by SGLang and by transformers on each rank, and how far apart they are: ``… TARGET AUX_LAYERS OUT``."""
+"""Differences of hidden states between SGLang and transformers on each rank: ``… TARGET AUX_LAYERS OUT``."""
 
 import json
 import os
@@ -21,7 +21,7 @@ VOCAB, PAD = 256, 1
 
 
 def make_batch(seed: int) -> Batch:
-    """Packed rows, other ones on every rank."""
+    """Packed rows, different ones on each rank."""
     random = torch.Generator().manual_seed(seed)
     lengths = [11 + seed, 7, 30, 1]
     ids = [torch.randint(VOCAB, (n,), generator=random).tolist() for n in lengths]
@@ -30,7 +30,7 @@ def make_batch(seed: int) -> Batch:
 
 
 def difference(one: TargetOutput, two: TargetOutput, batch: Batch) -> dict[str, float]:
-    """The largest at a token of a document, and the largest number there."""
+    """The largest difference at a token of a document, and the largest value there."""
     at = torch.zeros_like(batch.loss_mask)
     for span in batch.spans:
         at[span.row, span.start : span.end] = True
@@ -47,10 +47,10 @@ def main(target: Path, aux_layers: list[int], out: Path) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     ours, theirs = (make(target, aux_layers=aux_layers) for make in (SGLangTarget, HFTarget))
     batches = [make_batch(2 * number + rank) for number in range(2)]
-    found = [
+    differences = [
         difference(ours.compute_hidden_states(batch), theirs.compute_hidden_states(batch), batch) for batch in batches
     ]
-    (out / f"{rank}.json").write_text(json.dumps(found))
+    (out / f"{rank}.json").write_text(json.dumps(differences))
 
 
 if __name__ == "__main__":

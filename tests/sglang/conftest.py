@@ -1,4 +1,4 @@
-"""SGLang as the judge.  Run with the python of an environment that holds SGLang; elsewhere all of it is skipped.
+"""Tests with the real SGLang, run in an environment that contains it; skipped elsewhere.
 
 NEMO_RUN=RUN judges the best checkpoint of a run on RUN/questions.jsonl, else small drafts of the family are made here.
 NEMO_QUESTIONS (20) and NEMO_MAX_NEW_TOKENS (48) say on how much; NEMO_ALL=1 serves every draft by the program as well.
@@ -32,7 +32,7 @@ NUM_QUESTIONS = int(os.environ.get("NEMO_QUESTIONS", "20"))
 MAX_NEW_TOKENS = int(os.environ.get("NEMO_MAX_NEW_TOKENS", "48"))
 START_SECONDS = 300
 SERVERS = min(4, os.cpu_count() or 1)
-"""At a time: nearly all that one does is to start, on a core or two."""
+"""Concurrent servers: most of their time is start-up, on a core or two."""
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}{{ 't1 ' if m['role'] == 'user' else 't2 ' }}{{ m['content'] }} {% endfor %}t3"
 
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What SGLang answered, and how it says it came about."""
+    """An answer of SGLang and its acceptance counts."""
 
     tokens: list[int]
     verifications: int
@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """What a target is asked."""
+    """Prompts for a target."""
 
     prompts: list[list[int]]
     stop_ids: tuple[int, ...]
@@ -78,14 +78,14 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def options_for() -> Callable[[Path], ServeOptions]:
-    """How a checkpoint is served here; a server gets a free port when it starts."""
+    """Serving options of a checkpoint for these tests; a server gets a free port when it starts."""
     return lambda checkpoint: from_checkpoint(checkpoint, {"device": "cpu", "port": 31234})
 
 
 def chatting(
     options_for: Callable[[Path], ServeOptions], root: Path, num_questions: int, max_new_tokens: int
 ) -> ServeOptions:
-    """A small EAGLE-3 draft, made in ``root``, whose target has a chat template."""
+    """A small EAGLE-3 draft, written to ``root``, whose target has a chat template."""
     from tests.sglang.random_run import make_runs
 
     run = make_runs(root, num_questions, max_new_tokens)["eagle3"]
@@ -97,23 +97,23 @@ def chatting(
 
 @pytest.fixture(scope="session")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
-    """Asks a server that lives for that long, several servers at a time; what was asked before is remembered."""
-    asked: dict[tuple[tuple[str, ...], str], Future[list[Answer]]] = {}
+    """Returns the answers of a temporary server; several servers run at a time, and answers are cached."""
+    cache: dict[tuple[tuple[str, ...], str], Future[list[Answer]]] = {}
     pool = ThreadPoolExecutor(SERVERS)
 
     def submit(command_for: CommandFor, options: ServeOptions, questions: PromptFile) -> Future[list[Answer]]:
         key = tuple(command_for(options)), repr(questions)
-        if key not in asked:
+        if key not in cache:
             log = tmp_path_factory.mktemp("server") / "log"
-            asked[key] = pool.submit(_answers, command_for, options, questions, log)
-        return asked[key]
+            cache[key] = pool.submit(_answers, command_for, options, questions, log)
+        return cache[key]
 
     yield submit
     pool.shutdown(cancel_futures=True)
 
 
 def _answers(command_for: CommandFor, options: ServeOptions, questions: PromptFile, log: Path) -> list[Answer]:
-    """One question after the other."""
+    """Answers to the questions, in order."""
     options = replace(options, port=free_port())
     with Server(command_for(options), serve_environment(options), options.host, options.port, log) as server:
         server.wait_until_healthy(START_SECONDS)
@@ -121,12 +121,12 @@ def _answers(command_for: CommandFor, options: ServeOptions, questions: PromptFi
 
 
 def with_draft(options: ServeOptions) -> list[str]:
-    """What our users run."""
+    """The command of users."""
     return serve_command(options, sys.executable)
 
 
 def without_draft(options: ServeOptions) -> list[str]:
-    """The target alone, on SGLang's own attention: our stand-in has no part in it."""
+    """The target alone, with SGLang's own attention instead of the stand-in."""
     command, dropped = with_draft(options), ("--speculative-", "--prefill-attention-", "--decode-attention-")
     return [w for i, w in enumerate(command) if not w.startswith(dropped) and not command[i - 1].startswith(dropped)]
 

@@ -1,4 +1,4 @@
-"""Every network that the EAGLE family has here, small and with random weights, as checkpoints of its own."""
+"""Checkpoints of all networks of the EAGLE family, small and with random weights."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +21,7 @@ from nemo_speculative.data.vocab_mapping import VocabMapping
 
 VOCAB, DRAFT_VOCAB = 120, 72
 LENGTH, STEPS = 9, 4
-"""Positions that the target has seen, and draft steps on the draft's own output after the first."""
+"""Positions processed by the target, and draft steps on the draft's own output after the first."""
 LAYER = {
     "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
     "rms_norm_eps": 1e-5, "max_positions": 64, "vocab_size": VOCAB,
@@ -43,7 +43,7 @@ def eagle3(**changed: Any) -> Eagle3Shape:
 
 
 def _switches() -> dict[str, DraftShape]:
-    """EAGLE-3 and all that EAGLE-3.1 can be, one and two layers deep."""
+    """EAGLE-3 and all variants of EAGLE-3.1, with one and two layers."""
     inputs: dict[str, dict[str, bool]] = {
         "plain": {}, "fc_norm": {"fc_norm": True}, "norm_before_fc": {"norm_before_fc": True},
     }  # fmt: skip
@@ -83,13 +83,13 @@ class Ends:
 
 @dataclass(frozen=True)
 class Given:
-    """What a draft is given to begin with: a target's ends, and what it says of LENGTH positions."""
+    """Inputs of a draft: a target's embedding and head, and its outputs at LENGTH positions."""
 
     ends: Ends
     tokens: torch.Tensor
     """int64 [LENGTH]: the token after each position."""
     features: torch.Tensor
-    """[LENGTH, A * h] or [LENGTH, h]: what the target hands to a draft of this kind."""
+    """[LENGTH, A * h] or [LENGTH, h]: the target's hidden states for this draft."""
 
     @classmethod
     def draw(cls, shape: DraftShape) -> "Given":
@@ -107,12 +107,12 @@ class Given:
 
     @classmethod
     def load(cls, file: Path) -> "Given":
-        found = load_file(file)
-        return cls(Ends(found["embedding"], found["head"]), found["tokens"], found["features"])
+        stored = load_file(file)
+        return cls(Ends(stored["embedding"], stored["head"]), stored["tokens"], stored["features"])
 
 
 def write_family(root: Path, target: Path) -> None:
-    """For each of :data:`FAMILY` a directory ``model`` and a file ``given.safetensors``."""
+    """Writes a directory ``model`` and a file ``given.safetensors`` for each of :data:`FAMILY`."""
     torch.manual_seed(0)
     for name, shape in FAMILY.items():
         draft = _random_draft(shape)
@@ -125,7 +125,7 @@ def write_family(root: Path, target: Path) -> None:
 
 @torch.no_grad()
 def _random_draft(shape: DraftShape) -> Draft:
-    """No weight has a value of its own, such as a norm's 1, that would hide its absence."""
+    """Random weights only: an initial value, such as a norm's 1, would hide a missing tensor."""
     draft: Draft = Eagle3Draft(shape) if isinstance(shape, Eagle3Shape) else EagleDraft(shape)  # type: ignore[arg-type]
     for weight in draft.parameters():
         if weight.ndim == 1:
@@ -138,7 +138,7 @@ def _random_draft(shape: DraftShape) -> Draft:
 
 
 def never_loaded(servable: Servable) -> set[str]:
-    """The parameters of SGLang's class that a checkpoint leaves alone, under SGLang's names."""
+    """The parameters of SGLang's class that a checkpoint does not fill, under SGLang's names."""
     shape = servable.shape
     names = set() if getattr(shape, "own_embedding", False) else {"model.embed_tokens.weight"}
     if getattr(shape, "draft_vocab_size", None) is None:
@@ -150,10 +150,10 @@ def never_loaded(servable: Servable) -> set[str]:
 
 
 def ignored(servable: Servable) -> list[str]:
-    """The tensors of a checkpoint that SGLang does not want: t2d is for other tools."""
+    """The tensors of a checkpoint that SGLang ignores: t2d is for other tools."""
     return [name for name in servable.tensors if name == "t2d"]
 
 
 def expected_ids(servable: Servable) -> list[int] | None:
-    """The target's ids as SGLang should read them from d2t; None: the draft has any id."""
+    """The target's ids that SGLang should read from d2t; None: the draft proposes any id."""
     return servable.build().draft_ids.tolist() if "d2t" in servable.tensors else None

@@ -1,4 +1,4 @@
-"""What SGLang makes of commands and of drafts, in one process of it; run with the CPU command's environment.
+"""Commands and drafts as SGLang reads them, in one SGLang process; run with the CPU command's environment.
 
     python -m tests.sglang.inspect_drafts WANTED.json      (prints JSON)
 
@@ -32,7 +32,7 @@ SETTINGS = (
 
 
 def start_engine(args: ServerArgs) -> None:
-    """The process-wide state without which SGLang's layers cannot be built."""
+    """Sets up the process-wide state that SGLang's layers need."""
     args.resolve_once()
     rank = spawn_world_rank(args, tp_rank=0, pp_rank=0)
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
@@ -43,7 +43,7 @@ def start_engine(args: ServerArgs) -> None:
 
 
 class PoisonedDraft:
-    """SGLang's draft model, whose every value is NaN until it is loaded."""
+    """SGLang's draft model with all values NaN before loading."""
 
     def __init__(self, args: ServerArgs, directory: Path):
         config = ModelConfig.from_server_args(args, model_path=str(directory), is_draft_model=True).hf_config

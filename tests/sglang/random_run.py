@@ -1,4 +1,4 @@
-"""Run directories without a training run: a random target, and drafts of the family that learnt a little.
+"""Run directories without a training run: a random target and briefly trained drafts of the family.
 
 The target's weights are drawn wide, so that its choices are far from a tie, and what its layers add is damped, so that
 its text is neither a loop nor chaos: the drafts agree with it for whole, half and no chains.
@@ -82,7 +82,7 @@ def _save(model: LlamaForCausalLM, eos: int, path: Path) -> HFTarget:
 
 
 def _stop_token(answers: list[list[int]]) -> int:
-    """A token that ends about a third of the answers, none of them at once."""
+    """A stop token for about a third of the answers, never as their first token."""
     late = [t for t in range(VOCAB) if not any(t in answer[:6] for answer in answers)]
     return min(late, key=lambda t: abs(sum(t in answer for answer in answers) - len(answers) / 3))
 
@@ -94,7 +94,7 @@ def _greedy(model: Any, prompts: list[list[int]], length: int) -> list[list[int]
 
 
 def _train(draft: Draft, target: HFTarget, tokens: torch.Tensor) -> None:
-    """A plain loop of its own on ``tokens`` [B, L]: the judge must not lean on the trainer that it judges."""
+    """A plain training loop on ``tokens`` [B, L], independent of the trainer that these tests check."""
     with torch.no_grad():
         draft.init_head(target.head_weight, None)
         draft.init_fc()

@@ -1,4 +1,4 @@
-"""SGLang's own draft class, computed step by step as its worker does; all but the attention kernel is SGLang's."""
+"""SGLang's own draft class, run step by step as in its worker; everything but the attention kernel is SGLang's."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from tests.sglang.family import LENGTH, STEPS, Ends, Given
 
 
 class PlainAttention:
-    """Causal attention over a cache of its own, where SGLang's kernels would be."""
+    """Causal attention with its own cache, in place of SGLang's kernels."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -66,7 +66,7 @@ class Runner:
 
 
 def _share(model: Any, algorithm: str, ends: Ends) -> torch.Tensor:
-    """Gives the model what SGLang's worker takes from the target, and returns the worker's ids of its vocabulary."""
+    """Sets the target's tensors as SGLang's worker does, and returns the worker's ids of the draft vocabulary."""
     embedding, head = (torch.nn.Parameter(weight, requires_grad=False) for weight in (ends.embedding, ends.head))
     worker = SimpleNamespace(
         speculative_algorithm=SpeculativeAlgorithm.from_string(algorithm),
@@ -81,7 +81,7 @@ def _share(model: Any, algorithm: str, ends: Ends) -> torch.Tensor:
 
 @torch.no_grad()
 def replay(model: Any, directory: Path) -> None:
-    """Writes ``returned.safetensors`` beside the checkpoint in ``directory``, whose weights ``model`` has.
+    """Writes ``returned.safetensors`` next to the checkpoint in ``directory``, whose weights ``model`` has.
 
     ``logits`` [LENGTH + STEPS, V_d] and ``states`` [LENGTH + STEPS, h]: of the LENGTH given positions, then of STEPS
     steps that each read the state of the one before and the token that it liked best, ``drafted`` int64 [STEPS].
@@ -95,5 +95,7 @@ def replay(model: Any, directory: Path) -> None:
         logits, states = runner.decode(drafted[-1], LENGTH + step, states[-1:])
         all_logits.append(logits)
         all_states.append(states)
-    found = {"logits": torch.cat(all_logits), "states": torch.cat(all_states), "drafted": torch.cat(drafted)}
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, directory.parent / "returned.safetensors")
+    outputs = {"logits": torch.cat(all_logits), "states": torch.cat(all_states), "drafted": torch.cat(drafted)}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in outputs.items()}, directory.parent / "returned.safetensors"
+    )

@@ -1,4 +1,4 @@
-"""SGLang's rotary embeddings of drafts, in a process of it; run with the CPU command's environment.
+"""SGLang's rotary embeddings of drafts, in an SGLang process; run with the CPU command's environment.
 
     python -m tests.sglang.rotations ROOT
 
@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 
 def rotary_of(config):
-    """As LlamaDecoderLayer and LlamaAttention ask for it."""
+    """The rotary embedding as LlamaDecoderLayer and LlamaAttention build it."""
     return get_rope(
         config.head_dim, rotary_dim=int(getattr(config, "partial_rotary_factor", 1) * config.head_dim),
         max_position=config.max_position_embeddings, base=config.rope_parameters.get("rope_theta", 10000),

@@ -1,4 +1,4 @@
-"""backend=sglang beside backend=hf: the same supervision, alone and tensor-parallel, and the same training."""
+"""backend=sglang against backend=hf: the same target outputs, alone and tensor-parallel, and the same training."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.sglang.random_run import make_runs
 from tests.targets.test_embedding_and_head import quantize
 
 ROUNDING = {"aux": 1e-4, "last_hidden": 1e-4}
-"""Of float32, where a number is at most some hundreds."""
+"""Rounding of float32 for values up to a few hundred."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -41,9 +41,9 @@ def test_supervision_equals_that_of_transformers(target_dir, tmp_path, ranks, au
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(ranks):
-        for found in json.loads((tmp_path / f"{rank}.json").read_text()):
-            assert set(found) == ({"aux", "last_hidden"} if aux_layers else {"last_hidden"})
-            for name, largest in found.items():
+        for results in json.loads((tmp_path / f"{rank}.json").read_text()):
+            assert set(results) == ({"aux", "last_hidden"} if aux_layers else {"last_hidden"})
+            for name, largest in results.items():
                 print(f"{ranks} rank(s), {name}: {largest:g}")
                 assert largest <= ROUNDING[name]
 
@@ -62,16 +62,16 @@ for path, *given in json.loads(sys.argv[1]):
     arguments.resolve_once()
     print("read:", ModelConfig.from_server_args(arguments).quantization)
 """
-"""What SGLang would run, without running it: its quantized kernels need a GPU."""
+"""Prints SGLang's quantization settings without running it: its quantized kernels need a GPU."""
 
 
 def test_a_quantized_target_is_passed_on(tmp_path):
-    """Whether it is said by flags or not."""
-    methods, asked = ("fp8", "awq"), []
+    """With and without a flag."""
+    methods, commands = ("fp8", "awq"), []
     for method in methods:
         quantize(tmp_path / method, method)
-        asked += [[str(tmp_path / method)], [str(tmp_path / method), "--quantization", method]]
-    done = run("-c", READ, json.dumps(asked))
+        commands += [[str(tmp_path / method)], [str(tmp_path / method), "--quantization", method]]
+    done = run("-c", READ, json.dumps(commands))
     read = [line.removeprefix("read: ") for line in done.stdout.splitlines() if line.startswith("read: ")]
     assert read == [method for method in methods for _ in range(2)], done.stderr[-3000:]
 
@@ -100,7 +100,7 @@ def losses(directory: Path) -> list[dict[str, float]]:
 
 
 def trained(settings: list[str], directory: Path, backend: str, ranks: int) -> tuple[list[dict[str, float]], str]:
-    """The losses, and what was said."""
+    """The losses and the output."""
     micro = f"trainer.micro_batch_size={2 // ranks}"
     done = run(*settings, f"backend={backend}", f"output_dir={directory}", micro, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -110,17 +110,17 @@ def trained(settings: list[str], directory: Path, backend: str, ranks: int) -> t
 @pytest.fixture(scope="module")
 def expected(settings, tmp_path_factory) -> list[dict[str, float]]:
     """The losses with transformers."""
-    found, _ = trained(settings, tmp_path_factory.mktemp("hf"), "hf", ranks=1)
-    assert any(found)
-    return found
+    results, _ = trained(settings, tmp_path_factory.mktemp("hf"), "hf", ranks=1)
+    assert any(results)
+    return results
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_draft_trains_as_with_transformers(settings, expected, tmp_path, ranks):
-    found, said = trained(settings, tmp_path, "sglang", ranks)
-    for one, two in zip(expected, found, strict=True):
+    results, output = trained(settings, tmp_path, "sglang", ranks)
+    for one, two in zip(expected, results, strict=True):
         assert one == pytest.approx(two, rel=1e-4)
-    assert "only backend=hf decodes" in said
+    assert "only backend=hf decodes" in output
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,9 @@ def captured_by(backend: str, settings: list[str], directory: Path, ranks: int) 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_captured_features_are_those_of_transformers(settings, captured, expected, tmp_path, ranks):
-    """And a draft trains from them as with transformers in the process."""
-    found = captured_by("sglang", settings, tmp_path / "sglang", ranks)
-    one, two = (open_store(directory, "output") for directory in (captured, found))
+    """A draft also trains from them as with transformers in the process."""
+    results = captured_by("sglang", settings, tmp_path / "sglang", ranks)
+    one, two = (open_store(directory, "output") for directory in (captured, results))
     one.manifest.require_same(two.manifest, captured)
     assert one.content == two.content and len(one) == 20
     for key in (entry["key"] for shard in one.shards for entry in shard.entries):
@@ -148,6 +148,6 @@ def test_captured_features_are_those_of_transformers(settings, captured, expecte
         for name, largest in ROUNDING.items():
             assert theirs[name].shape == ours[name].shape
             assert float((theirs[name] - ours[name]).abs().max()) <= largest
-    losses_from, _ = trained([*settings, f"backend.directory={found}"], tmp_path / "run", "features", ranks=1)
+    losses_from, _ = trained([*settings, f"backend.directory={results}"], tmp_path / "run", "features", ranks=1)
     for line, online in zip(losses_from, expected, strict=True):
         assert line == pytest.approx(online, rel=1e-4)

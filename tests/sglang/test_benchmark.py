@@ -1,4 +1,4 @@
-"""The benchmark's figures, against what the real SGLang says of each answer, asked in another way."""
+"""The benchmark's metrics against those of the real SGLang, requested another way."""
 
 import asyncio
 import json
@@ -39,7 +39,10 @@ def suite() -> Suite:
     """Conversations of one turn and of two."""
     first = [" ".join(f"t{(7 * n + 3 * i) % 200 + 10}" for i in range(4 + n)) for n in range(NUM_PROMPTS)]
     return Suite(
-        "some", tuple(Prompt((said, "t9 t8")[: 1 + n % 2], {}) for n, said in enumerate(first)), MAX_NEW_TOKENS, None
+        "some",
+        tuple(Prompt((text, "t9 t8")[: 1 + n % 2], {}) for n, text in enumerate(first)),
+        MAX_NEW_TOKENS,
+        None,
     )
 
 
@@ -71,7 +74,7 @@ def measured(url: str, tokenizer: Any, suite: Suite) -> tuple[BenchMetrics, list
 
 
 def raw(url: str, tokenizer: Any, prompt: Prompt) -> list[dict[str, Any]]:
-    """What /generate says of each turn, at once instead of streamed, to a prompt rendered as text."""
+    """The result of /generate for each turn, not streamed, for a prompt rendered as text."""
     text, answers = "", []
     for turn in prompt.turns:
         text += f"t1 {turn} "
@@ -86,10 +89,10 @@ def test_the_figures_are_those_of_each_answer(url, tokenizer, suite):
     figures, conversations = measured(url, tokenizer, suite)
     expected = [answer for prompt in suite.prompts for answer in raw(url, tokenizer, prompt)]
     infos = [answer["meta_info"] for answer in expected]
-    said = [answer for conversation in conversations for answer in conversation.answers]
-    assert [answer.text for answer in said] == [answer["text"] for answer in expected]
-    assert [answer.completion_tokens for answer in said] == [info["completion_tokens"] for info in infos]
-    assert [answer.verifications for answer in said] == [info.get("spec_verify_ct", 0) for info in infos]
+    answers = [answer for conversation in conversations for answer in conversation.answers]
+    assert [answer.text for answer in answers] == [answer["text"] for answer in expected]
+    assert [answer.completion_tokens for answer in answers] == [info["completion_tokens"] for info in infos]
+    assert [answer.verifications for answer in answers] == [info.get("spec_verify_ct", 0) for info in infos]
 
     tokens, verifications = sum(i["completion_tokens"] for i in infos), sum(i.get("spec_verify_ct", 0) for i in infos)
     assert (figures.completion_tokens, figures.verifications) == (tokens, verifications)

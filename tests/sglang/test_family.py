@@ -1,4 +1,4 @@
-"""Train = serve: SGLang's own classes compute what ours do, for every network of the family."""
+"""Train = serve: SGLang's own classes compute the same as this project's, for every network of the family."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.sglang.family import FAMILY, LENGTH, STEPS, Given, expected_ids, igno
 
 @dataclass(frozen=True)
 class Replayed:
-    """A draft, what it was given, and what SGLang made of both."""
+    """A draft, its inputs, and SGLang's outputs."""
 
     servable: Servable
     given: Given
@@ -33,7 +33,7 @@ class Replayed:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory, inspect, options_for) -> dict[str, Replayed]:
-    """All of them, through one process of SGLang."""
+    """All networks, through one SGLang process."""
     root = tmp_path_factory.mktemp("family")
     write_family(root, _target(root / "target"))
     models = {name: root / name / "model" for name in FAMILY}
@@ -42,7 +42,7 @@ def family(tmp_path_factory, inspect, options_for) -> dict[str, Replayed]:
 
 
 def _target(path: Path) -> Path:
-    """Only its configuration is looked at."""
+    """A target of which only the configuration is used."""
     from transformers import LlamaConfig
 
     shape = next(iter(FAMILY.values()))
@@ -55,8 +55,8 @@ def _target(path: Path) -> Path:
 
 
 def _replayed(directory: Path, report: dict[str, object]) -> Replayed:
-    found = load_file(directory / "returned.safetensors")
-    return Replayed(read_servable(directory / "model"), Given.load(directory / "given.safetensors"), report, **found)
+    returned = load_file(directory / "returned.safetensors")
+    return Replayed(read_servable(directory / "model"), Given.load(directory / "given.safetensors"), report, **returned)
 
 
 @pytest.fixture(params=FAMILY)
@@ -74,7 +74,7 @@ def test_no_tensor_is_lost(replayed):
 
 @torch.no_grad()
 def test_decoding_computes_what_sglang_does(replayed):
-    """Logits and fed-back states of the given positions, and of steps on the draft's own output."""
+    """Logits and fed-back states at the given positions, and for steps on the draft's own output."""
     draft, given = replayed.draft, replayed.given
     session = replayed.servable.contract.session(draft)
     tokens, feature, start = given.tokens[None], draft.project_hidden_states(given.features, given.features)[None], 0
@@ -112,5 +112,5 @@ def test_training_computes_what_sglang_does(replayed):
 
 
 def _assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """To 1e-5 of the largest."""
+    """Compares to 1e-5 of the largest value."""
     torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)

@@ -1,4 +1,4 @@
-"""Answers of the real SGLang, asked for by generate_data.py, against those of the target in this process."""
+"""Answers of the real SGLang to generate_data.py against those of the target in this process."""
 
 import json
 import sys
@@ -31,8 +31,8 @@ def questions(tmp_path_factory) -> Path:
     records = []
     for n in range(NUM_QUESTIONS):
         first = " ".join(f"t{(7 * n + 3 * i) % 200 + 10}" for i in range(4 + n))
-        said = [first, "OLD", "t9 t8", "OLD", "t33", "OLD"][: 2 * (1 + n % 3)]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        texts = [first, "OLD", "t9 t8", "OLD", "t33", "OLD"][: 2 * (1 + n % 3)]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         records.append({"id": f"q{n}", "conversations": messages})
     records.append({"id": "long", "conversations": [{"role": "user", "content": "t5 " * 600}]})
     file = tmp_path_factory.mktemp("questions") / "questions.jsonl"
@@ -42,7 +42,7 @@ def questions(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(options, tmp_path_factory) -> Iterator[str]:
-    """A server with the draft: several tokens come at a time, a stop token among them."""
+    """A server with the draft: several tokens arrive at a time, a stop token among them."""
     command = serve_command(options, sys.executable)
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(command, serve_environment(options), options.host, options.port, log) as server:
@@ -69,7 +69,7 @@ def test_greedy_ids_are_those_of_the_target_in_this_process(url, options, questi
 
 
 def test_v1_completions_of_sglang_gives_the_same_ids(url, options, questions, tmp_path, monkeypatch):
-    """The way by which other servers are asked for ids, on one that has both."""
+    """The route of other servers for token ids, on a server that has both."""
     native = generated(options, questions, tmp_path / "native", EndpointConfig(urls=[url]))
     get = endpoint.Server._get
 

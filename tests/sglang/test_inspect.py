@@ -1,4 +1,4 @@
-"""What inspect_data.py believes that SGLang renders, against what SGLang renders."""
+"""inspect_data.py's model of SGLang's rendering against the rendering of SGLang."""
 
 import sys
 from collections.abc import Iterator
@@ -33,26 +33,26 @@ TOOLS = [
 ]
 
 
-def said(role: str, content: str | None, **more) -> dict:
+def turn(role: str, content: str | None, **more) -> dict:
     return {"role": role, "content": content, **more}
 
 
 def called(arguments, content: str | None = "") -> list[dict]:
     call = {"id": "c0", "type": "function", "function": {"name": "f", "arguments": arguments}}
     return [
-        said("user", "do"), said("assistant", content, tool_calls=[call]), said("tool", "done", tool_call_id="c0"),
-        said("assistant", "fine"),
+        turn("user", "do"), turn("assistant", content, tool_calls=[call]), turn("tool", "done", tool_call_id="c0"),
+        turn("assistant", "fine"),
     ]  # fmt: skip
 
 
 ALIKE = {
-    "one turn": [said("user", "the quick fox"), said("assistant", "jumps")],
+    "one turn": [turn("user", "the quick fox"), turn("assistant", "jumps")],
     "three turns": [
-        said("system", "be brief"), said("user", "größer é 🦊"), said("assistant", " naïve  two \n"),
-        said("user", "<|assistant|> quoted"), said("assistant", "so"), said("user", ""), said("assistant", "x"),
+        turn("system", "be brief"), turn("user", "größer é 🦊"), turn("assistant", " naïve  two \n"),
+        turn("user", "<|assistant|> quoted"), turn("assistant", "so"), turn("user", ""), turn("assistant", "x"),
     ],
-    "thinking": [said("user", "a"), said("assistant", "b", reasoning_content="hm"), said("user", "c"),
-                 said("assistant", "d")],
+    "thinking": [turn("user", "a"), turn("assistant", "b", reasoning_content="hm"), turn("user", "c"),
+                 turn("assistant", "d")],
     "arguments": called({"x": [1, "é"]}),
 }  # fmt: skip
 
@@ -71,8 +71,8 @@ def server(target, tmp_path_factory) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("server") / "log"
     with Server(command, serve_environment(options), options.host, options.port, log) as running:
         running.wait_until_healthy(START_SECONDS)
-        with RunningServer(running.url) as asked:
-            yield asked
+        with RunningServer(running.url) as connection:
+            yield connection
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def tokenizer(target):
 
 
 @pytest.mark.parametrize("messages", [*ALIKE.values(), called('{"x": 1}', None)], ids=[*ALIKE, "text, null"])
-def test_it_renders_what_we_believe(server, tokenizer, messages):
+def test_sglang_renders_as_modeled(server, tokenizer, messages):
     believed = ByTemplate(tokenizer)
     for turn in range(1, len(messages)):  # an answer in front is the user's to a server: among them are such prompts
         assert server.prompt_ids(messages[:turn], None) == believed.prompt_ids(messages[:turn], None), turn
 
 
-def test_it_hands_on_tools_with_a_field_of_its_own(server, tokenizer):
-    """So templates that print them as they come, as most do, print more than in training; see docs/data.md."""
+def test_sglang_adds_a_field_to_tools(server, tokenizer):
+    """Templates that print tools unchanged, as most do, print more than in training; see docs/data.md."""
     messages = ALIKE["arguments"][:3]
     seen = [tool | {"defer_loading": None} for tool in TOOLS]
     assert server.prompt_ids(messages, TOOLS) == ByTemplate(tokenizer).prompt_ids(messages, seen)
@@ -97,7 +97,7 @@ def test_it_hands_on_tools_with_a_field_of_its_own(server, tokenizer):
     assert dict(comparison.causes) == {"tools are written otherwise": 2}
 
 
-def test_training_renders_what_it_renders(server, tokenizer):
+def test_training_renders_as_sglang(server, tokenizer):
     server.check()
     comparison = Comparison(tokenizer, server, 10_000, 100)
     for name, messages in (ALIKE | {"text": called('{"x": 1}'), "null": called({"x": 1}, None)}).items():
@@ -105,7 +105,7 @@ def test_training_renders_what_it_renders(server, tokenizer):
     assert (comparison.turns, comparison.equal) == (12, 12), comparison.differences
 
 
-def test_what_differs_is_found(server, tokenizer):
+def test_differences_are_found(server, tokenizer):
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.chat_template = TEMPLATE.replace("<|system|>You help.<|end|>", "")
     comparison = Comparison(other, server, 10_000, 100)
@@ -114,6 +114,6 @@ def test_what_differs_is_found(server, tokenizer):
     assert "default system prompt" in cause and cause in causes.CAUSES
 
 
-def test_what_it_refuses(server):
+def test_refused_conversations(server):
     with pytest.raises(Refused, match="HTTP 400"):
         server.prompt_ids([], None)

@@ -1,4 +1,4 @@
-"""SGLang's rotary embedding, as its class of a draft makes it from the checkpoint's config.json, beside ours."""
+"""The rotary embedding that SGLang's draft class builds from config.json against this project's."""
 
 import json
 import os
@@ -37,7 +37,7 @@ ROPES = {
 
 
 class Target:
-    """What a target's configuration says, as transformers gives it."""
+    """A target's configuration in transformers."""
 
     hidden_size, num_attention_heads, head_dim, intermediate_size = 4 * HEAD, 4, HEAD, 64
     max_position_embeddings, vocab_size = LONGEST, 300
@@ -48,7 +48,7 @@ class Target:
 
 @pytest.fixture(scope="module")
 def rotated(tmp_path_factory):
-    """What SGLang made of short and long texts of every draft, in one process of it."""
+    """SGLang's rotations of short and long texts for every draft, from one SGLang process."""
     root = tmp_path_factory.mktemp("rotations")
     for name, rope in ROPES.items():
         for length in (SHORT, LONGEST):

@@ -1,4 +1,4 @@
-"""The program on the real SGLang: what it serves, asks and understands, for each algorithm of the family."""
+"""serve_sglang with the real SGLang: server, engine and dry run, for each algorithm of the family."""
 
 import json
 import os
@@ -38,7 +38,7 @@ ANSWER = re.compile(r"\n> (.*)\n(.*)\n\[(\d+) tokens in (\d+) verifications, acc
 
 @dataclass(frozen=True)
 class Served:
-    """A run, and how it is served."""
+    """A run and its serving options."""
 
     run: Path
     speculative: SpeculativeSettings
@@ -54,7 +54,7 @@ class Served:
         return Path(from_checkpoint(self.run).target)
 
     def decoded(self, prompts: list[list[int]], limit: int) -> list[Generation]:
-        """By our own decoder."""
+        """The decoder's answers."""
         servable = read_servable(self.run)
         target = HFTarget(self.target, aux_layers=servable.aux_layers)
         drafter = EagleDrafter(servable.build(), target, tree_builder_for(self.speculative))
@@ -74,13 +74,13 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def all_or(*some: str) -> list[str]:
-    """Each takes a start of SGLang, and the judge starts servers of all of them: without NEMO_ALL some are enough."""
+    """Each takes a start of SGLang, and test_checkpoints.py starts servers of all: without NEMO_ALL a few suffice."""
     return ALGORITHMS if os.environ.get("NEMO_ALL") else list(some)
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
 def served(request, runs) -> Served:
-    """EAGLE-2 is EAGLE-1's draft, grown to trees."""
+    """EAGLE-2 is EAGLE-1's draft with trees."""
     if request.param == "eagle2":
         return Served(runs["eagle1"], SpeculativeSettings(num_steps=3, topk=4, num_draft_tokens=8))
     return Served(runs[request.param], SpeculativeSettings(num_steps=5, topk=1, num_draft_tokens=6))
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def server(served, free_port, tmp_path) -> Iterator[tuple[subprocess.Popen, str, Path]]:
-    """The program while it serves, the line in which it says so, and SGLang's log."""
+    """The running program, its line that reports it, and SGLang's log."""
     log = tmp_path / "sglang.log"
     command = [*served.command, "--port", str(free_port), "--timeout", str(START_SECONDS), "--log", str(log)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -105,7 +105,7 @@ def server(served, free_port, tmp_path) -> Iterator[tuple[subprocess.Popen, str,
 
 
 @pytest.mark.parametrize("served", all_or("eagle3"), indirect=True)
-def test_it_serves_tries_and_stops(server, served, free_port):
+def test_it_serves_tests_and_stops(server, served, free_port):
     process, line, log = server
     tried = re.fullmatch(r"serving (.*) on (\S+) \(tried with 8 tokens in (\d+) verifications\); .*\n", line)
     assert tried, log.read_text()[-3000:]
@@ -125,9 +125,9 @@ def _verifications(url: str) -> int:
 
 
 @pytest.mark.parametrize("served", all_or("eagle2"), indirect=True)
-def test_the_engine_answers_as_our_decoder_does(served):
-    asked = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    command = [*served.command, *asked, "--max-new-tokens", str(MAX_NEW_TOKENS), "--timeout", str(START_SECONDS)]
+def test_the_engine_answers_as_the_decoder(served):
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    command = [*served.command, *prompts, "--max-new-tokens", str(MAX_NEW_TOKENS), "--timeout", str(START_SECONDS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = ANSWER.findall(done.stdout)
@@ -137,8 +137,8 @@ def test_the_engine_answers_as_our_decoder_does(served):
     for (_, text, tokens, verifications, length), ours in zip(
         answers, served.decoded(rendered, MAX_NEW_TOKENS), strict=True
     ):
-        said = [i for i in ours.tokens if i != tokenizer.eos_token_id]
-        assert text.split() == tokenizer.decode(said).split()
+        ids = [i for i in ours.tokens if i != tokenizer.eos_token_id]
+        assert text.split() == tokenizer.decode(ids).split()
         assert (int(tokens), int(verifications)) == (len(ours.tokens), len(ours.emitted))
         assert float(length) == pytest.approx(len(ours.tokens) / len(ours.emitted), abs=0.005)
 
@@ -163,7 +163,7 @@ def test_a_command_for_gpus_is_understood_without_one(runs):
     assert re.search(r"tp_size +2\n", done.stdout)
 
 
-def test_what_sglang_does_not_know_is_refused_in_one_line(runs):
+def test_an_unknown_flag_is_refused_in_one_line(runs):
     command = [*PROGRAM, "--draft", str(runs["eagle3"]), "--dry-run", "--", "--cuda-graph-max", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

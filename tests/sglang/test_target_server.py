@@ -1,4 +1,4 @@
-"""A target server with backend=sglang: what its clients get is what transformers computes here."""
+"""A target server with backend=sglang: its clients get what transformers computes."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
 
 ROUNDING = 1e-4
-"""Of float32, where a number is at most some hundreds."""
+"""Rounding of float32 for values up to a few hundred."""
 AUX_LAYERS = [1, 3, 4]
 
 
@@ -44,8 +44,8 @@ def test_what_it_serves_equals_what_transformers_computes_and_it_ends_on_sigterm
             remote = RemoteTarget(target_dir, aux_layers=AUX_LAYERS, urls=[line.split(" on ")[1].split()[0]])
             batch = make_batch(0)
             local = HFTarget(target_dir, aux_layers=AUX_LAYERS)
-            found = difference(remote.compute_hidden_states(batch), local.compute_hidden_states(batch), batch)
-            assert set(found) == {"aux", "last_hidden"} and max(found.values()) <= ROUNDING
+            differences = difference(remote.compute_hidden_states(batch), local.compute_hidden_states(batch), batch)
+            assert set(differences) == {"aux", "last_hidden"} and max(differences.values()) <= ROUNDING
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0, log.read_text()[-3000:]
         finally:

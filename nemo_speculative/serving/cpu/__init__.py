@@ -1,5 +1,5 @@
-"""What turns SGLang 0.5.23 into a CPU engine: a directory to put in front of PYTHONPATH.
+"""A directory that makes SGLang 0.5.23 run on a CPU when it is put in front of PYTHONPATH.
 
-``sgl_kernel`` stands in for the compiled package of that name, of which no CPU build is published.  ``sitecustomize``
-is run by every Python that starts with this path, SGLang's subprocesses included.
+``sgl_kernel`` replaces the compiled package of that name, of which no CPU build is published.  ``sitecustomize`` is run
+by every Python that starts with this path, including SGLang's subprocesses.
 """

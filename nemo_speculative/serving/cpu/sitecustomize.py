@@ -1,6 +1,6 @@
-"""Leaves out torchvision's operator descriptions, see :mod:`nemo_speculative.utils.torchvision_stub`.
+"""Replaces torchvision's operator descriptions, see :mod:`nemo_speculative.utils.torchvision_stub`.
 
-For the processes that SGLang starts, which import nothing of this package.
+It serves the processes that SGLang starts, which import nothing of this package.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """The functions of ``sgl_kernel`` that SGLang 0.5.23's CPU engine calls for a Llama-like target with an EAGLE draft.
 
-Plain torch, one request after the other: made to let SGLang itself judge a checkpoint, not to serve traffic.
-``convert_weight_packed`` is left out on purpose: SGLang asks for it to find out whether compiled kernels are there,
-and takes its own torch code for norms, activations, rotary positions and linear layers where they are not.
+Plain torch code, one request after the other: for testing a checkpoint with SGLang itself, not for serving traffic.
+``convert_weight_packed`` is missing on purpose: SGLang looks it up to detect compiled kernels, and without it uses its
+own torch code for norms, activations, rotary positions and linear layers.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Attention over a paged cache, as SGLang's ``intel_amx`` backend calls it.
+"""Attention over a paged KV cache with the interface of SGLang's ``intel_amx`` backend.
 
 Shapes: T query rows of all requests together, H query heads and G key-value heads of d dimensions, S cache slots,
 R requests.  ``req_to_token`` int [rows, P] holds the slot of each position, ``req_pool_indices`` int [R] the row of
@@ -21,13 +21,13 @@ def decode_attention_cpu(
     Args:
         q, out: [R, H, d]; ``out`` is written.
         k_buffer, v_buffer: [S, G, d]; written at ``loc``.
-        k_scale, v_scale: of an 8-bit cache, which is not supported here.
+        k_scale, v_scale: scales of an 8-bit cache, which is not supported.
         k, v: [R, G, d] or flat, or None where the cache holds them already.
         loc: int [R], the slots of the new tokens.
         attn_logits: scratch space of the compiled kernel.
         seq_lens: int64 [R], the new token included.
-        window: keys at a distance of this or more are not seen; 0 sees all.
-        logit_cap, is_cross_attention, encoder_lens, sinks: of models that are not Llama-like.
+        window: keys at a distance of this or more are masked; 0 masks none.
+        logit_cap, is_cross_attention, encoder_lens, sinks: for models that are not Llama-like; refused.
     """
     _require_llama_like(logit_cap, is_cross_attention, sinks)
     for buffer, new in ((k_buffer, k), (v_buffer, v)):
@@ -54,8 +54,8 @@ def extend_attention_cpu(
         k, v: [T, G, d]; not read, because SGLang has stored them in the cache before the call.
         seq_lens: int64 [R], the new tokens included.
         extend_seq_lens, extend_start_loc: int [R], new tokens of each request and where its rows start in ``q``.
-        tree_mask: bool [R * n * n], which of its n new tokens each new token sees; None: those before it.
-        The others are those of :func:`decode_attention_cpu`.
+        tree_mask: bool [R * n * n], which of the n new tokens each new token attends to; None: causal.
+        The other arguments are those of :func:`decode_attention_cpu`.
     """
     _require_llama_like(logit_cap, is_cross_attention or not is_causal, sinks)
     requests = zip(*(x.tolist() for x in (req_pool_indices, seq_lens, extend_seq_lens, extend_start_loc)), strict=True)
@@ -74,7 +74,7 @@ def _require_llama_like(logit_cap: float, other_attention: bool, sinks: torch.Te
 
 
 def _causal(new: int, length: int, window: int) -> torch.Tensor:
-    """bool [new, length]: what the last ``new`` of ``length`` positions see."""
+    """bool [new, length]: the causal mask of the last ``new`` of ``length`` positions."""
     distance = torch.arange(length - new, length)[:, None] - torch.arange(length)
     return (distance >= 0) & (distance < window) if window > 0 else distance >= 0
 

@@ -1,4 +1,4 @@
-"""Which cache slot belongs to which position: SGLang's book-keeping around a verification.
+"""Bookkeeping of cache slots and positions around a verification.
 
 R requests; ``req_to_token`` int [rows, P] holds the slot of each position, ``req_pool_indices`` int [R] the row of
 each request.  ``pool_len`` is P, which the compiled kernels need and a tensor knows.  Every function but
@@ -24,17 +24,17 @@ def assign_extend_cache_locs_cpu(
     req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, start: torch.Tensor, end: torch.Tensor,
     slots: torch.Tensor, pool_len: int,
 ) -> None:  # fmt: skip
-    """The reverse: ``slots`` gets those of the positions start[r] to end[r], request after request."""
+    """The reverse: ``slots`` is filled with the slots of positions start[r] to end[r], request after request."""
     bounds = zip(req_pool_indices.tolist(), start.tolist(), end.tolist(), strict=True)
-    found = torch.cat([req_to_token[request, first:last] for request, first, last in bounds])
-    slots[: len(found)] = found.to(slots.dtype)
+    stored = torch.cat([req_to_token[request, first:last] for request, first, last in bounds])
+    slots[: len(stored)] = stored.to(slots.dtype)
 
 
 def assign_draft_cache_locs_contiguous_cpu(
     req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor,
     pool_len: int, topk: int, num_steps: int,
 ) -> None:  # fmt: skip
-    """``slots`` int [R * topk * num_steps] gets those reserved behind each sequence for its draft tokens."""
+    """``slots`` int [R * topk * num_steps] is filled with those reserved after each sequence for its draft tokens."""
     end = seq_lens + topk * num_steps
     assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, seq_lens, end, slots, pool_len)
 
@@ -46,7 +46,7 @@ def build_draft_decode_metadata_cpu(
     """A row of slots for each branch of each request: the sequence they share, then the branch's own.
 
     Args:
-        seq_lens: int [R], without draft tokens; behind them lie ``num_steps`` slots of each branch in turn.
+        seq_lens: int [R], without draft tokens; after them come ``num_steps`` slots of each branch in turn.
 
     Returns:
         int [R * topk, P].
@@ -62,7 +62,7 @@ def build_draft_decode_metadata_cpu(
 def copy_all_layer_kv_cache_cpu(
     data_ptrs: torch.Tensor, strides: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor
 ) -> None:
-    """Moves the accepted tokens' cache rows to where the sequence goes on, in every layer.
+    """Moves the accepted tokens' cache rows to the end of the sequence, in every layer.
 
     Args:
         data_ptrs: uint64 [buffers], addresses of the key and value buffers.
@@ -81,7 +81,7 @@ def copy_all_layer_kv_cache_cpu(
 def fill_bonus_tokens_cpu(
     accept_tokens: torch.Tensor, accept_lens: torch.Tensor, bonus_tokens: torch.Tensor, accept_stride: int
 ) -> None:
-    """``bonus_tokens`` [R] gets the last accepted token of each request.
+    """``bonus_tokens`` [R] is filled with the last accepted token of each request.
 
     Args:
         accept_tokens: int [R * accept_stride].
@@ -94,13 +94,13 @@ def fill_bonus_tokens_cpu(
 def fill_accept_out_cache_loc_cpu(
     accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accept_out_cache_loc: torch.Tensor
 ) -> None:
-    """``accept_out_cache_loc`` gets, at its front, the slots of the accepted tokens.
+    """The front of ``accept_out_cache_loc`` is filled with the slots of the accepted tokens.
 
     Args:
         accept_index: int [R, depth], rows of ``out_cache_loc``; -1 where nothing was accepted.
     """
-    kept = out_cache_loc[accept_index[accept_index >= 0].long()]
-    accept_out_cache_loc.view(-1)[: len(kept)] = kept.to(accept_out_cache_loc.dtype)
+    slots = out_cache_loc[accept_index[accept_index >= 0].long()]
+    accept_out_cache_loc.view(-1)[: len(slots)] = slots.to(accept_out_cache_loc.dtype)
 
 
 def rotate_input_ids_cpu(

@@ -1,4 +1,4 @@
-"""Trees of draft tokens: how they are laid out for verification, and which path of one is accepted.
+"""Trees of draft tokens: their layout for verification, and the accepted path.
 
 R requests with n nodes each.  Node 0 is the last verified token, node i the i-th selected candidate.  Children are
 chained: ``next_token`` is a node's first child, ``next_sibling`` the next child of its parent; -1 is none.
@@ -23,15 +23,15 @@ def build_tree_kernel_efficient_cpu(
         parent_list: int64 [R, rows].
         selected_index: int64 [R, n - 1], the candidates' numbers, ascending, so that parents precede children.
         seq_lens: int [R], without draft tokens.
-        tree_mask: bool, flat, written: [n, n] for each request, what a node sees of the tree; in mode 0 with
-            ``seq_lens`` columns of the sequence in front, left as they are.
+        tree_mask: bool, flat, written: [n, n] for each request, the nodes that a node attends to; in mode 0
+            preceded by ``seq_lens`` columns of the sequence, which are left unchanged.
         positions: int64 [R * n], written.
         retrieve_index, next_token, next_sibling: int64 [R, n], filled with -1, written.
         depth: steps of the draft.
         mask_mode: 0 or 1, see ``tree_mask``.
     """
     if mask_mode not in (FULL_MASK, NEW_TOKENS_ONLY):
-        raise NotImplementedError(f"a tree mask of mode {mask_mode}: the CPU engine asks for mode 0 or 1")
+        raise NotImplementedError(f"a tree mask of mode {mask_mode}: the CPU engine uses mode 0 or 1")
     retrieve_index.copy_(torch.arange(retrieve_index.numel()).view_as(retrieve_index))
     lengths = seq_lens.tolist()
     shapes = [(num_nodes, num_nodes + (length if mask_mode == FULL_MASK else 0)) for length in lengths]
@@ -39,17 +39,17 @@ def build_tree_kernel_efficient_cpu(
     masks = masks.split([rows * columns for rows, columns in shapes])
     for r, length in enumerate(lengths):
         parents = _parents(parent_list[r].tolist(), selected_index[r].tolist(), topk)
-        sees = _ancestors(parents)
-        positions.view(-1, num_nodes)[r] = length + sees.sum(1) - 1
-        masks[r].view(shapes[r])[:, -num_nodes:] = sees
+        visible = _ancestors(parents)
+        positions.view(-1, num_nodes)[r] = length + visible.sum(1) - 1
+        masks[r].view(shapes[r])[:, -num_nodes:] = visible
         _link_children(parents, next_token[r], next_sibling[r])
 
 
 def _parents(parent_list: list[int], selected: list[int], topk: int) -> list[int | None]:
-    """The parent of each node.  None: the root's, and that of a candidate whose parent was not selected.
+    """The parent of each node; None for the root and for a candidate whose parent was not selected.
 
-    Scores only fall along a branch, but a draft that is certain gives child and parent the same score, and then the
-    selection may take the child alone.
+    Scores never rise along a branch, but a draft that is certain gives child and parent the same score, and then the
+    selection may contain the child alone.
     """
     node_of = {candidate: i + 1 for i, candidate in enumerate(selected)}
     rows = (candidate // topk for candidate in selected)
@@ -57,17 +57,17 @@ def _parents(parent_list: list[int], selected: list[int], topk: int) -> list[int
 
 
 def _ancestors(parents: list[int | None]) -> torch.Tensor:
-    """bool [n, n]: each node sees itself, its ancestors and the root."""
-    sees = torch.eye(len(parents), dtype=torch.bool)
-    sees[:, 0] = True
+    """bool [n, n]: each node attends to itself, its ancestors and the root."""
+    visible = torch.eye(len(parents), dtype=torch.bool)
+    visible[:, 0] = True
     for node, parent in enumerate(parents):
         if parent is not None:
-            sees[node] |= sees[parent]
-    return sees
+            visible[node] |= visible[parent]
+    return visible
 
 
 def _link_children(parents: list[int | None], next_token: torch.Tensor, next_sibling: torch.Tensor) -> None:
-    """Chains the children of each node, the best first; a node without a parent stays out of reach."""
+    """Chains the children of each node, the best first; a node without a parent stays unreachable."""
     for node, parent in reversed(list(enumerate(parents))):
         if parent is not None:
             next_sibling[node] = next_token[parent]
@@ -79,16 +79,16 @@ def verify_tree_greedy_cpu(
     retrive_index: torch.Tensor, retrive_next_token: torch.Tensor, retrive_next_sibling: torch.Tensor,
     target_predict: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Follows the target's choices down the tree for as long as a child agrees.  (SGLang spells "retrive".)
+    """Follows the target's choices down the tree while a child matches.  ("retrive" is SGLang's spelling.)
 
     Args:
-        predicts: int32 [R * n], written: the target's choice behind each accepted node.
+        predicts: int32 [R * n], written: the target's choice after each accepted node.
         accept_index: int32 [R, depth + 1], filled with -1, written: the accepted nodes, the root first.
         accept_token_num: int32 [R], written: accepted draft tokens, the root not counted.
         candidates: int64 [R, n], the token of each node.
         retrive_index: int64 [R, n], where each node is among all requests' nodes.
         retrive_next_token, retrive_next_sibling: int64 [R, n].
-        target_predict: int64 [R, n], the target's choice behind each node.
+        target_predict: int64 [R, n], the target's choice after each node.
     """
     choices = target_predict.reshape(-1)
     for r in range(len(candidates)):

@@ -1,4 +1,4 @@
-"""What the real SGLang makes of our checkpoints: it loads all of them, answers the same, and counts as we count."""
+"""Checkpoints in the real SGLang: it loads every tensor, gives the same answers, and counts the same acceptances."""
 
 import json
 from collections import Counter
@@ -34,7 +34,7 @@ TREE = SpeculativeSettings(num_steps=3, topk=4, num_draft_tokens=8)
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint on trial."""
+    """A checkpoint under test."""
 
     name: str
     options: ServeOptions
@@ -69,13 +69,13 @@ def speculative(request, case) -> SpeculativeSettings:
 
 
 def _settings_called(name: str, case: Case) -> SpeculativeSettings:
-    """A dynamic tree, or what the checkpoint was written with: a chain, as a rule."""
+    """A dynamic tree, or the recorded settings: usually a chain."""
     return TREE if name == "tree" else case.options.speculative
 
 
 @pytest.fixture(scope="session")
 def asked_ahead(request, cases, ask) -> None:
-    """Lets the servers that the selected tests need start side by side."""
+    """Starts the servers that the selected tests need concurrently."""
     for item in (item for item in request.session.items if item.path == Path(__file__)):
         needs = getattr(item, "fixturenames", ())
         if "plain" in needs:
@@ -95,7 +95,7 @@ def _ask_served(ask: Ask, case: Case, speculative: SpeculativeSettings) -> Futur
 
 @pytest.fixture(scope="session")
 def inspected(cases, inspect, asked_ahead) -> dict[str, Any]:
-    """SGLang's reading of all commands and drafts."""
+    """All commands and drafts as SGLang reads them."""
     cpu = {name: case.options for name, case in cases.items()}
     gpu = {f"{name} on GPUs": _on_gpus(case.options) for name, case in cases.items()}
     return inspect(cpu | gpu, {name: case.options.draft for name, case in cases.items()})
@@ -123,11 +123,11 @@ def decoded(case, speculative) -> list[Generation]:
 
 
 def decode(case: Case, speculative: SpeculativeSettings) -> list[Generation]:
-    """Our own decoder, all questions of a case at once."""
-    target, asked = case.target, case.questions
+    """Answers of this project's decoder to all questions of a case."""
+    target, questions = case.target, case.questions
     drafter = EagleDrafter(case.servable.build(), target, tree_builder_for(speculative))
-    limit, stop_ids = asked.max_new_tokens, asked.stop_ids
-    return generate(target, drafter, asked.prompts, max_new_tokens=limit, stop_ids=stop_ids)
+    limit, stop_ids = questions.max_new_tokens, questions.stop_ids
+    return generate(target, drafter, questions.prompts, max_new_tokens=limit, stop_ids=stop_ids)
 
 
 def test_no_tensor_is_lost(case, inspected):
@@ -163,7 +163,7 @@ def _settings(options: ServeOptions, algorithm: str) -> dict[str, object]:
     }
 
 
-def test_the_draft_changes_no_answer(plain, served):
+def test_the_draft_does_not_change_answers(plain, served):
     assert [a.tokens for a in served] == [a.tokens for a in plain]
 
 
@@ -188,8 +188,8 @@ def test_our_decoder_accepts_the_same_drafts(served, decoded):
 
 
 @pytest.mark.skipif(bool(RUN), reason="other drafts accept what they accept")
-def test_the_judge_saw_drafts_accepted_and_rejected(case, speculative, decoded):
-    """On equal counts of nothing the tests above would prove little."""
+def test_drafts_are_accepted_and_rejected(case, speculative, decoded):
+    """With no accepted or no rejected drafts the tests above would prove little."""
     emitted = Counter(n for g in decoded for n in g.emitted)
     assert emitted[1] and emitted[1 + speculative.num_steps] and len(emitted) >= 4
     assert sum(n > 1 for n in emitted.elements()) > 20
@@ -197,8 +197,8 @@ def test_the_judge_saw_drafts_accepted_and_rejected(case, speculative, decoded):
 
 
 @pytest.mark.skipif(bool(RUN), reason="other drafts accept what they accept")
-def test_a_tree_accepts_what_no_chain_would(case):
-    """So many levels of the same draft: side branches are accepted, or the tree would prove no more than the chain."""
+def test_a_tree_accepts_side_branches(case):
+    """A tree with as many levels of the same draft must accept side branches, else it proves no more than a chain."""
     chain = replace(TREE, topk=1, num_draft_tokens=TREE.num_steps + 1)
     verifications = [sum(len(g.emitted) for g in decode(case, settings)) for settings in (TREE, chain)]
     assert verifications[0] < verifications[1]
