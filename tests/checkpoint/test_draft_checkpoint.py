@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+from nemo_speculative.checkpoint.contract import CONTRACTS
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance, find_model
 from nemo_speculative.config.speculative import SpeculativeSettings
@@ -99,6 +100,10 @@ def test_the_file_holds_exactly_the_tensors_of_the_contract(tmp_path, dtype):
     assert {name: value.dtype for name, value in stored.items()} == {name: kinds.get(name, dtype) for name in CONTRACT}
     for name, value in tensors().items():
         assert torch.equal(stored[name], value.to(stored[name].dtype)), name
+
+
+def test_contracts_are_registered_under_the_architecture_of_their_network():
+    assert {contract.draft.ARCHITECTURE: contract for contract in CONTRACTS.values()} == CONTRACTS
 
 
 def test_the_network_has_the_names_and_shapes_of_the_contract():

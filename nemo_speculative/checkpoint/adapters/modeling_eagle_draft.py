@@ -1,13 +1,13 @@
-"""An EAGLE draft network for transformers, by itself: it needs torch and transformers 5, and nothing else.
+"""A self-contained EAGLE draft network for transformers: it needs only torch and transformers 5.
 
     draft = AutoModel.from_pretrained(DIRECTORY, trust_remote_code=True)
-    feature = draft.read(aux_hidden_states)                         # once, for positions that the target has seen
+    feature = draft.read(aux_hidden_states)                         # once, for positions that the target has processed
     output = draft(embeddings_of_next_tokens, feature).last_hidden_state
     logits = draft.compute_logits(output[:, -1])                    # of draft.draft_ids
     feature = draft.feed_back(output)                               # the feature of the next step
 
-Embedding, and for EAGLE-1 the head, are the target's: hand in what they give.  EAGLE-1 and EAGLE-2: 2401.15077,
-2406.16858; EAGLE-3: 2503.01840; EAGLE-3.1: 2605.09992.
+The embedding, and for EAGLE-1 the head, are the target's: pass their outputs and weights.  EAGLE-1 and EAGLE-2:
+2401.15077, 2406.16858; EAGLE-3: 2503.01840; EAGLE-3.1: 2605.09992.
 """
 
 import torch
@@ -18,18 +18,18 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-if int(transformers.__version__.split(".")[0]) < 5:  # older ones overlook rope_parameters and rotate by another theta
+if int(transformers.__version__.split(".")[0]) < 5:  # older versions ignore rope_parameters and use another theta
     raise ImportError(f"this draft needs transformers 5 or later, found {transformers.__version__}")
 
 
 class EagleDraftConfig(PretrainedConfig):
-    """The numbers of a Llama layer, and of an EAGLE-3 draft what it reads: see ``config.json``."""
+    """Sizes of the Llama layers, and for EAGLE-3 the aux layers and switches: see ``config.json``."""
 
     model_type = "eagle_draft"
 
 
 class Attention(nn.Module):
-    """The four projections."""
+    """Grouped-query attention without a cache."""
 
     def __init__(self, config, width):
         super().__init__()
@@ -42,10 +42,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attention_mask):
         q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (y * cos + _half_turned(y) * sin for y in (q, k))
+        q, k = (y * cos + _rotate_half(y) * sin for y in (q, k))
         mask = None if attention_mask is None else attention_mask[:, None]
-        seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(seen.transpose(1, 2).flatten(2))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, x):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -65,7 +65,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A Llama layer whose norms in front of the attention have the names ``norms``."""
+    """A Llama layer whose norms before the attention are named ``norms``."""
 
     def __init__(self, config, width, norms):
         super().__init__()
@@ -81,7 +81,7 @@ class Layer(nn.Module):
 
 
 class DraftModel(PreTrainedModel):
-    """What EAGLE-1 and EAGLE-3 share: layers over [token ; feature], run on their own output."""
+    """The base of EAGLE-1 and EAGLE-3 drafts: layers over [token ; feature], run on their own output."""
 
     config_class = EagleDraftConfig
     base_model_prefix = ""
@@ -90,7 +90,7 @@ class DraftModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        # Not a submodule: its frequencies must stay float32, and loading leaves what is in no file unfilled.
+        # Not a submodule: its frequencies must stay float32, and loading would leave them uninitialized.
         self._rotary: dict = {}
 
     @property
@@ -103,9 +103,9 @@ class DraftModel(PreTrainedModel):
 
         Args:
             inputs_embeds: [B, n, h], the target's embedding of the token AFTER each position.
-            features: [B, n, h]: from :meth:`read` where the target has been, from :meth:`feed_back` beyond.
+            features: [B, n, h]: from :meth:`read` for positions that the target has processed, else :meth:`feed_back`.
             position_ids: int64 [B, n]; None: 0 … n - 1.
-            attention_mask: bool [B, n, n], true where a position (second axis) sees one (third); None: causal.
+            attention_mask: bool [B, n, n], true where a position (second axis) attends to one (third); None: causal.
 
         Returns:
             BaseModelOutput with last_hidden_state [B, n, h], before the final norm.
@@ -121,7 +121,7 @@ class DraftModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=residual)
 
     def _enter(self, embeddings, features):
-        """What the first layer's attention reads, and its residual."""
+        """The input of the first layer's attention, and its residual."""
         raise NotImplementedError(
             f"{type(self).__name__} has no first layer to enter: load the draft with AutoModel.from_pretrained, or "
             "make an EagleDraftModel or an Eagle3DraftModel"
@@ -162,7 +162,7 @@ class EagleDraftModel(DraftModel):
         return torch.arange(self.config.vocab_size, device=self.device)
 
     def read(self, last_hidden_state):
-        """Features of positions that the target has seen: its last hidden state, after the final norm, [..., h]."""
+        """Features of positions that the target has processed: its last hidden state after the final norm, [..., h]."""
         return last_hidden_state.to(self.dtype)
 
     def compute_logits(self, output, target_head):
@@ -215,7 +215,7 @@ class Eagle3DraftModel(DraftModel):
         return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def read(self, aux):
-        """Features of positions that the target has seen: outputs of ``config.aux_layers``, [..., A * h] → [..., h]."""
+        """Features of positions that the target has processed: outputs of the aux layers [..., A * h] → [..., h]."""
         aux = aux.to(self.dtype)
         if self.config.norm_before_fc:
             aux = self.input_norm(aux)
@@ -241,6 +241,6 @@ def _norm(config, width=None):
     return nn.RMSNorm(width or config.hidden_size, eps=config.rms_norm_eps)
 
 
-def _half_turned(x):
+def _rotate_half(x):
     low, high = x.chunk(2, dim=-1)
     return torch.cat((-high, low), dim=-1)
