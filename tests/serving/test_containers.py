@@ -26,7 +26,7 @@ esac
 
 
 def linter(name: str) -> str:
-    """The program beside this Python, where its package is installed."""
+    """Path of a program of this Python environment; skips the test where it is not installed."""
     program = Path(sys.executable).with_name(name)
     if not program.is_file():
         pytest.skip(f"{name} is not installed here; see requirements.txt")

@@ -5,7 +5,7 @@
 ``WANTED.json`` holds two objects.  ``commands`` are flags by name, reported as SGLang's own parser reads them.
 ``drafts`` are directories of checkpoints by name.  Reported is what SGLang's own class does with their tensors, which
 it does without a word: every parameter is NaN before, so ``unfilled`` names those that no tensor filled whole, and
-``ignored`` the tensors that, loaded alone, change nothing.  Where a ``given.safetensors`` lies beside a checkpoint,
+``ignored`` the tensors that, loaded alone, change nothing.  Where ``given.safetensors`` is stored next to a checkpoint,
 SGLang's computation is left there too, see :mod:`tests.sglang.replay`.
 """
 

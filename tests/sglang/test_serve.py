@@ -117,7 +117,7 @@ def test_it_serves_tests_and_stops(server, served, free_port):
 
 
 def _verifications(url: str) -> int:
-    """Of the same request once more."""
+    """The counts of the same request, sent again."""
     body = {"input_ids": [1, 2, 3, 4], "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}}
     request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:

@@ -32,7 +32,7 @@ ROTARY = re.compile(r".*rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Layout:
-    """How a format stores an EAGLE-3 draft."""
+    """The layout of an EAGLE-3 draft in the files of one format."""
 
     config: dict[str, Any]
     """Sizes under the names of a LlamaConfig; target_hidden_size and draft_vocab_size where they are stated."""
