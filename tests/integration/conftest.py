@@ -65,10 +65,10 @@ def train(
     return run("recipes/train_eagle3.py", *settings, f"output_dir={output_dir}", *overrides, **more)
 
 
-def drive(moment: str, step: int, settings: list[str], output_dir: Path, run=run, **how) -> subprocess.CompletedProcess:
-    """The same run, in which something happens: see ``driver.py``."""
+def drive(fault: str, step: int, settings: list[str], output_dir: Path, run=run, **how) -> subprocess.CompletedProcess:
+    """The same run with an injected fault: see ``driver.py``."""
     overrides = (*settings, f"output_dir={output_dir}", "resume=auto")
-    return run("tests/integration/driver.py", moment, str(step), *overrides, **how)
+    return run("tests/integration/driver.py", fault, str(step), *overrides, **how)
 
 
 def metrics(output_dir: Path) -> list[dict]:

@@ -1,6 +1,6 @@
-"""Runs recipes/train_eagle3.py as its user would, and kills it (-9) at a named moment: ``driver.py MOMENT STEP …``.
+"""Runs recipes/train_eagle3.py with a fault injected at a step: ``driver.py FAULT STEP OVERRIDES…``.
 
-The moments are places in the package; nothing in the package knows of them.  ``MOMENT:RANK`` is one rank's alone.
+Faults patch the package from outside.  ``FAULT:RANK`` injects the fault on one rank only.
 """
 
 import os
@@ -32,7 +32,7 @@ def die(*_args, **_kwargs):
 
 
 def kill_in_answer(count):
-    """Before any step: the target has answered so many questions but for the end of the last one's line."""
+    """Before any step: the target has answered ``count`` questions, except for the end of the last line."""
     append, lines = AppendLog.append_line, []
 
     def append_line(self, line):
@@ -55,7 +55,7 @@ def kill_in_step(step):
 
 
 def kill_in_write(step):
-    """Within a save: the tensors are copied, and the thread that writes them has just begun."""
+    """Within a save: the tensors are copied, and the thread that writes them has just started."""
     write = FileSystemWriter.write_data
     FileSystemWriter.write_data = lambda self, plan, planner: (
         die if f"step_{step}.partial" in str(self.path) else write
@@ -68,7 +68,7 @@ def kill_in_validation(step):
 
 
 def kill_in_measurement(step):
-    """While the first rank decodes: the first itself, or another that waits for it."""
+    """While rank 0 decodes: rank 0 itself, or another that waits for it."""
     finish = Checkpointer.finish
 
     def finish_or_die(self, **how):
@@ -80,34 +80,34 @@ def kill_in_measurement(step):
 
 
 def terminate_in_step(step):
-    """As a scheduler does that takes its machine back."""
+    """Sends SIGTERM, like a scheduler that preempts the machine."""
     interrupt_in_step(step, signal.SIGTERM)
 
 
-def tarry_in_target(_step):
-    """The target of this rank takes longer in every step."""
-    HFTarget.compute_hidden_states = tarrying(HFTarget.compute_hidden_states)
+def slow_target(_step):
+    """Makes the target of this rank slower in every step."""
+    HFTarget.compute_hidden_states = slowed_down(HFTarget.compute_hidden_states)
 
 
-def tarry_in_draft(_step):
-    """The loss of this rank takes longer in every step."""
-    TTTObjective.rows_loss = tarrying(TTTObjective.rows_loss)
+def slow_draft(_step):
+    """Makes the loss of this rank slower in every step."""
+    TTTObjective.rows_loss = slowed_down(TTTObjective.rows_loss)
 
 
-def tarrying(call):
-    """``call``, which then takes four times as long, however fast the machine is."""
+def slowed_down(call):
+    """``call``, four times as slow, however fast the machine is."""
 
-    def called(*given):
+    def slow(*args):
         started = time.perf_counter()
-        found = call(*given)
+        result = call(*args)
         time.sleep(3 * (time.perf_counter() - started))
-        return found
+        return result
 
-    return called
+    return slow
 
 
 def sleep_in_step(step):
-    """The target of this rank answers late; the first rank waits a second before it says so."""
+    """The target of this rank answers late; rank 0 reports it after a second."""
     advance, compute_hidden_states = DraftTrainer.train_step, HFTarget.compute_hidden_states
     HFTarget.at = 0
     DraftTrainer.train_step = lambda self: (setattr(HFTarget, "at", self.step + 1), advance(self))[1]
@@ -117,8 +117,8 @@ def sleep_in_step(step):
     )[1]
 
 
-def break_feed_at(step):
-    """The thread that packs the batches meets rows that are gone."""
+def break_data_at(step):
+    """The thread that packs the batches finds that rows are gone."""
     make = BatchPrefetcher._make
 
     def broken(self):
@@ -130,7 +130,7 @@ def break_feed_at(step):
 
 
 def kill_in_save(step):
-    """Within a save: the resume state is on disk, the model is not."""
+    """Within a save: the resume state is on disk, the model is not yet."""
     write = Checkpointer._write_model
     Checkpointer._write_model = lambda self, at, state: (die if at == step else write)(self, at, state)
 
@@ -158,7 +158,7 @@ def interrupt_in_step(step, number=signal.SIGINT):
 
 
 def fill_disk_at(step):
-    """No file may grow past 20 kB from the save of ``step`` on: what the system says then is what a full disk says."""
+    """Limits files to 20 kB from the save of ``step`` on; the system's error is like that of a full disk."""
     import resource
 
     begin = RunDirectory.begin
@@ -179,15 +179,15 @@ def poison_from(step):
     from nemo_speculative.targets.base import TargetOutput
 
     advance, compute_hidden_states = DraftTrainer.train_step, HFTarget.compute_hidden_states
-    HFTarget.at = 0  # it is asked before the first step too: whether it keeps documents apart
+    HFTarget.at = 0  # it also computes before the first step: a probe of document masks
     DraftTrainer.train_step = lambda self: (setattr(HFTarget, "at", self.step + 1), advance(self))[1]
 
     def poisoned(self, batch):
-        made = compute_hidden_states(self, batch)
+        output = compute_hidden_states(self, batch)
         return (
-            TargetOutput(torch.full_like(made.aux_hidden_states, torch.nan), made.last_hidden_state)
+            TargetOutput(torch.full_like(output.aux_hidden_states, torch.nan), output.last_hidden_state)
             if self.at >= step
-            else made
+            else output
         )
 
     HFTarget.compute_hidden_states = poisoned
@@ -196,10 +196,10 @@ def poison_from(step):
 if __name__ == "__main__":
     training.Heartbeat = partial(Heartbeat, beat=0.3, stall=1.0)
     health.COMPARED_STEPS, health.SLOW_RATIO = 3, 1.2
-    moment, step, *overrides = sys.argv[1:]
-    moment, _, rank = moment.partition(":")
-    # What has happened once does not happen again to those that a launcher starts in their place.
+    fault, step, *overrides = sys.argv[1:]
+    fault, _, rank = fault.partition(":")
+    # A fault is not injected again into ranks that a launcher has restarted.
     if rank in ("", os.environ.get("RANK")) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        globals()[moment](int(step))
+        globals()[fault](int(step))
     sys.argv = ["train_eagle3.py", *overrides]
     runpy.run_path(str(ROOT / "recipes" / "train_eagle3.py"), run_name="__main__")

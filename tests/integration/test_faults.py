@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped or fed nonsense: the job ends with a line, and goes on as if nothing had been."""
+"""Faults of ranks (killed, stopped, slow, not finite): the job ends with one line, and resumes exactly."""
 
 import json
 import random
@@ -29,8 +29,8 @@ KILLS = 20
 def state(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of the newest checkpoint: weights, moments, step counts."""
     folder = directory / "checkpoints" / "latest" / "state"
-    found = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in found.items() if hasattr(m, "size")}
+    metadata = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if hasattr(m, "size")}
     dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
     return tensors
 
@@ -42,27 +42,27 @@ def model(directory: Path) -> bytes:
 def assert_the_same_run(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
     assert model(one) == model(other)
-    ours, theirs = state(one), state(other)
-    assert ours.keys() == theirs.keys() and any("exp_avg" in name for name in ours)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    a, b = state(one), state(other)
+    assert a.keys() == b.keys() and any("exp_avg" in name for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 def errors(process) -> list[str]:
-    """What a failed program says, without anybody's traceback."""
+    """The error lines of a failed program, which prints no traceback."""
     assert process.returncode not in (0, None) and "Traceback" not in process.stderr, process.stderr
     return [line for line in process.stderr.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory) -> Path:
-    """Two ranks that nothing happens to."""
+    """The directory of an undisturbed run on two ranks."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     done = train(settings, directory, ranks=2)
     assert done.returncode == 0, done.stderr
     return directory
 
 
-def test_one_of_two_ranks_killed_at_any_moment_ends_the_other_and_the_job_goes_on_exactly(settings, whole, tmp_path):
+def test_a_killed_rank_ends_the_other_and_the_job_resumes_exactly(settings, whole, tmp_path):
     """One run, killed again and again: in a step, in a save, in a validation, in the decoder's measurement."""
     run = tmp_path / "run"
     faults = [
@@ -70,12 +70,12 @@ def test_one_of_two_ranks_killed_at_any_moment_ends_the_other_and_the_job_goes_o
         ("kill_in_measurement:0", 3, {None}), ("kill_in_measurement:1", 6, {6}), ("kill_in_validation:1", 8, {6}),
         ("kill_in_step:0", 10, {6, 9}),
     ]  # fmt: skip
-    for moment, step, newest in faults:
-        ended = drive(moment, step, settings, run, ranks=2, grace=ENDS_WITHIN)
+    for fault, step, newest in faults:
+        ended = drive(fault, step, settings, run, ranks=2, grace=ENDS_WITHIN)
         (line,) = errors(ended)
-        assert ended.returncode == (-signal.SIGKILL if moment[-1] == "0" else PeerLostError.exit_code)
-        assert f"rank {moment[-1]}" in line and "is gone" in line and "resume=auto" in line, (moment, line)
-        assert max(RunDirectory(run).steps(), default=None) in newest, moment
+        assert ended.returncode == (-signal.SIGKILL if fault[-1] == "0" else PeerLostError.exit_code)
+        assert f"rank {fault[-1]}" in line and "is gone" in line and "resume=auto" in line, (fault, line)
+        assert max(RunDirectory(run).steps(), default=None) in newest, fault
         assert all(read_servable(path).provenance for path in (run / "checkpoints").glob("step_*"))
     done = train(settings, run, "resume=auto", ranks=2)
     assert done.returncode == 0 and re.search(r"resumed from step [69]", done.stdout), done.stderr
@@ -145,7 +145,7 @@ def test_a_nan_on_one_rank_ends_both_and_the_line_names_its_conversations(settin
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_3"
 
 
-def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settings, tmp_path):
+def test_a_rank_that_does_not_answer_is_named_after_the_timeout(settings, tmp_path):
     slow = [*settings, "trainer.timeout_seconds=4"]
     ended = drive("sleep_in_step:1", 5, slow, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
     line = errors(ended)[0]
@@ -153,12 +153,12 @@ def test_a_rank_that_does_not_answer_is_named_and_waited_for_only_so_long(settin
     assert len(re.findall(r"rank 1 \(host \S+\) has been at step 4 \(target\) for \d s, the others", ended.stdout)) == 1
 
 
-@pytest.mark.parametrize(("moment", "backend"), [("tarry_in_target:1", "hf"), ("tarry_in_draft:1", "hf_fsdp2")])
-def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, moment, backend):
-    """The driver has them compared after steps 4, 7 and 10; what is named when is told by test_pace.py."""
+@pytest.mark.parametrize(("fault", "backend"), [("slow_target:1", "hf"), ("slow_draft:1", "hf_fsdp2")])
+def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, fault, backend):
+    """The driver has them compared after steps 4, 7 and 10; tests/distributed/test_health.py has the rules."""
     long = [*settings, "trainer.save_interval=100", f"backend={backend}"]
     long += ["trainer.micro_batch_size=4", "trainer.global_batch_size=8"]
-    ended = drive(moment, 1, long, tmp_path / "run", ranks=2)
+    ended = drive(fault, 1, long, tmp_path / "run", ranks=2)
     assert ended.returncode == 0, ended.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     compared = {line["step"]: line["perf/slowest_rank"] for line in lines if "perf/slowest_rank" in line}
@@ -166,7 +166,7 @@ def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, mom
     assert re.findall(r"rank (\d) \(host \S+\) computes \S+ times as long as most", ended.stdout) == ["1"]
 
 
-class AsDriven(FSDP2Target):
+class LateTarget(FSDP2Target):
     """Ranks hold it together, and it does what the driver makes of one that each rank holds whole."""
 
     def compute_hidden_states(self, batch):
@@ -174,34 +174,34 @@ class AsDriven(FSDP2Target):
         return super().compute_hidden_states(batch)
 
 
-def test_a_rank_that_does_not_answer_for_the_target_of_both_is_waited_for_no_longer(settings, tmp_path):
+def test_the_timeout_holds_in_the_group_of_a_distributed_target(settings, tmp_path):
     """Where the ranks wait in the target's own group."""
-    late = [*settings, "backend=hf_fsdp2", f"backend._target_={__name__}.AsDriven", "trainer.timeout_seconds=4"]
+    late = [*settings, "backend=hf_fsdp2", f"backend._target_={__name__}.LateTarget", "trainer.timeout_seconds=4"]
     ended = drive("sleep_in_step:1", 5, late, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
     first, other = errors(ended)
     assert re.search(r"rank 1 \(host \S+, at step 4 \(target\)\) does not answer", first), first
     assert "rank 0" in other, other
 
 
-def test_a_rank_that_is_killed_while_the_target_of_both_computes_ends_the_other(settings, tmp_path):
+def test_a_rank_killed_while_a_distributed_target_computes_ends_the_other(settings, tmp_path):
     sharded = [*settings, "backend=hf_fsdp2"]
     (line,) = errors(drive("kill_in_validation:1", 4, sharded, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
     assert "rank 1" in line and "is gone" in line and "resume=auto" in line, line
 
 
-def test_torchrun_starts_a_killed_group_again_and_the_run_ends_as_if_nothing_had_been(settings, whole, tmp_path):
+def test_torchrun_restarts_a_killed_group_and_the_run_ends_unchanged(settings, whole, tmp_path):
     done = drive("kill_in_step:1", 8, settings, tmp_path / "run", run=torchrun, restarts=1)
     assert done.returncode == 0 and re.search(r"resumed from step [36]", done.stdout), done.stderr
     assert_the_same_run(tmp_path / "run", whole)
 
 
-def test_a_feed_that_breaks_on_one_rank_ends_both(settings, tmp_path):
-    said = errors(drive("break_feed_at:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
+def test_a_data_error_on_one_rank_ends_both(settings, tmp_path):
+    said = errors(drive("break_data_at:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
     assert any("data: the next batch could not be made (KeyError: 'rows.arrow'" in line for line in said), said
     assert any("rank 1 (host " in line and "has ended" in line for line in said), said
 
 
-def test_a_checkpoint_is_written_after_so_many_minutes(settings, tmp_path):
+def test_checkpoints_are_written_by_the_clock(settings, tmp_path):
     done = train(settings, tmp_path / "run", "trainer.save_minutes=1e-9", "trainer.save_interval=100", ranks=2)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^saved step_", done.stdout, re.MULTILINE)) > 5

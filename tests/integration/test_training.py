@@ -22,7 +22,7 @@ def only_error(process):
     return lines[0]
 
 
-def test_a_run_leaves_what_others_rely_on(finished):
+def test_a_run_writes_all_documented_files(finished):
     steps = sorted(p.name for p in (finished / "checkpoints").iterdir() if not p.is_symlink())
     assert "step_9" in steps and "step_10" in steps and len(steps) <= 3
     for name in ("latest", "best", *steps):
@@ -43,11 +43,9 @@ def test_a_run_leaves_what_others_rely_on(finished):
     assert list((finished / "tensorboard").glob("**/events*"))
 
 
-@pytest.mark.parametrize("moment, step", [("kill_in_step", 8), ("kill_in_save", 6), ("kill_after_rename", 6)])
-def test_killed_at_any_moment_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    moment, step, settings, finished, tmp_path
-):
-    killed = drive(moment, step, settings, tmp_path / "run")
+@pytest.mark.parametrize("fault, step", [("kill_in_step", 8), ("kill_in_save", 6), ("kill_after_rename", 6)])
+def test_a_killed_run_resumes_to_the_uninterrupted_one_bit_for_bit(fault, step, settings, finished, tmp_path):
+    killed = drive(fault, step, settings, tmp_path / "run")
     assert killed.returncode == -9, killed.stderr
     resumed = train(settings, tmp_path / "run", "resume=auto")
     assert resumed.returncode == 0, resumed.stderr
@@ -57,7 +55,7 @@ def test_killed_at_any_moment_a_resumed_run_is_the_uninterrupted_one_bit_for_bit
 
 
 def test_the_same_seed_gives_the_same_weights_twice(settings, finished, tmp_path):
-    """And waiting for each checkpoint to be written changes nothing that it holds."""
+    """Synchronous saving changes nothing either."""
     done = train(settings, tmp_path / "run", "trainer.async_save=false")
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "run") == metrics(finished)
@@ -65,7 +63,7 @@ def test_the_same_seed_gives_the_same_weights_twice(settings, finished, tmp_path
 
 
 @pytest.mark.parametrize("parallelism", ["fsdp2", "cp"])
-def test_two_ranks_train_as_one_does(settings, finished, tmp_path, parallelism):
+def test_two_ranks_give_the_losses_of_one(settings, finished, tmp_path, parallelism):
     done = train(settings, tmp_path / "run", f"parallelism={parallelism}", run=torchrun)
     assert done.returncode == 0, done.stderr
     for one, two in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
@@ -78,7 +76,7 @@ def test_two_ranks_train_as_one_does(settings, finished, tmp_path, parallelism):
     assert alone.returncode == 0 and "resumed from step 10" in alone.stdout, alone.stderr
 
 
-def test_ctrl_c_saves_and_the_run_can_go_on(settings, finished, tmp_path):
+def test_ctrl_c_saves_and_the_run_can_resume(settings, finished, tmp_path):
     stopped = drive("interrupt_in_step", 5, settings, tmp_path / "run")
     assert stopped.returncode == 130 and "saved step" in stopped.stdout, stopped.stderr
     assert (tmp_path / "run" / "questions.jsonl").exists(), "nothing to measure the checkpoint by"
@@ -99,13 +97,13 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(settings, tm
 
 
 def test_a_save_that_fails_on_one_rank_ends_the_other(settings, tmp_path):
-    """The first rank alone writes the model; the second must not wait for it for ever."""
+    """Only rank 0 writes the model; rank 1 must not wait for it forever."""
     full = drive("fill_disk_at", 3, settings, tmp_path / "run", run=torchrun)
     assert full.returncode != 0 and "could not be written" in full.stderr
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_the_llama_recipe_ends_before_anything_heavy(tmp_path):
+def test_a_missing_model_is_reported_before_anything_heavy(tmp_path):
     line = only_error(run("recipes/train_eagle3.py", "model=llama31_8b", "draft=eagle3", f"output_dir={tmp_path}/run"))
     assert "meta-llama/Llama-3.1-8B-Instruct" in line and "model.path=/path/to/model" in line
     assert not (tmp_path / "run").exists()
@@ -119,7 +117,7 @@ def test_multirun_gives_each_job_a_directory(settings, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["hf_fsdp2", "hf_tp"])
-def test_a_target_that_ranks_hold_together_trains_as_one_held_whole(backend, settings, finished, tmp_path):
+def test_a_distributed_target_gives_the_losses_of_a_whole_one(backend, settings, finished, tmp_path):
     done = train(settings, tmp_path / "run", f"backend={backend}", ranks=2)
     assert done.returncode == 0, done.stderr
     for one, two in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
