@@ -21,7 +21,7 @@ from tools.requirements import AuditError, built_elsewhere, read_pins, run_modul
 
 PINNED_TOO = ("requirements-sglang.txt", "requirements-peers.txt", "requirements-audit.txt")
 """Of environments of their own; by version only."""
-OF_THEIR_OWN = ("sglang",)
+OF_THEIR_OWN = ("sglang", "slurm")
 """Extras of pyproject.toml that ``make setup`` does not install."""
 
 

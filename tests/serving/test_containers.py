@@ -77,8 +77,8 @@ def test_a_recipe_runs_the_script_on_what_it_copied(recipe):
     copied = [source for name, rest in steps if name == "COPY" for source in rest.split()[:-1]]
     assert all((ROOT / source).exists() for source in copied)
     # The script, what it reads, and what pyproject.toml names.
-    needed = {"containers/install.sh", "containers/random_draft.py", "nemo_speculative", "pyproject.toml",
-              "requirements-sglang.txt", "README.md", "LICENSE"}  # fmt: skip
+    needed = {"containers/install.sh", "containers/random_draft.py", "nemo_speculative", "conf", "recipes",
+              "pyproject.toml", "setup.py", "requirements-sglang.txt", "README.md", "LICENSE"}  # fmt: skip
     assert set(copied) == needed
     kind = recipe.suffix.removeprefix(".")
     assert any(name == "RUN" and rest.startswith(f"containers/install.sh {kind} /opt/sglang") for name, rest in steps)
