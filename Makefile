@@ -54,6 +54,7 @@ lint: $(READY)  ## style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports
 
 audit: $(VENV_AUDIT)/.ready  ## the lock against pyproject.toml, the package index, .venv and known vulnerabilities
 	$(VENV_AUDIT)/bin/python -m tools.audit

@@ -8,9 +8,12 @@ inside another), ``mul`` multiplies, ``div`` divides exactly.
 import math
 from typing import Any
 
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_speculative.utils.errors import UserError
+
+TARGET_CONFIG = "nemo_speculative.targets.describe.target_config"
 
 
 def register() -> None:
@@ -24,9 +27,8 @@ def register() -> None:
 
 
 def _target_field(key: str, *, _root_: DictConfig) -> Any:
-    from nemo_speculative.targets.describe import target_config  # transformers is slow to import, and needed here only
-
-    value: Any = target_config(OmegaConf.to_object(_root_.model)).to_dict()  # type: ignore[arg-type]
+    # By name, as every _target_: it is above this package, and imports transformers, which --help does without.
+    value: Any = get_method(TARGET_CONFIG)(OmegaConf.to_object(_root_.model)).to_dict()
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             raise UserError(f"${{target:{key}}}: the target's config.json has no {part!r}")
