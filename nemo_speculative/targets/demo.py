@@ -61,6 +61,8 @@ def prepare_tiny(config: TinyModelConfig) -> Path:
 def directory_of(config: TinyModelConfig) -> Path:
     """The cache directory of the target with this configuration, Python version and chat template."""
     settings = {k: v for k, v in asdict(config).items() if k not in NOT_IN_CACHE_KEY}
+    # This module's former name: targets that earlier versions trained are found.
+    settings["_target_"] = "nemo_speculative.targets.tiny.prepare_tiny"
     recipe = json.dumps([settings, TEMPLATE, RECIPE_VERSION, sys.version_info[:2]], sort_keys=True, default=str)
     return Path(config.cache_dir) / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
 

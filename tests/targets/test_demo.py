@@ -42,6 +42,12 @@ def test_the_cache_key_covers_all_settings_that_affect_it(tmp_path):
     assert demo.directory_of(small(tmp_path, seed=1)) != base
 
 
+def test_the_cache_key_of_the_default_target_is_stable(monkeypatch):
+    """Targets that earlier versions trained are found."""
+    monkeypatch.setattr(demo.sys, "version_info", (3, 11))
+    assert demo.directory_of(TinyModelConfig()).name == "tiny-730f520c9590"
+
+
 def test_an_interrupted_save_leaves_no_target(tmp_path, monkeypatch):
     directory = tmp_path / "made"
 
