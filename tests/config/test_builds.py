@@ -56,7 +56,7 @@ def test_model(option, target_dir, monkeypatch):
     else:
         local = job.model.path == "somewhere"
         if not local:  # a hub name: not to be had here, and said so
-            with pytest.raises(UserError, match="hub could not give"):
+            with pytest.raises(UserError, match="could not be downloaded"):
                 get_method(job.model._target_)(job.model)
         job.model.path = str(target_dir)
         config = text_config(get_method(job.model._target_)(job.model))

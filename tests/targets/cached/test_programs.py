@@ -198,7 +198,7 @@ def test_an_interrupted_capture_is_resumed_by_the_same_command(many, tmp_path):
     first = FeatureStore(features, Manifest.read(features))
     first.verify()
     code, message = interrupted(program, many, features, signal.SIGTERM, already=len(first.shards))
-    assert code == 130 and f"({len(first)} more are present)" in message and "the same command goes on" in message
+    assert code == 130 and f"({len(first)} more are present)" in message and "the same command resumes" in message
     second = FeatureStore(features, Manifest.read(features))
     done = capture(many, features)
     assert done.returncode == 0, done.stderr
