@@ -6,6 +6,7 @@ from math import log2
 
 from nemo_speculative.evaluation.server_benchmark.results_log import BenchResult
 from nemo_speculative.utils import svg
+from nemo_speculative.utils.tables import markdown_table
 
 COLUMNS = ("setting", "suite", "temperature", "at once", "tokens/s", "speed-up", "tau", "accepted by depth",
            "first token ms", "inter-token ms p50/p95/p99", "latency ms", "accuracy")  # fmt: skip
@@ -25,15 +26,7 @@ def table(results: Iterable[BenchResult]) -> str:
     Times are in milliseconds, and medians unless a percentile is named.
     """
     measured = _sorted(results)
-    rows = [
-        COLUMNS,
-        tuple("---" for _ in COLUMNS),
-        *(_row(result, baseline_of(result, measured)) for result in measured),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    return "\n".join(
-        f"| {' | '.join(text.ljust(width) for text, width in zip(row, widths, strict=True))} |" for row in rows
-    )
+    return markdown_table(COLUMNS, [_row(result, baseline_of(result, measured)) for result in measured])
 
 
 def _sorted(results: Iterable[BenchResult]) -> list[BenchResult]:

@@ -6,10 +6,10 @@ import json
 import signal
 import subprocess
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import FrameType
@@ -39,58 +39,41 @@ VOLATILE = frozenset({
 """Fields of ``/server_info`` that are not settings, or differ at each start."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchServer(ABC):
+@dataclass(frozen=True)
+class BenchServer:
     """A server with one speculative setting."""
 
     server: dict[str, Any]
     """Identity that it shares with its baseline; see :attr:`.results_log.BenchPoint.server`."""
     draft: dict[str, Any] | None
     """Its draft and settings; None: a baseline."""
-
-    @property
-    @abstractmethod
-    def target(self) -> str:
-        """Directory or hub name of its target, which holds the tokenizer."""
-
-    @abstractmethod
-    def running(self) -> AbstractContextManager[str]:
-        """The server's URL; it runs within the block.
-
-        Raises:
-            ServerError: it does not start.
-        """
+    target: str
+    """Directory or hub name of its target, which holds the tokenizer."""
+    running: Callable[[], AbstractContextManager[str]]
+    """The server's URL for a block in which it runs.  Raises ServerError if it does not start."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaunchedServer(BenchServer):
-    """A server that the benchmark starts and stops."""
+@contextmanager
+def _launched(options: ServeOptions, job: BenchmarkJob, python: str, baseline: bool) -> Iterator[str]:
+    """Starts a server, and stops it at the end of the block."""
+    require_free(options.host, options.port, f"server.port={options.port}")
+    command = serve_command(options, python)
+    if baseline:
+        command, _ = split(command)
+    name = f"server-{setting_name(None if baseline else options.speculative)}"
+    log = next(file for n in count(1) if not (file := Path(job.results) / f"{name}-{n}.log").exists())
+    server = Server(command, serve_environment(options), options.host, options.port, log)
+    try:
+        server.wait_until_healthy(job.server.timeout)
+        yield server.url
+    finally:
+        with uninterrupted():
+            server.stop()
 
-    options: ServeOptions
-    python: str
-    timeout: float
-    """Seconds until it must be healthy."""
-    logs: Path
 
-    @property
-    def target(self) -> str:
-        return self.options.target
-
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        options, command = self.options, serve_command(self.options, self.python)
-        require_free(options.host, options.port, f"server.port={options.port}")
-        if self.draft is None:
-            command, _ = split(command)
-        name = f"server-{setting_name(options.speculative if self.draft else None)}"
-        log = next(file for n in count(1) if not (file := self.logs / f"{name}-{n}.log").exists())
-        server = Server(command, serve_environment(options), options.host, options.port, log)
-        try:
-            server.wait_until_healthy(self.timeout)
-            yield server.url
-        finally:
-            with uninterrupted():
-                server.stop()
+@contextmanager
+def _already_running(url: str) -> Iterator[str]:
+    yield url
 
 
 @contextmanager
@@ -111,22 +94,6 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(received[0])
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunningServer(BenchServer):
-    """A server that is started and stopped by others."""
-
-    url: str
-    model: str
-
-    @property
-    def target(self) -> str:
-        return self.model
-
-    @contextmanager
-    def running(self) -> Iterator[str]:
-        yield self.url
-
-
 def servers_of(job: BenchmarkJob) -> list[BenchServer]:
     """All servers that ``job`` measures, the baseline first.
 
@@ -145,8 +112,7 @@ def _launched_servers(job: BenchmarkJob) -> list[BenchServer]:
     version, model = sglang_version(python), find_model(job.checkpoint or "")
     with (model / "model.safetensors").open("rb") as weights:
         digest = hashlib.file_digest(weights, "sha256").hexdigest()[:16]
-    logs = Path(job.results)
-    logs.mkdir(parents=True, exist_ok=True)
+    Path(job.results).mkdir(parents=True, exist_ok=True)
     servers: list[BenchServer] = []
     for setting in job.sweep or [[]]:
         options = _options(job, setting, version)
@@ -157,12 +123,9 @@ def _launched_servers(job: BenchmarkJob) -> list[BenchServer]:
         }  # fmt: skip
         flags = without(speculative, "--speculative-draft-model-path")
         draft = {"weights": digest, "speculative": asdict(options.speculative), "flags": flags}
-        server = LaunchedServer(
-            server=identity, draft=draft, options=options, python=python, timeout=job.server.timeout, logs=logs
-        )
-        if job.baseline and not servers:
-            servers.append(replace(server, draft=None))
-        servers.append(server)
+        for of_server in [None, draft] if job.baseline and not servers else [draft]:
+            running = partial(_launched, options, job, python, of_server is None)
+            servers.append(BenchServer(identity, of_server, options.target, running))
     return servers
 
 
@@ -242,11 +205,11 @@ def _running_servers(job: BenchmarkJob) -> list[BenchServer]:
         "target": _fingerprint(str(infos[-1].get("model_path"))), "settings": [settings_digest(info) for info in infos],
     }  # fmt: skip
     return [
-        RunningServer(
-            server=identity,
-            draft=_draft(info),
-            url=url,
-            model=str(job.target or info["tokenizer_path"] or info["model_path"]),
+        BenchServer(
+            identity,
+            _draft(info),
+            str(job.target or info["tokenizer_path"] or info["model_path"]),
+            partial(_already_running, url),
         )
         for url, info in zip(urls, infos, strict=True)
     ]

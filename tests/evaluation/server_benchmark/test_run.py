@@ -273,7 +273,7 @@ def test_prompts_that_are_too_long_are_counted_as_refused(run, lines, suite_file
         (["suite.path=/no/such/file"], "suite.path: /no/such/file does not exist"),
         (["target=/no/such/target"], "target: /no/such/target does not exist"),
         (["server.flags=[--api-key,secret]"], "server.flags: --api-key would be written into the results"),
-        (["server.flags=[--speculative-num-steps,3]"], "--speculative-num-steps stands behind --"),
+        (["server.flags=[--speculative-num-steps,3]"], "--speculative-num-steps after --"),
         (["sweep=[[3,1,9]]"], "sweep=[3, 1, 9]: --num-draft-tokens is 9"),
     ],
 )
