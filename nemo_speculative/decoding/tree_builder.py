@@ -183,7 +183,7 @@ class DynamicTree:
     """Levels."""
     topk: int
     num_draft_tokens: int
-    """Nodes kept, the root included."""
+    """Nodes in the tree, including the root."""
     prunes_by_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

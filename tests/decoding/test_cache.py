@@ -45,10 +45,10 @@ def test_the_cache_equals_a_list_of_keys_per_row(seed, alike):
         keys, plain = numbered(rows, n, 1000 * step)
         after = oracle.append(plain)
         for layer in (0, 1):
-            found = cache.append(layer, keys, -keys)
+            result = cache.append(layer, keys, -keys)
             for row, expected in enumerate(after):
-                assert found[0][row, 0, : len(expected), 0].tolist() == expected
-                assert torch.equal(found[1], -found[0])
+                assert result[0][row, 0, : len(expected), 0].tolist() == expected
+                assert torch.equal(result[1], -result[0])
         paths = [[i for i in range(n) if i == 0 or pick(0, 2)] for _ in range(rows)]
         paths = [paths[0]] * rows if alike else paths
         cache.keep(paths)
@@ -72,45 +72,45 @@ def test_the_cache_equals_a_list_of_keys_per_row(seed, alike):
 @pytest.mark.parametrize("lengths", [[5, 5], [2, 7]], ids=["equal", "ragged"])
 @pytest.mark.parametrize("shared", [True, False], ids=["one structure", "own structures"])
 def test_visible_positions(lengths, shared):
-    """Of s = 4 newest positions, the last n = 2 are new: each entry looked up on its own."""
+    """The last n = 2 of the s = 4 newest positions are new: each entry is compared with a look-up."""
     cache = KVCache(2)
     cache.crop(lengths)
     ancestors = torch.rand(1 if shared else 2, 2, 4, generator=torch.Generator().manual_seed(1)) > 0.5
-    found = cache.visible(ancestors).expand(2, -1, -1)
-    assert found.shape == (2, 2, max(lengths) + 2)
+    result = cache.visible(ancestors).expand(2, -1, -1)
+    assert result.shape == (2, 2, max(lengths) + 2)
     for row, length in enumerate(lengths):
         for query in range(2):
             for key in range(max(lengths) + 2):
                 offset = key - (length - 2)
                 known = ancestors[0 if shared else row, query]
                 expected = offset < 0 or (offset < 4 and bool(known[offset]))
-                assert bool(found[row, query, key]) == expected
+                assert bool(result[row, query, key]) == expected
 
 
 def test_a_compacted_tree_equals_its_path(target):
     """Ragged prompts, a path through the static tree for each: states and stored keys as without the other nodes."""
-    asked = prompts(4, seed=1)
+    sequences = prompts(4, seed=1)
     model = CachedTarget(target, 4)
-    model.prefill(asked)
+    model.prefill(sequences)
     parents = tree_of()
     tokens = torch.randint(0, VOCAB_SIZE, (4, len(parents)), generator=torch.Generator().manual_seed(0))
     paths = [[0], [0, 2, 8, 20], [0, 1, 5, 13, 21, 24], [0, 1, 7, 18]]
-    found = model.read(trees(tokens, torch.tensor([parents]), 5)).at(paths)
+    result = model.read(trees(tokens, torch.tensor([parents]), 5)).at(paths)
     model.keep(paths)
-    for row, (prompt, path) in enumerate(zip(asked, paths, strict=True)):
+    for row, (prompt, path) in enumerate(zip(sequences, paths, strict=True)):
         whole = torch.tensor([prompt + tokens[row, path].tolist()])
         aux, hidden = target.forward(whole)
-        assert found.counts[row] == len(path)
+        assert result.counts[row] == len(path)
         torch.testing.assert_close(
-            found.aux_hidden_states[row, : len(path)], aux[0, len(prompt) :], rtol=1e-4, atol=1e-4
+            result.aux_hidden_states[row, : len(path)], aux[0, len(prompt) :], rtol=1e-4, atol=1e-4
         )
         torch.testing.assert_close(
-            found.last_hidden_state[row, : len(path)], hidden[0, len(prompt) :], rtol=1e-4, atol=1e-4
+            result.last_hidden_state[row, : len(path)], hidden[0, len(prompt) :], rtol=1e-4, atol=1e-4
         )
-        anew = CachedTarget(target, 1)
-        anew.prefill(whole.tolist())
+        fresh = CachedTarget(target, 1)
+        fresh.prefill(whole.tolist())
         assert model._kv.lengths[row] == whole.shape[1]
-        for layer, stored in anew._kv._layers.items():
+        for layer, stored in fresh._kv._layers.items():
             for ours, theirs in zip(model._kv._layers[layer], stored, strict=True):
                 end = whole.shape[1]
                 torch.testing.assert_close(ours[row, :, :end], theirs[0, :, :end], rtol=1e-4, atol=1e-4)

@@ -107,10 +107,10 @@ def test_drafting_continues_as_if_started_anew(target, tree):
         sequences = [whole[row][: read[row] + counts[row] + 1] for row in rows]
         piece = known.select(rows).at([range(read[row], read[row] + counts[row]) for row in rows])
         read = [done + n for done, n in zip(read, counts, strict=True)]
-        found = drafting.propose(sequences, piece)
+        result = drafting.propose(sequences, piece)
         fresh = drafter.start(len(rows), Greedy()).propose(sequences, states(target, sequences))
-        assert torch.equal(found.tokens, fresh.tokens)
-        assert torch.equal(found.parents, fresh.parents)
+        assert torch.equal(result.tokens, fresh.tokens)
+        assert torch.equal(result.parents, fresh.parents)
 
 
 def test_ngram_proposes_the_continuation_of_the_latest_longest_match():

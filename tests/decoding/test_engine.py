@@ -125,10 +125,10 @@ def test_a_stop_token_at_the_limit_still_finishes(target):
     prompt = prompts(1)[0]
     answer, oracle = answered(target, prompt, 10, right=[5])
     first = answer.index(answer[4])
-    found = generate(target, oracle, [prompt], max_new_tokens=first + 1, stop_ids={answer[4]})[0]
-    assert found.finished and found.tokens == answer[: first + 1]
-    found = generate(target, oracle, [prompt], max_new_tokens=first, stop_ids={answer[4]})[0]
-    assert not found.finished and found.tokens == answer[:first], "accepted, but past the limit"
+    result = generate(target, oracle, [prompt], max_new_tokens=first + 1, stop_ids={answer[4]})[0]
+    assert result.finished and result.tokens == answer[: first + 1]
+    result = generate(target, oracle, [prompt], max_new_tokens=first, stop_ids={answer[4]})[0]
+    assert not result.finished and result.tokens == answer[:first], "accepted, but past the limit"
 
 
 def test_a_batch_gives_what_each_sequence_gives_alone(target, drafter):
@@ -170,11 +170,11 @@ def test_two_streams_of_one_drafter_are_independent(target, drafter):
     questions = prompts(2, seed=6)
     expected = plain(target, questions, 12)
     one, two = (stream(target, drafter, [prompt], max_new_tokens=12, stop_ids=NO_STOP) for prompt in questions)
-    found: list[list[int]] = [[], []]
+    result: list[list[int]] = [[], []]
     for _ in range(12):
-        for answer, pieces in zip(found, (one, two), strict=True):
+        for answer, pieces in zip(result, (one, two), strict=True):
             answer += next(pieces, (0, []))[1]
-    assert found == expected
+    assert result == expected
 
 
 class RecordingVerifier(Greedy):
@@ -204,15 +204,15 @@ def test_an_answer_fills_the_context_and_no_more(target, drafter, left):
     target._decoder.forward = watched
     try:
         verifier = RecordingVerifier()
-        found = generate(target, drafter, [long], max_new_tokens=50, stop_ids=NO_STOP, verifier=verifier)
+        result = generate(target, drafter, [long], max_new_tokens=50, stop_ids=NO_STOP, verifier=verifier)
         both = generate(target, drafter, [short, long], max_new_tokens=10, stop_ids=NO_STOP)
     finally:
         del target._decoder.forward
-    assert found[0].tokens == plain(target, [long], left)[0] == both[1].tokens
+    assert result[0].tokens == plain(target, [long], left)[0] == both[1].tokens
     assert both[0].tokens == plain(target, [short], 10)[0]
-    assert max(positions) < context and not found[0].finished
+    assert max(positions) < context and not result[0].finished
     for verification, (deepest,) in enumerate(verifier.deepest):
-        assert deepest <= left - 1 - sum(found[0].emitted[:verification])
+        assert deepest <= left - 1 - sum(result[0].emitted[:verification])
 
 
 def test_the_draft_changes_only_the_speed(target):
@@ -258,11 +258,11 @@ def test_other_families_give_their_own_answers(tmp_path, name, attention):
     assert len({tuple(answer) for answer in expected}) > 4
     for tree_builder in (Chain(4), DynamicTree(4, 3, 12)):
         drafter = EagleDrafter(random_draft("eagle", target), target, tree_builder)
-        found = generate(target, drafter, questions, max_new_tokens=20, stop_ids=NO_STOP)
-        assert [g.tokens for g in found] == expected
+        result = generate(target, drafter, questions, max_new_tokens=20, stop_ids=NO_STOP)
+        assert [g.tokens for g in result] == expected
         end = (questions[4] * 9)[:60]
-        found = generate(target, drafter, [end], max_new_tokens=20, stop_ids=NO_STOP)
-        assert [g.tokens for g in found] == plain(target, [end], 4)
+        result = generate(target, drafter, [end], max_new_tokens=20, stop_ids=NO_STOP)
+        assert [g.tokens for g in result] == plain(target, [end], 4)
 
 
 def test_an_attention_without_masks_is_replaced_by_one_with_masks(target, drafter, monkeypatch):
@@ -282,10 +282,10 @@ def test_an_attention_without_masks_is_replaced_by_one_with_masks(target, drafte
     config = target._decoder.config
     monkeypatch.setattr(config, "_attn_implementation_internal", "causal_only")
     questions = prompts(6)
-    found = generate(target, drafter, questions, max_new_tokens=10, stop_ids=NO_STOP)
+    result = generate(target, drafter, questions, max_new_tokens=10, stop_ids=NO_STOP)
     assert config._attn_implementation == "causal_only" and calls
     monkeypatch.undo()
-    assert [g.tokens for g in found] == plain(target, questions, 10)
+    assert [g.tokens for g in result] == plain(target, questions, 10)
 
 
 def test_a_target_that_ignores_the_tree_is_refused(tmp_path, monkeypatch):
@@ -304,16 +304,16 @@ def test_layers_of_an_unknown_kind_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "questions, limit, said",
+    "questions, limit, message",
     [
         ([[1], []], 5, "prompt 1 has 0 tokens: expected 1 to 63"),
         ([[1] * 64], 5, "prompt 0 has 64 tokens: expected 1 to 63, so that the target's context of 64"),
         ([[1]], 0, "max_new_tokens is 0"),
     ],
 )
-def test_prompts_without_room_for_an_answer_are_refused(target, questions, limit, said):
+def test_prompts_without_room_for_an_answer_are_refused(target, questions, limit, message):
     for start in (generate, stream):
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=message) as error:
             start(target, NoDrafter(), questions, max_new_tokens=limit)
         assert "\n" not in str(error.value)
 

@@ -28,9 +28,9 @@ def naive(logits, temperature, top_p, top_k):
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_p, top_k", [(1, 0), (0.6, 0), (1, 3), (0.6, 3), (1e-6, 0), (1, 1), (0.9, 50)])
 def test_probabilities_by_hand(temperature, top_p, top_k):
-    found = Sampling(temperature, top_p, top_k).probabilities(LOGITS)
+    result = Sampling(temperature, top_p, top_k).probabilities(LOGITS)
     expected = [naive(row, temperature, top_p, top_k) for row in LOGITS.tolist()]
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_temperature_0_and_a_tiny_one_are_the_argmax():
@@ -41,7 +41,7 @@ def test_temperature_0_and_a_tiny_one_are_the_argmax():
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
@@ -51,8 +51,8 @@ def test_temperature_0_and_a_tiny_one_are_the_argmax():
         ({"top_k": -1}, "top_k is -1"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, said):
-    with pytest.raises(UserError, match=said) as error:
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message) as error:
         Sampling(**settings)
     assert "\n" not in str(error.value) and "expected" in str(error.value)
 

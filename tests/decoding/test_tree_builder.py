@@ -50,11 +50,11 @@ class TableCursor:
 def paths_of(grown, row):
     """The nodes of a tree as paths of the draft's own token numbers, in node order."""
     tokens = grown.tokens[row].tolist()
-    found = [()]
+    result = [()]
     for node, parent in list(enumerate(grown.parents.expand_as(grown.tokens)[row].tolist()))[1:]:
         assert 0 <= parent < node, "parents come before children"
-        found.append((*found[parent], IDS.tolist().index(tokens[node])))
-    return found[1:]
+        result.append((*result[parent], IDS.tolist().index(tokens[node])))
+    return result[1:]
 
 
 def best_first(seed, path, k):
@@ -101,9 +101,9 @@ def test_a_dynamic_tree_equals_eagle2s(num_steps, topk, num_draft_tokens):
     grown = DynamicTree(num_steps, topk, num_draft_tokens).build(cursor, Greedy())
     assert grown.tokens.shape == (12, num_draft_tokens) and cursor.runs == num_steps - 1
     for row, seed in enumerate(seeds):
-        found = paths_of(grown, row)
-        assert set(found) == set(eagle2(seed, num_steps, topk, num_draft_tokens))
-        assert grown.depths[row].tolist() == [0, *(len(path) for path in found)]
+        result = paths_of(grown, row)
+        assert set(result) == set(eagle2(seed, num_steps, topk, num_draft_tokens))
+        assert grown.depths[row].tolist() == [0, *(len(path) for path in result)]
 
 
 def test_topk_1_is_the_chain():
@@ -175,7 +175,7 @@ def test_settings_become_the_trees_of_sglang():
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         ((5, 1, 5), "num_draft_tokens is 5: a chain (topk=1) of num_steps=5 has num_steps + 1 = 6"),
         ((5, 4, 1), "num_draft_tokens is 1: a tree of num_steps=5 and topk=4 has 5 to 69 nodes"),
@@ -184,10 +184,10 @@ def test_settings_become_the_trees_of_sglang():
         ((0, 1, 1), "num_steps=0"),
     ],
 )
-def test_settings_that_make_no_tree_are_refused(settings, said):
+def test_settings_that_make_no_tree_are_refused(settings, message):
     with pytest.raises(UserError) as error:
         tree_builder_for(SpeculativeSettings(*settings))
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert largest_tree(5, 4) == 69
 
 

@@ -114,14 +114,14 @@ def decode(tables, tree_builder, verifier, draws=DRAWS):
 
 def exact(tables, sampling):
     """The probability of each continuation, of the target alone."""
-    found = []
+    result = []
     for number in range(V**TOKENS):
         path, p = torch.tensor(0), 1.0
         for token in (number // V**2, number // V % V, number % V):
             p *= float(sampling.probabilities(tables.target[path])[token])
             path = extended(path, token)
-        found.append(p)
-    return torch.tensor(found, dtype=torch.float64)
+        result.append(p)
+    return torch.tensor(result, dtype=torch.float64)
 
 
 def p_value(verifier_class, tree_builder, sampling, seed=0, **settings):
@@ -169,9 +169,9 @@ def test_accepting_with_p_over_q_accepts_more_than_following_the_target():
     for verifier_class, expected in ((TargetOnly, p[q.argmax()]), (Rejection, torch.minimum(p, q).sum())):
         verifier = verifier_class(Sampling(1.0), torch.Generator().manual_seed(1))
         grown = Chain(1).build(TableCursor(tables, paths), verifier)
-        accepted = verifier.verify(grown, target_logits(tables, grown, paths))
-        found = sum(len(accepted.path) == 2 for accepted in accepted) / DRAWS
-        assert found == pytest.approx(float(expected), abs=4 * 0.5 / DRAWS**0.5)
+        results = verifier.verify(grown, target_logits(tables, grown, paths))
+        share = sum(len(accepted.path) == 2 for accepted in results) / DRAWS
+        assert share == pytest.approx(float(expected), abs=4 * 0.5 / DRAWS**0.5)
 
 
 class LikeliestChildren(Rejection):

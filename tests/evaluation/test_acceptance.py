@@ -67,11 +67,11 @@ def test_a_tree_accepts_more_than_its_chain(target):
 @pytest.mark.parametrize("settings, rejection", [(CHAIN, True), (CHAIN, False), (TREE, False)])
 def test_sampled_answers_are_not_compared_token_by_token(target, settings, rejection):
     drawn = config(temperature=1.0, rejection_sampling=rejection, batch_size=5, seed=3)
-    found = [evaluate_draft(target, random_draft("eagle3", target), prompts(5), settings, drawn) for _ in range(2)]
-    assert found[0].lossless is None and found[0].summary()["lossless"] is None
-    assert found[0].draft.generations == found[1].draft.generations, "one seed, one result"
+    result = [evaluate_draft(target, random_draft("eagle3", target), prompts(5), settings, drawn) for _ in range(2)]
+    assert result[0].lossless is None and result[0].summary()["lossless"] is None
+    assert result[0].draft.generations == result[1].draft.generations, "one seed, one result"
     other = evaluate_draft(target, random_draft("eagle3", target), prompts(5), settings, replace(drawn, seed=4))
-    assert other.draft.generations != found[0].draft.generations
+    assert other.draft.generations != result[0].draft.generations
 
 
 def test_different_answers_are_not_lossless():

@@ -43,13 +43,13 @@ class BenchMetrics:
     seconds: float
     """From the first request to the last token."""
     output_tokens_per_second: float
-    """Of all conversations together."""
+    """Total over all conversations."""
     time_to_first_token: dict[str, float]
     """Seconds by percentile, like the next two."""
     inter_token_latency: dict[str, float]
     """See :attr:`~nemo_speculative.serving.client.Answer.inter_token_latencies`."""
     latency: dict[str, float]
-    """Of whole answers."""
+    """Latency of whole answers."""
     accuracy: float | None
     """Share of the conversations whose last answer is right; None: the suite has no scorer."""
 

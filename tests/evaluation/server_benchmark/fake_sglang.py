@@ -38,7 +38,7 @@ def arrivals(length, speculates):
 
 
 class Handler(BaseHTTPRequestHandler):
-    asked = 0
+    num_requests = 0
 
     def log_message(self, *_):
         pass
@@ -71,14 +71,18 @@ class Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _generate(self, asked):
-        Handler.asked += 1
+    def _generate(self, body):
+        Handler.num_requests += 1
         once = Path(os.environ.get("FAKE_ONCE", os.devnull))
-        if BEHAVIOUR == "die_at" and Handler.asked == int(ARGUMENT) and (once.name == "null" or not once.exists()):
+        if (
+            BEHAVIOUR == "die_at"
+            and Handler.num_requests == int(ARGUMENT)
+            and (once.name == "null" or not once.exists())
+        ):
             once.touch()
             print("CUDA error: an illegal memory access", flush=True)
             os._exit(3)
-        length, speculates = len(asked["input_ids"]), flag("--speculative-algorithm") is not None
+        length, speculates = len(body["input_ids"]), flag("--speculative-algorithm") is not None
         if length > CONTEXT:
             self._send(400, {"error": {"message": f"{length} tokens are longer than the context"}})
             return

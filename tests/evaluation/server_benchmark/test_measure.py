@@ -62,8 +62,8 @@ def suite(*prompts: tuple[str, ...], scorer: Scorer | None = None, right: Sequen
     return Suite("some", tuple(Prompt(turns, row) for turns, row in zip(prompts, rows, strict=True)), 7, scorer)
 
 
-def metrics_of(client: RecordingClient, asked: Suite, tokenizer: Any):
-    return asyncio.run(measure(client, tokenizer, asked, concurrency=2, temperature=0.5))
+def metrics_of(client: RecordingClient, suite: Suite, tokenizer: Any):
+    return asyncio.run(measure(client, tokenizer, suite, concurrency=2, temperature=0.5))
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 50])
@@ -84,8 +84,8 @@ def test_a_turn_contains_the_previous_answer(tokenizer):
 
 def test_accuracy_counts_the_last_answers(tokenizer):
     client, scorer = RecordingClient(), Marked()
-    asked = suite(("a",), ("aa",), ("aaa", "b"), ("aaaa",), scorer=scorer, right=(True, False, True, True))
-    assert metrics_of(client, asked, tokenizer).accuracy == 3 / 4
+    scored = suite(("a",), ("aa",), ("aaa", "b"), ("aaaa",), scorer=scorer, right=(True, False, True, True))
+    assert metrics_of(client, scored, tokenizer).accuracy == 3 / 4
     assert len(scorer.answers) == 4 and f"said {max(map(len, client.prompts))}" in scorer.answers, (
         "the second turn's answer"
     )
@@ -97,8 +97,8 @@ def test_a_refused_turn_ends_its_conversation_and_is_wrong(tokenizer):
     prompts = ("aa",), ("aaaa", "b")
     metrics_of(sizes, suite(*prompts), tokenizer)
     long = max(len(ids) for ids in sizes.prompts)
-    found = metrics_of(RecordingClient(wrong=(long,)), suite(*prompts, scorer=Marked(), right=(True, True)), tokenizer)
-    assert (found.answers, found.refused, found.accuracy) == (2, 1, 1 / 2)
+    result = metrics_of(RecordingClient(wrong=(long,)), suite(*prompts, scorer=Marked(), right=(True, True)), tokenizer)
+    assert (result.answers, result.refused, result.accuracy) == (2, 1, 1 / 2)
     with pytest.raises(UserError, match=r"every prompt of some was refused: .* is no good"):
         metrics_of(RecordingClient(wrong=tuple(range(100))), suite(*prompts), tokenizer)
 

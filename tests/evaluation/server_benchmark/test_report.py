@@ -32,8 +32,8 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def test_the_fastest_comes_first_with_its_speed_up():
-    found = [(r["temperature"], r["at once"], r["setting"], r["speed-up"]) for r in rows(table([*RESULTS, FAILED]))]
-    assert found == [
+    result = [(r["temperature"], r["at once"], r["setting"], r["speed-up"]) for r in rows(table([*RESULTS, FAILED]))]
+    assert result == [
         ("0", "1", "5-4-16", "3.00x"), ("0", "1", "3-1-4", "2.50x"), ("0", "1", "baseline", "1.00x"),
         ("0", "8", "3-1-4", "1.50x"), ("0", "8", "baseline", "1.00x"), ("0", "8", "5-4-16", "0.90x"),
         ("1", "1", "5-1-6", "-"),

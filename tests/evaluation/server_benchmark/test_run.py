@@ -36,7 +36,7 @@ RECIPE = ROOT / "recipes" / "benchmark.py"
 
 @dataclass(frozen=True)
 class Done:
-    """What a benchmark said."""
+    """Output and error of a benchmark."""
 
     out: str
     err: str
@@ -84,7 +84,7 @@ def lines(tmp_path):
 
 
 def settings(lines) -> Counter:
-    """How often each (setting, concurrency) was measured with success."""
+    """Number of successful measurements of each (setting, concurrency)."""
     names = ("num_steps", "topk", "num_draft_tokens")
     drafts = [(line["cell"]["draft"] or {}).get("speculative") for line in lines if line["figures"]]
     at_once = [line["cell"]["concurrency"] for line in lines if line["figures"]]
@@ -93,7 +93,7 @@ def settings(lines) -> Counter:
 
 
 def expected_prompts(target_dir) -> list[list[int]]:
-    """What the server should be asked: the tokenizer's own template, with the answers before."""
+    """Prompts that the server should receive: the chat template with the previous answers."""
     tokenizer, prompts = AutoTokenizer.from_pretrained(target_dir), []
     for row in PROMPTS:
         messages = []
@@ -152,7 +152,7 @@ def test_a_changed_target_at_the_same_path_is_measured_again(run, lines, target_
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     refused = str(run(target, "concurrency=[1]").error)
     assert "are not those that" in refused and "server.target_variant=true" in refused and "\n" not in refused
-    assert set(settings(lines()).values()) == {1}, "it is not measured unless it is said to be a variant"
+    assert set(settings(lines()).values()) == {1}, "it is not measured unless it is declared a variant"
     run(target, "concurrency=[1]", "server.target_variant=true")
     assert set(settings(lines()).values()) == {2}
 
@@ -162,7 +162,7 @@ def test_a_dead_server_fails_only_its_point(run, lines, tmp_path):
     done = run("sweep=[[3,1],[4,1]]", FAKE_SGLANG="die_at:7", FAKE_ONCE=str(tmp_path / "died"))
     assert [bool(line["figures"]) for line in lines()] == [True, False, True, True, True, True]
     # Whichever is seen first: no connection, or one that ends.
-    assert any(said in lines()[1]["error"] for said in ("cannot be reached", "the answer broke off"))
+    assert any(message in lines()[1]["error"] for message in ("cannot be reached", "the answer broke off"))
     assert str(done.error).startswith("1 point(s) failed, the first, baseline, jsonl, 2 at once, temperature 0: ")
     assert run("sweep=[[3,1],[4,1]]").error is None
     assert set(settings(lines()).values()) == {1} and len(settings(lines())) == 6, "only the failed cell was left"
@@ -264,7 +264,7 @@ def test_prompts_that_are_too_long_are_counted_as_refused(run, lines, suite_file
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["checkpoint=null"], "checkpoint and url: expected one of them"),
         (["checkpoint=null", "url=http://127.0.0.1:9"], "http://127.0.0.1:9: cannot be reached"),
@@ -277,14 +277,14 @@ def test_prompts_that_are_too_long_are_counted_as_refused(run, lines, suite_file
         (["sweep=[[3,1,9]]"], "sweep=[3, 1, 9]: --num-draft-tokens is 9"),
     ],
 )
-def test_bad_input_is_refused_before_anything_starts(run, more, said, tmp_path):
+def test_bad_input_is_refused_before_anything_starts(run, more, message, tmp_path):
     done = run(*more)
-    assert said in str(done.error) and "\n" not in str(done.error)
+    assert message in str(done.error) and "\n" not in str(done.error)
     assert not (tmp_path / "results" / "cells.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"sweep": [[5]]}, r"sweep holds \[5\]: expected \[steps, topk\]"),
         ({"sweep": [[0, 1]]}, r"sweep holds \[0, 1\]"),
@@ -296,8 +296,8 @@ def test_bad_input_is_refused_before_anything_starts(run, more, said, tmp_path):
         ({"server": ServerConfig(device="cpu")}, r"temperature is \[0\.0, 1\.0\] with server\.device=cpu"),
     ],
 )
-def test_a_contradiction_is_refused(more, said):
-    with pytest.raises(UserError, match=said):
+def test_a_contradiction_is_refused(more, message):
+    with pytest.raises(UserError, match=message):
         BenchmarkJob(**more)
 
 

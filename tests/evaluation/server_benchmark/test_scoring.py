@@ -67,7 +67,7 @@ def test_the_last_box(text, inside):
 
 
 @pytest.mark.parametrize(
-    ("said", "meant", "right"),
+    ("boxed", "expected", "right"),
     [
         (r"\frac{1}{2}", r"\dfrac{1}{2}", True),
         (r"\frac12", r"\frac{1}{2}", True),
@@ -91,8 +91,8 @@ def test_the_last_box(text, inside):
         ("", "5", False),
     ],
 )
-def test_math(said, meant, right):
-    assert Boxed().right(f"Thus \\boxed{{{said}}}.", {"answer": meant}) is right
+def test_math(boxed, expected, right):
+    assert Boxed().right(f"Thus \\boxed{{{boxed}}}.", {"answer": expected}) is right
 
 
 def test_math_without_a_box_is_wrong():
@@ -107,9 +107,9 @@ HUMAN_EVAL = {
 }
 
 
-@pytest.mark.parametrize("said", ["1e999999999", "1E99999999", "-2.5e+99999999"])
-def test_a_number_with_an_exponent_is_not_a_number(said):
-    assert not Boxed().right(f"\\boxed{{{said}}}", {"answer": "3"})
+@pytest.mark.parametrize("boxed", ["1e999999999", "1E99999999", "-2.5e+99999999"])
+def test_a_number_with_an_exponent_is_not_a_number(boxed):
+    assert not Boxed().right(f"\\boxed{{{boxed}}}", {"answer": "3"})
     assert not Boxed().right("\\boxed{1e2}", {"answer": "100"}), "not even a small one"
 
 

@@ -47,8 +47,8 @@ def test_every_suite_reads_its_published_shape(option, tmp_path):
     shown = row.get("turns") or [
         row.get(name) for name in ("question", "prompt", "problem", "text", "article") if name in row
     ]
-    for turn, said in zip(prompt.turns, shown or [row["instruction"]], strict=True):
-        assert said.strip() in turn and "{" not in turn.replace("\\boxed{}", "")
+    for turn, message in zip(prompt.turns, shown or [row["instruction"]], strict=True):
+        assert message.strip() in turn and "{" not in turn.replace("\\boxed{}", "")
     assert (suite.scorer is not None) == (option in RIGHT)
     if suite.scorer:
         assert suite.scorer.right(RIGHT[option], row) and not suite.scorer.right("I do not know.", row)
@@ -57,16 +57,16 @@ def test_every_suite_reads_its_published_shape(option, tmp_path):
 @pytest.mark.parametrize("option", ["gsm8k", "mt_bench"])
 def test_every_suite_reads_the_hub(option, monkeypatch):
     """Rows as the hub's library returns them, without the hub."""
-    asked = []
+    sent = []
 
     def load_dataset(*where, split):
-        asked.append((*where, split))
+        sent.append((*where, split))
         return datasets.Dataset.from_list([SHAPES[option]])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     config = suite_config(option)
     assert load_suite(config).prompts[0].turns[0]
-    assert asked == [(config.repository, config.subset, config.split)]
+    assert sent == [(config.repository, config.subset, config.split)]
 
 
 def test_an_unreachable_hub_is_refused():
