@@ -290,7 +290,7 @@ def test_an_attention_without_masks_is_replaced_by_one_with_masks(target, drafte
 
 def test_a_target_that_ignores_the_tree_is_refused(tmp_path, monkeypatch):
     target = small_target(tmp_path)
-    monkeypatch.setattr(HFTarget, "_masks", lambda self, visible: None)
+    monkeypatch.setattr(HFTarget, "_attention_masks", lambda self, visible: None)
     with pytest.raises(UserError, match="cannot be decoded speculatively") as error:
         CachedTarget(target, 1)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)

@@ -311,7 +311,7 @@ def started(overrides, *more, **environment) -> subprocess.Popen:
 
 def appears(file: Path) -> None:
     """Waits until something is in it."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not (file.exists() and file.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
 
