@@ -1,8 +1,10 @@
 """Train an EAGLE-1 draft: feature autoregression, drafted as a chain.
 
-python recipes/train_eagle1.py                       the embedded case: no download, no GPU, minutes
+python recipes/train_eagle1.py                       the embedded target: no download, no GPU, minutes
 python recipes/train_eagle1.py draft.ttt_steps=3 draft.topk_w=1     with aligned passes (HASS)
-torchrun --nproc-per-node 8 recipes/train_eagle1.py model=llama31_8b data.path=conversations.jsonl
+python recipes/train_eagle1.py model=local model.path=DIR data.path=FILE      your own model and conversations
+python recipes/train_eagle1.py … plan=true           what it would do and need, without loading weights
+torchrun --nproc-per-node 8 recipes/train_eagle1.py experiment=llama31_8b_ultrachat draft=eagle1     a complete recipe
 """
 
 from nemo_speculative.config.app import recipe

@@ -1,9 +1,10 @@
 """Train an EAGLE-3 draft for a target model, measure it, and leave a checkpoint that SGLang serves as it is.
 
-python recipes/train_eagle3.py                       the embedded case: no download, no GPU, minutes
+python recipes/train_eagle3.py                       the embedded target: no download, no GPU, minutes
 python recipes/train_eagle3.py draft=eagle3_1        with the norms of EAGLE-3.1
-python recipes/train_eagle3.py plan=true             what would happen, without loading weights
-torchrun --nproc-per-node 8 recipes/train_eagle3.py model=llama31_8b data.path=conversations.jsonl
+python recipes/train_eagle3.py model=local model.path=DIR data.path=FILE      your own model and conversations
+python recipes/train_eagle3.py … plan=true           what it would do and need, without loading weights
+torchrun --nproc-per-node 8 recipes/train_eagle3.py experiment=llama31_8b_ultrachat     a complete recipe
 """
 
 from nemo_speculative.config.app import recipe

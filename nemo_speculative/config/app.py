@@ -1,6 +1,6 @@
-"""From a command line to a typed job: every recipe starts here.
+"""The start of every recipe: turns a command line into a typed job.
 
-Hydra composes ``conf/``; what it or the schema refuses becomes one line on standard error and exit code 1.
+Hydra composes ``conf/``; a configuration that it or the schema refuses is one line on standard error and exit code 1.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ UNUSED_GROUP = re.compile(
     r"Could not override '([^']+)'\.\s(?:Did you mean to override (.+)\?|No match .*)\n"
     r"To append to your default list use \+(.+)"
 )
-"""Hydra's words for a group that nothing composed chooses from.  What they advise, ``+``, our schema would refuse."""
+"""Hydra's error for a group that the root does not compose. Its advice, ``+``, would be refused by the schema."""
 
 groups.register()
 expressions.register()
@@ -50,18 +50,18 @@ def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], N
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def task(config: DictConfig) -> None:
-            # Inside Hydra's own handling, which would print a line before the error's.
+            # Caught here, since Hydra would print a line of its own first.
             try:
                 main(to_job(config))
             except UserError as error:
                 _refuse(error)
             except OSError as error:
                 _fail(_file_error(error), 1)
-            except HydraException as error:  # what it instantiates may refuse its input, too
-                said = _user_error_within(error)
-                if said is None:
+            except HydraException as error:  # raised by an object that Hydra instantiated
+                cause = _user_error_within(error)
+                if cause is None:
                     raise
-                _refuse(said)
+                _refuse(cause)
 
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
 
@@ -99,14 +99,14 @@ def to_job(config: DictConfig) -> Any:
 
 
 def _user_error_within(error: BaseException | None) -> UserError | None:
-    """The error of our own that OmegaConf or Hydra wrapped."""
+    """The UserError that OmegaConf or Hydra wrapped, if any."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _check_no_added_keys(config: Any, prefix: str) -> None:
-    """Hydra's ``+key=value`` goes past the schema, and nothing would ever read a mistyped key."""
+    """Refuses keys that Hydra's ``+key=value`` added outside the schema, since nothing would read them."""
     schema_class: Any = OmegaConf.get_type(config)
     if not isinstance(config, DictConfig) or not dataclasses.is_dataclass(schema_class):
         return
@@ -119,8 +119,8 @@ def _check_no_added_keys(config: Any, prefix: str) -> None:
 
 
 def run_program(program: Callable[[], None]) -> None:
-    """Runs ``program``; a :class:`UserError` or a refused configuration is one line and a non-zero exit."""
-    # Hydra prints several lines of its own otherwise.
+    """Runs ``program``; a :class:`UserError` or an invalid configuration is one line and a non-zero exit code."""
+    # Otherwise Hydra prints several lines of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         program()
@@ -128,7 +128,7 @@ def run_program(program: Callable[[], None]) -> None:
         _refuse(error)
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(UserError(explain(error, sys.argv[1:])))
-    except ValueError as error:  # Hydra's own, for a group that is given a number or null
+    except ValueError as error:  # from Hydra, for a group with a number or null as its option
         if NOT_AN_OPTION not in str(error):
             raise
         _refuse(UserError(explain(error, sys.argv[1:])))
@@ -136,25 +136,24 @@ def run_program(program: Callable[[], None]) -> None:
         _fail(_file_error(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; start again with the same command (a training with resume=auto)", INTERRUPTED)
-    except SystemExit as leaving:
-        if isinstance(leaving.code, int):
-            _leave(leaving.code)
+    except SystemExit as exit_request:
+        if isinstance(exit_request.code, int):
+            _leave(exit_request.code)
         raise
     _leave(0)
 
 
 def _file_error(error: OSError) -> str:
-    said = f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
+    message = f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
     if error.errno == errno.ENOSPC:
-        return f"{said}; make room there, and start again with the same command"
-    return said
+        return f"{message}; free some space there, and start again with the same command"
+    return message
 
 
 def _leave(code: int) -> None:
     """Ends the program.
 
-    Where a process group was made its threads are not waited for: gloo's now and then abort a process that is done,
-    while the interpreter goes down.
+    A rank exits without waiting for threads: those of gloo sometimes abort the process while the interpreter exits.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -165,7 +164,7 @@ def _leave(code: int) -> None:
 
 
 def _refuse(error: UserError) -> None:
-    """Ends with ``error``; a launcher hears whether to start again would help."""
+    """Ends with ``error``, and tells the launcher if a restart would not help."""
     if NO_RESTART_FILE in os.environ and not isinstance(error, PeerLostError):
         with contextlib.suppress(OSError), open(os.environ[NO_RESTART_FILE], "a") as ranks:
             print(os.environ["RANK"], file=ranks)
@@ -178,18 +177,18 @@ def _fail(line: str, code: int) -> None:
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
-    """One line for a configuration that Hydra or OmegaConf refused: the key, what was found, what to do."""
+    """One line for a configuration that Hydra or OmegaConf refused: the key, the finding and the remedy."""
     text = f"{error}\n{error.__cause__ or ''}"
-    # Of two overrides of which one ends with the other, the longer is meant.
+    # If one override is a suffix of another, the error is about the longer one.
     override = max((o for o in overrides if o in text), key=len, default="")
     if NOT_AN_OPTION in text:
         override = next((o for o in overrides if _is_no_option(o)), "")
         return f"{override}: expected one of {', '.join(options(override.split('=')[0]))}"
     unused = UNUSED_GROUP.match(text)
     if unused:
-        group, meant, given = unused.groups()
-        what_to_do = f"did you mean {meant!r}?" if meant else "leave it out; --cfg job prints what there is"
-        return f"{given}: no group {group!r} is chosen from here; {what_to_do}"
+        group, similar, override = unused.groups()
+        remedy = f"did you mean {similar!r}?" if similar else "leave it out; --help lists the groups"
+        return f"{override}: this recipe has no group {group!r}; {remedy}"
     full_key = re.search(r"full_key: (\S+)", text)
     where = override or (full_key[1] if full_key else "")
     unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
@@ -221,6 +220,6 @@ def _unknown(key: str, known: list[str]) -> str:
 
 
 def _is_no_option(override: str) -> bool:
-    """Whether ``override`` gives a group something other than one of its options."""
+    """Whether ``override`` sets a group to something that is not one of its options."""
     group, _, value = override.partition("=")
     return bool(value) and bool(options(group)) and value not in options(group)

@@ -10,6 +10,8 @@ import yaml
 
 from nemo_speculative.config.conf_dir import CONF, options
 
+NOT_CHOSEN = ("hydra", "model_draft")
+"""Groups that no user chooses from."""
 FOOTER = """\
 Keys      KEY=VALUE overrides any key, e.g. trainer.max_steps=100; --cfg job prints every key with its value, and
           docs/configuration.md explains them.
@@ -38,7 +40,7 @@ def _choices(root: str) -> dict[str, Any]:
         if isinstance(entry, dict):
             for group, option in entry.items():
                 group = group.rpartition(" ")[2].lstrip("/")
-                if group != "hydra" and (CONF / group).is_dir():
+                if group not in NOT_CHOSEN and (CONF / group).is_dir():
                     result[group] = option
         elif (CONF / f"{entry}.yaml").is_file():
             result |= _choices(entry)

@@ -164,11 +164,11 @@ def test_a_group_given_a_value_names_the_group_that_is_wrong():
 
 
 NO_GROUP = [
-    ("evaluate", ["draft=eagle3"], "draft=eagle3: no group 'draft' is chosen from here; leave it out; --cfg job"),
-    ("evaluate", ["evaluation=default", "data=tiny"], "data=tiny: no group 'data' is chosen from here; leave it out;"),
-    ("train_eagle3", ["form=sglang"], "form=sglang: no group 'form' is chosen from here; leave it out;"),
-    ("train_eagle1", ["loss=kl"], "loss=kl: no group 'loss' is chosen from here; leave it out;"),
-    ("train_eagle3", ["loss@x=kl"], "loss@x=kl: no group 'loss@x' is chosen from here; did you mean 'loss'?"),
+    ("evaluate", ["draft=eagle3"], "draft=eagle3: this recipe has no group 'draft'; leave it out; --help"),
+    ("evaluate", ["evaluation=default", "data=tiny"], "data=tiny: this recipe has no group 'data'; leave it out;"),
+    ("train_eagle3", ["form=sglang"], "form=sglang: this recipe has no group 'form'; leave it out;"),
+    ("train_eagle1", ["loss=kl"], "loss=kl: this recipe has no group 'loss'; leave it out;"),
+    ("train_eagle3", ["loss@x=kl"], "loss@x=kl: this recipe has no group 'loss@x'; did you mean 'loss'?"),
 ]
 
 
