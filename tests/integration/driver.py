@@ -137,12 +137,12 @@ def kill_in_save(step):
 
 def kill_after_rename(step):
     """Within a save: the checkpoint has its name, the links still point to the one before."""
-    link = RunDirectory._link_all
+    update = RunDirectory._update_links
 
-    def link_all(self):
-        (die if self.steps()[-1:] == [step] else link)(self)
+    def update_links(self):
+        (die if self.steps()[-1:] == [step] else update)(self)
 
-    RunDirectory._link_all = link_all
+    RunDirectory._update_links = update_links
 
 
 def interrupt_in_step(step, number=signal.SIGINT):
