@@ -135,9 +135,9 @@ def test_draft(option, target):
 
 @pytest.mark.parametrize("option", options("loss"))
 def test_loss(option, target):
-    distance = build.build_objective(job_of(f"loss={option}"), target).distance
+    loss_function = build.build_objective(job_of(f"loss={option}"), target).loss_function
     logits = torch.zeros(2, 5)
-    assert distance(logits, logits.softmax(-1)).shape == (2,)
+    assert loss_function(logits, logits.softmax(-1)).shape == (2,)
 
 
 @pytest.mark.parametrize("option", options("data"))
