@@ -22,7 +22,7 @@ from tests.algorithms.oracle import Eagle3Oracle, EagleOracle
 STEPS, DECAY, THETA, HIDDEN, VOCAB = 4, 0.8, 10000.0, 16, 23
 EXACT = 1e-6
 ROUNDED = 2e-6
-"""Of a float32 gradient's norm, its rounding: how much it is depends on the CPU, 1.004e-6 was seen."""
+"""Of a float32 gradient's norm, its rounding: it depends on the CPU, up to 1.004e-6 was observed."""
 NUMBERS: dict[str, Any] = {
     "hidden_size": HIDDEN, "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4,
     "rms_norm_eps": 1e-5, "max_positions": 64, "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
@@ -48,7 +48,7 @@ class FrozenStandIn:
 
 @dataclass
 class Case:
-    """An algorithm on trial: how its draft, its objective and its oracle are made."""
+    """An algorithm under test: functions that make its draft, objective and oracle."""
 
     make_draft: Callable[[], Any]
     make_objective: Callable[..., Any]
@@ -63,10 +63,10 @@ def make_eagle3(draft_vocab=VOCAB, seed=0, **shape):
     draft = Eagle3Draft(Eagle3Shape(**(NUMBERS | shape), draft_vocab_size=draft_vocab, **aux))
     ids = torch.randperm(VOCAB)[:draft_vocab].sort().values
     draft.set_vocab_mapping(VocabMapping(ids, VOCAB, 1.0))
-    return randomised(draft)
+    return randomized(draft)
 
 
-def randomised(draft):
+def randomized(draft):
     for parameter in draft.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return draft.attach(FrozenStandIn())
@@ -74,7 +74,7 @@ def randomised(draft):
 
 def make_eagle(num_layers=1):
     torch.manual_seed(0)
-    return randomised(EagleDraft(EagleShape(**NUMBERS, num_layers=num_layers)))
+    return randomized(EagleDraft(EagleShape(**NUMBERS, num_layers=num_layers)))
 
 
 def eagle3(draft_vocab=VOCAB, **shape):
@@ -127,18 +127,18 @@ def lay_out(rows, width):
     return batch, TargetOutput(aux, last)
 
 
-def run(draft, goal, layouts):
+def run(draft, objective, layouts):
     """Loss, gradients and metrics of a global batch given as several micro-batches."""
     draft.zero_grad()
-    made = [(goal.schedule(batch), supervision) for batch, supervision in (lay_out(*layout) for layout in layouts)]
+    made = [(objective.schedule(batch), supervision) for batch, supervision in (lay_out(*layout) for layout in layouts)]
     counts = sum(schedule.counts for schedule, _ in made)
     loss, sums = 0.0, {}
     for schedule, supervision in made:
-        out = goal.loss(draft, schedule, supervision, counts)
+        out = objective.loss(draft, schedule, supervision, counts)
         out.loss.backward()
         loss += float(out.loss.detach())
         sums = {name: value + sums.get(name, 0) for name, value in out.sums.items()}
-    return loss, {n: p.grad.clone() for n, p in draft.named_parameters()}, goal.metrics(sums)
+    return loss, {n: p.grad.clone() for n, p in draft.named_parameters()}, objective.metrics(sums)
 
 
 def document(name, length):
@@ -147,7 +147,7 @@ def document(name, length):
 
 
 def assert_drawn_for_conversations(draw):
-    """What ``draw(rows, width, seed=, epochs=)`` gives hangs on conversation, epoch and seed alone; its padding."""
+    """Checks that ``draw`` depends on conversation, epoch and seed alone; returns its values on padding."""
     a, b = document("a", 40), document("b", 50)
     packed, other = draw([[a, b]], 100), draw([[b], [a]], 64)
     assert torch.equal(packed[0, :40], other[1, :40]) and torch.equal(packed[0, 40:90], other[0, :50])

@@ -22,14 +22,14 @@ def rope(x, position, theta):
 
 
 class Oracle:
-    """The loss of ``documents`` under the parameters ``p`` (name → float64 tensor), and what goes with it."""
+    """The loss of ``documents`` under the parameters ``p`` (name → float64 tensor), and its counts."""
 
     def __init__(self, p, shape, theta, embedding, head, num_steps, decay):
         self.p, self.shape, self.theta = p, shape, theta
         self.embedding, self.head = embedding.double(), head.double()
         self.num_steps, self.decay = num_steps, decay
         self.names = [f"layers.{n}" for n in range(shape.num_layers)]
-        self.place = lambda t: t
+        self.position_id = lambda t: t
 
     def norm(self, name, x):
         return rms_norm(x, self.p[f"{name}.weight"], self.shape.rms_norm_eps)
@@ -56,7 +56,7 @@ class Oracle:
         entered = [self.enter(ids[t + 1], features[t]) for t in range(len(ids) - 1)]
         memory = []
         for n, name in enumerate(self.names):
-            qkv = [self.qkv(name, x, self.place(t)) for t, (x, _) in enumerate(entered)]
+            qkv = [self.qkv(name, x, self.position_id(t)) for t, (x, _) in enumerate(entered)]
             memory.append(([k for _, k, _ in qkv], [v for _, _, v in qkv]))
             if n + 1 < len(self.names):
                 keys, values = memory[-1]
@@ -76,7 +76,7 @@ class Oracle:
             for n, name in enumerate(self.names):
                 if n:
                     x = self.normed(n, residual)
-                q, k, v = self.qkv(name, x, self.place(t) + i)
+                q, k, v = self.qkv(name, x, self.position_id(t) + i)
                 if i > 0:
                     own[n][0].append(k)
                     own[n][1].append(v)
@@ -105,15 +105,15 @@ class Oracle:
                     sums[i], hits[i] = sums[i] + loss, hits[i] + hit
         return sums, counts, hits
 
-    def loss(self, documents, by_conversation=False, runs=lambda n, t, i: True, places=lambda n, t: t):
+    def loss(self, documents, by_conversation=False, runs=lambda n, t, i: True, position_ids=lambda n, t: t):
         """Σ_i decay^i · sum_i / count_i over all ``documents``, and the counts and hits of each step.
 
-        ``runs`` says whether slot t of document n runs step i; the counts are of all slots.  ``places`` says by what
-        position t of document n is rotated.
+        ``runs`` tells whether slot t of document n runs step i; the counts are of all slots.  ``position_ids`` maps
+        position t of document n to its position in the rotary embedding.
         """
         sums, counts, hits, weights = ([0.0] * self.num_steps for _ in range(4))
         for n, document in enumerate(documents):
-            self.place = functools.partial(places, n)
+            self.position_id = functools.partial(position_ids, n)
             found, number, hit = self.document(*document, functools.partial(runs, n))
             for i in range(self.num_steps):
                 counts[i], hits[i] = counts[i] + number[i], hits[i] + hit[i]

@@ -1,9 +1,9 @@
-"""A task that an EAGLE-3 draft can only do by looking back: what follows a token hangs on the document's first token.
+"""A task that needs attention: in every document, what follows a token depends on the document's first token.
 
     python -m tests.algorithms.recall        (τ without skips and with them, three seeds)
 
-Words are random, and after word x the target is sure of table[first token, x].  Its features say the first token at
-the first position, and nothing anywhere else; so the draft's attention has to find it, however far behind it is.
+Words are random, and after word x the target is certain of table[first token, x].  Its features encode the first token
+at the first position only, so the draft's attention has to read it, however far away it is.
 """
 
 from dataclasses import replace

@@ -17,7 +17,7 @@ def packed():
 
 
 def by_definition(mask, t, i, convention):
-    """Whether slot t, step i of one document is supervised: the words of the module's text."""
+    """Whether slot t, step i of one document is supervised, by the definition."""
     if t + 2 + i >= len(mask):
         return False
     if convention is MaskConvention.official:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.kv_cache import FIRST_POSITIONS, KVCache
+from nemo_speculative.algorithms.common.kv_cache import FIRST_CAPACITY, KVCache
 from nemo_speculative.decoding.cached_target import CachedTarget
 from nemo_speculative.decoding.trees import trees
 from tests.decoding.models import VOCAB_SIZE, prompts, small_target, tree_of
@@ -66,7 +66,7 @@ def test_the_cache_equals_a_list_of_keys_per_row(seed, alike):
         assert cache.lengths == [len(row) for row in oracle.rows]
         assert cache.ragged == (len(set(cache.lengths)) > 1)
         assert not (alike and cache.ragged)
-    assert cache.longest > FIRST_POSITIONS
+    assert cache.longest > FIRST_CAPACITY
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [2, 7]], ids=["equal", "ragged"])

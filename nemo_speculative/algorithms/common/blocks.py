@@ -19,25 +19,25 @@ from nemo_speculative.utils.devices import to_device
 
 PIECE_QUERIES = 128
 PIECE_SCORES = 1 << 19
-"""Scores of one head that are alive at once: 128 queries over 4096 keys.
+"""Scores of one head in memory at once, before keys are rounded up: 128 queries over 4096 keys.
 
-Before keys are filled up; and behind more than 16384 keys a piece of the fewest queries (``PIECE_ROUNDING``) has more.
+Over more than 16384 keys a piece of the fewest queries (``PIECE_ROUNDING``) has more.
 """
 PIECE_ROUNDING = 32
-"""Queries and keys of a piece are filled up to a multiple: oneDNN builds and keeps a primitive for every shape."""
+"""Queries and keys of a piece are rounded up to a multiple: oneDNN builds and keeps a primitive for every shape."""
 PIECE_COST = 1 << 13
-"""What a piece costs beside its scores, in scores: the dispatch of some twenty small operations."""
+"""The fixed cost of a piece, in scores: the dispatch of some twenty small operations."""
 FLEX_BLOCK = 128
 """Queries and keys of a block of flex attention's block mask."""
 WIDE_GAP = 64
-"""Positions between two queries from which on they are cheaper in two pieces."""
+"""Distance of two queries from which on they are cheaper in two pieces."""
 
 
 def block_for(positions: torch.Tensor, index: torch.Tensor, device: torch.device) -> CausalBlock:
-    """What the queries at flat positions ``index`` see, for attention on ``device``.
+    """The keys that the queries at flat positions ``index`` see, for attention on ``device``.
 
     Args:
-        positions: int64 [m], on the host: of every key in its document.
+        positions: int64 [m], on the host: the position of every key in its document.
         index: int64 [n], on the host, in any order.
     """
     order = index.argsort(stable=True)
@@ -51,20 +51,20 @@ def block_for(positions: torch.Tensor, index: torch.Tensor, device: torch.device
 def _piece_block(
     order: torch.Tensor, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
 ) -> PieceBlock:
-    """For queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
+    """The block of queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
     spans, pieces = _merged(_spans(first, last)), []
-    filled: list[torch.Tensor] = []
+    padded: list[torch.Tensor] = []
     for span in spans:
-        start, size = PIECE_ROUNDING * len(filled), span.end - span.start
-        # The last query stands in for those that are missing: nobody looks at what it gets there.
+        start, size = PIECE_ROUNDING * len(padded), span.end - span.start
+        # Padded with copies of the last query, whose outputs are not read.
         rows = torch.arange(span.start, span.start + _rounded(size, PIECE_ROUNDING)).clamp(max=span.end - 1)
-        filled += rows.split(PIECE_ROUNDING)
+        padded += rows.split(PIECE_ROUNDING)
         pieces.append(_piece(slice(start, start + len(rows)), span, first[rows], last[rows], num_keys, device))
-    source = torch.cat(filled)
-    back = torch.empty_like(order)
-    # ``source`` ascends: of the rows that stand for a query this finds the first.
-    back[order] = torch.searchsorted(source, torch.arange(len(order)))
-    return PieceBlock(to_device(order[source], device), to_device(back, device), tuple(pieces))
+    source = torch.cat(padded)
+    inverse = torch.empty_like(order)
+    # ``source`` ascends: of the copies of a query this finds the first.
+    inverse[order] = torch.searchsorted(source, torch.arange(len(order)))
+    return PieceBlock(to_device(order[source], device), to_device(inverse, device), tuple(pieces))
 
 
 def _rounded(count: int, multiple: int) -> int:
@@ -72,7 +72,7 @@ def _rounded(count: int, multiple: int) -> int:
 
 
 def rounded_width(keys: int) -> int:
-    """At most an eighth more: a long row has hundreds of pieces, each wider than the one before."""
+    """``keys`` rounded up, by at most an eighth: a long row has hundreds of pieces, each wider than the one before."""
     return _rounded(keys, max(PIECE_ROUNDING, 1 << max(keys.bit_length() - 4, 0)))
 
 
@@ -99,7 +99,7 @@ def _spans(first: torch.Tensor, last: torch.Tensor) -> Iterator[_Span]:
     bounds = [0, *(cut.nonzero().squeeze(1) + 1).tolist(), len(first)]
     for start, end in pairwise(bounds):
         low, high = int(first[start]), int(last[end - 1]) + 1
-        # Others would be filled up to it: behind 64k keys to four times as many.
+        # The fewest queries are rounded up to it: over 64k keys to four times as many.
         size = max(min(PIECE_QUERIES, PIECE_SCORES // (high - low)) // PIECE_ROUNDING, 1) * PIECE_ROUNDING
         for at in range(start, end, size):
             stop = min(at + size, end)
@@ -107,7 +107,7 @@ def _spans(first: torch.Tensor, last: torch.Tensor) -> Iterator[_Span]:
 
 
 def _merged(spans: Iterator[_Span]) -> list[_Span]:
-    """Neighbours in one piece wherever the scores that nobody asked for cost less than a piece."""
+    """Merges neighbors into one piece wherever the unneeded scores cost less than a piece."""
     out: list[_Span] = []
     for span in spans:
         both = out[-1].with_next(span) if out else span
@@ -122,17 +122,17 @@ def _merged(spans: Iterator[_Span]) -> list[_Span]:
 def _piece(
     queries: slice, span: _Span, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
 ) -> Piece:
-    """Of ``span``, whose queries, filled up, see the keys ``first`` to ``last``."""
+    """The piece of ``span``, whose padded queries see the keys ``first`` to ``last``."""
     width = rounded_width(span.high - span.low)
     high = min(span.low + width, num_keys)
     low = max(high - width, 0)
-    # Up to its first query a single document is seen whole.
+    # Up to its first query a single document is visible to all.
     masked_from = int(last[0]) + 1 if bool((first == low).all()) else low
     mask = None
     if masked_from < high:
         keys = torch.arange(masked_from, high)
-        seen = (keys >= first[:, None]) & (keys <= last[:, None])
-        mask = to_device(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")), device)
+        visible = (keys >= first[:, None]) & (keys <= last[:, None])
+        mask = to_device(torch.zeros(visible.shape).masked_fill_(~visible, float("-inf")), device)
     return Piece(queries, slice(low, high), mask)
 
 
@@ -163,7 +163,7 @@ def _compiled() -> Any:
 def flex_block(
     order: torch.Tensor, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
 ) -> FlexBlock:
-    """For queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
+    """The block of queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
     partial, full = _block_structure(first, last, num_keys)
     first, last = to_device(first, device), to_device(last, device)
 
@@ -184,7 +184,7 @@ def flex_block(
 
 
 def _block_structure(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [query blocks, key blocks] each: some of the block may be seen, and all of it is."""
+    """bool [query blocks, key blocks] each: partly visible blocks, and fully visible ones."""
     rows, cols = -(-len(first) // FLEX_BLOCK), -(-num_keys // FLEX_BLOCK)
     spare = rows * FLEX_BLOCK - len(first)
     starts, ends = (torch.cat((x, x[-1:].expand(spare))).view(rows, FLEX_BLOCK) for x in (first, last))
@@ -196,6 +196,6 @@ def _block_structure(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> 
 
 
 def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many key blocks each query block has, and which: int32 [1, 1, rows] and [1, 1, rows, cols]."""
+    """The number of key blocks of each query block, and which: int32 [1, 1, rows] and [1, 1, rows, cols]."""
     order = (~blocks).to(torch.uint8).sort(dim=1, stable=True).indices
     return blocks.sum(1).int()[None, None], order.int()[None, None]

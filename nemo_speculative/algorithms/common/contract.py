@@ -34,7 +34,7 @@ class Contract(ABC):
 
     @abstractmethod
     def own_fields(self, shape: Any) -> dict[str, Any]:
-        """The fields that other architectures lack."""
+        """The fields that other architectures do not have."""
 
     @abstractmethod
     def shape(self, config: dict[str, Any], numbers: dict[str, Any], where: Path) -> DraftShape:

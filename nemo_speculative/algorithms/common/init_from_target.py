@@ -1,4 +1,4 @@
-"""Starting a draft from the target's weights instead of random ones.
+"""The start of a draft from the target's weights instead of random ones.
 
 Not in the papers; on a small target it trains far faster (see docs/algorithms.md for the ablation).  Each part is a
 switch of ``draft.init_from_target``.
@@ -46,11 +46,11 @@ def init_from_target(draft: Draft, target: Source, parts: InitFromTarget) -> Non
 
 
 def _copy_layer(own: DraftLayer, layer: nn.Module) -> None:
-    given = _weights(layer)
+    weights = _weights(layer)
     for name, parameter in own.named_parameters():
         if name == "input_layernorm.weight" and own.input_norm_name != "input_layernorm":
-            continue  # of the embedding, which the target's layer does not read
-        weight = given.get(name.replace("hidden_norm", "input_layernorm"))
+            continue  # norms the embedding, which the target's layer does not read
+        weight = weights.get(name.replace("hidden_norm", "input_layernorm"))
         reads_input = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
         # A first layer reads [embedding ; feature]: the target's projection is the feature half.
         part = parameter[:, -own.feature_size :] if reads_input else parameter
@@ -60,14 +60,14 @@ def _copy_layer(own: DraftLayer, layer: nn.Module) -> None:
                 "set draft.init_from_target.layer=false to start from random weights"
             )
         if reads_input and own.input_norm_name is None:
-            weight = weight * given["input_layernorm.weight"]
+            weight = weight * weights["input_layernorm.weight"]
         part.copy_(weight)
         if reads_input:
             parameter[:, : -own.feature_size].zero_()
 
 
 def _weights(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """The layer's weights by name; a norm's as it acts, since some models store its distance from one."""
+    """The layer's weights by name; a norm's effective weight, since some models store its distance from one."""
     weights: dict[str, torch.Tensor] = dict(layer.named_parameters())
     for name, module in layer.named_children():
         if f"{name}.weight" in weights and name.endswith("norm"):
@@ -76,7 +76,7 @@ def _weights(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def norm_weight(norm: nn.Module) -> torch.Tensor:
-    """[h]: what an RMSNorm multiplies a feature of unit size with."""
+    """The factor by which an RMSNorm multiplies a feature of unit size: [h]."""
     stored = next(norm.parameters())
-    acts = norm(torch.ones_like(stored))
-    return min(stored, 1 + stored, key=lambda weight: float((weight - acts).abs().max()))
+    effective = norm(torch.ones_like(stored))
+    return min(stored, 1 + stored, key=lambda weight: float((weight - effective).abs().max()))

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-FIRST_POSITIONS = 64
+FIRST_CAPACITY = 64
 
 
 class KVCache:
     """The cache of a model's layers for B sequences.
 
-    What lies behind a row's length is scratch: ``append`` writes there, ``advance`` or ``keep`` makes it count, and the
-    next ``append`` overwrites what did not.
+    Positions past a row's length are scratch: ``append`` writes there, ``advance`` or ``keep`` makes them count, the
+    next ``append`` overwrites the others.
     """
 
     def __init__(self, batch_size: int = 1) -> None:
@@ -25,10 +25,10 @@ class KVCache:
         self.longest = max(lengths, default=0)
         self.ragged = min(lengths, default=0) < self.longest
         """Whether the rows differ in length; only then does causal attention need a mask."""
-        self._places: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._positions: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes n positions behind each row's length.
+        """Writes n positions after each row's length.
 
         Args:
             key, value: [B, H_kv, n, d].
@@ -39,9 +39,9 @@ class KVCache:
         """
         new = key.shape[2]
         end = self.longest + new
-        keys, values = self._room(layer, (key, value), end)
+        keys, values = self._storage(layer, (key, value), end)
         if self.ragged:
-            rows, at = self._behind(new, key.device)
+            rows, at = self._next_positions(new, key.device)
             keys[rows, :, at] = key.transpose(1, 2)
             values[rows, :, at] = value.transpose(1, 2)
         else:
@@ -50,11 +50,11 @@ class KVCache:
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def visible(self, ancestors: torch.Tensor) -> torch.Tensor:
-        """What the next n positions of each row see of the m that ``append`` will return: bool [B or 1, n, m].
+        """The positions, of the m that ``append`` will return, that the next n of each row see: bool [B or 1, n, m].
 
         Args:
-            ancestors: bool [B or 1, n, s], what each sees of the newest s positions of its row, the n next ones last;
-                it sees all before them.
+            ancestors: bool [B or 1, n, s], which of the newest s positions of its row each sees, the next n last; it
+                sees all before them.
         """
         new, span = ancestors.shape[1:]
         if not self.ragged:
@@ -83,50 +83,50 @@ class KVCache:
 
     def _compact(self, paths: Sequence[Sequence[int]]) -> None:
         longest = max(len(path) for path in paths)
-        # A shorter path is filled up with positions that stay where they are.
+        # A shorter path is padded with positions that stay where they are.
         whole = torch.tensor([[*path, *range(len(path), longest)] for path in paths])
         for stored in self._layers.values():
-            rows, to = self._behind(longest, stored[0].device)
+            rows, to = self._next_positions(longest, stored[0].device)
             source = to[:, :1] + whole.to(to.device)
-            for room in stored:
-                room[rows, :, to] = room[rows, :, source]
+            for tensor in stored:
+                tensor[rows, :, to] = tensor[rows, :, source]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps the sequences ``rows``, in this order."""
         index = list(rows)
-        self._layers = {layer: [room[index] for room in stored] for layer, stored in self._layers.items()}
+        self._layers = {layer: [tensor[index] for tensor in stored] for layer, stored in self._layers.items()}
         self._set([self.lengths[row] for row in index])
 
     def join(self, other: "KVCache") -> None:
-        """Puts the sequences of ``other`` behind those of this one."""
-        for layer, theirs in other._layers.items():
-            both = zip(self._layers[layer], theirs, strict=True)
-            self._layers[layer] = [torch.cat(_equally_long(x, y)) for x, y in both]
+        """Appends the sequences of ``other`` to those of this cache."""
+        for layer, others in other._layers.items():
+            both = zip(self._layers[layer], others, strict=True)
+            self._layers[layer] = [torch.cat(_pad_to_equal(x, y)) for x, y in both]
         self._set(self.lengths + other.lengths)
 
-    def _behind(self, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row [B, 1] and position [B, n] of the ``new`` positions behind each row's length."""
-        if (new, device) not in self._places:
+    def _next_positions(self, new: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row [B, 1] and position [B, n] of the ``new`` positions after each row's length."""
+        if (new, device) not in self._positions:
             rows = torch.arange(len(self.lengths), device=device)[:, None]
             at = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(new, device=device)
-            self._places[new, device] = rows, at
-        return self._places[new, device]
+            self._positions[new, device] = rows, at
+        return self._positions[new, device]
 
-    def _room(self, layer: int, given: tuple[torch.Tensor, torch.Tensor], needed: int) -> list[torch.Tensor]:
+    def _storage(self, layer: int, like: tuple[torch.Tensor, torch.Tensor], needed: int) -> list[torch.Tensor]:
         stored = self._layers.get(layer)
         if stored is None or stored[0].shape[2] < needed:
-            capacity = stored[0].shape[2] if stored else FIRST_POSITIONS
+            capacity = stored[0].shape[2] if stored else FIRST_CAPACITY
             while capacity < needed:
                 capacity *= 2
             # Zeros: masked positions are still multiplied, and 0 * NaN is NaN.
-            grown = [x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in given]
+            grown = [x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in like]
             for new, old in zip(grown, stored or [], strict=False):
                 new[:, :, : old.shape[2]] = old
             self._layers[layer] = stored = grown
         return stored
 
 
-def _equally_long(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, H, m, d] each, the shorter one with zeros behind it."""
+def _pad_to_equal(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, H, m, d] each, the shorter one padded with zeros."""
     length = max(x.shape[2], y.shape[2])
     return pad(x, (0, 0, 0, length - x.shape[2])), pad(y, (0, 0, 0, length - y.shape[2]))

@@ -178,8 +178,8 @@ def _attention_factor(rope: Rope, config: Any, head_dim: int) -> float:
     return float(ROPE_INIT_FUNCTIONS[rope["rope_type"]](like)[1])
 
 
-def _refused(found: str, expected: str) -> UserError:
+def _refused(rope: str, expected: str) -> UserError:
     return UserError(
-        f"the target has {found}, and a draft can follow {expected}: set draft.rope_theta, e.g. 10000, for a plain "
+        f"the target has {rope}, and a draft can follow {expected}: set draft.rope_theta, e.g. 10000, for a plain "
         "rotation of the draft's own"
     )

@@ -55,7 +55,7 @@ def sizes(request, monkeypatch):
 
 
 def drawn(queries, keys, heads=(4, 2), own=0, dtype=torch.float64, seed=0):
-    """q, keys and values, and pairs of a slot's own; sharp enough that single keys matter."""
+    """q, keys and values, and a slot's own pairs; sharp enough that single keys matter."""
     random = torch.Generator().manual_seed(seed)
     shapes = [(queries, heads[0], DIM), *[(heads[1], keys, DIM)] * 2, *[(queries, heads[1], DIM)] * 2 * own]
     return [(1.5 * torch.randn(shape, generator=random, dtype=torch.float64)).to(dtype) for shape in shapes]
@@ -69,7 +69,7 @@ def visibility(positions, index):
 
 
 def by_loop(positions, index, q, keys, values, *own):
-    """out [n, H, d] and the logarithm of the normaliser [n, H] of one softmax over all that a query sees."""
+    """out [n, H, d] and the logarithm of the normalizer [n, H] of one softmax over all that a query sees."""
     out, lse = [], []
     for n, t in enumerate(index.tolist()):
         seen = slice(t - int(positions[t]), t + 1)
@@ -84,7 +84,7 @@ def by_loop(positions, index, q, keys, values, *own):
 
 
 def with_gradients(function, inputs):
-    """What ``function`` returns, and the gradients of a random combination of all of it."""
+    """The results of ``function``, and the gradients of a random combination of them."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     found = function(*leaves)
     random = torch.Generator().manual_seed(9)
@@ -99,7 +99,7 @@ def assert_same(found, expected, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_pieces_equal_the_loop_in_value_normaliser_and_every_gradient(case, sizes, heads):
+def test_pieces_equal_the_loop_in_value_normalizer_and_every_gradient(case, sizes, heads):
     positions, index = case
     inputs = drawn(len(index), len(positions), heads)
     expected = with_gradients(lambda *x: by_loop(positions, index, *x), inputs)
@@ -114,8 +114,8 @@ def test_the_dense_form_equals_the_loop(case):
     assert_same(with_gradients(DenseBlock(visibility(positions, index)).attend, inputs), expected, 1e-5)
 
 
-def test_the_gradient_through_the_normaliser_alone(sizes):
-    """The slots' own keys pull on the block through nothing else."""
+def test_the_gradient_through_the_normalizer_alone(sizes):
+    """The slots' own keys depend on the block through nothing else."""
     positions, index = CASES["unsorted"]
     inputs = drawn(len(index), len(positions))
     expected = with_gradients(lambda *x: by_loop(positions, index, *x)[1:], inputs)
@@ -150,8 +150,8 @@ def test_bfloat16_is_close_to_float32(case, sizes):
         assert (one.double() - two).norm() <= 0.02 * two.norm().clamp(min=1)
 
 
-def test_the_softmax_of_bfloat16_is_taken_in_float32():
-    """Over 600 keys the normaliser's logarithm is about 6.4, where bfloat16 has steps of 0.03."""
+def test_the_softmax_of_bfloat16_is_computed_in_float32():
+    """Over 600 keys the normalizer's logarithm is about 6.4, where bfloat16 has steps of 0.03."""
     block = block_for(flat_positions(600), torch.arange(500, 600), CPU)
     half = [0.3 * x for x in drawn(100, 600, dtype=torch.bfloat16)]
     found, expected = block.attend(*half)[1], block.attend(*(x.float() for x in half))[1]
@@ -159,7 +159,7 @@ def test_the_softmax_of_bfloat16_is_taken_in_float32():
 
 
 def test_the_gradients_of_many_pieces_add_up_in_float32():
-    """A key that all queries see alike: 16 pieces, of which each after the first adds less than bfloat16 keeps."""
+    """A key that all queries see alike: 16 pieces, each after the first adds less than bfloat16 resolves."""
     queries, random = 2048, torch.Generator().manual_seed(0)
     block = block_for(torch.arange(queries), torch.arange(queries), CPU)
     assert len(block.pieces) >= 16
@@ -217,7 +217,7 @@ def assert_filled_up_and_no_more(rows, keys):
 
 
 def test_how_pieces_are_cut():
-    """A piece costs as much as ``PIECE_COST`` scores, so what is nearer than that shares one."""
+    """A piece costs as much as ``PIECE_COST`` scores, so nearer queries share one."""
     count = lambda positions, index: len(block_for(positions, index, CPU).pieces)  # noqa: E731
     assert count(MANY, torch.arange(90)) == 1
     assert count(flat_positions(4000), torch.tensor([100, 3900])) == 1
@@ -229,7 +229,7 @@ def test_how_pieces_are_cut():
 
 
 @pytest.mark.parametrize("keys", [12_000, 40_000])
-def test_behind_many_keys_hardly_more_is_computed_than_seen(keys):
+def test_over_many_keys_few_scores_are_computed_that_are_not_visible(keys):
     index = torch.arange(keys - 500, keys)
     pieces = block_for(flat_positions(keys), index, CPU).pieces
     computed = sum((p.queries.stop - p.queries.start) * (p.keys.stop - p.keys.start) for p in pieces)
@@ -284,7 +284,7 @@ def test_the_block_mask_of_flex_is_the_visibility(seed):
 
 
 def listed(counts, indices):
-    """bool [query blocks, key blocks]: the first so many indices of each row."""
+    """bool [query blocks, key blocks]: the first indices of each row, as many as its count."""
     found = torch.zeros(indices.shape[2:], dtype=torch.bool)
     for row, count, order in zip(found, counts[0, 0].tolist(), indices[0, 0].long(), strict=True):
         row[order[:count]] = True

@@ -1,4 +1,4 @@
-"""Ranks that share the tokens of a batch learn what one rank alone does."""
+"""Ranks that share the tokens of a batch compute the loss and gradients of one rank."""
 
 import pytest
 import torch
@@ -52,14 +52,14 @@ def micro_batches():
 
 def trained(case, context, **settings):
     """Sums, metrics and gradients of a global batch of several micro-batches, as far as this rank has them."""
-    draft, goal = case.make_draft(), case.make_objective(context=context, **settings)
-    made = [(goal.schedule(batch), supervision) for batch, supervision in micro_batches()]
+    draft, objective = case.make_draft(), case.make_objective(context=context, **settings)
+    made = [(objective.schedule(batch), supervision) for batch, supervision in micro_batches()]
     counts = sum(schedule.counts for schedule, _ in made)
     if context.group:
         dist.all_reduce(counts, group=context.group)
     loss, sums = torch.zeros(()), {}
     for schedule, supervision in made:
-        out = goal.loss(draft, schedule, supervision.shard(schedule.batch.shard), counts)
+        out = objective.loss(draft, schedule, supervision.shard(schedule.batch.shard), counts)
         out.loss.backward()
         loss = loss + out.loss.detach()
         sums = {name: value + sums.get(name, 0) for name, value in out.sums.items()}
@@ -67,7 +67,7 @@ def trained(case, context, **settings):
 
 
 def together():
-    """The same of each of ``WHICH``, added up over the ranks."""
+    """The results of :func:`trained` for each of ``WHICH``, summed over the ranks."""
     found = [trained(CASES[case], ContextGroup(dist.group.WORLD), **SETTINGS[setting]) for case, setting in WHICH]
     for sums in found:
         for value in sums.values():
@@ -77,7 +77,7 @@ def together():
 
 @pytest.fixture(scope="module")
 def found():
-    """By the number of ranks."""
+    """Results by the number of ranks."""
     alone = [trained(CASES[case], NO_CONTEXT_PARALLELISM, **SETTINGS[setting]) for case, setting in WHICH]
     return {1: alone} | {ranks: on_ranks(ranks, together)[0] for ranks in (2, 4)}
 

@@ -59,12 +59,12 @@ def test_a_batch_that_does_not_name_its_conversations_is_an_error():
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("normalization", list(Normalization))
-def test_loss_and_gradient_are_those_of_the_slots_that_run_each_at_weight_one(case, normalization):
-    """The oracle counts every supervised slot and runs those that the draw kept."""
+def test_loss_and_gradient_are_those_of_the_sampled_slots_at_weight_one(case, normalization):
+    """The oracle counts every supervised slot and runs the sampled ones."""
     lengths, seed = [13, 9, 21, 6], 5
     draft, documents = case.make_draft(), make_documents(lengths)
-    goal = case.make_objective(normalization=normalization, seed=seed, **SAMPLED)
-    loss, gradients, metrics = run(draft, goal, [([documents[:2]], 32), ([documents[2:]], 32)])
+    objective = case.make_objective(normalization=normalization, seed=seed, **SAMPLED)
+    loss, gradients, metrics = run(draft, objective, [([documents[:2]], 32), ([documents[2:]], 32)])
     drawn = [depths([[row]], len(row.input_ids), seed=seed)[0].tolist() for row, _, _ in documents]
     kept = {"runs": lambda n, t, i: i < drawn[n][t], "by_conversation": normalization is Normalization.conversation}
     expected, expected_gradients, counts, _ = oracle_of(case, draft, documents, decay=1.0, **kept)
@@ -79,7 +79,7 @@ def flat(gradients):
     return torch.cat([g.flatten() for g in gradients.values()]).double()
 
 
-def test_the_mean_gradient_is_the_weighted_losss_and_not_the_unweighted_ones():
+def test_the_mean_gradient_is_that_of_the_weighted_loss():
     """Over seeds, along random directions and the one in which the two losses differ: within 5 standard errors."""
     case, decay, seeds = eagle3(9), 0.5, 300
     draft, layout = case.make_draft(), [([make_documents([13, 9])], 22)]
@@ -93,8 +93,8 @@ def test_the_mean_gradient_is_the_weighted_losss_and_not_the_unweighted_ones():
 
     def errors(expected):
         """By how many standard errors the mean is off, along each direction and in the loss."""
-        goal = torch.cat((flat(expected[1]) @ directions, torch.tensor([expected[0]])))
-        return ((found.mean(0) - goal) / (found.std(0) / seeds**0.5)).abs()
+        objective = torch.cat((flat(expected[1]) @ directions, torch.tensor([expected[0]])))
+        return ((found.mean(0) - objective) / (found.std(0) / seeds**0.5)).abs()
 
     assert errors(weighted).max() < 5
     off = errors(unweighted)

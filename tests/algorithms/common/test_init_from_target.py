@@ -55,7 +55,7 @@ def test_the_weights_are_the_targets(target):
     torch.testing.assert_close(after.fc.weight, expected)
 
 
-def test_a_layer_of_another_form_is_refused_by_name(target):
+def test_a_layer_of_another_shape_is_refused_by_name(target):
     draft = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, 40))
     other = SimpleNamespace(
         head_weight=target.head_weight, final_norm=None, last_layers=lambda count: [torch.nn.Linear(2, 2)]

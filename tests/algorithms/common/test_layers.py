@@ -13,7 +13,7 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-def test_positions_turn_pairs_by_the_textbook_angle():
+def test_positions_rotate_pairs_by_the_angle_of_rope():
     x, d, theta = torch.randn(1, 2, 5, 8), 8, 10000.0
     cos, sin = Rotary({"rope_type": "default", "rope_theta": theta}, d, 32)(torch.arange(5)[None], torch.float32)
     turned = rotate(x, cos, sin)
@@ -26,7 +26,7 @@ def test_positions_turn_pairs_by_the_textbook_angle():
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 10000.0}, LLAMA3], ids=["default", "llama3"])
-def test_a_bfloat16_draft_turns_by_the_float32_angles(rope):
+def test_a_bfloat16_draft_rotates_by_float32_angles(rope):
     """Frequencies in bfloat16 are off by a radian within some hundred positions."""
     exact, half = Rotary(rope, 64, 4096), Rotary(rope, 64, 4096).to(torch.bfloat16)
     positions = torch.arange(0, 4096, 37)[None]

@@ -30,7 +30,7 @@ CHUNKS = {
     "at once": ({}, {}),
     "few labels": ({"LABEL_CHUNK": {"cpu": 5}}, {}),
     "few rows": ({}, {"LOGITS_PER_CHUNK": {"cpu": 0}}),
-    "few rows judged": ({}, {"LOGITS_PER_CHUNK": {"cpu": 200 * VOCAB}, "LOGITS_PER_BLOCK": {"cpu": 0}}),
+    "few rows in a block": ({}, {"LOGITS_PER_CHUNK": {"cpu": 200 * VOCAB}, "LOGITS_PER_BLOCK": {"cpu": 0}}),
     "few of all": ({"LABEL_CHUNK": {"cpu": 33}}, {"LOGITS_PER_CHUNK": {"cpu": 0}, "LOGITS_PER_BLOCK": {"cpu": 0}}),
 }
 
@@ -42,16 +42,16 @@ def chunks(request, monkeypatch):
             monkeypatch.setattr(module, name, limit)
 
 
-class SpeedProbe:
-    """Rows of a few documents, states in front of a head, and what the loss should be."""
+class LinearLossCase:
+    """Rows of a few documents, inputs of a head, and the expected loss."""
 
     def __init__(self, loss=None, draft_vocab=VOCAB, dtype=torch.float32):
         self.draft = eagle3(draft_vocab).make_draft()
         self.target, self.distance = cases.FrozenStandIn(), loss or SoftCrossEntropy()
-        self.goal = Eagle3Objective(self.target, loss=self.distance, **unroll_settings(STEPS))
+        self.objective = Eagle3Objective(self.target, loss=self.distance, **unroll_settings(STEPS))
         batch, supervision = lay_out([make_documents([40, 40]), make_documents([70], seed=1)], 80)
         self.rows, self.last_hidden_state = (
-            self.goal.schedule(batch).chunks[0].rows,
+            self.objective.schedule(batch).chunks[0].rows,
             supervision.last_hidden_state.flatten(0, 1),
         )
         random = torch.Generator().manual_seed(3)
@@ -64,13 +64,13 @@ class SpeedProbe:
         rows = self.rows
         return chunked_linear_loss(
             self.states, head, self.row_weight, rows.chunks, rows.label,
-            lambda span: self.goal.labels(self.draft, self.last_hidden_state[rows.label_positions[span]]),
-            lambda *of_rows: self.goal.row_losses(self.draft, *of_rows),
+            lambda span: self.objective.labels(self.draft, self.last_hidden_state[rows.label_positions[span]]),
+            lambda *of_rows: self.objective.row_losses(self.draft, *of_rows),
             len(self.weight),
         )  # fmt: skip
 
     def at_once(self, project):
-        """Loss, values and hits: logits of all rows, labels of all rows, autograd."""
+        """Loss, values and correct: logits of all rows, labels of all rows, autograd."""
         logits = project(self.states)
         target = self.target.logits(self.last_hidden_state)[self.rows.label_positions[self.rows.label]]
         best, ids = target.argmax(-1), self.draft.draft_ids
@@ -79,17 +79,17 @@ class SpeedProbe:
         return (values * self.row_weight).sum(), values, ids[logits.argmax(-1)] == best
 
 
-def capped(trial):
-    return lambda states: 3 * torch.tanh(states @ trial.weight.detach().T / 3)
+def capped(case):
+    return lambda states: 3 * torch.tanh(states @ case.weight.detach().T / 3)
 
 
-def squashed(trial):
-    return lambda states: torch.tanh(states @ trial.weight.detach().T)
+def squashed(case):
+    return lambda states: torch.tanh(states @ case.weight.detach().T)
 
 
 HEADS = {
-    "own": (lambda trial: trial.weight, lambda trial: lambda x: x @ trial.weight.T),
-    "frozen": (lambda trial: trial.target.logits, lambda trial: trial.target.logits),
+    "own": (lambda case: case.weight, lambda case: lambda x: x @ case.weight.T),
+    "frozen": (lambda case: case.target.logits, lambda case: case.target.logits),
     "frozen, soft-capped": (capped, capped),
     "frozen, its logits needed to go back": (squashed, squashed),
 }
@@ -98,14 +98,14 @@ HEADS = {
 @pytest.mark.parametrize("upstream", [1.0, -3.7])
 @pytest.mark.parametrize(("head", "project"), HEADS.values(), ids=HEADS)
 def test_chunks_equal_autograd_over_all_logits(chunks, head, project, upstream):
-    trial = SpeedProbe()
-    expected, values, hits = trial.at_once(project(trial))
-    wanted = torch.autograd.grad(expected * upstream, (trial.states, trial.weight), materialize_grads=True)
-    loss, found_values, found_hits = trial.chunked(head(trial))
-    gradients = torch.autograd.grad(loss * upstream, (trial.states, trial.weight), materialize_grads=True)
+    case = LinearLossCase()
+    expected, values, correct = case.at_once(project(case))
+    wanted = torch.autograd.grad(expected * upstream, (case.states, case.weight), materialize_grads=True)
+    loss, found_values, computed_correct = case.chunked(head(case))
+    gradients = torch.autograd.grad(loss * upstream, (case.states, case.weight), materialize_grads=True)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found_values["loss"], values)
-    assert torch.equal(found_hits, hits) and hits.any() and not hits.all()
+    assert torch.equal(computed_correct, correct) and correct.any() and not correct.all()
     for found, gradient in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
     assert gradients[1].any() == (head is HEADS["own"][0])
@@ -114,37 +114,37 @@ def test_chunks_equal_autograd_over_all_logits(chunks, head, project, upstream):
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 9])
 def test_every_loss_in_chunks(chunks, loss, draft_vocab):
-    trial = SpeedProbe(loss, draft_vocab)
-    expected, _, hits = trial.at_once(lambda x: x @ trial.weight.T)
-    wanted = torch.autograd.grad(expected, (trial.states, trial.weight))
-    found, _, found_hits = trial.chunked(trial.weight)
+    case = LinearLossCase(loss, draft_vocab)
+    expected, _, correct = case.at_once(lambda x: x @ case.weight.T)
+    wanted = torch.autograd.grad(expected, (case.states, case.weight))
+    found, _, computed_correct = case.chunked(case.weight)
     torch.testing.assert_close(found, expected)
-    assert torch.equal(found_hits, hits)
-    for one, two in zip(torch.autograd.grad(found, (trial.states, trial.weight)), wanted, strict=True):
+    assert torch.equal(computed_correct, correct)
+    for one, two in zip(torch.autograd.grad(found, (case.states, case.weight)), wanted, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_without_gradients_the_values_are_the_same_and_no_gradient_is_computed(chunks, name, monkeypatch):
-    trial, head = SpeedProbe(), HEADS[name][0]
-    loss, values, hits = trial.chunked(head(trial))
+    case, head = LinearLossCase(), HEADS[name][0]
+    loss, values, correct = case.chunked(head(case))
     monkeypatch.setattr(losses_module, "attach_gradients", None)  # called, it would fail
     with torch.no_grad():
-        again, same_values, same_hits = trial.chunked(head(trial))
+        again, same_values, same_correct = case.chunked(head(case))
     assert not again.requires_grad and torch.equal(again, loss.detach())
-    assert torch.equal(same_values["loss"], values["loss"]) and torch.equal(same_hits, hits)
+    assert torch.equal(same_values["loss"], values["loss"]) and torch.equal(same_correct, correct)
 
 
 def test_bfloat16_is_close_to_float32(chunks):
-    half, exact = SpeedProbe(dtype=torch.bfloat16), SpeedProbe()
+    half, exact = LinearLossCase(dtype=torch.bfloat16), LinearLossCase()
     with torch.no_grad():
         exact.states.copy_(half.states)
         exact.weight.copy_(half.weight)
     pairs = []
-    for trial in (half, exact):
-        loss, _, _ = trial.chunked(trial.weight)
-        gradients = torch.autograd.grad(loss, (trial.states, trial.weight))
-        assert all(gradient.dtype == trial.states.dtype for gradient in gradients)
+    for case in (half, exact):
+        loss, _, _ = case.chunked(case.weight)
+        gradients = torch.autograd.grad(loss, (case.states, case.weight))
+        assert all(gradient.dtype == case.states.dtype for gradient in gradients)
         pairs.append([loss.detach(), *gradients])
     for one, two in zip(*pairs, strict=True):
         assert (one.double() - two).norm() <= 0.01 * two.double().norm()
@@ -170,15 +170,15 @@ def test_chunks_of_a_bfloat16_head_add_up_in_float32():
 
 @pytest.mark.parametrize("name", ["eagle3", "eagle1"])
 def test_no_tensor_of_a_step_grows_with_tokens_and_vocabulary(name, monkeypatch):
-    """The whole of a step, forward and back: logits are alive a chunk at a time."""
+    """A whole step, forward and backward: one chunk of logits exists at a time."""
     vocab, length = 1 << 14, 400
     monkeypatch.setattr(cases, "VOCAB", vocab)
     monkeypatch.setitem(cases.NUMBERS, "vocab_size", vocab)
     case = eagle3(vocab) if name == "eagle3" else eagle()
-    draft, goal = case.make_draft(), case.make_objective()
+    draft, objective = case.make_draft(), case.make_objective()
     batch, supervision = lay_out([make_documents([length], seed) for seed in range(3)], length)
     with LargestTensor() as mode:
-        schedule = goal.schedule(batch)
-        goal.loss(draft, schedule, supervision, schedule.counts).loss.backward()
+        schedule = objective.schedule(batch)
+        objective.loss(draft, schedule, supervision, schedule.counts).loss.backward()
     assert sum(int(part.supervised.sum()) for part in schedule.chunks) > 3 * length / 2
     assert mode.elements <= LOGITS_PER_CHUNK["cpu"] < batch.num_tokens * vocab / 2

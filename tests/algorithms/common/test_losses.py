@@ -97,13 +97,13 @@ def test_values_and_gradients_are_the_formulas(loss, formula, dtype):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=CASES)
-def test_a_row_alone_costs_what_it_costs_among_others(loss):
+def test_the_loss_of_a_row_does_not_depend_on_other_rows(loss):
     z, p = rows()
     torch.testing.assert_close(torch.cat([loss(z[i : i + 1], p[i : i + 1]) for i in range(6)]), loss(z, p))
 
 
 @pytest.mark.parametrize("loss", [TotalVariation(), KLDivergence(), KLDivergence(3.0), LKAlpha(), LKLambda()])
-def test_a_draft_that_is_the_target_costs_nothing_and_any_other_something(loss):
+def test_the_loss_is_zero_for_equal_distributions_and_positive_otherwise(loss):
     z = rows()[0]
     assert loss(z, z.softmax(-1)).abs().max() < 1e-5
     assert (loss(z, rows(seed=1)[1]) > 0.01).all()
@@ -121,8 +121,8 @@ def test_acceptance_is_a_probability_and_the_losses_are_ordered():
 @pytest.mark.parametrize("loss", LOSSES, ids=CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [0.0, 2.0, 40.0])
-def test_the_gradient_beside_the_loss_is_autograds(loss, dtype, spread):
-    """Of the weighed sum; rows that weigh nothing, certain targets and logits far apart among them."""
+def test_with_gradient_returns_the_gradient_of_autograd(loss, dtype, spread):
+    """Of the weighted sum, with rows of weight 0, one-hot targets and logits far apart."""
     z, p = rows(n=8, spread=spread)
     p[0], z = torch.eye(9)[3], z.to(dtype)
     weight = torch.tensor([1.0, 0.0, 2.5, 1e-3, 1.0, 0.3, 7.0, 1.0])
@@ -137,7 +137,7 @@ def test_the_gradient_beside_the_loss_is_autograds(loss, dtype, spread):
     assert not gradient[1].any()
 
 
-def test_lk_lambda_lies_between_its_two_ends():
+def test_lk_lambda_is_kl_at_eta_zero_and_total_variation_at_infinity():
     z, p = rows()
     torch.testing.assert_close(LKLambda(0.0)(z, p), KLDivergence()(z, p))
     torch.testing.assert_close(LKLambda(1e4)(z, p), TotalVariation()(z, p))
@@ -154,7 +154,7 @@ def test_the_temperature_does_not_change_the_size_of_a_gradient_much():
 
 
 def hopeless(dtype=torch.float32):
-    """All of q where p has nothing: e^-400 is 0 in float32."""
+    """All mass of q where p has none: e^-400 is 0 in float32."""
     return torch.tensor([[0.0, 400.0, 0.0, 0.0]], dtype=dtype, requires_grad=True)
 
 
@@ -167,7 +167,7 @@ def test_everything_stays_finite_where_p_and_q_hardly_overlap(loss, dtype):
     assert value.isfinite().all() and z.grad.isfinite().all()
 
 
-def test_lk_alpha_still_pulls_where_the_overlap_underflows():
+def test_lk_alpha_has_a_gradient_where_the_overlap_underflows():
     z = hopeless()
     value = LKAlpha()(z, torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     value.sum().backward()
@@ -175,8 +175,8 @@ def test_lk_alpha_still_pulls_where_the_overlap_underflows():
     torch.testing.assert_close(z.grad, torch.tensor([[-1.0, 1.0, 0.0, 0.0]]))
 
 
-def test_a_low_temperature_does_not_lose_a_flat_target():
-    """(1/50)^100 underflows in float32; p^(1/T) normalised is uniform all the same."""
+def test_a_low_temperature_does_not_underflow_on_a_flat_target():
+    """(1/50)^100 underflows in float32; p^(1/T) normalized is uniform all the same."""
     p, z = torch.full((1, 50), 1 / 50), torch.zeros(1, 50)
     assert KLDivergence(0.01)(z, p).item() == pytest.approx(0, abs=1e-6)
 
@@ -220,7 +220,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("loss", "key", "value"), [(loss, key, v) for loss, (key, bad) in BAD.items() for v in bad])
-def test_a_number_that_makes_no_loss_is_refused_by_name(loss, key, value):
+def test_an_invalid_number_is_refused_by_its_key(loss, key, value):
     with pytest.raises(UserError) as error:
         to_job(composed(f"+loss={loss}", f"{key}={value}"))
     said = str(error.value)

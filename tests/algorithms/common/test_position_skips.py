@@ -1,4 +1,4 @@
-"""Position skips: how they are drawn, what they change, and that a draft finds what lies far behind it with them."""
+"""Position skips: how they are drawn, what they change, and that a draft attends to far tokens with them."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def skipped(rows, width, longest=100, seed=0, epochs=None):
     return skipped_positions(collate(rows, width, 0, epochs), longest, seed)
 
 
-def test_one_skip_a_document_anywhere_and_as_far_as_there_is_room():
+def test_each_document_has_one_uniform_skip_within_the_limit():
     length, longest, count = 8, 20, 4000
     moved = skipped([[document(str(n), length) for n in range(count)]], length * count, longest).view(count, length)
     steps = moved.diff(dim=1)
@@ -47,7 +47,7 @@ def test_one_skip_a_document_anywhere_and_as_far_as_there_is_room():
         assert ((share - 1 / cases).abs() <= 5 * (1 / cases / count) ** 0.5).all()
 
 
-def test_a_document_without_room_stays_where_it_is():
+def test_a_document_without_room_has_no_skip():
     for length in (30, 31, 40):
         assert torch.equal(skipped([[document("a", length)]], length, longest=30)[0], torch.arange(length))
     assert skipped([[document("one token", 1)]], 4, longest=30)[0, 0] == 0
@@ -65,13 +65,13 @@ def test_a_batch_that_does_not_name_its_conversations_is_an_error():
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_loss_and_gradient_are_those_of_a_draft_told_other_positions(case):
+def test_loss_and_gradient_are_those_of_the_skipped_positions(case):
     lengths, longest, seed = [13, 9, 15, 6], 200, 5
     draft, documents = case.make_draft(), make_documents(lengths)
-    goal = case.make_objective(seed=seed, position_offset=longest)
-    loss, gradients, _ = run(draft, goal, [([documents[:2]], 32), ([documents[2:]], 32)])
-    told = [skipped([[row]], len(row.input_ids), longest, seed)[0].tolist() for row, _, _ in documents]
-    expected, expected_gradients, _, _ = oracle_of(case, draft, documents, places=lambda n, t: told[n][t])
+    objective = case.make_objective(seed=seed, position_offset=longest)
+    loss, gradients, _ = run(draft, objective, [([documents[:2]], 32), ([documents[2:]], 32)])
+    position_ids = [skipped([[row]], len(row.input_ids), longest, seed)[0].tolist() for row, _, _ in documents]
+    expected, expected_gradients, _, _ = oracle_of(case, draft, documents, position_ids=lambda n, t: position_ids[n][t])
     assert loss == pytest.approx(expected, rel=EXACT)
     assert_same_gradients(gradients, expected_gradients)
     _, others, _, _ = oracle_of(case, draft, documents)
@@ -81,8 +81,8 @@ def test_loss_and_gradient_are_those_of_a_draft_told_other_positions(case):
 
 def test_the_target_and_validation_have_the_true_positions():
     batch, _ = lay_out([make_documents([13, 9])], 32)
-    goal = eagle3().make_objective(position_offset=100)
-    training, validation = goal.schedule(batch), goal.schedule(batch, training=False)
+    objective = eagle3().make_objective(position_offset=100)
+    training, validation = objective.schedule(batch), objective.schedule(batch, training=False)
     assert torch.equal(training.batch.positions, batch.positions)
     assert not torch.equal(training.layout.position_ids, batch.positions.flatten())
     assert torch.equal(validation.layout.position_ids, batch.positions.flatten())
@@ -99,7 +99,7 @@ def test_an_offset_that_leaves_no_room_is_refused(config):
 
 
 def test_tau_at_four_times_the_training_length_holds_with_skips_and_collapses_without():
-    """The tokens hang on the document's first one, which only the draft's attention can find."""
+    """The tokens depend on the document's first one, which only the draft's attention can read."""
     found = {offset: train_and_measure(offset, seed=0) for offset in (None, OFFSET)}
     assert all(tau[LENGTH] > 4.5 for tau in found.values())
     assert found[OFFSET][4 * LENGTH] >= 0.8 * found[OFFSET][LENGTH]

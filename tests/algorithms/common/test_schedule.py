@@ -1,4 +1,4 @@
-"""What a step computes of a batch, against the definition of who is supervised, pair of slot and step by pair."""
+"""The schedule of a batch, against the definition of the supervised slots, pair of slot and step by pair."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +16,11 @@ from tests.algorithms.cases import eagle, eagle3, lay_out, make_documents
 
 CPU = torch.device("cpu")
 STEPS = 4
-LAYOUTS = {"several rows": [[30, 9, 50], [80], [5, 5, 5, 60], [2, 90]], "one row": [[40]], "nobody": [[1, 1, 1]]}
+LAYOUTS = {
+    "several rows": [[30, 9, 50], [80], [5, 5, 5, 60], [2, 90]],
+    "one row": [[40]],
+    "no supervised slot": [[1, 1, 1]],
+}
 
 
 def packed(layout, seed=0):
@@ -92,7 +96,7 @@ def test_every_supervised_pair_is_one_row_with_its_weight_output_and_label(
 
 
 @pytest.mark.parametrize("most", [64, 128])
-def test_parts_are_neighbours_of_about_equal_size_whose_windows_hold_all_that_they_read(batch, mask, most):
+def test_chunks_are_neighbors_of_about_equal_size_whose_windows_hold_all_that_they_read(batch, mask, most):
     parts = made(batch, mask, chunk_slots=most).chunks
     sizes = [int(part.slots.real.sum()) for part in parts]
     assert len(parts) == max(-(-sum(sizes) // most), 1) and max(sizes) <= most
@@ -111,7 +115,7 @@ def test_parts_are_neighbours_of_about_equal_size_whose_windows_hold_all_that_th
         assert min(end + len(slots.active), batch.num_tokens - 1) < slots.token_window.stop <= batch.num_tokens
 
 
-def test_filler_weighs_nothing_and_hits_no_cell(batch, mask, label_chunk):
+def test_filler_has_weight_zero_and_no_cell(batch, mask, label_chunk):
     (part,) = made(batch, mask).chunks
     rows = part.rows
     filler = rows.weight == 0
@@ -122,7 +126,7 @@ def test_filler_weighs_nothing_and_hits_no_cell(batch, mask, label_chunk):
     assert ((rows.label_positions >= 0) & (rows.label_positions < batch.num_tokens)).all()
 
 
-def test_chunks_tile_the_rows_and_the_labels_and_each_label_lies_in_one(batch, mask, label_chunk):
+def test_label_chunks_tile_the_rows_and_the_labels(batch, mask, label_chunk):
     rows = made(batch, mask).chunks[0].rows
     for axis, whole in ((0, len(rows.label)), (1, len(rows.label_positions))):
         parts = [chunk[axis] for chunk in rows.chunks]
@@ -137,7 +141,7 @@ def test_chunks_tile_the_rows_and_the_labels_and_each_label_lies_in_one(batch, m
     assert len(rows.label_positions) - len(used) <= SHAPE_MULTIPLE
 
 
-def test_depths_cut_off_later_steps_and_leave_the_counts(batch, mask):
+def test_depths_remove_later_steps_and_keep_the_counts(batch, mask):
     depths = some_depths(batch)
     pairs = {}
     for name, given in (("all", None), ("cut", depths), ("one", torch.ones_like(depths))):
@@ -166,15 +170,15 @@ def test_slots_are_sorted_by_their_steps_and_each_step_covers_its_own(batch, mas
 
 
 @pytest.mark.parametrize("case", [eagle3(9), eagle(num_steps=2, topk_w=1.0)], ids=["eagle3", "hass"])
-def test_a_batch_in_which_nobody_is_supervised_costs_nothing(case):
-    draft, goal = case.make_draft(), case.make_objective()
+def test_a_batch_without_supervised_slots_has_no_loss(case):
+    draft, objective = case.make_draft(), case.make_objective()
     batch, supervision = lay_out([make_documents([13, 9])], 24)
-    schedule = goal.schedule(replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
-    for counts in (schedule.counts, torch.full_like(schedule.counts, 7)):  # alone, and beside other micro-batches
+    schedule = objective.schedule(replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
+    for counts in (schedule.counts, torch.full_like(schedule.counts, 7)):  # alone, and next to other micro-batches
         draft.zero_grad()
-        out = goal.loss(draft, schedule, supervision, counts)
+        out = objective.loss(draft, schedule, supervision, counts)
         out.loss.backward()
         assert float(out.loss.detach()) == 0
         assert all(p.grad is not None and not p.grad.any() for p in draft.parameters())
         assert all(not x.any() for x in out.sums.values())
-        assert all(value in (0, 1) for value in goal.metrics(out.sums).values())
+        assert all(value in (0, 1) for value in objective.metrics(out.sums).values())

@@ -83,7 +83,7 @@ def test_a_position_is_rotated_alike_whatever_else_is_in_the_batch(name):
         torch.testing.assert_close(short, long[:, : len(few)], rtol=0, atol=0)
 
 
-def test_of_several_sets_a_draft_takes_full_attention():
+def test_of_several_rope_sets_a_draft_uses_that_of_full_attention():
     sets = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -94,7 +94,7 @@ def test_of_several_sets_a_draft_takes_full_attention():
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_target_that_turns_a_part_of_the_head_has_a_draft_that_turns_all_of_it():
+def test_a_draft_rotates_the_whole_head_of_a_target_that_rotates_a_part():
     config = target_config("glm4", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
     assert Glm4RotaryEmbedding(config)(torch.empty(0), torch.arange(3)[None])[0].shape[-1] == HEAD // 2
     assert numbers_for(None, config)["rope_parameters"] == plain_rope(1e4)
@@ -109,7 +109,7 @@ def test_a_target_that_turns_a_part_of_the_head_has_a_draft_that_turns_all_of_it
         ({"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "factor": 2.0}, "linear"),
     ],
 )
-def test_proportional_of_the_whole_head_is_a_kind_that_every_server_knows(rope, same):
+def test_proportional_becomes_a_kind_that_every_server_knows(rope, same):
     config, positions = target_config("llama", rope), torch.arange(LONGEST)
     whole = LlamaRotaryEmbedding(target_config("llama", rope | {"partial_rotary_factor": 1.0}))
     assert numbers_for(None, config)["rope_parameters"]["rope_type"] == same
@@ -134,7 +134,7 @@ def test_draft_rope_theta_is_a_plain_rotation_of_its_own():
          r"the target has longrope with 4 factors, and a draft can follow 8, for heads of 16 features"),
     ],
 )  # fmt: skip
-def test_what_a_draft_cannot_follow_is_refused_with_the_way_out(rope, message):
+def test_an_unsupported_rope_is_refused_with_the_remedy(rope, message):
     config = SimpleNamespace(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=LONGEST, vocab_size=300, rope_parameters=rope
     )

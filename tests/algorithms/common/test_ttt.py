@@ -46,18 +46,18 @@ def test_loss_and_every_gradient_equal_the_float64_oracle(case):
         assert metrics[f"acc_{i}"] == pytest.approx(hit / count)
 
 
-def test_normalised_by_conversation(case):
+def test_normalized_by_conversation(case):
     """Every conversation weighs the same, however long its answer is."""
     draft, documents = case.make_draft(), make_documents([13, 9, 21, 6])
-    goal = case.make_objective(normalization=Normalization.conversation)
-    loss, gradients, _ = run(draft, goal, [([documents[:3]], 48), ([documents[3:]], 10)])
+    objective = case.make_objective(normalization=Normalization.conversation)
+    loss, gradients, _ = run(draft, objective, [([documents[:3]], 48), ([documents[3:]], 10)])
     expected, expected_gradients, _, _ = oracle_of(case, draft, documents, by_conversation=True)
     assert loss == pytest.approx(expected, rel=EXACT)
     assert_same_gradients(gradients, expected_gradients)
 
 
-def test_few_slots_at_once_change_nothing(case):
-    """Parts begin inside a document, and read those of the row before."""
+def test_small_chunks_change_nothing(case):
+    """Chunks start inside a document, and read tokens of the row before."""
     draft, layouts = case.make_draft(), [([make_documents([90, 30]), make_documents([120], seed=1)], 128)]
     loss, gradients, metrics = run(draft, case.make_objective(), layouts)
     few = case.make_objective(chunk_slots=64)
@@ -99,17 +99,17 @@ LAYOUTS = {
 )
 def test_loss_and_gradients_do_not_depend_on_padding_packing_or_split(layouts, case, settings):
     draft, documents = case.make_draft(), make_documents([13, 9, 21, 6])
-    goal = case.make_objective(**settings)
-    expected, expected_gradients, expected_metrics = run(draft, goal, [([documents[:2], documents[2:]], 32)])
-    loss, gradients, metrics = run(draft, goal, layouts(documents))
+    objective = case.make_objective(**settings)
+    expected, expected_gradients, expected_metrics = run(draft, objective, [([documents[:2], documents[2:]], 32)])
+    loss, gradients, metrics = run(draft, objective, layouts(documents))
     assert loss == pytest.approx(expected, rel=EXACT)
     assert_same_gradients(gradients, expected_gradients, 2 * EXACT)
     assert metrics == pytest.approx(expected_metrics, rel=EXACT)
 
 
-def test_a_document_does_not_leak_into_its_neighbour(case):
+def test_a_document_does_not_leak_into_its_neighbor(case):
     """Changing one document of a row changes nothing that the others contribute, to the loss or to a gradient."""
-    draft, goal = case.make_draft(), case.make_objective()
+    draft, objective = case.make_draft(), case.make_objective()
     documents, others = make_documents([13, 9, 12]), make_documents([13, 9, 12], seed=1)
     changed = [documents[0], others[1], documents[2]]
     counts = torch.ones(case.num_steps, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_a_document_does_not_leak_into_its_neighbour(case):
         muted[0, 13:22] = False
         batch = replace(batch, loss_mask=muted)
         draft.zero_grad()
-        loss = goal.loss(draft, goal.schedule(batch), supervision, counts).loss
+        loss = objective.loss(draft, objective.schedule(batch), supervision, counts).loss
         loss.backward()
         return float(loss.detach()), {n: p.grad.clone() for n, p in draft.named_parameters()}
 

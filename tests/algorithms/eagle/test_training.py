@@ -40,15 +40,15 @@ def test_it_depends_on_conversation_epoch_and_seed_and_not_on_the_layout():
 
 def test_labels_and_validation_stay_clean():
     case = eagle(noise=FeatureNoise.paper)
-    draft, goal, clean = case.make_draft(), case.make_objective(), eagle().make_objective()
+    draft, objective, clean = case.make_draft(), case.make_objective(), eagle().make_objective()
     batch, supervision = lay_out([make_documents([13])], 13)
-    schedule = goal.schedule(batch)
+    schedule = objective.schedule(batch)
     loss = lambda g: float(g.loss(draft, schedule, supervision, schedule.counts).loss.detach())  # noqa: E731
-    assert loss(goal) != loss(clean)
+    assert loss(objective) != loss(clean)
     with torch.no_grad():
-        assert loss(goal) == loss(clean)
+        assert loss(objective) == loss(clean)
     seen = []
-    goal.labels = lambda draft, hidden: seen.append(hidden) or clean.labels(draft, hidden)
-    loss(goal)
+    objective.labels = lambda draft, hidden: seen.append(hidden) or clean.labels(draft, hidden)
+    loss(objective)
     positions = schedule.chunks[0].rows.label_positions
     assert torch.equal(torch.cat(seen), supervision.last_hidden_state.flatten(0, 1)[positions])
