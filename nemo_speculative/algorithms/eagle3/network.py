@@ -63,7 +63,8 @@ class Eagle3Draft(Draft):
             deeper = (DraftLayer(shape, shape.hidden_size, "hidden_norm") for _ in range(shape.num_layers - 1))
             self.layers = nn.ModuleList([first, *deeper])
         self.norm = rms_norm(shape)
-        if shape.own_embedding:
+        self.has_embedding = shape.own_embedding
+        if self.has_embedding:
             self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         own_head = shape.draft_vocab_size is not None
         entries = shape.draft_vocab_size or shape.vocab_size
@@ -85,7 +86,7 @@ class Eagle3Draft(Draft):
         return [self.midlayer] if self.shape.num_layers == 1 else list(self.layers)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.shape.own_embedding:
+        if self.has_embedding:
             return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
         return self.target.embed(input_ids).to(self.fc.weight.dtype)
 
