@@ -175,7 +175,11 @@ class TargetOnly(_FollowTarget):
 
 @dataclass(frozen=True)
 class SeededSampling(_FollowTarget):
-    """Sampling from the target with one generator per sequence: an answer does not depend on the rest of its batch."""
+    """Sampling from the target with one generator per sequence.
+
+    Without draft tokens an answer does not depend on the rest of its batch; with them, the widest tree of the batch
+    determines how many numbers each step draws.
+    """
 
     sampling: Sampling
     generators: Sequence[random.Random]

@@ -336,10 +336,13 @@ class SeededRow(Row):
         self.generator = random.Random(seed)
 
 
-@pytest.mark.parametrize("drafter", [NoDrafter(), NgramDrafter(3)], ids=["plain", "ngram"])
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("drafter", "sampled"),
+    [(NoDrafter(), False), (NoDrafter(), True), (NgramDrafter(3), False)],
+    ids=["plain greedy", "plain sampled", "n-gram greedy"],
+)
 def test_rows_that_join_a_running_batch_get_their_own_answers(target, drafter, sampled):
-    """Waiting prompts take the places of finished rows; sampled answers depend on the row's seed alone."""
+    """Waiting prompts replace finished rows; answers sampled without a draft depend on the row's seed alone."""
 
     def verifier(rows):
         return SeededSampling(Sampling(1.5), [row.generator for row in rows]) if sampled else Greedy()
