@@ -7,9 +7,20 @@ import pytest
 
 from nemo_speculative.data.chat_template import tokenize
 from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.inspect_data import causes
-from nemo_speculative.inspect_data.causes import as_served, thinking
-from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison, agreement, mask_offset
+from nemo_speculative.inspect_data.comparison import (
+    ANSWER_CHANGES,
+    CAUSES,
+    MASK,
+    NO_QUESTION,
+    REFUSED,
+    UNKNOWN,
+    ByTemplate,
+    Comparison,
+    as_served,
+    common_prefix,
+    mask_offset,
+    thinking,
+)
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.http import Refused
 from tests.conftest import PREFIX_TEMPLATE, TEMPLATE, make_tokenizer
@@ -119,7 +130,7 @@ def _bytes(tokenizer, i: int) -> list[int]:
         (TEMPLATE, Renders(TEMPLATE, lambda ids: [0, *ids]), "the start token is doubled"),
         (TEMPLATE, Renders(TEMPLATE, without_merges), "the same text in other tokens"),
         (THINKS, None, "the generation prompt is not how the answer begins"),
-        (TEMPLATE, Renders(TEMPLATE.replace("m['content']", "m['content'] | upper")), causes.UNKNOWN),
+        (TEMPLATE, Renders(TEMPLATE.replace("m['content']", "m['content'] | upper")), UNKNOWN),
     ],
 )
 def test_the_usual_causes(template, server, cause):
@@ -138,7 +149,7 @@ def test_thinking_that_a_template_drops_once_more_turns_follow():
     talk = dialogue("u:a", "a:<think>hm</think>one", "u:b", "a:<think>so</think>two")
     comparison = compared(STRIPS, talk)
     assert (comparison.turns, comparison.equal) == (2, 1)
-    assert only_cause(comparison) == causes.ANSWER_CHANGES
+    assert only_cause(comparison) == ANSWER_CHANGES
     assert comparison.differences[0].message == 1
     assert "".join(comparison.differences[0].served).startswith("<think>hm")
 
@@ -164,14 +175,14 @@ def test_calls_of_tools_and_messages_without_text(arguments):
 
 def test_two_answers_in_a_row_and_one_before_any_question():
     comparison = compared(TEMPLATE, dialogue("u:a", "a:one", "a:two"), dialogue("a:hello", "u:a", "a:b"))
-    assert set(comparison.causes) == {next(iter(causes.CAUSES)), causes.NO_QUESTION}
+    assert set(comparison.causes) == {next(iter(CAUSES)), NO_QUESTION}
     assert (comparison.turns, comparison.equal) == (4, 2)
 
 
 def test_a_mask_that_begins_elsewhere_than_the_model():
     late = TEMPLATE.replace("{% generation %}{{ m['content'] }}", "{{ m['content'] }}{% generation %}")
     comparison = compared(late, dialogue("u:a", "a:xyz"))
-    assert only_cause(comparison) == causes.MASK
+    assert only_cause(comparison) == MASK
     assert comparison.differences[0].note == "later by 3"
 
 
@@ -179,7 +190,7 @@ def test_a_mask_that_begins_elsewhere_than_the_model():
     ("mask", "start", "said"),
     [
         ("0011", 2, ""), ("0111", 2, "earlier by 1"), ("1111", 2, "earlier by 2"), ("0001", 2, "later by 1"),
-        ("1000", 2, "nothing behind it is supervised"), ("00", 2, "nothing behind it is supervised"), ("111", 0, ""),
+        ("1000", 2, "nothing after it is supervised"), ("00", 2, "nothing after it is supervised"), ("111", 0, ""),
     ],
 )  # fmt: skip
 def test_how_far_a_mask_is_off(mask, start, said):
@@ -192,7 +203,7 @@ def test_a_conversation_that_training_refuses_is_compared_all_the_same():
     with pytest.raises(UserError):
         tokenize(make_tokenizer(forgets), talk, {END})
     comparison = compared(forgets, talk)
-    assert comparison.turns == 2 and only_cause(comparison) == causes.ANSWER_CHANGES
+    assert comparison.turns == 2 and only_cause(comparison) == ANSWER_CHANGES
 
 
 def test_turns_behind_the_longest_length_are_never_trained():
@@ -214,7 +225,7 @@ def test_a_prompt_that_the_server_refuses_is_a_difference():
             raise Refused("HTTP 400: roles must alternate")
 
     comparison = compared(TEMPLATE, TALKS[0], server=Refuses())
-    assert only_cause(comparison) == causes.REFUSED
+    assert only_cause(comparison) == REFUSED
     assert comparison.differences[0].note == "HTTP 400: roles must alternate"
 
 
@@ -250,4 +261,4 @@ def test_what_was_thought(message, thought):
 
 @pytest.mark.parametrize(("one", "other", "length"), [("abc", "abd", 2), ("ab", "abc", 2), ("", "a", 0), ("x", "y", 0)])
 def test_how_far_two_agree(one, other, length):
-    assert agreement(list(map(ord, one)), list(map(ord, other))) == length
+    assert common_prefix(list(map(ord, one)), list(map(ord, other))) == length

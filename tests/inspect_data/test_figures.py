@@ -12,8 +12,7 @@ from nemo_speculative.data.conversation import TokenRow
 from nemo_speculative.data.packing import pack
 from nemo_speculative.data.sources import Split
 from nemo_speculative.inspect_data.figures import figures, lengths, next_fit
-from nemo_speculative.inspect_data.survey import Survey
-from nemo_speculative.inspect_data.tally import Tally
+from nemo_speculative.inspect_data.survey import Survey, Tally
 from tests.inspect_data.conftest import VOCAB, random_rows
 
 MAX_LENGTH, ROW_TOKENS, SEED = 256, 512, 3

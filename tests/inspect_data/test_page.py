@@ -14,9 +14,8 @@ from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison
 from nemo_speculative.inspect_data.figures import figures
 from nemo_speculative.inspect_data.page import conversation, page
 from nemo_speculative.inspect_data.plots import FIELD_HEIGHT, FIELD_WIDTH, LEFT, TOP, Curve, bars, curves
-from nemo_speculative.inspect_data.run import _plain
+from nemo_speculative.inspect_data.run import comparison_figures, previews, summary
 from nemo_speculative.inspect_data.survey import Survey
-from nemo_speculative.inspect_data.table import shown, summary
 from tests.conftest import TEMPLATE, make_tokenizer
 from tests.inspect_data.conftest import END, dialogue, random_rows
 
@@ -69,8 +68,10 @@ def found(how):
     thinks = make_tokenizer(TEMPLATE.replace("%}<|assistant|>{%", f"%}}<|assistant|>{EVIL}{{%"))
     comparison = Comparison(how.tokenizer, ByTemplate(thinks), 128, 10)
     survey.read(split, comparison.add)
-    job = type("Job", (), {"url": f"http://{EVIL}"})
-    found = figures(survey, split, 256, 0) | {"comparison": _plain(comparison, job), "notes": [EVIL]}
+    found = figures(survey, split, 256, 0) | {
+        "comparison": comparison_figures(comparison, f"http://{EVIL}"),
+        "notes": [EVIL],
+    }
     return found, survey.shown
 
 
@@ -138,9 +139,9 @@ def test_the_terminals_summary(found, how):
     figures, rows = found
     assert f"{figures['tokens']:,}" in said and f"{figures['duplicates']['copies']} copies" in said
     assert f"0 of {figures['comparison']['turns']} turns equal the server at" in said and "1 refused" in said
-    first, *_ = shown(rows, how.tokenizer, 128, colour=True)
+    first, *_ = previews(rows, how.tokenizer, 128, color=True)
     assert "\x1b[32mjumps over<|end|>\x1b[0m" in first
-    assert "more tokens are cut off" in next(iter(shown(rows, how.tokenizer, 3, colour=False)))
+    assert "more tokens are cut off" in next(iter(previews(rows, how.tokenizer, 3, color=False)))
 
 
 def test_bars_are_to_scale():

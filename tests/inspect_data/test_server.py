@@ -8,8 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nemo_speculative.inspect_data.comparison import Comparison
-from nemo_speculative.inspect_data.server import RunningServer
+from nemo_speculative.inspect_data.comparison import Comparison, RunningServer
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.http import Refused, Unreachable
 from nemo_speculative.utils.network import free_port

@@ -39,8 +39,8 @@ def test_the_sides_and_sources_are_told_apart(how):
 def test_sources_without_end_do_not_fill_the_memory(how):
     rows = [TokenRow(f"r{n}", [5], [True], f"f:{n}", f"source {n}") for n in range(100)]
     survey = surveyed(how, rows)
-    assert len(survey.sources) == surveys.MOST_SOURCES + 1
-    assert survey.total(source=surveys.OTHERS).conversations == 100 - surveys.MOST_SOURCES
+    assert len(survey.sources) == surveys.MAX_SOURCES + 1
+    assert survey.total(source=surveys.OTHERS).conversations == 100 - surveys.MAX_SOURCES
     assert survey.total().conversations == 100
 
 
@@ -55,7 +55,7 @@ def test_what_a_training_refuses_is_counted_by_reason_and_the_rest_goes_on(how):
     assert [n for _, n in reasons] == [8, 1]
     assert "has no assistant turn" in reasons[0][0] and "data.jsonl" not in reasons[0][0]
     assert f"token id {VOCAB} lies outside" in reasons[1][0]
-    assert len(survey.refused.examples) == surveys.MOST_EXAMPLES
+    assert len(survey.refused.examples) == surveys.MAX_EXAMPLES
     assert "data.jsonl:0" in survey.refused.examples[0]
     assert survey.total().conversations == 1
     assert seen == [(c.id, True) for c in (*silent, outside)] + [("good", False)]
@@ -66,7 +66,7 @@ def test_reasons_without_end_are_summed_up():
     for n in range(50):
         left_out.add(f"id {n}", f"reason {n}")
     assert left_out.count == sum(left_out.reasons.values()) == 50
-    assert left_out.reasons[surveys.OTHERS] == 50 - surveys.MOST_REASONS
+    assert left_out.reasons[surveys.OTHERS] == 50 - surveys.MAX_REASONS
 
 
 def test_shown_are_the_first_three_or_those_named(how):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.inspect_data.tally import COVERAGE_BINS, Tally, num_spans
+from nemo_speculative.inspect_data.survey import COVERAGE_BINS, Tally, num_spans
 from tests.inspect_data.conftest import VOCAB, random_rows
 
 MAX_LENGTH = 300
@@ -54,7 +54,7 @@ def test_truncation_is_the_naive_one_at_every_length():
 def test_parts_add_up_to_the_whole():
     rows = random_rows(60)
     parts, whole = counted(rows[:25]), counted(rows)
-    parts.absorb(counted(rows[25:]))
+    parts.merge(counted(rows[25:]))
     for name, value in vars(whole).items():
         assert np.array_equal(vars(parts)[name], value), name
 

@@ -10,9 +10,7 @@ from transformers import AutoTokenizer
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.data.conversation import Conversation
 from nemo_speculative.evaluation.server_benchmark.servers import split
-from nemo_speculative.inspect_data import causes
-from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison
-from nemo_speculative.inspect_data.server import RunningServer
+from nemo_speculative.inspect_data.comparison import CAUSES, ByTemplate, Comparison, RunningServer
 from nemo_speculative.serving.command import ServeOptions, serve_command, serve_environment
 from nemo_speculative.serving.server import Server
 from nemo_speculative.utils.http import Refused
@@ -111,7 +109,7 @@ def test_differences_are_found(server, tokenizer):
     comparison = Comparison(other, server, 10_000, 100)
     comparison.add(Conversation("system", ALIKE["one turn"], "system"), None)
     (cause,) = comparison.causes
-    assert "default system prompt" in cause and cause in causes.CAUSES
+    assert "default system prompt" in cause and cause in CAUSES
 
 
 def test_refused_conversations(server):
