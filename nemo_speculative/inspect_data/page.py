@@ -56,7 +56,7 @@ TEMPLATE = """<!DOCTYPE html>
 {{ table(["", "rows", "filled"], packing) }}
 <h2>Draft vocabulary</h2>
 <p>{{ f.vocabulary.distinct|comma }} of {{ f.vocabulary.size|comma }} ids are supervised
-{{ "; " if reach }}{{ reach|join(", ") }}</p>
+{%- if reach %}; {{ reach|join(", ") }}{% endif %}</p>
 {{ table(["entries", "training", "held out"] + vocabulary_sources, vocabulary) }}
 {% if f.sources|length > 1 %}<h2>Sources</h2>
 {{ table(["source", "conversations", "tokens", "supervised", "mean length", "cut", "supervised tokens lost"],
