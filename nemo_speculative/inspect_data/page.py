@@ -90,7 +90,7 @@ CONVERSATION = """<h3>{{ row.id }}</h3>
 {% if cut %}<del>{% endif %}{% if supervised %}<mark>{% endif %}{{ text }}
 {%- if supervised %}</mark>{% endif %}{% if cut %}</del>{% endif %}
 {%- endfor %}{% if more %}<span class="faint"> … {{ more }} more tokens</span>{% endif %}</pre>"""
-JINJA = Environment(autoescape=True, undefined=StrictUndefined)
+JINJA = Environment(autoescape=True, keep_trailing_newline=True, undefined=StrictUndefined)
 JINJA.filters |= {"comma": "{:,}".format, "quote": lambda tokens: " ".join(map(repr, tokens))}
 
 

@@ -110,7 +110,7 @@ def test_plain_errors(settings, tmp_path, overrides, said):
 
 def test_a_file_that_nothing_would_read():
     with pytest.raises(
-        UserError, match=r"data\.path is talks\.jsonl, and data=tiny, which model=tiny brings, reads no"
+        UserError, match=r"data\.path is talks\.jsonl, and data=tiny, the default of model=tiny, reads no"
     ):
         job_of("data.path=talks.jsonl")
 
