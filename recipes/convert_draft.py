@@ -1,10 +1,10 @@
-"""Convert a draft: other projects' into one that is served and trained on here, or into a form that others read.
+"""Convert a draft of another project into one that is served and trained here, or into a form that others read.
 
 python recipes/convert_draft.py checkpoint=DIR target=DIR                to a servable directory, DIR-servable
 python recipes/convert_draft.py checkpoint=RUN form=speculators          for vLLM
 python recipes/convert_draft.py checkpoint=RUN form=transformers         for AutoModel.from_pretrained
 
-The draft stays as it is.  What its files do not state, and what was assumed instead, is printed.
+The original draft is not changed.  Properties that its files do not state are printed, with the assumed values.
 """
 
 from nemo_speculative.config.app import recipe

@@ -1,10 +1,10 @@
-"""Have the target answer every question of a data file anew, and keep the ids as it generates them.
+"""Have the target answer every question of a data file again, and store the token ids that it generates.
 
 python recipes/generate_data.py model=local model.path=DIR path=FILE output=DIR              in this process
 python recipes/generate_data.py model=… path=FILE output=DIR engine=endpoint 'engine.urls=[http://HOST:PORT]'
-python recipes/generate_data.py … range=0:17500                    a part; recipes/merge_data.py puts parts together
+python recipes/generate_data.py … range=0:17500                    a part; recipes/merge_data.py merges parts
 
-What was answered is not answered again: the same command goes on where it was interrupted, and tries again what failed.
+The same command resumes an interrupted run: finished answers stay, failed ones are tried again.
 """
 
 from nemo_speculative.config.app import recipe

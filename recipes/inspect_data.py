@@ -1,8 +1,8 @@
-"""Look at conversations as a training reads them: masks, lengths, truncation, packing, vocabulary, duplicates.
+"""Show conversations as a training reads them: masks, lengths, truncation, packing, vocabulary, duplicates.
 
 python recipes/inspect_data.py model=local model.path=DIR data.path=FILE data.max_length=4096
-python recipes/inspect_data.py data=jsonl data.path=FILE "show=[ID,17]"     single conversations, their mask in colour
-python recipes/inspect_data.py data=jsonl data.path=FILE url=http://HOST:PORT   beside what an SGLang server renders
+python recipes/inspect_data.py data=jsonl data.path=FILE "show=[ID,17]"     single conversations, their mask in color
+python recipes/inspect_data.py data=jsonl data.path=FILE url=http://HOST:PORT   compared with an SGLang server's rendering
 """
 
 from nemo_speculative.config.app import recipe

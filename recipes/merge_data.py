@@ -1,4 +1,4 @@
-"""Put the parts together that recipes/generate_data.py wrote: one JSONL file, in the order of the input.
+"""Merge the parts that recipes/generate_data.py wrote into one JSONL file, in the order of the input.
 
 python recipes/merge_data.py 'parts=[outputs/a,outputs/b]' output=answers.jsonl
 """

@@ -1,4 +1,4 @@
-"""Leave out the rows of a trained draft's head that its data hardly uses, and show what they covered.
+"""Remove the rows of a trained draft's head that its data hardly uses, and print their coverage.
 
 python recipes/prune_vocabulary.py checkpoint=outputs/local-eagle3 output=outputs/pruned vocab_size=8000 data.path=FILE
 python recipes/prune_vocabulary.py checkpoint=RUN output=DIR vocab_size=99.5% data.path=FILE

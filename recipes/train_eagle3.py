@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft for a target model, measure it, and leave a checkpoint that SGLang serves as it is.
+"""Train an EAGLE-3 draft for a target model, measure it, and write a checkpoint that SGLang serves directly.
 
 python recipes/train_eagle3.py                       the embedded target: no download, no GPU, minutes
 python recipes/train_eagle3.py draft=eagle3_1        with the norms of EAGLE-3.1
