@@ -2,7 +2,7 @@
 
 python recipes/inspect_data.py model=local model.path=DIR data.path=FILE data.max_length=4096
 python recipes/inspect_data.py data=jsonl data.path=FILE "show=[ID,17]"     single conversations, their mask in color
-python recipes/inspect_data.py data=jsonl data.path=FILE url=http://HOST:PORT   compared with an SGLang server's rendering
+python recipes/inspect_data.py data=jsonl data.path=FILE url=http://HOST:PORT  compared with an SGLang server
 """
 
 from nemo_speculative.config.app import recipe
