@@ -15,7 +15,7 @@ from benchmarks.scaling import (
     FSDP2,
     HSDP,
     SERVED,
-    Assumed,
+    Assumptions,
     Exchange,
     Exchanges,
     Replicated,
@@ -41,25 +41,25 @@ from tests.conftest import make_tokenizer
 from tests.training.ranks import on_ranks
 
 NO_HOPS = {"hop": 0.0, "far_hop": 0.0}
-A = Assumed(nvlink=100.0, nic=10.0, **NO_HOPS)
+A = Assumptions(nvlink=100.0, nic=10.0, **NO_HOPS)
 
 
 def sent_by_a_rank_in_a_ring(ranks, size):
-    """Chunk by chunk: every rank passes on what it got last, until all have all."""
+    """Bytes sent, simulated chunk by chunk: every rank forwards the chunk it received last, until all have all."""
     chunk, sent = size / ranks, 0.0
-    has = [{rank} for rank in range(ranks)]
+    chunks = [{rank} for rank in range(ranks)]
     last = list(range(ranks))
-    while any(len(mine) < ranks for mine in has):
+    while any(len(of_rank) < ranks for of_rank in chunks):
         last = [last[rank - 1] for rank in range(ranks)]
-        for rank, got in enumerate(last):
-            has[rank].add(got)
+        for rank, received in enumerate(last):
+            chunks[rank].add(received)
         sent += chunk
     return sent
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_a_ring_sends_what_its_ranks_pass_on(ranks):
-    assert Ring.neighbours(ranks, A).gather(4200.0, A) * A.nvlink == pytest.approx(
+def test_a_ring_sends_as_much_as_its_simulation(ranks):
+    assert Ring.of_consecutive(ranks, A).gather(4200.0, A) * A.nvlink == pytest.approx(
         sent_by_a_rank_in_a_ring(ranks, 4200)
     )
 
@@ -72,7 +72,7 @@ def test_a_ring_has_the_bandwidth_of_its_narrowest_link():
 
 
 def test_a_ring_waits_for_every_hop():
-    a = Assumed(hop=1.0, far_hop=3.0)
+    a = Assumptions(hop=1.0, far_hop=3.0)
     assert Ring(8, 8).gather(0, a) == 7 and Ring(16, 8).gather(0, a) == 45 and Ring(16, 8).all_reduce(0, a) == 90
 
 
@@ -85,7 +85,7 @@ def test_a_ring_waits_for_every_hop():
         (FSDP2, 8, 7 / 8 * 2 / 100, 7 / 8 * 4 / 100),
         (FSDP2, 64, 63 / 64 * 2 / 80, 63 / 64 * 4 / 80),
         (HSDP, 8, 7 / 8 * 2 / 100, 7 / 8 * 4 / 100),
-        # Inside the node, and an eighth of it with the same GPU of seven other nodes, over one card.
+        # Inside the node, then an eighth of it with the same GPU of seven other nodes, over one card.
         (HSDP, 64, 7 / 8 * 2 / 100, 7 / 8 * 4 / 100 + 2 * 7 / 8 * (4 / 8) / 10),
     ],
 )
@@ -95,13 +95,12 @@ def test_a_draft_gathers_bfloat16_and_reduces_float32(draft, gpus, gathered, red
 
 
 @pytest.fixture(scope="module")
-def found():
+def work():
     """Work of Llama-3.1-8B on rows of 512 tokens."""
     return Training.of("8b").work(one_row(512, 4), 3)
 
 
-def test_the_work_is_that_of_the_published_shape(found):
-    work = found
+def test_work_matches_the_published_shape(work):
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
     scores = 4 * 128 * 128 / 2 * 4096 * 2  # four documents of 128 tokens; scores and their values
     assert work.target == 2 * 3 * 32 * (512 * layer + scores)
@@ -109,67 +108,62 @@ def test_the_work_is_that_of_the_published_shape(found):
     assert work.states_bytes == 3 * 512 * 4 * 4096 * 2
 
 
-def test_a_step_is_the_sum_of_what_waits_for_each_other(found):
-    work = found
-    slow = Assumed(rows=3, row_tokens=512, flops=1e12, hbm=1e30, nvlink=1e11, **NO_HOPS)
+def test_a_step_sums_the_parts_that_do_not_overlap(work):
+    slow = Assumptions(rows=3, row_tokens=512, flops=1e12, hbm=1e30, nvlink=1e11, **NO_HOPS)
     parameters = work.models.draft_parameters
     one = step(work, DDP, Replicated(), 1, slow)
     assert one.seconds == pytest.approx((work.target + work.draft) / 1e12) and one.computing == pytest.approx(
         one.seconds
     )
-    # The gather hides behind the target, the reduction does not.
+    # The gather overlaps with the target, the reduction does not.
     eight = step(work, FSDP2, Replicated(), 8, slow)
     assert eight.seconds - one.seconds == pytest.approx(7 / 8 * 4 * parameters / 1e11)
     assert eight.computing == one.computing and eight.bytes < one.bytes
 
 
-def test_a_sharded_target_takes_the_longer_of_gathering_and_computing(found):
-    work = found
+def test_a_sharded_target_takes_the_longer_of_gathering_and_computing(work):
     for nvlink in (1e9, 1e15):
-        a = Assumed(flops=1e15, nvlink=nvlink, **NO_HOPS)
+        a = Assumptions(flops=1e15, nvlink=nvlink, **NO_HOPS)
         gathering = work.rows * 7 / 8 * work.layers_bytes / nvlink
         # The embedding twice, for target and draft, and the head.
-        ends = work.rows * 7 / 8 * 3 * (128256 * 4096 * 2) / nvlink
-        assert Sharded().seconds(work, 8, a) == pytest.approx(max(work.target / 1e15, gathering) + ends)
+        tables = work.rows * 7 / 8 * 3 * (128256 * 4096 * 2) / nvlink
+        assert Sharded().seconds(work, 8, a) == pytest.approx(max(work.target / 1e15, gathering) + tables)
     assert (Sharded().share(512, a), TensorParallel().share(512, a)) == (1 / 512, 1 / 8)
 
 
-def test_a_tensor_parallel_target_waits_for_two_sums_a_layer(found):
-    work = found
-    a = Assumed(flops=1e15, nvlink=1e11, **NO_HOPS)
+def test_a_tensor_parallel_target_waits_for_two_sums_a_layer(work):
+    a = Assumptions(flops=1e15, nvlink=1e11, **NO_HOPS)
     activations = 8 * 512 * 4096 * 2  # the rows of all eight ranks
     sums = 3 * 32 * 2 * (2 * 7 / 8 * activations / 1e11)
-    ends = 3 * 3 * 7 / 8 * (128256 * 4096 * 2) / 1e11
-    assert TensorParallel().seconds(work, 8, a) == pytest.approx(work.target / 1e15 + sums + ends)
+    tables = 3 * 3 * 7 / 8 * (128256 * 4096 * 2) / 1e11
+    assert TensorParallel().seconds(work, 8, a) == pytest.approx(work.target / 1e15 + sums + tables)
 
 
-def test_targets_that_ranks_hold_together_are_counted_as_the_plan_counts_them(found, monkeypatch):
-    work = found
+def test_memory_of_sharded_targets_equals_the_plans(work, monkeypatch):
 
     def bytes_of(target, work=work):
-        return step(work, HSDP, target, 8, Assumed()).bytes
+        return step(work, HSDP, target, 8, Assumptions()).bytes
 
-    # In turn with the draft nothing lies there for the next micro-batch.
+    # When target and draft run in turn, no hidden states of the next micro-batch are in memory.
     ahead = work.states_bytes / work.rows + work.batch.forward_bytes
-    held = 7 / 8 * (work.layers_bytes + 2 * work.end_bytes) - work.end_bytes  # which the head, whole, takes
-    assert bytes_of(Replicated()) - bytes_of(TensorParallel()) == pytest.approx(held + ahead)
-    # Threads read two micro-batches of features ahead; of one server one is asked for.
+    saved = 7 / 8 * (work.layers_bytes + 2 * work.table_bytes) - work.table_bytes  # the gathered head is whole
+    assert bytes_of(Replicated()) - bytes_of(TensorParallel()) == pytest.approx(saved + ahead)
+    # Threads read two micro-batches of features ahead, and request one from a server.
     assert bytes_of(CACHED) - bytes_of(SERVED) == pytest.approx(work.states_bytes / work.rows)
     monkeypatch.setattr(ShardedHFBackendConfig, "GATHERED_LAYERS", 31)  # more than a backward leaves free
     some = bytes_of(Sharded())
-    # They may take the place of gradients, but for those of earlier micro-batches.
+    # Gathered layers may take the place of gradients, except those of earlier micro-batches.
     assert bytes_of(Sharded(), replace(work, rows=1)) < some
     monkeypatch.setattr(ShardedHFBackendConfig, "GATHERED_LAYERS", 32)
     assert bytes_of(Sharded()) - some == pytest.approx(work.layers_bytes / 32)
 
 
 @pytest.mark.parametrize(("target", "link"), [(SERVED, "nic"), (CACHED, "storage")])
-def test_states_from_elsewhere_cost_no_products_and_bound_a_step_by_their_link(found, target, link):
-    work = found
-    bound = step(work, DDP, target, 1, Assumed(**{link: 1e3}))
+def test_received_states_cost_no_flops_and_bound_a_step_by_their_link(work, target, link):
+    bound = step(work, DDP, target, 1, Assumptions(**{link: 1e3}))
     assert bound.seconds == pytest.approx(work.states_bytes / 1e3)
-    free = step(work, DDP, target, 1, Assumed(**{link: 1e30}, hbm=1e30))
-    assert free.seconds == pytest.approx(work.draft / Assumed().flops) == free.computing
+    free = step(work, DDP, target, 1, Assumptions(**{link: 1e30}, hbm=1e30))
+    assert free.seconds == pytest.approx(work.draft / Assumptions().flops) == free.computing
 
 
 TINY = LlamaConfig(
@@ -184,7 +178,7 @@ MICRO_BATCHES = 2
 
 
 def tiny_batch():
-    """Two rows, of which so much is supervised that every rank has its slots in several parts."""
+    """Two rows with enough supervised tokens that every rank has its slots in several chunks."""
     documents = [[TokenRow(name, [3] * n, [t > 10 for t in range(n)], "")] for name, n in (("a", 200), ("b", 170))]
     return collate(documents, 200, pad_id=0)
 
@@ -198,36 +192,36 @@ def tiny_draft(config, target, ranks):
 
 
 def exchanged(directory):
-    """Bytes of the collectives of keys and values that a step takes: of the target, the draft, and its gradients."""
+    """Bytes of the collectives of keys and values in a step: of the target, the draft, and its gradients."""
     titan.bind_device("cpu")
     dims = parallelism.mesh(ParallelismConfig(shard=-1, context=dist.get_world_size()))
-    ranks, found = parallelism.context_group(dims), {}
+    ranks, result = parallelism.context_group(dims), {}
     target = HFTarget(directory, aux_layers=[1, 2, 3], dtype=torch.bfloat16)
     for name, config in SHARED.items():
-        seen = {"target": 0, "draft": 0, "gradients": 0}
+        totals = {"target": 0, "draft": 0, "gradients": 0}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(context_parallel, "_all_gather", gathered(seen, ranks))
-            patch.setattr(context_parallel, "_reduce_scatter", scattered(seen))
+            patch.setattr(context_parallel, "_all_gather", counting_all_gather(totals, ranks))
+            patch.setattr(context_parallel, "_reduce_scatter", counting_reduce_scatter(totals))
             train(*tiny_draft(config, target, ranks), target, dims)
-        found[name] = seen
-    return found
+        result[name] = totals
+    return result
 
 
-def gathered(seen, ranks, collective=context_parallel._all_gather):
-    def counted(out, given, group):
-        seen["target" if group is ranks.prefetch_group else "draft"] += out.nbytes
-        assert given.nbytes * group.size() == out.nbytes
-        collective(out, given, group=group)
+def counting_all_gather(totals, ranks, collective=context_parallel._all_gather):
+    def count(out, part, group):
+        totals["target" if group is ranks.prefetch_group else "draft"] += out.nbytes
+        assert part.nbytes * group.size() == out.nbytes
+        collective(out, part, group=group)
 
-    return counted
+    return count
 
 
-def scattered(seen, collective=context_parallel._reduce_scatter):
-    def counted(out, given, group):
-        seen["gradients"] += given.nbytes
-        collective(out, given, group=group)
+def counting_reduce_scatter(totals, collective=context_parallel._reduce_scatter):
+    def count(out, whole, group):
+        totals["gradients"] += whole.nbytes
+        collective(out, whole, group=group)
 
-    return counted
+    return count
 
 
 def train(draft, objective, target, dims):
@@ -249,18 +243,18 @@ def tiny_work(config):
     return Work(training, None, tiny_batch().num_tokens, MICRO_BATCHES)
 
 
-def test_as_many_keys_and_values_are_counted_as_two_ranks_exchange(tmp_path):
+def test_counted_keys_and_values_equal_those_that_two_ranks_exchange(tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(TINY).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    for found in on_ranks(2, exchanged, str(tmp_path)):
+    for measured in on_ranks(2, exchanged, str(tmp_path)):
         for name, config in SHARED.items():
             work = tiny_work(config)
             counted = {key: work.rows * e.layers * e.size for key, e in vars(Exchanges.of(work)).items()}
-            assert counted == found[name] and min(counted.values()) > 0, name
+            assert counted == measured[name] and min(counted.values()) > 0, name
 
 
-def test_the_keys_and_values_of_the_published_shape_are_those_of_long_context_md():
+def test_keys_and_values_of_the_published_shape_are_those_of_long_context_md():
     """131072 tokens of an 8B Llama among eight ranks, in decimal MB: 470 a layer, 940 of gradients."""
     of_all = Exchange(1, 131072 * 2 * 1024 * 2), Exchange(1, 131072 * 2 * 1024 * 4)
     assert [round(one.sent(8) / 1e6) for one in of_all] == [470, 940]
@@ -270,26 +264,26 @@ def test_the_keys_and_values_of_the_published_shape_are_those_of_long_context_md
     assert (exchanges.draft, exchanges.gradients) == tuple(Exchange(1, one.size / 32) for one in of_all)
 
 
-def test_a_row_that_is_shared_takes_its_exchanges_and_the_masks_of_its_parts_on_top():
+def test_a_shared_row_adds_its_exchanges_and_masks_to_the_step():
     training = Training.of("8b")
-    a = Assumed(rows=2, masked=0.25, flops=1e14, nvlink=1e11, **NO_HOPS)
+    a = Assumptions(rows=2, masked=0.25, flops=1e14, nvlink=1e11, **NO_HOPS)
     work = training.work(one_row(4096, 1), a.rows * 4, 4)
-    alone = step(work, FSDP2, Replicated(), 8, a)
-    found = shared(work, Replicated(), 4, 8, a)
+    unshared = step(work, FSDP2, Replicated(), 8, a)
+    result = shared(work, Replicated(), 4, 8, a)
     scores = work.target_attention
     row = 4096 * 2 * 1024
-    assert found.exchanges == pytest.approx(8 * 3 / 4 * row * (32 * 2 + 2 + 4) / 1e11)
-    assert found.target == pytest.approx((work.target + 3 * scores) / 1e14)
-    assert found.step.seconds == pytest.approx(alone.seconds + found.exchanges + 3 * scores / 1e14)
-    assert (found.step.bytes, found.step.computing) == (alone.bytes, alone.computing)
-    # Nobody to share with: nothing on top.
+    assert result.exchanges == pytest.approx(8 * 3 / 4 * row * (32 * 2 + 2 + 4) / 1e11)
+    assert result.target == pytest.approx((work.target + 3 * scores) / 1e14)
+    assert result.step.seconds == pytest.approx(unshared.seconds + result.exchanges + 3 * scores / 1e14)
+    assert (result.step.bytes, result.step.computing) == (unshared.bytes, unshared.computing)
+    # On one GPU nothing is added.
     whole = training.work(one_row(4096, 1), a.rows)
-    assert shared(whole, Replicated(), 1, 8, a).step == step(whole, FSDP2, Replicated(), 8, training.job.optimizer, a)
-    # A quarter of four times as many rows: a few tokens more, that lie behind the parts.
+    assert shared(whole, Replicated(), 1, 8, a).step == step(whole, FSDP2, Replicated(), 8, a)
+    # A quarter of four times as many rows has a few more tokens: the halos after the parts.
     assert whole.target < work.target < 1.02 * whole.target
 
 
-def test_the_others_wait_for_the_first_of_the_gpus_that_share_a_row(monkeypatch):
+def test_the_first_of_the_gpus_that_share_a_row_has_the_most_work(monkeypatch):
     training, row = Training.of("8b"), one_row(32768, 1)
 
     def flops(rank):
@@ -302,7 +296,7 @@ def test_the_others_wait_for_the_first_of_the_gpus_that_share_a_row(monkeypatch)
     assert first > max(others)
 
 
-def test_every_assumption_is_said_and_can_be_given(capsys):
+def test_every_assumption_is_printed_and_is_an_option(capsys):
     main(
         [
             "--target",
@@ -319,14 +313,14 @@ def test_every_assumption_is_said_and_can_be_given(capsys):
             "1,2",
         ]
     )
-    said = capsys.readouterr().out
-    assert said.count("assumed: ") == len(Assumed.__dataclass_fields__) and "assumed: memory = 2e+10" in said
-    assert "does not fit" in said and "| hsdp | features |" in said
-    first, second = (line.split(" | ") for line in said.splitlines() if line.startswith("| 1024 |"))
+    out = capsys.readouterr().out
+    assert out.count("assumed: ") == len(Assumptions.__dataclass_fields__) and "assumed: memory = 2e+10" in out
+    assert "does not fit" in out and "| hsdp | features |" in out
+    first, second = (line.split(" | ") for line in out.splitlines() if line.startswith("| 1024 |"))
     assert first[4] == "0.00 s, 0 GB" and first[7].startswith("does not fit: ")
     assert float(second[6]) < float(first[6])
 
 
-def test_a_target_that_is_not_known_is_one_line():
+def test_an_unknown_target_is_a_one_line_error():
     with pytest.raises(SystemExit, match="--target 3b: expected one of 8b, 70b"):
         main(["--target", "3b"])
