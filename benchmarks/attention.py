@@ -1,9 +1,10 @@
-"""The causal block of the unroll, forward and backward: our pieces beside torch's flash kernel and the dense form.
+"""Speed of the unroll's causal block, forward and backward: our pieces, torch's flash kernel and the dense form.
 
 python -m benchmarks.attention [--rounds 9]
 
-Half of a row's positions are slots (two answers).  The flash kernel gets the same queries with a mask, as it takes no
-ranges of keys.  Milliseconds of CPU time (all threads), medians of interleaved rounds; ratios are to the flash kernel.
+Half of a row's positions are slots (two answers).  The flash kernel receives the same queries with a mask, since it
+does not accept ranges of keys.  Milliseconds of CPU time (all threads), medians of interleaved rounds; ratios are to
+the flash kernel.
 """
 
 import argparse
@@ -31,7 +32,7 @@ flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 @dataclass(frozen=True)
 class DenseBlock:
-    """The causal block in its readable form, to which the others are held: a mask bool [n, m]."""
+    """The causal block in its readable form, a dense attention with a mask bool [n, m]."""
 
     visible: torch.Tensor
 
@@ -44,7 +45,7 @@ class DenseBlock:
 
 
 def make_ways(heads: int, kv_heads: int, dim: int, lengths: list[int]) -> dict[str, Callable[[], object]]:
-    """Each way as a call that runs it forward and backward."""
+    """Calls that run forward and backward, by the name of the implementation."""
     positions = torch.cat([torch.arange(n) for n in lengths])
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     share = torch.cat([torch.arange(n) / n for n in lengths])
@@ -87,11 +88,11 @@ def main() -> None:
             ways = make_ways(*shape)
             for way in ways.values():
                 way()
-            taken = [{way: milliseconds(call) for way, call in ways.items()} for _ in range(rounds)]
+            measured = [{way: milliseconds(call) for way, call in ways.items()} for _ in range(rounds)]
             print(name)
             for way in ways:
-                median = statistics.median(r[way] for r in taken)
-                ratio = statistics.median(r[way] / r["flash kernel"] for r in taken)
+                median = statistics.median(r[way] for r in measured)
+                ratio = statistics.median(r[way] / r["flash kernel"] for r in measured)
                 print(f"    {way:14}{median:9.1f} ms {ratio:6.2f}")
 
 

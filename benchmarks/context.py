@@ -1,11 +1,10 @@
-"""Memory that one training step of a long row takes on each rank, where ranks share its tokens.
+"""Memory of a training step of a long row whose tokens several ranks share.
 
 python -m benchmarks.context [--length 16384] [--ranks 1,2,4] [--threads N]
 
 Target, draft and row are those of :mod:`benchmarks.long_rows`: a small model, and one conversation of which half is
-supervised.  MB are the most that tensors take at once on the rank that takes most, without the weights, by torch's own
-profiler: "target" in the target's forward, "step" in a whole step after the first.  "of one" is the share of what a
-rank alone takes.
+supervised.  MB are the peak of tensors on the rank with the highest one, without weights, by torch's profiler: "target"
+in the target's forward, "step" in a whole step after the first.  "of one" is the ratio to a single rank.
 """
 
 import argparse
@@ -23,7 +22,7 @@ MODULE = "benchmarks.context"
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """MB of the row in ``folder`` on the rank that takes most."""
+    """Peak MB of the row in ``folder``, on the rank with the highest one."""
     import torch
 
     from benchmarks.training_step.case import Setup
@@ -60,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
         prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--length", type=int, default=16384, help="tokens of the row (default: 16384)")
-    parser.add_argument("--ranks", default="1,2,4", help="how many share it, one after the other (default: 1,2,4)")
-    parser.add_argument("--threads", type=int, default=1, help="of each rank (default: 1)")
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks that share the row (default: 1,2,4)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each rank (default: 1)")
     parser.add_argument("--within", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.within:

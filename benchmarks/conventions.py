@@ -1,8 +1,8 @@
-"""The loss of one draft on one batch under each convention of mask and normalisation.
+"""The loss of a draft on a batch, for each convention of mask and normalization.
 
     python -m benchmarks.conventions RUN ROWS.jsonl
 
-RUN is a run of an EAGLE-3 draft, ROWS.jsonl holds rows of input_ids and loss_mask (an answers cache is one).
+RUN is a run of an EAGLE-3 draft.  ROWS.jsonl contains input_ids and loss_mask per line, as a cache of answers does.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main() -> None:
         objective = {n: _objective(target, convention, n) for n in Normalization}
         sums = {n: _sums(goal, target, draft, batch) for n, goal in objective.items()}
         for normalization in Normalization:
-            found = objective[normalization].metrics(sums[normalization])
-            _print(f"{convention.value}, {normalization.value} mean", [found[f"ploss_{i}"] for i in range(STEPS)])
+            metrics = objective[normalization].metrics(sums[normalization])
+            _print(f"{convention.value}, {normalization.value} mean", [metrics[f"ploss_{i}"] for i in range(STEPS)])
         all_gather = sums[Normalization.token]["loss"] / batch.num_tokens
         _print(f"{convention.value}, mean over all positions", all_gather.tolist())
 

@@ -1,11 +1,11 @@
-"""From a JSONL file to rows of tokens: speed beside the tokenizer alone, and memory against the number of lines.
+"""Speed and memory of the way from a JSONL file to rows of tokens, compared with the tokenizer alone.
 
 python -m benchmarks.data_path [--lines 10000 100000] [--words 60] [--workers 2]
 
-Conversations of random words, tokenised with a chat template by a byte-level BPE made for them.  "tokenizer alone" is
-the same texts, rendered already and in memory, through the tokenizer's own batch call on all cores.  Memory is what the
-process holds of its own (RssAnon), beside what it held before it opened the file; mapped files are the system's.
-Each number of lines is a process of its own.
+Conversations of random words are tokenized with a chat template and a byte-level BPE trained on these words.  "alone"
+is the tokenizer's own batch call on the same texts, already rendered and in memory, on all cores.  Memory is the growth
+of the process's anonymous memory (RssAnon, without mapped files) since before it opened the file.  Each number of lines
+is measured in its own process.
 """
 
 import argparse
@@ -39,32 +39,34 @@ def write_lines(file: Path, count: int, length: int) -> None:
     rng, known = random.Random(1), words()
     with file.open("w") as out:
         for number in range(count):
-            said = [" ".join(rng.choices(known, k=rng.randint(1, 2 * length))) for _ in range(2)]
-            messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+            texts = [" ".join(rng.choices(known, k=rng.randint(1, 2 * length))) for _ in range(2)]
+            messages = [
+                {"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)
+            ]
             out.write(json.dumps({"id": str(number), "conversations": messages}) + "\n")
 
 
 def own_bytes() -> int:
-    """What this process holds that is no file."""
+    """Bytes of this process's anonymous memory, without mapped files."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 def measured(count: int, length: int, workers: int) -> dict[str, float]:
-    learnt = [Conversation("", [{"role": "user", "content": f" {word}"}], "") for word in words()]
-    tokenizer = train_tokenizer(learnt, VOCAB)
+    corpus = [Conversation("", [{"role": "user", "content": f" {word}"}], "") for word in words()]
+    tokenizer = train_tokenizer(corpus, VOCAB)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "lines.jsonl"
         write_lines(file, count, length)
-        how = Tokenization(tokenizer, frozenset({tokenizer.eos_token_id}), ROW_TOKENS, VOCAB)
+        tokenization = Tokenization(tokenizer, frozenset({tokenizer.eos_token_id}), ROW_TOKENS, VOCAB)
         config = DataConfig(path=str(file), cache_dir=directory, workers=workers)
-        how(list(ConversationFile(file)[:SAMPLE]))  # what is made once, and the tokenizer's own caches
+        tokenization(list(ConversationFile(file)[:SAMPLE]))  # fills the tokenizer's caches
         before, times = own_bytes(), [time.perf_counter()]
         items = shuffled(ConversationFile(file), 0)
         times.append(time.perf_counter())
-        documents = load_or_tokenize(items, how, config, "tokenising")
+        documents = load_or_tokenize(items, tokenization, config, "tokenizing")
         times.append(time.perf_counter())
-        documents = load_or_tokenize(items, how, config, "tokenising")
+        documents = load_or_tokenize(items, tokenization, config, "tokenizing")
         times.append(time.perf_counter())
         stream = PackedLoader(
             documents, packed_length=ROW_TOKENS, global_batch_size=8, micro_batch_size=8, pad_id=0, seed=0
@@ -76,7 +78,7 @@ def measured(count: int, length: int, workers: int) -> dict[str, float]:
         reading, tokenizing, again, first, batching = (b - a for a, b in pairwise(times))
         return {
             "lines": count, "file MB": file.stat().st_size / 1e6, "own MB": (own_bytes() - before) / 1e6,
-            "reading s": reading, "tokenising s": tokenizing, "from the cache s": again, "first rows s": first,
+            "reading s": reading, "tokenizing s": tokenizing, "from the cache s": again, "first rows s": first,
             "Mtokens/s": documents.tokens / (reading + tokenizing) / 1e6,
             "alone Mtokens/s": alone(tokenizer, items) / 1e6,
             "rows Mtokens/s": BATCHES * 8 * ROW_TOKENS / batching / 1e6,
@@ -84,19 +86,19 @@ def measured(count: int, length: int, workers: int) -> dict[str, float]:
 
 
 def alone(tokenizer, items) -> float:
-    """Tokens a second of the tokenizer's own batch call."""
-    asked = [item.messages for item in items[:SAMPLE] if isinstance(item, Conversation)]
-    texts = tokenizer.apply_chat_template(asked, tokenize=False)
+    """Tokens per second of the tokenizer's own batch call."""
+    messages = [item.messages for item in items[:SAMPLE] if isinstance(item, Conversation)]
+    texts = tokenizer.apply_chat_template(messages, tokenize=False)
     tokenizer(texts[:100])
     start = time.perf_counter()
-    found = sum(map(len, tokenizer(texts)["input_ids"]))
-    return found / (time.perf_counter() - start)
+    tokens = sum(map(len, tokenizer(texts)["input_ids"]))
+    return tokens / (time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--words", type=int, default=60, help="of a message, on average")
+    parser.add_argument("--words", type=int, default=60, help="mean number of words of a message")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--case", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

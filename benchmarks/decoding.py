@@ -1,9 +1,9 @@
-"""Speed of the built-in decoder with a trained draft, beside plain decoding and transformers' own ``generate``.
+"""Speed of the built-in decoder with a trained draft, compared with plain decoding and transformers' ``generate``.
 
     python -m benchmarks.decoding RUN [--questions 20] [--threads 1]
 
-Every way answers every question before the next one is asked, so that a noisy machine hits all alike; the reference is
-``generate`` with a static cache.  RUN is a run of this project.
+All methods answer a question before the next question starts, so that noise of the machine affects all of them equally;
+the reference is ``generate`` with a static cache.  RUN is a run of this project.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def make_ways(run: Path) -> dict[str, Way]:
-    """Every way to answer a question greedily."""
+    """Methods to answer a question greedily, by name."""
     servable = read_servable(run)
     target = HFTarget(Path(servable.provenance.target), aux_layers=servable.aux_layers)
     draft, settings = servable.build(), servable.provenance.speculative
@@ -78,7 +78,7 @@ def _decoding(target: HFTarget, drafter: Drafter) -> Way:
 
 @torch.inference_mode()
 def reference(target: HFTarget, question: list[int], cache: str | None) -> list[int]:
-    """transformers' own greedy decoding."""
+    """Greedy decoding by transformers."""
     settings = GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=sorted(target.stop_ids), pad_token_id=0,
         cache_implementation=cache,
@@ -89,7 +89,7 @@ def reference(target: HFTarget, question: list[int], cache: str | None) -> list[
 
 
 def timed(way: Way, question: list[int]) -> tuple[int, float]:
-    """Tokens and seconds of an answer."""
+    """Answers a question; returns the number of tokens and the seconds."""
     started = time.perf_counter()
     answer = way(question)
     return len(answer), time.perf_counter() - started

@@ -1,11 +1,11 @@
-"""What training from captured features saves, and whether their reader keeps the trainer busy.
+"""Time saved by training from captured features, and the speed of their reader.
 
 python -m benchmarks.features [--steps 40] [--rounds 3] [key=value …]
 
-The embedded target and its data (other keys of a training's command line may follow).  They are captured once; then
-the same training runs with its target in the process and from the features, round by round, both as their user starts
-them.  ``waits`` is the share of a step in which the trainer waited for features and for rows.  Then the reader alone,
-beside a copy in memory of as many bytes, and once over all there is.  Medians; ratios are of the same round.
+By default the embedded target and its data are used; other keys of a training's command line may follow.  The features
+are captured once.  In each round the same recipe trains once with its target in the process and once from the features;
+"waits" is the share of a step in which the trainer waited for features or rows.  Finally the reader alone is compared
+with a copy of as many bytes in memory, and reads all features once.  Medians; ratios are of the same round.
 """
 
 import argparse
@@ -42,13 +42,13 @@ def program(*command: str) -> None:
 
 
 def train(overrides: list[str], directory: Path, *backend: str) -> Metrics:
-    """The log lines of a training, but for the first: nothing is warm there."""
+    """Trains, and returns the lines of its metrics without the first, which includes the warm-up."""
     program("recipes/train_eagle3.py", *overrides, f"output_dir={directory}", *backend)
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][1:]
 
 
 def median(lines: Metrics, *names: str) -> float:
-    """Of the sum of ``names``."""
+    """Median over the lines of the sum of the metrics ``names``."""
     return statistics.median(sum(line.get(f"perf/{name}", 0.0) for name in names) for line in lines)
 
 
@@ -78,7 +78,7 @@ def read_alone(target_dir: Path, features: Path, rounds: int) -> None:
     )
     batches = batches_of([row for row in ConversationFile(features / "training.jsonl") if isinstance(row, TokenRow)])
     read = [reader.compute_hidden_states(batch) for batch in batches[:8]]
-    memory = [x for made in read for x in (made.aux_hidden_states, made.last_hidden_state)]
+    memory = [x for output in read for x in (output.aux_hidden_states, output.last_hidden_state)]
     size = sum(x.numel() * x.element_size() for x in memory) / 1e9
     ratios, rates = [], []
     for _ in range(rounds):
@@ -97,18 +97,18 @@ def read_alone(target_dir: Path, features: Path, rounds: int) -> None:
 
 
 def read_all(reader: FeaturesTarget, batches: list[Batch]) -> None:
-    """As an epoch does; of more than fits into memory it is the disk that is measured."""
+    """Reads every batch once, as an epoch does; with more features than memory this measures the disk."""
     random.Random(0).shuffle(batches)
-    made = 0
+    size = 0
 
     def read() -> None:
-        nonlocal made
+        nonlocal size
         for batch in batches:
-            supervision = reader.compute_hidden_states(batch)
-            made += supervision.aux_hidden_states.nbytes + supervision.last_hidden_state.nbytes
+            output = reader.compute_hidden_states(batch)
+            size += output.aux_hidden_states.nbytes + output.last_hidden_state.nbytes
 
     seconds = timed(read)
-    print(f"all of them once in random order: {made / 1e9:.2f} GB, {made / seconds / 1e9:.2f} GB/s")
+    print(f"all of them once in random order: {size / 1e9:.2f} GB, {size / seconds / 1e9:.2f} GB/s")
 
 
 def batches_of(rows: list[TokenRow]) -> list[Batch]:
@@ -118,7 +118,7 @@ def batches_of(rows: list[TokenRow]) -> list[Batch]:
 
 
 def target_of(run: Path) -> Path:
-    """Where the run's target lies."""
+    """The directory of the run's target."""
     return Path(read_servable(run).provenance.target)
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--features", type=Path, help="captured before, by this command's keys")
+    parser.add_argument("--features", type=Path, help="features captured earlier with the same keys")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -135,13 +135,13 @@ def main() -> None:
         features = options.features or work / "captured"
         if options.features is None:
             program("recipes/capture_features.py", *options.overrides, f"output={features}")
-        given = [
+        settings = [
             "data=jsonl", "data.max_length=512", f"data.path={features}/training.jsonl",
             f"data.held_out_path={features}/held_out.jsonl", f"trainer.max_steps={options.steps}",
             f"trainer.val_interval={options.steps}", f"trainer.save_interval={options.steps}", "trainer.log_interval=5",
             "evaluation.num_questions=1", "evaluation.selection_questions=1", "logger=none",
         ]  # fmt: skip
-        compare([*options.overrides, *given], features, work, options.rounds)
+        compare([*options.overrides, *settings], features, work, options.rounds)
         read_alone(target_of(work / "features0"), features, options.rounds)
 
 

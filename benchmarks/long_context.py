@@ -1,11 +1,11 @@
-"""Acceptance length past the length that a draft was trained on, with the embedded target and its EAGLE-3 draft.
+"""Acceptance length on texts longer than the draft's training documents, with the embedded target and EAGLE-3.
 
 python -m benchmarks.long_context [--length 64] [--offset 512] [--steps 300] [--seeds 0,1,2] [--target-cache DIR]
 
-Three trainings that see as many tokens: documents of ``--length`` tokens; the same with ``draft.position_offset``; and
-documents four times as long.  A document is conversations one after the other, answered by the target, as the target
-itself was trained.  Measured is the decoder's τ, greedy, chains of 5, on the last 32 tokens of texts of once, twice and
-four times the length: the same held-out questions, with other conversations before them.
+Compares three trainings on equal numbers of tokens: documents of ``--length`` tokens; the same with
+``draft.position_offset``; and documents four times as long.  A document is a sequence of conversations with the
+target's answers, like the target's own training data.  The result is the decoder's τ (greedy, chains of 5) on the last
+32 tokens of texts of one, two and four times the length: the same held-out questions after other conversations.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def answered(target: HFTarget, held_out: bool, cache: Path) -> list[TokenRow]:
 
 
 def strung(rows: Sequence[TokenRow], length: int) -> list[TokenRow]:
-    """Documents of ``length`` tokens."""
+    """Documents of ``length`` tokens, cut from the concatenation of ``rows``."""
     order = list(rows)
     random.Random(0).shuffle(order)
     ids = list(chain.from_iterable(row.input_ids for row in order))
@@ -66,7 +66,7 @@ def strung(rows: Sequence[TokenRow], length: int) -> list[TokenRow]:
 
 
 def trained(target: HFTarget, documents: list[TokenRow], offset: int | None, steps: int, seed: int) -> Eagle3Draft:
-    """A draft after ``steps`` steps."""
+    """A draft trained for ``steps`` steps."""
     config = Eagle3DraftConfig(ttt_steps=UNROLLED, position_offset=offset)
     torch.manual_seed(seed)
     shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, target.config.vocab_size)
@@ -94,7 +94,7 @@ def trained(target: HFTarget, documents: list[TokenRow], offset: int | None, ste
 
 
 def prompts(held_out: Sequence[TokenRow], length: int) -> list[list[int]]:
-    """The first questions, each behind the end of other conversations: ``length`` tokens together."""
+    """The first questions, each after the end of other conversations, ``length`` tokens in total."""
     out = []
     for n in range(QUESTIONS):
         question = held_out[n].input_ids[: held_out[n].loss_mask.index(True)]
@@ -109,11 +109,11 @@ def prompts(held_out: Sequence[TokenRow], length: int) -> list[list[int]]:
 
 def measured(target: HFTarget, draft: Eagle3Draft, held_out: Sequence[TokenRow], length: int) -> float:
     """τ on the last ``ANSWER`` tokens of texts of ``length``."""
-    drafter, found = EagleDrafter(draft, target, tree_builder_for(SpeculativeSettings(5, 1, 6))), Measured()
-    asked = prompts(held_out, length - ANSWER)
+    drafter, result = EagleDrafter(draft, target, tree_builder_for(SpeculativeSettings(5, 1, 6))), Measured()
+    questions = prompts(held_out, length - ANSWER)
     for start in range(0, QUESTIONS, AT_ONCE):
-        found.generations += generate(target, drafter, asked[start : start + AT_ONCE], max_new_tokens=ANSWER)
-    return found.tau
+        result.generations += generate(target, drafter, questions[start : start + AT_ONCE], max_new_tokens=ANSWER)
+    return result.tau
 
 
 def lines(options: argparse.Namespace) -> Iterator[str]:

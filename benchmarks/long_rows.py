@@ -1,10 +1,10 @@
-"""Memory that one training step adds, against the length of a row.
+"""Memory of a training step as a function of the row length.
 
 python -m benchmarks.long_rows [--lengths 2048,4096,8192,16384,32768] [--threads N]
 
-A small random target and its EAGLE-3 draft; one row that is a single conversation, half of it supervised: attention's
-worst case.  Each length is a process of its own.  "target" is the peak of the target's forward over the process
-before it; "step" that of target, draft, loss, backward pass, clipping and AdamW.
+A small random target and its EAGLE-3 draft train on one row, a single conversation of which half is supervised: the
+worst case of attention.  Each length runs in its own process.  "target" is the peak in the target's forward, minus the
+process's memory before it; "step" is that of target, draft, loss, backward pass, clipping and AdamW.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def prepare(folder: Path, length: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """MB of the row in ``folder``, in this process."""
+    """Peak MB that the row in ``folder`` adds to this process."""
     from benchmarks.training_step.case import Setup
     from benchmarks.training_step.implementations.own import Ours
     from benchmarks.training_step.worker import Memory
@@ -62,8 +62,8 @@ def _table(lengths: Sequence[int], threads: int) -> None:
         with tempfile.TemporaryDirectory() as name:
             for_length = ["--lengths", str(length)]
             last_line_of(MODULE, [*for_length, "--prepare", name], threads)
-            found = json.loads(last_line_of(MODULE, [*for_length, "--within", name], threads))
-        target, step = found["target"], found["step"]
+            peak = json.loads(last_line_of(MODULE, [*for_length, "--within", name], threads))
+        target, step = peak["target"], peak["step"]
         print(
             f"{length:8}{target:12.0f}{step:12.0f}{target / length * 1000:18.1f}{step / length * 1000:15.1f}",
             flush=True,
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         prog=f"python -m {MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", default=LENGTHS, help=f"tokens of a row (default: {LENGTHS})")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     for internal in ("--prepare", "--within"):
         parser.add_argument(internal, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -1,14 +1,14 @@
-"""What ``plan=true`` predicts of a training step beside what the trainer takes for it.
+"""Time and memory that ``plan=true`` predicts for a training step, compared with the trainer's.
 
 python -m benchmarks.plan [--cases tiny,S-50] [--rounds 3] [--threads N]
 
-Every case is a process of its own, in which the trainer runs a recipe: the embedded target's with a random target of
-its shape; sizes S and M of ``benchmarks.training_step`` with a share of their tokens supervised; a target that is large
-beside its draft, on two ranks, in each of its placements (``L-hf_tp``: ``backend=hf_tp``); a large draft in each of its
-own (``ddp``, ``hsdp``, …); or a long row that two ranks share (``cp-hf_tp-5``: ``backend=hf_tp``, 5 % supervised).
-Rounds alternate between a prediction and some steps, so that a busy machine hits both.  Memory is that of the rank with
-the most: the weights, and the most that tensors take at once in the first steps, by torch's own profiler: what
-torch.cuda.max_memory_allocated is on a GPU.  "besides" is what its process has grown by beyond that.
+Every case runs the trainer in its own process: the embedded target's recipe with a random target of that shape; sizes S
+and M of ``benchmarks.training_step`` with a share of their tokens supervised; a target much larger than its draft, on
+two ranks, with each backend (``L-hf_tp``: ``backend=hf_tp``); a large draft with each parallelism (``ddp``, ``hsdp``,
+…); or a long row that two ranks share (``cp-hf_tp-5``: ``backend=hf_tp``, 5 % supervised).  Rounds alternate between a
+prediction and some steps, so that noise of the machine affects both.  Memory is that of the rank with the most: its
+weights and the peak of all other tensors in the first steps, by torch's profiler (torch.cuda.max_memory_allocated on a
+GPU).  "besides" is the further growth of its process.
 """
 
 import argparse
@@ -36,18 +36,18 @@ from nemo_speculative.utils.errors import UsageError
 MODULE = "benchmarks.plan"
 STEPS, WARMUP, PROFILED = 3, 2, 2
 COPIES = 8
-"""Of a size's conversations, so that the steps of a run do not end."""
+"""Copies of a size's conversations in the data, so that a run has enough steps."""
 LARGE = Size(
     hidden_size=1024, num_layers=12, num_heads=16, num_kv_heads=8, intermediate_size=2816, vocab_size=8192,
     draft_vocab_size=1024, aux_layers=[1, 5, 8], rows=2, row_tokens=256,
 )  # fmt: skip
 PLACEMENTS, RANKS = ("hf", "hf_fsdp2", "hf_tp"), 2
-"""Of the large one, on so many ranks."""
+"""Backends of the large target, and the number of ranks."""
 HEAVY = Size(
     hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=4, intermediate_size=3072, vocab_size=8192,
     draft_vocab_size=6144, aux_layers=[0, 1, 2], rows=4, row_tokens=256,
 )  # fmt: skip
-"""A draft whose weights and moments are more than what is computed with them."""
+"""A draft whose weights and moments take more memory than its activations."""
 DRAFTS: dict[str, tuple[int, list[str]]] = {
     "ddp": (2, ["parallelism=ddp"]),
     "fsdp2": (2, ["parallelism=fsdp2"]),
@@ -56,25 +56,26 @@ DRAFTS: dict[str, tuple[int, list[str]]] = {
     "offload": (2, ["parallelism=fsdp2", "parallelism.offload=true"]),
     "average": (1, ["parallelism=single", "optimizer.ema_decay=0.999"]),
 }
-"""Ways to hold that draft, on how many ranks."""
+"""Placements of that draft: the number of ranks and the overrides."""
 LONG = Size(
     hidden_size=256, num_layers=6, num_heads=4, num_kv_heads=2, intermediate_size=3072, vocab_size=2048,
     draft_vocab_size=1024, aux_layers=[1, 2, 3], rows=1, row_tokens=4096,
 )  # fmt: skip
-"""One row that weighs more than the models: with few slots the target's forward takes the most, with many the draft."""
+"""A row that takes more memory than the models: with few slots the target's forward has the peak, with many the draft.
+"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a case runs."""
+    """The recipe that a case runs."""
 
     overrides: Callable[[Path], list[str]]
-    """Writes what it needs into a folder; what the recipe is to be given."""
+    """Writes the input files into a folder, and returns the recipe's overrides."""
     ranks: int = 1
 
 
 def _cases() -> dict[str, Recipe]:
-    """``tiny``; a size and the share that is supervised, in per cent; or a placement of the large target."""
+    """All cases by name."""
     sizes = {
         f"{name}-{share}": Recipe(partial(_size, size=size, share=share / 100, rows=size.rows))
         for name, size in SIZES.items()
@@ -117,7 +118,7 @@ def _shared(folder: Path, share: float, backend: Callable[[Path, list[str]], lis
 
 
 def _captured(folder: Path, row: list[str]) -> list[str]:
-    """The hidden states of ``row`` on the disk."""
+    """Captures the hidden states of ``row`` to disk, and returns the overrides that read them."""
     from nemo_speculative.training.capture_features import capture
 
     capture(_job("capture_features", [*row, f"output={folder}/features"]))
@@ -132,7 +133,7 @@ SHARED: dict[str, Callable[[Path, list[str]], list[str]]] = {
     **{backend: partial(_computed, backend=backend) for backend in PLACEMENTS},
     "features": _captured,
 }
-"""What gives ranks that share a row its states; made ready, and what the training is to be told of it."""
+"""Sources of the hidden states of shared rows: functions that prepare one and return its overrides."""
 
 
 def _job(recipe: str, overrides: list[str]) -> Any:
@@ -145,7 +146,7 @@ def _job(recipe: str, overrides: list[str]) -> Any:
 
 
 def _size(folder: Path, size: Size, share: float, rows: int) -> list[str]:
-    """``rows`` of a micro-batch."""
+    """Writes target and data of ``size``; returns the overrides for micro-batches of ``rows`` rows."""
     from benchmarks.training_step.setup import write_setup
 
     case = Case(size=size, draft="eagle3", num_steps=7, dtype="float32", lengths="full", supervised=share, threads=1)
@@ -162,7 +163,7 @@ def _size(folder: Path, size: Size, share: float, rows: int) -> list[str]:
 
 
 def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
-    """Figures of one case, in this process or rank of one: seconds of a step and bytes, predicted and measured."""
+    """Runs one case in this process, or on this rank: seconds of a step and bytes, predicted and measured."""
     import torch
 
     from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
@@ -187,12 +188,12 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             memory = Memory()
             _steps(trainer, WARMUP)
             added = memory.added_mb() * 1e6
-            getattr(target, "release", lambda: None)()  # else what it has gathered would count twice
-            stay = [p for m in (target.model, draft) for p in m.parameters()]
-            kept = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
-            kept += trainer.average.state_dict().values()
-            peak = peak_of_tensors(lambda: _steps(trainer, PROFILED)) + _bytes(kept) + (read.most if read else 0)
-            most = torch.tensor([peak + _bytes(stay), added - peak], dtype=torch.float64)
+            getattr(target, "release", lambda: None)()  # otherwise gathered weights would count twice
+            weights = [p for m in (target.model, draft) for p in m.parameters()]
+            moments = [x for o in trainer.optimizers for state in o.state.values() for x in state.values()]
+            moments += trainer.average.state_dict().values()
+            peak = peak_of_tensors(lambda: _steps(trainer, PROFILED)) + _bytes(moments) + (read.most if read else 0)
+            most = torch.tensor([peak + _bytes(weights), added - peak], dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             shape = draft_shape(job, target.config, vocabulary.size)
             batches = build_loader(job, target, data, dims).next_global_batch()
@@ -209,67 +210,67 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             )  # fmt: skip
     return {
         "predicted": predicted, "measured": measured, "bytes": sum(parts.values()), "peak": float(most[0]),
-        "said besides": estimate.overhead(parts, device), "besides": float(most[1]),
+        "predicted besides": estimate.overhead(parts, device), "besides": float(most[1]),
     }  # fmt: skip
 
 
 class StatesRead:
-    """The most bytes of states that were alive at once of what threads have asked ``target`` for.
+    """Peak bytes of the hidden states that threads have requested from ``target``.
 
-    The profiler sees nothing that another thread makes.
+    torch's profiler does not record the allocations of other threads.
     """
 
     def __init__(self, target: Any):
         self.alive = self.most = 0
-        self._noting, self._supervise = threading.Lock(), target.compute_hidden_states
-        target.compute_hidden_states = self._watched
+        self._lock, self._compute = threading.Lock(), target.compute_hidden_states
+        target.compute_hidden_states = self._recording
 
-    def _watched(self, batch: Any) -> Any:
-        made = self._supervise(batch)
-        for x in (made.aux_hidden_states, made.last_hidden_state):
+    def _recording(self, batch: Any) -> Any:
+        output = self._compute(batch)
+        for x in (output.aux_hidden_states, output.last_hidden_state):
             storage = x.untyped_storage()
-            self._note(storage.nbytes())
-            weakref.finalize(storage, self._note, -storage.nbytes())
-        return made
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes())
+        return output
 
-    def _note(self, size: int) -> None:
-        with self._noting:
+    def _add(self, size: int) -> None:
+        with self._lock:
             self.alive += size
             self.most = max(self.most, self.alive)
 
 
 def _bytes(tensors: Sequence[Any]) -> int:
-    """Of this rank's parts of them."""
+    """Bytes of this rank's parts of ``tensors``."""
     parts = [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
     return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _steps(trainer: Any, count: int) -> float:
-    """Seconds of a step: the median of ``count``."""
-    taken = []
+    """Trains ``count`` steps; returns the median of their seconds."""
+    seconds = []
     for _ in range(count):
         started = time.perf_counter()
         trainer.train_step()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
-def line(name: str, found: dict[str, Any]) -> str:
+def line(name: str, result: dict[str, Any]) -> str:
     """A line of the table."""
-    seconds, steps = (statistics.median(found[key]) for key in ("predicted", "measured"))
-    ratios = [a / b for a, b in zip(found["predicted"], found["measured"], strict=True)]
+    seconds, steps = (statistics.median(result[key]) for key in ("predicted", "measured"))
+    ratios = [a / b for a, b in zip(result["predicted"], result["measured"], strict=True)]
     return (
         f"{name:14}{seconds:11.3f}{steps:11.3f}{seconds / steps:8.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        f"{found['bytes'] / 1e6:13.0f}{found['peak'] / 1e6:11.0f}{found['bytes'] / found['peak']:8.2f}"
-        f"{found['said besides'] / 1e6:11.0f}{found['besides'] / 1e6:11.0f}"
+        f"{result['bytes'] / 1e6:13.0f}{result['peak'] / 1e6:11.0f}{result['bytes'] / result['peak']:8.2f}"
+        f"{result['predicted besides'] / 1e6:11.0f}{result['besides'] / 1e6:11.0f}"
     )
 
 
 def in_process(name: str, rounds: int, threads: int) -> dict[str, Any]:
-    """``run_case`` in a process of its own, or ranks that share the threads.
+    """Runs :func:`run_case` in its own process, or on ranks that share the threads.
 
     Raises:
-        UserError: it failed; its last line is quoted.
+        UserError: it failed; the message quotes its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
         prepared = last_line_of(MODULE, ["--prepare", folder, "--cases", name], threads)
@@ -283,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--cases", default=",".join(_cases()), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     for internal in ("--prepare", "--within"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -292,9 +293,9 @@ def main(argv: Sequence[str]) -> int:
         shared = [f"output_dir={folder}/run", "logger=none", "trainer.val_rows=1"]
         print(json.dumps(shared + _cases()[options.cases].overrides(folder)))
     elif options.within:
-        found = run_case(json.loads(options.within), options.rounds)
+        result = run_case(json.loads(options.within), options.rounds)
         if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(found))
+            print(json.dumps(result))
     else:
         return exit_status(lambda: _table(options.cases.split(","), options.rounds, options.threads))
     return 0
@@ -302,7 +303,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _table(names: Sequence[str], rounds: int, threads: int) -> None:
     if unknown := [name for name in names if name not in _cases()]:
-        raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected some of {', '.join(_cases())}")
+        raise UsageError(f"--cases: {unknown[0]!r} is unknown; expected one or more of {', '.join(_cases())}")
     print(f"{machine(threads)}; {rounds} rounds")
     print(f"{'':14}{'seconds of a step':>22}{'':30}{'MB of tensors':>22}{'MB besides':>25}")
     pair = f"{'predicted':>11}{'measured':>11}"

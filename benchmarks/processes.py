@@ -1,4 +1,4 @@
-"""Benchmarks whose cases are processes of their own, so that each one's memory is its own."""
+"""Helpers of benchmarks that run each case in its own process, to measure its memory separately."""
 
 import subprocess
 import sys
@@ -9,10 +9,10 @@ from nemo_speculative.utils.errors import UserError, print_error
 
 
 def last_line_of(module: str, arguments: Sequence[str], threads: int, ranks: int = 1) -> str:
-    """What ``python -m module`` printed last, run on so many ``ranks`` of ``threads`` each.
+    """Runs ``python -m module`` on ``ranks`` ranks of ``threads`` threads each; returns the last line that it prints.
 
     Raises:
-        UserError: it failed; the last line of its standard error is quoted.
+        UserError: it failed; the message quotes the last line of its standard error.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     done = subprocess.run(
@@ -20,13 +20,13 @@ def last_line_of(module: str, arguments: Sequence[str], threads: int, ranks: int
         capture_output=True, text=True, check=False, env=worker_environment(threads),
     )  # fmt: skip
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{module} {' '.join(arguments)}: the process failed: {said}")
+        message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{module} {' '.join(arguments)}: the process failed: {message}")
     return (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def exit_status(program: Callable[[], None]) -> int:
-    """Of ``program``, whose :class:`UserError` is one line."""
+    """Runs ``program`` and returns its exit status; prints a :class:`UserError` as one line."""
     try:
         program()
     except UserError as error:

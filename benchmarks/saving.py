@@ -1,11 +1,11 @@
-"""For how long a save stops the training: while it is copied to the host's memory, or until it is on the disk.
+"""Time for which saving a checkpoint pauses the training, asynchronously and synchronously.
 
 python -m benchmarks.saving [--size M] [--rounds 5] [--threads N] [--out DIR]
 
-A small random target and its EAGLE-3 draft with AdamW's moments in this process, saved in turn in both ways by what
-saves a run's checkpoints, in DIR (default: a temporary directory).  "pause" is what the metrics call
-perf/save_pause_seconds; "written" the time until the checkpoint has its name; "step" how much longer a training step
-takes while a thread writes.
+The trainer's own checkpointer saves a small EAGLE-3 draft with AdamW's moments, alternating between both modes, to DIR
+(default: a temporary directory).  An asynchronous save pauses the training until the state is copied to the host's
+memory, a synchronous one until it is on the disk.  "pause" is the metric perf/save_pause_seconds; "written" the time
+until the checkpoint has its name; "step" the slowdown of a training step while a thread writes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PLAIN_STEPS = 5
 
 
 class Saved(Ours):
-    """The trainer's parts, with what its checkpoints take."""
+    """The trainer's components, with a checkpointer."""
 
     def __init__(self, setup: Setup, out: Path):
         super().__init__(setup, frozenset())
@@ -58,7 +58,7 @@ class Saved(Ours):
         return time.perf_counter() - started
 
     def save(self, wait: bool) -> tuple[float, float, list[float]]:
-        """Seconds of the pause and until the checkpoint has its name, and of the steps in between."""
+        """Saves a checkpoint; returns the seconds of the pause, until it has its name, and of each step in between."""
         figures: dict[str, float] = {}
         steps: list[float] = []
         self.saved += 1
@@ -71,7 +71,7 @@ class Saved(Ours):
 
 
 def table(trainer: Saved, rounds: int) -> str:
-    """Both ways in turn, medians of ``rounds``; the first pair of saves is not counted."""
+    """Table of both modes, medians of ``rounds`` after a first pair of saves that is not counted."""
     plain = statistics.median(trainer.timed_step() for _ in range(PLAIN_STEPS))
     both = [(trainer.save(wait=True), trainer.save(wait=False)) for _ in range(rounds + 1)][1:]
     state = trainer.saver.run.path(trainer.saved) / "state"
@@ -106,11 +106,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--size", choices=SIZES, default="M", help="(default: M)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
-    parser.add_argument("--out", type=Path, default=None, help="a directory on the disk that is meant")
-    given = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(dir=given.out) as folder:
-        return exit_status(lambda: _measure(given.size, given.rounds, given.threads, Path(folder)))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
+    parser.add_argument("--out", type=Path, default=None, help="a directory on the disk to measure")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        return exit_status(lambda: _measure(options.size, options.rounds, options.threads, Path(folder)))
 
 
 if __name__ == "__main__":

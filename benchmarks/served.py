@@ -1,10 +1,10 @@
-"""A draft trained for some minutes, then served by the real SGLang and measured there beside its target alone.
+"""Trains a draft for a few minutes, serves it with the real SGLang, and compares it there with the target alone.
 
     python -m benchmarks.served --out DIR [--target MODEL --prompts FILE] [--device cuda --sglang-python PYTHON]
 
-The target is a Hugging Face directory, or one of random weights (--size) whose text a draft can learn; the draft learns
-from the target's own answers.  The table is that of recipes/benchmark.py.  With random weights the acceptance length
-says nothing about real models, and the speeds say what such acceptance gains on this machine.
+The target is a Hugging Face directory, or a model of random weights (--size) whose text a draft can learn; the draft is
+trained on the target's own answers.  recipes/benchmark.py prints the table.  With random weights the acceptance length
+is not that of real models; the speeds show the gain of such an acceptance length on this machine.
 """
 
 import argparse
@@ -33,11 +33,11 @@ SIZES: dict[str, dict[str, Any]] = {
            "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096},
 }  # fmt: skip
 SPREAD, DAMPING = 1.2, 0.03
-"""Weights far from a tie, and layers that add little: text that is neither a loop nor chaos."""
+"""Spread of the weights, and factor of the layers' output projections, for text that neither repeats nor is random."""
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 TEMPLATE = "{% for m in messages %}{{ 't1 ' if m['role'] == 'user' else 't2 ' }}{{ m['content'] }} {% endfor %}t2 "
 LONGEST_PROMPT, ASKED = 24, 32
-"""Words of a prompt, and prompts that are kept for the measurement."""
+"""Most words of a prompt, and number of prompts that are held out for the measurement."""
 
 
 def random_target(directory: Path, size: str, device: str) -> Path:
@@ -54,7 +54,7 @@ def random_target(directory: Path, size: str, device: str) -> Path:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.mul_(DAMPING)
     model.to(getattr(torch, DTYPES[device])).save_pretrained(directory)
-    # No name of a special token may be the beginning of a word.
+    # No word may start with the name of a special token.
     names = {f"t{i}": i for i in range(shape["vocab_size"]) if i not in (0, 3)} | {"<pad>": 0, "</s>": 3}
     words = Tokenizer(models.WordLevel(names, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -74,28 +74,28 @@ def random_prompts(count: int, vocabulary: int) -> list[str]:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The first user's message of every conversation in a JSONL file.
+    """The first user message of every conversation in a JSONL file.
 
     Raises:
-        UserError: a line holds none.
+        UserError: a line has none.
     """
     prompts = []
     for number, line in enumerate(file.read_text().splitlines(), start=1):
-        said = [m["content"] for m in json.loads(line).get("conversations", []) if m.get("role") == "user"]
-        if not said:
+        questions = [m["content"] for m in json.loads(line).get("conversations", []) if m.get("role") == "user"]
+        if not questions:
             raise UserError(f'{file}:{number}: expected {{"conversations": [{{"role": "user", "content": …}}]}}')
-        prompts.append(said[0])
+        prompts.append(questions[0])
     return prompts
 
 
 def write_prompts(directory: Path, prompts: Sequence[str]) -> tuple[Path, Path]:
-    """Conversations to train on, and the prompts kept back."""
-    kept, training = prompts[:ASKED], prompts[ASKED:]
-    train, asked = directory / "train.jsonl", directory / "asked.jsonl"
+    """Writes the conversations to train on, and the held-out prompts; returns both files."""
+    held_out, training = prompts[:ASKED], prompts[ASKED:]
+    train, questions = directory / "train.jsonl", directory / "questions.jsonl"
     rows = ({"conversations": [{"role": "user", "content": text}]} for text in training)
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in kept))
-    return train, asked
+    questions.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in held_out))
+    return train, questions
 
 
 def train_command(options: argparse.Namespace, target: Path, data: Path) -> list[str]:
@@ -110,25 +110,29 @@ def train_command(options: argparse.Namespace, target: Path, data: Path) -> list
     ]  # fmt: skip
 
 
-def benchmark_command(options: argparse.Namespace, asked: Path) -> list[str]:
+def benchmark_command(options: argparse.Namespace, questions: Path) -> list[str]:
     return [
         sys.executable, "recipes/benchmark.py", f"checkpoint='{options.out / 'run'}'", "suite=jsonl",
-        f"suite.path='{asked}'", f"suite.max_new_tokens={options.answer_tokens}", f"server.device={options.device}",
+        f"suite.path='{questions}'", f"suite.max_new_tokens={options.answer_tokens}", f"server.device={options.device}",
         f"server.python='{options.sglang_python}'", f"concurrency={options.concurrency}", f"sweep={options.sweep}",
         "temperature=[0]", f"results='{options.out / 'benchmark'}'",
     ]  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
-    """Raises UserError where a recipe fails."""
+    """Trains and measures the draft.
+
+    Raises:
+        UserError: a recipe failed.
+    """
     options.out.mkdir(parents=True, exist_ok=True)
     target = options.target or random_target(options.out / "target", options.size, options.device)
     count = options.conversations + ASKED
     prompts = (
         read_prompts(options.prompts) if options.prompts else random_prompts(count, SIZES[options.size]["vocab_size"])
     )
-    data, asked = write_prompts(options.out, prompts[:count])
-    for command in (train_command(options, target, data), benchmark_command(options, asked)):
+    data, questions = write_prompts(options.out, prompts[:count])
+    for command in (train_command(options, target, data), benchmark_command(options, questions)):
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             raise UserError(f"{command[1]} failed, see above; the whole command: {' '.join(command)}")
 
@@ -137,22 +141,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.served", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=lambda text: Path(text).resolve(), required=True, help="a directory for all of it"
-    )
+    parser.add_argument("--out", type=lambda text: Path(text).resolve(), required=True, help="directory of all output")
     parser.add_argument("--target", type=Path, help="a Hugging Face directory; with --prompts")
-    parser.add_argument("--prompts", type=Path, help="JSONL of conversations, of which the first question is asked")
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="of a random target (default: tiny)")
+    parser.add_argument("--prompts", type=Path, help="JSONL of conversations, whose first questions are used")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="size of a random target (default: tiny)")
     parser.add_argument("--device", choices=DTYPES, default="cpu", help="(default: cpu)")
-    parser.add_argument("--steps", type=int, default=200, help="of training (default: 200)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the training (default: 200)")
     parser.add_argument("--conversations", type=int, default=1000, help="to train on (default: 1000)")
     parser.add_argument("--answer-tokens", type=int, default=64, help="(default: 64)")
     parser.add_argument("--concurrency", default="[1,4]", help="(default: [1,4])")
     parser.add_argument("--sweep", default="[[3,1],[5,1],[4,4,16]]", help="steps, top-k, draft tokens (default: three)")
-    parser.add_argument("--sglang-python", default=sys.executable, help="of SGLang's environment (default: this one)")
+    parser.add_argument(
+        "--sglang-python", default=sys.executable, help="Python of SGLang's environment (default: this one)"
+    )
     options = parser.parse_args(argv)
     if bool(options.target) != bool(options.prompts):
-        parser.error("--target and --prompts go together: random prompts are of a random target's words")
+        parser.error("--target and --prompts require each other: random prompts consist of a random target's words")
     return options
 
 

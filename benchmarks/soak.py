@@ -1,11 +1,11 @@
-"""A long training that is watched from outside: does its memory grow, does it leak, does it slow down?
+"""Watches a long training for growing memory, leaked resources and slower steps.
 
 python -m benchmarks.soak --minutes 60 [--ranks 2] [--every 10] [--output outputs/soak] [override ...]
 
-Trains an EAGLE-3 draft for the embedded target on several ranks, with a checkpoint every minute, and every five minutes
-an evaluation of the newest one by a program of its own; then asks the training to end, as a scheduler does.  A sample
-is what Linux says of each rank: memory that is no file (RssAnon + RssShmem), open files, threads, and processor time.
-Samples go to <output>/soak.jsonl; the first fifth of them is warming up.
+Trains an EAGLE-3 draft for the embedded target on several ranks, with a checkpoint every minute, which a separate
+process evaluates every five minutes; then it stops the training with SIGTERM, as a scheduler does.  A sample has each
+rank's memory without mapped files (RssAnon + RssShmem), open files, threads and CPU time, from /proc.  Samples are
+written to <output>/soak.jsonl; the first fifth of them counts as warm-up.
 """
 
 import argparse
@@ -33,25 +33,25 @@ SETTINGS = [
 
 
 def run_of(output: Path) -> Path:
-    """The training's own directory; what watches it writes beside it."""
+    """The training's output directory; this program writes next to it."""
     return output / "run"
 
 
 def marked(mark: str) -> dict[int, dict[str, str]]:
-    """The environment of every process that was started under ``mark``."""
-    found = {}
+    """Environments, by pid, of the processes whose environment contains ``mark``."""
+    environments = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             lines = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
         if f"{MARK}={mark}" in lines:
-            found[int(directory.name)] = dict(line.split("=", 1) for line in lines if "=" in line)
-    return found
+            environments[int(directory.name)] = dict(line.split("=", 1) for line in lines if "=" in line)
+    return environments
 
 
 def of_process(pid: int) -> dict[str, float]:
-    """Memory in MB, open files, threads, and seconds of processor time."""
+    """Memory in MB, open files, threads, and seconds of CPU time of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = {name: value.split() for name, value in (line.split(":", 1) for line in lines)}
     ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
@@ -64,7 +64,7 @@ def of_process(pid: int) -> dict[str, float]:
 
 
 def sample(mark: str, output: Path, start: float) -> dict | None:
-    """None before the first line of metrics, and where a process ends meanwhile."""
+    """A sample; None before the first line of metrics, or if a process ends meanwhile."""
     metrics = run_of(output) / "metrics.jsonl"
     if not metrics.exists() or not (lines := metrics.read_text().splitlines()):
         return None
@@ -72,12 +72,12 @@ def sample(mark: str, output: Path, start: float) -> dict | None:
         ranks = {e["RANK"]: of_process(pid) for pid, e in marked(mark).items() if "RANK" in e}
     except (OSError, KeyError):
         return None
-    kept = [path for path in (run_of(output) / "checkpoints").rglob("*") if path.is_file() and not path.is_symlink()]
+    files = [path for path in (run_of(output) / "checkpoints").rglob("*") if path.is_file() and not path.is_symlink()]
     return {
         "seconds": time.monotonic() - start,
         "step": json.loads(lines[-1])["step"],
         "processes": len(marked(mark)),
-        "checkpoint files": len(kept),
+        "checkpoint files": len(files),
         "ranks": ranks,
     }
 
@@ -106,44 +106,44 @@ def evaluation(output: Path) -> subprocess.Popen:
 
 
 def watch(process: subprocess.Popen, mark: str, options: argparse.Namespace) -> tuple[list[dict], list[int]]:
-    """The samples, and the exit codes of the evaluations."""
+    """Takes samples and starts evaluations; returns the samples and the evaluations' exit codes."""
     samples: list[dict] = []
     evaluations: list[subprocess.Popen] = []
     start = time.monotonic()
     with (options.output / "soak.jsonl").open("w") as out:
         while process.poll() is None and (not samples or samples[-1]["seconds"] < options.minutes * 60):
             time.sleep(options.every)
-            taken = sample(mark, options.output, start)
-            if taken is None:
+            latest = sample(mark, options.output, start)
+            if latest is None:
                 start = start if samples else time.monotonic()
                 continue
-            samples.append(taken)
-            out.write(json.dumps(taken) + "\n")
+            samples.append(latest)
+            out.write(json.dumps(latest) + "\n")
             out.flush()
-            if taken["seconds"] > EVALUATION_MINUTES * 60 * (len(evaluations) + 1):
+            if latest["seconds"] > EVALUATION_MINUTES * 60 * (len(evaluations) + 1):
                 evaluations.append(evaluation(options.output))
     return samples, [done.wait() for done in evaluations]
 
 
 def report(samples: list[dict]) -> None:
     warm = samples[int(len(samples) * WARM_UP) :]
-    hours = [taken["seconds"] / 3600 for taken in warm]
+    hours = [entry["seconds"] / 3600 for entry in warm]
     for rank in sorted(warm[0]["ranks"]):
-        memory = [taken["ranks"][rank]["MB"] for taken in warm]
+        memory = [entry["ranks"][rank]["MB"] for entry in warm]
         line = linear_regression(hours, memory)
-        files, threads = ({taken["ranks"][rank][name] for taken in warm} for name in ("files", "threads"))
+        files, threads = ({entry["ranks"][rank][name] for entry in warm} for name in ("files", "threads"))
         print(
             f"rank {rank}: {mean(memory):.0f} MB, from {min(memory):.0f} to {max(memory):.0f}, slope "
             f"{line.slope:+.1f} MB an hour; {min(files)} to {max(files)} open files, {min(threads)} to {max(threads)} "
             "threads"
         )
-    counts = {taken["processes"] for taken in warm}, {taken["checkpoint files"] for taken in warm}
+    counts = {entry["processes"] for entry in warm}, {entry["checkpoint files"] for entry in warm}
     print("{} to {} processes; {} to {} files in checkpoints/".format(*(f(c) for c in counts for f in (min, max))))
     edges = [warm[n * (len(warm) - 1) // QUARTERS] for n in range(QUARTERS + 1)]
     for quarter, (first, last) in enumerate(pairwise(edges), 1):
         steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
         cpu = sum(last["ranks"][rank]["cpu"] - first["ranks"][rank]["cpu"] for rank in last["ranks"])
-        print(f"quarter {quarter}: {steps / seconds:.2f} steps/s, {steps / cpu:.3f} per second of processor time")
+        print(f"quarter {quarter}: {steps / seconds:.2f} steps/s, {steps / cpu:.3f} per second of CPU time")
 
 
 def main() -> None:
@@ -163,7 +163,7 @@ def main() -> None:
         process.terminate()
         status = process.wait(timeout=300)
         time.sleep(2)
-        left = marked(mark)
+        remaining = marked(mark)
     if ended is not None or len(samples) < 2 * QUARTERS:
         sys.exit(f"the training ended by itself (exit {ended}) after {len(samples)} samples: see {options.output}")
     saved = len((options.output / "training.log").read_text().split("saved step_")) - 1
@@ -172,7 +172,7 @@ def main() -> None:
         f"{samples[-1]['step']} steps, {saved} checkpoints; {len(evaluated)} evaluations, exits {set(evaluated)}"
     )
     report(samples)
-    print(f"asked to end: the launcher's exit {status}; processes left: {len(left)}")
+    print(f"after SIGTERM: exit status {status} of the launcher; remaining processes: {len(remaining)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""What a target server delivers to a trainer on the same machine, beside a bare socket that moves the same bytes.
+"""Speed of a target server and a trainer on the same machine, compared with a bare socket that sends as many bytes.
 
 python -m benchmarks.target_server [--rounds 9] [--requests 4]
 
-"ready tensors" is a target that computes nothing, of Llama-3.1-8B's width and dtype: what is left is the way.  The bare
-socket writes from and into memory that is used again, the best that the loopback can do; "new memory" is the same
-socket into memory of its own for each answer, which a trainer's tensors need.  Each end is a process of its own.
-Medians of interleaved rounds; ratios are to the bare socket of the same round, for the small model to the same in
-process.
+"ready tensors" is a target of Llama-3.1-8B's width and dtype that computes nothing, so that only the transfer remains.
+The bare socket reuses its memory, the best case of the loopback; "new memory" is the same socket with new memory for
+each answer, as a trainer's tensors need.  Server and client are separate processes.  Medians of interleaved rounds;
+ratios are to the bare socket in the same round, those of the small model to the same model in process.
 """
 
 import argparse
@@ -45,7 +44,7 @@ Ask = Callable[[], object]
 
 
 class ReadyTensors:
-    """A target whose answer is there before it is asked."""
+    """A target that always returns the same tensors."""
 
     config = SimpleNamespace(hidden_size=HIDDEN, vocab_size=VOCAB)
     fingerprint, aux_layers, device, requests_ahead = "ready", list(range(AUX)), torch.device("cpu"), 0
@@ -60,7 +59,7 @@ class ReadyTensors:
 
 
 def serve(directory: str | None, port: Any) -> None:
-    """The process of a target server: of the model in ``directory``, or of ready tensors."""
+    """Runs a target server of the model in ``directory``, or of ready tensors."""
     torch.set_num_threads(1)
     target: Any = HFTarget(Path(directory), aux_layers=None) if directory else ReadyTensors()
     listener = socket.create_server(("127.0.0.1", 0))
@@ -70,7 +69,7 @@ def serve(directory: str | None, port: Any) -> None:
 
 
 def pour(_directory: None, port: Any) -> None:
-    """The process behind a bare socket: each byte that comes is answered by as many as an answer has."""
+    """Runs the server of the bare socket: it answers each byte with as many bytes as an answer of a target has."""
     listener, data = socket.create_server(("127.0.0.1", 0)), memoryview(bytearray(os.urandom(1 << 20)) * 64)
     port.send(listener.getsockname()[1])
     connection, _ = listener.accept()
@@ -80,12 +79,12 @@ def pour(_directory: None, port: Any) -> None:
 
 
 def started(stack: ExitStack, program: Callable[..., None], directory: str | None = None) -> int:
-    """The port of a process that runs ``program`` until ``stack`` is left."""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=program, args=(directory, theirs), daemon=True)
+    """Starts a process that runs ``program`` until ``stack`` closes; returns its port."""
+    receiver, sender = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=program, args=(directory, sender), daemon=True)
     process.start()
     stack.callback(process.terminate)
-    return ours.recv()
+    return receiver.recv()
 
 
 def batch() -> Batch:
@@ -117,12 +116,12 @@ def socket_ways(port: int) -> dict[str, Ask]:
 
 
 def server_ways(port: int, requests: int) -> dict[str, Callable[[], object]]:
-    """One request after the other, and two at once, as a training has them."""
+    """Requests one at a time, and two at once, as a training sends them."""
     servers = ServerPool(
         [ServerConnection(f"http://127.0.0.1:{port}", 60, 60)], timeout=60, attempts=1, backoff_seconds=1
     )
-    identity, asked = TargetIdentity.of(ReadyTensors()), batch()  # type: ignore[arg-type]
-    layout, frame = OutputLayout.of(asked, HIDDEN, identity), pack_batch(asked)
+    identity, request = TargetIdentity.of(ReadyTensors()), batch()  # type: ignore[arg-type]
+    layout, frame = OutputLayout.of(request, HIDDEN, identity), pack_batch(request)
     threads = ThreadPoolExecutor(2)
 
     def at_once() -> None:
@@ -138,17 +137,17 @@ def server_ways(port: int, requests: int) -> dict[str, Callable[[], object]]:
 def model_ways(port: int, directory: str) -> dict[str, Ask]:
     local = HFTarget(Path(directory), aux_layers=None)
     remote = RemoteTarget(Path(directory), aux_layers=None, urls=[f"http://127.0.0.1:{port}"])
-    asked = batch()
+    request = batch()
     return {
-        "small model, in process": lambda: local.compute_hidden_states(asked),
-        "small model, served": lambda: remote.compute_hidden_states(asked),
+        "small model, in process": lambda: local.compute_hidden_states(request),
+        "small model, served": lambda: remote.compute_hidden_states(request),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=4, help="in one measurement")
+    parser.add_argument("--requests", type=int, default=4, help="requests of one measurement")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
@@ -159,10 +158,10 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(options.rounds + 1):
             for name, run in ways.items():
-                began = time.perf_counter()
+                start = time.perf_counter()
                 run()
                 if number:  # the first one warms up
-                    seconds[name].append((time.perf_counter() - began) / options.requests)
+                    seconds[name].append((time.perf_counter() - start) / options.requests)
     report(seconds)
 
 
@@ -171,16 +170,16 @@ def repeated(ask: Ask, times: int) -> Ask:
 
 
 def report(seconds: dict[str, list[float]]) -> None:
-    """The table."""
+    """Prints the table."""
     token = {"small": 4 * (AUX + 1) * SMALL["hidden_size"]}
     print(f"answers of {TOKENS} tokens; {torch.__version__}, one thread a process")
     print(f"{'':30}{'bytes/token':>12}{'MB/s':>8}{'tokens/s':>10}  ratio (min to max)")
-    for name, taken in seconds.items():
+    for name, times in seconds.items():
         small = name.startswith("small")
         size = token["small"] if small else ANSWER_BYTES // TOKENS
         base = seconds["small model, in process" if small else "bare socket"]
-        ratios = [b / t for b, t in zip(base, taken, strict=True)]
-        rate = TOKENS / statistics.median(taken)
+        ratios = [b / t for b, t in zip(base, times, strict=True)]
+        rate = TOKENS / statistics.median(times)
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"{name:30}{size:12}{rate * size / 1e6:8.0f}{rate:10.0f}  {spread}")
 

@@ -1,16 +1,15 @@
-"""Tokens/s, memory and utilization of training an EAGLE-3 draft of an 8B-shaped target on one device.
+"""Tokens/s, memory and utilization of training an EAGLE-3 draft for a target of 8B parameters on one device.
 
 python -m benchmarks.throughput [--size 8b|tiny] [--lengths 4096,8192,16384,32768] [--compile off,on] [--trace FILE]
 
-The target has Llama-3.1-8B's shape and random weights, made on the device; nothing is downloaded.  Rows are packed
-with conversations of ShareGPT's lengths.  A step is the trainer's: the target's forward (on CUDA on a stream of its
-own, beside the draft's work on the batch before), loss, backward pass, clipping, AdamW.
+The target has Llama-3.1-8B's shape and random weights, created on the device; nothing is downloaded.  Rows are packed
+with conversations of ShareGPT's lengths.  A step is the trainer's: the target's forward (on CUDA in its own stream,
+during the draft's work on the previous batch), loss, backward pass, clipping, AdamW.
 
-"bare" is the time of the target's forward alone, as a share of the step's.  "of peak" is the counted multiply-adds a
-second (nemo_speculative/training/cost.py), recomputation not counted, as a share of those of a large square matrix
-product in the same process and dtype.  Memory is the device's peak of allocated bytes; on a CPU the process's so far.
-A combination that does not fit is a line that says so; none is begun after --minutes.  --size tiny rehearses all of
-it on a CPU.
+"bare" is the ratio of the target's forward alone to the step.  "of peak" is the counted multiply-adds per second
+(nemo_speculative/training/estimate.py) divided by those of a large square matrix product in the same process and dtype.
+Memory is the device's peak of allocated bytes; on a CPU the process's peak so far.  A combination that does not fit is
+reported as such; none starts after --minutes.  --size tiny runs everything on a CPU.
 """
 
 import argparse
@@ -69,19 +68,19 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 LONGEST_CONVERSATION = 4096
 ROWS = 4
-"""That are packed and trained on in turn."""
+"""Number of packed rows, each of which is one step."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and how it is measured."""
+    """Shape of the models, and settings of the measurement."""
 
     config: dict[str, Any]
     draft_vocab_size: int
     dtype: torch.dtype
     lengths: str
     peak_width: int
-    """Of the square matrices whose product is the peak."""
+    """Width of the square matrices whose product defines the peak."""
 
 
 SIZES = {
@@ -91,7 +90,7 @@ SIZES = {
 
 
 def random_target(size: Size, device: torch.device, longest: int) -> hf.HFTarget:
-    """A target of random weights, made on the device."""
+    """A target of random weights, created on the device."""
     config = LlamaConfig(
         **size.config, max_position_embeddings=max(longest, LONGEST_CONVERSATION), pad_token_id=0, bos_token_id=1,
         eos_token_id=2, dtype=size.dtype,
@@ -106,21 +105,21 @@ def random_target(size: Size, device: torch.device, longest: int) -> hf.HFTarget
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer_of_nothing().save_pretrained(folder)
-        # 16 GB of weights would otherwise go to a disk and back.
+        # Avoids writing 16 GB of weights to disk and reading them back.
         with patch.object(hf, "load_model", lambda *_, **__: model):
             return hf.HFTarget(Path(folder), aux_layers=None, dtype=size.dtype, device=device)
 
 
 def conversations(tokens: int, vocabulary: int) -> list[TokenRow]:
-    """At least ``tokens`` of random words, in turns of ShareGPT's lengths: lognormal, exchanges geometric."""
+    """At least ``tokens`` of random conversations of ShareGPT's lengths: lognormal turns, geometric exchanges."""
     rows: list[TokenRow] = []
-    drawn, total = random.Random(0), 0
+    rng, total = random.Random(0), 0
     words = torch.Generator().manual_seed(0)
     while total < tokens:
         mask: list[bool] = []
-        while not mask or drawn.random() > 1 / MEAN_EXCHANGES:
+        while not mask or rng.random() > 1 / MEAN_EXCHANGES:
             for mean, assistant in ((MEAN_QUESTION, False), (MEAN_ANSWER, True)):
-                mask += [assistant] * max(1, round(drawn.lognormvariate(log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA)))
+                mask += [assistant] * max(1, round(rng.lognormvariate(log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA)))
         mask = mask[:LONGEST_CONVERSATION]
         ids = torch.randint(3, vocabulary, (len(mask),), generator=words).tolist()
         rows.append(TokenRow(str(len(rows)), ids, mask, ""))
@@ -129,7 +128,7 @@ def conversations(tokens: int, vocabulary: int) -> list[TokenRow]:
 
 
 class Bench:
-    """A draft in training, and the figures of its steps."""
+    """A draft in training."""
 
     def __init__(self, size: Size, target: hf.HFTarget, dims: titan.ParallelDims, compiled: bool, alive: int | None):
         self.size, self.target, self.device = size, target, target.device
@@ -150,7 +149,7 @@ class Bench:
         self.optimizers = build_optimizers(OptimizerConfig(), self.trainee)
 
     def schedules(self, length: int) -> list[Any]:
-        """Of packed rows of ``length`` tokens."""
+        """Schedules of packed rows of ``length`` tokens, one per step."""
         documents = conversations(ROWS * max(length, LONGEST_CONVERSATION), self.target.config.vocab_size)
         documents = [TokenRow(d.id, d.input_ids[:length], d.loss_mask[:length], "") for d in documents]
         rows = pack([len(d.input_ids) for d in documents], length, 0)[:ROWS]
@@ -163,36 +162,36 @@ class Bench:
         return sum(batch.flops.total() for batch in counted) / len(counted) / 2
 
     def train(self, schedules: Sequence[Any], ahead: TargetPrefetcher) -> None:
-        """One step for each of ``schedules``, as the trainer takes them."""
+        """Trains one step for each of ``schedules``, as the trainer does."""
         for n, schedule in enumerate(schedules):
-            coming = [schedules[(n + 1) % len(schedules)]]
-            for taken, supervision in ahead.iterate([schedule], partial(list, coming)):
-                self.trainee(taken, supervision, taken.counts).loss.backward()
+            following = [schedules[(n + 1) % len(schedules)]]
+            for current, output in ahead.iterate([schedule], partial(list, following)):
+                self.trainee(current, output, current.counts).loss.backward()
             titan.clip_grad_norm_(self.trainee.parameters(), 0.5)
             self.optimizers.step()
             self.optimizers.zero_grad()
 
 
 def seconds_each(run: Callable[[], Any], count: int, device: torch.device, rounds: int) -> float:
-    """Seconds of ``run`` divided by ``count``: the median of some rounds behind one that does not count."""
-    taken = []
+    """Seconds of ``run`` divided by ``count``: the median of ``rounds`` after one that does not count."""
+    seconds = []
     for _ in range(rounds + 1):
         started = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append((time.perf_counter() - started) / count)
-    return statistics.median(taken[1:])
+        seconds.append((time.perf_counter() - started) / count)
+    return statistics.median(seconds[1:])
 
 
 def peak_speed(size: Size, device: torch.device) -> float:
-    """Multiply-adds a second of a large square product."""
+    """Multiply-adds per second of a large square matrix product."""
     a, b = torch.randn(2, size.peak_width, size.peak_width, device=device).to(size.dtype)
     return size.peak_width**3 / seconds_each(lambda: a @ b, 1, device, 10)
 
 
 def line(bench: Bench, length: int, peak: float, rounds: int, label: str) -> str:
-    """The figures of one combination."""
+    """The line of one combination."""
     device = bench.device
     schedules = bench.schedules(length)
     ahead = TargetPrefetcher(bench.target, device, StepTimer(device))
@@ -211,7 +210,7 @@ def line(bench: Bench, length: int, peak: float, rounds: int, label: str) -> str
 
 
 def trace(bench: Bench, length: int, file: Path) -> None:
-    """Writes a trace of two steps that a browser reads, and prints where their time went."""
+    """Writes a Chrome trace of two steps, and prints the operators that took the most time."""
     schedules, ahead = bench.schedules(length), TargetPrefetcher(bench.target, bench.device, StepTimer(bench.device))
     bench.train(schedules, ahead)
     activities, order = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
@@ -224,7 +223,7 @@ def trace(bench: Bench, length: int, file: Path) -> None:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> None:
-    """Prints a line for each combination."""
+    """Prints one line per combination."""
     started, size = time.perf_counter(), SIZES[options.size]
     lengths = [int(n) for n in (options.lengths or size.lengths).split(",")]
     with process_group(device, ParallelismConfig()) as dims, fast_float32_matmuls(device):
@@ -249,7 +248,7 @@ def attempt(
     options: argparse.Namespace, size: Size, target: hf.HFTarget, dims: titan.ParallelDims, length: int, label: str,
     peak: float,
 ) -> str:  # fmt: skip
-    """A line, or why there is none."""
+    """The line of one combination, or one that says that it does not fit."""
     try:
         return line(Bench(size, target, dims, label == "on", options.slots_alive), length, peak, options.rounds, label)
     except torch.OutOfMemoryError as error:
@@ -265,8 +264,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--lengths", help="tokens of a row (default: 4096,8192,16384,32768; tiny: 512,1024)")
     parser.add_argument("--compile", default="off,on", help="(default: off,on)")
-    parser.add_argument("--slots-alive", type=int, help="as trainer.ttt_chunk_slots (default: its own)")
-    parser.add_argument("--rounds", type=int, default=3, help=f"of {ROWS} steps each (default: 3)")
+    parser.add_argument("--slots-alive", type=int, help="trainer.ttt_chunk_slots (default: the trainer's)")
+    parser.add_argument("--rounds", type=int, default=3, help=f"rounds of {ROWS} steps each (default: 3)")
     parser.add_argument("--minutes", type=float, default=8, help="(default: 8)")
     parser.add_argument("--trace", type=Path, help="writes a torch profiler trace of two steps")
     options = parser.parse_args(argv)

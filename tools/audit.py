@@ -1,7 +1,7 @@
-"""Checks that what is installed is what was meant: ``make audit``.
+"""Checks of the pinned dependencies: ``make audit``.
 
-The locks agree with pyproject.toml and requirements.txt; every hash in them is one that the package index has; what
-``.venv`` has installed is what they name; and where a service can be asked, no release in them is known as vulnerable.
+The locks must agree with pyproject.toml and requirements.txt; the package index must have every hash in them; ``.venv``
+must contain the versions in the locks; and if a service can be asked, no release may have a known vulnerability.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from tools.lock import CACHE, CPU_LOCK, CUDA_LOCK, LOCK, REQUIREMENTS, ROOT, pub
 from tools.requirements import AuditError, built_elsewhere, read_pins, run_module
 
 PINNED_TOO = ("requirements-sglang.txt", "requirements-peers.txt", "requirements-audit.txt")
-"""Of environments of their own; by version only."""
-OF_THEIR_OWN = ("sglang", "slurm")
+"""Requirements of separate environments, pinned by version only."""
+SEPARATE_EXTRAS = ("sglang", "slurm")
 """Extras of pyproject.toml that ``make setup`` does not install."""
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def audit(root: Path) -> int:
-    """Says of every check what it found; 0 where nothing is wrong."""
+    """Runs every check and prints its result; returns 0 if all pass, else 1."""
     checks: list[Callable[[Path], str]] = [check_pins, check_hashes, check_installed, check_vulnerabilities]
     status = 0
     for check in checks:
@@ -45,9 +45,10 @@ def audit(root: Path) -> int:
 
 
 def check_pins(root: Path) -> str:
-    """
+    """Compares the pins with pyproject.toml and the locks.
+
     Raises:
-        AuditError: a dependency is not pinned, or is pinned to what pyproject.toml or the lock does not have.
+        AuditError: a dependency is not pinned, or its pin differs from pyproject.toml or the lock.
     """
     pins, cuda, cpu = (read_pins(root / file) for file in (REQUIREMENTS, CUDA_LOCK, CPU_LOCK))
     locked = read_pins(root / LOCK) | {name: pin for name, pin in cuda.items() if name in pins}
@@ -77,37 +78,41 @@ def check_pins(root: Path) -> str:
 
 
 def _dependencies(root: Path) -> Iterator[Requirement]:
-    """Those of the package and of its extras that ``make setup`` installs."""
+    """Dependencies of the package, and of the extras that ``make setup`` installs."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project.get("optional-dependencies", {})
-    wanted = [*project["dependencies"], *(one for name, of in extras.items() if name not in OF_THEIR_OWN for one in of)]
+    requirements = list(project["dependencies"])
+    for extra, dependencies in extras.items():
+        requirements += dependencies if extra not in SEPARATE_EXTRAS else []
     own = canonicalize_name(project["name"])
-    return (r for r in map(Requirement, wanted) if canonicalize_name(r.name) != own)
+    return (r for r in map(Requirement, requirements) if canonicalize_name(r.name) != own)
 
 
 def check_hashes(root: Path) -> str:
-    """
+    """Compares the hashes in the locks with the package index.
+
     Raises:
-        AuditError: a hash is none of a file that the index has for that release, or the index cannot be asked.
+        AuditError: the index has no file with that hash for a release, or cannot be asked.
     """
-    found = published(root / REQUIREMENTS, constraint=root / CUDA_LOCK)
+    index = published(root / REQUIREMENTS, constraint=root / CUDA_LOCK)
     locked = read_pins(root / LOCK) | read_pins(root / CUDA_LOCK)
     for name, pin in locked.items():
-        if name not in found or found[name].version != pin.version:
+        if name not in index or index[name].version != pin.version:
             raise AuditError(f"{CUDA_LOCK}: {pin} is not what torch needs; make lock")
-        if unknown := sorted(pin.hashes - found[name].hashes):
+        if unknown := sorted(pin.hashes - index[name].hashes):
             raise AuditError(f"{pin}: sha256 {unknown[0][:16]}… is of no file that the index has; do not install it")
-    if missing := sorted(found.keys() - locked.keys()):
-        raise AuditError(f"{CUDA_LOCK}: {found[missing[0]]}, which a CUDA build of torch needs, is missing; make lock")
+    if missing := sorted(index.keys() - locked.keys()):
+        raise AuditError(f"{CUDA_LOCK}: {index[missing[0]]}, which a CUDA build of torch needs, is missing; make lock")
     count = sum(len(pin.hashes) for pin in locked.values())
     others = ", ".join(sorted(built_elsewhere(root / CPU_LOCK).values()))
     return f"hashes: all {count} are those of files on the package index, which was not asked for {others}"
 
 
 def check_installed(root: Path) -> str:
-    """
+    """Compares the packages in ``.venv`` with the locks.
+
     Raises:
-        AuditError: another version is installed than the lock names.
+        AuditError: an installed version differs from the lock.
     """
     python = root / ".venv" / "bin" / "python"
     if not python.exists():
@@ -125,9 +130,10 @@ def check_installed(root: Path) -> str:
 
 
 def check_vulnerabilities(root: Path) -> str:
-    """
+    """Asks a service for known vulnerabilities of the releases in the locks.
+
     Raises:
-        AuditError: one is known, or pip-audit is not installed.
+        AuditError: a release has one, or pip-audit is not installed.
     """
     answer = ask_pip_audit(root / LOCK, root / CUDA_LOCK)
     if isinstance(answer, str):
@@ -138,12 +144,12 @@ def check_vulnerabilities(root: Path) -> str:
     if bad := [one for one in known if one["vulns"]]:
         raise AuditError(f"{len(bad)} of {len(known)} releases are vulnerable: {', '.join(map(_named, bad))}")
     unknown = [str(one["name"]) for one in answer if "skip_reason" in one]
-    beside = f"; not known to it: {', '.join(unknown)}" if unknown else ""
-    return f"vulnerabilities: none known for {len(known)} releases{beside}"
+    suffix = f"; not known to it: {', '.join(unknown)}" if unknown else ""
+    return f"vulnerabilities: none known for {len(known)} releases{suffix}"
 
 
 def ask_pip_audit(*locks: Path) -> list[dict[str, Any]] | str:
-    """What pip-audit found of each release; or why it could not ask."""
+    """pip-audit's result for each release, or the reason why it has none."""
     files = [part for lock in locks for part in ("--requirement", str(lock))]
     files += ["--cache-dir", str(CACHE)]
     done = run_module("pip_audit", "--disable-pip", "--require-hashes", "--format", "json", *files)
@@ -153,9 +159,9 @@ def ask_pip_audit(*locks: Path) -> list[dict[str, Any]] | str:
         return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:200]
 
 
-def _named(found: Mapping[str, Any]) -> str:
-    problems = ", ".join(f"{v['id']}, fixed in {' '.join(v['fix_versions']) or 'none'}" for v in found["vulns"])
-    return f"{found['name']}=={found['version']} ({problems})"
+def _named(release: Mapping[str, Any]) -> str:
+    problems = ", ".join(f"{v['id']}, fixed in {' '.join(v['fix_versions']) or 'none'}" for v in release["vulns"])
+    return f"{release['name']}=={release['version']} ({problems})"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Writes the locks: ``make lock``, after requirements.txt has changed.
+"""Writes the locks after a change of requirements.txt: ``make lock``.
 
-requirements.lock has what requirements.txt has but for torch, each release with the sha256 sums of all its files, for
-every Python and platform.  With it goes either requirements-cuda.lock, torch as the package index has it and what that
-needs, or requirements-cpu.lock, a build of torch without CUDA, which comes from elsewhere: ``python -m tools.lock
-WHEEL…`` adds its files, and those that the lock has stay as long as the release does.
+requirements.lock has the releases of requirements.txt except torch, each with the sha256 sums of all its files, for
+every Python and platform.  It is installed together with requirements-cuda.lock (torch from the package index and its
+dependencies) or requirements-cpu.lock (a build of torch without CUDA, from another source).  ``python -m tools.lock
+WHEEL…`` adds files of such a build; those in the lock stay until the release changes.
 """
 
 import argparse
@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 REQUIREMENTS, LOCK = "requirements.txt", "requirements.lock"
 CUDA_LOCK, CPU_LOCK = "requirements-cuda.lock", "requirements-cpu.lock"
 BUILT = "torch"
-"""What is released in builds that need other things."""
+"""The package whose builds have different dependencies."""
 PLATFORM, PYTHON = "x86_64-manylinux_2_28", "3.11"
-"""Whose dependencies are looked up; the hashes are of all files."""
+"""Platform and Python whose dependencies are resolved; the hashes cover all files."""
 CACHE = Path(sys.prefix) / "cache"
-"""Beside the program that fills it: nothing is left in the user's home."""
+"""Cache inside the environment, so that no files remain in the user's home."""
 HEAD = """\
 # {what}, each release with the sha256 sums of its files.
 # Made by `make lock` from requirements.txt; checked by `make audit`.
@@ -33,7 +33,7 @@ HEAD = """\
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tools.lock", description="Writes the locks from requirements.txt.")
-    parser.add_argument("wheels", nargs="*", type=Path, help="builds of torch without CUDA, to be in the lock, too")
+    parser.add_argument("wheels", nargs="*", type=Path, help="builds of torch without CUDA to add to the lock")
     wheels = parser.parse_args(arguments).wheels
     try:
         write(ROOT, published(ROOT / REQUIREMENTS), wheels)
@@ -44,39 +44,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def published(requirements: Path, constraint: Path | None = None) -> dict[str, Pin]:
-    """What the package index has for ``requirements`` and all that they need, without downloading it.
+    """Pins of ``requirements`` and all their dependencies with the package index's hashes, without downloading them.
 
     Args:
-        constraint: pins of what else is needed; without, the newest.
+        constraint: pins of the dependencies; None: the newest.
 
     Raises:
-        AuditError: the index cannot be asked, or has no such releases.
+        AuditError: the index cannot be asked, or lacks a release.
     """
     command = ["pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--no-annotate"]
     command += ["--cache-dir", str(CACHE)]
     command += ["--constraint", str(constraint)] if constraint else []
     done = run_module("uv", *command, "--python-platform", PLATFORM, "--python-version", PYTHON, str(requirements))
     if done.returncode:
-        said = " ".join(done.stderr.split())[:300] or f"exit status {done.returncode}"
-        raise AuditError(f"the package index could not be asked for {requirements.name}: {said}")
+        message = " ".join(done.stderr.split())[:300] or f"exit status {done.returncode}"
+        raise AuditError(f"the package index could not be asked for {requirements.name}: {message}")
     return parse_pins(done.stdout, "the package index")
 
 
-def write(root: Path, found: Mapping[str, Pin], wheels: Iterable[Path]) -> None:
-    """The locks of ``root``, from what the index has and ``wheels`` of another build."""
-    wanted = read_pins(root / REQUIREMENTS)
-    built = wanted[BUILT]
+def write(root: Path, index: Mapping[str, Pin], wheels: Iterable[Path]) -> None:
+    """Writes the locks of ``root`` from the index's pins and from ``wheels`` of another build."""
+    pins = read_pins(root / REQUIREMENTS)
+    built = pins[BUILT]
     builds = _kept(root / CPU_LOCK, built) | dict(_of_wheel(wheel, built) for wheel in wheels)
     (root / LOCK).write_text(
-        HEAD.format(what="What requirements.txt pins, but for torch")
-        + _entries(found[name] for name in sorted(wanted.keys() - {BUILT}))
+        HEAD.format(what="The releases of requirements.txt except torch")
+        + _entries(index[name] for name in sorted(pins.keys() - {BUILT}))
     )
     (root / CUDA_LOCK).write_text(
-        HEAD.format(what="torch with CUDA, and what that needs beside requirements.lock")
-        + _entries(found[name] for name in sorted(found.keys() - wanted.keys() | {BUILT}))
+        HEAD.format(what="torch with CUDA, and its dependencies that requirements.lock lacks")
+        + _entries(index[name] for name in sorted(index.keys() - pins.keys() | {BUILT}))
     )
     (root / CPU_LOCK).write_text(
-        HEAD.format(what="torch without CUDA, beside requirements.lock")
+        HEAD.format(what="torch without CUDA, to install with requirements.lock")
         + "".join(f"# {wheel} sha256:{sha256}\n" for sha256, wheel in sorted(builds.items()))
         + _entries([Pin(built.name, built.version, frozenset(builds))])
     )

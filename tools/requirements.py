@@ -1,4 +1,4 @@
-"""Requirement files as these tools read them: pins, and the hashes of the files that may be installed for them."""
+"""Reader of requirement files: pins, and the hashes of the files that may be installed for them."""
 
 import importlib.util
 import re
@@ -16,12 +16,12 @@ BUILT_ELSEWHERE = re.compile(r"^# (\S+\.whl) sha256:([0-9a-f]{64})$", re.MULTILI
 
 
 class AuditError(Exception):
-    """What is wrong with a dependency, as one line."""
+    """A problem of a dependency, as one line."""
 
 
 @dataclass(frozen=True)
 class Pin:
-    """One release, and the sha256 sums of its files; none where the file does not say."""
+    """One release, with the sha256 sums of its files; empty if the requirement file has none."""
 
     name: str
     version: str
@@ -32,7 +32,7 @@ class Pin:
 
 
 def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m module`` of this environment, to its end, whatever that is.
+    """Runs ``python -m module`` of this environment, whatever its exit status.
 
     Raises:
         AuditError: it is not installed.
@@ -53,13 +53,13 @@ def read_pins(file: Path) -> dict[str, Pin]:
 
 
 def parse_pins(text: str, source: str) -> dict[str, Pin]:
-    """The same of the text of such a file; ``source`` is what errors call it."""
+    """Parses the text of such a file, which errors name as ``source``."""
     lines = (line.split("#")[0].strip() for line in text.replace("\\\n", " ").splitlines())
     return {pin.name: pin for pin in (_pin(line, source) for line in lines if line)}
 
 
 def built_elsewhere(file: Path) -> dict[str, str]:
-    """Hashes that no index is asked about, and the wheels they are of."""
+    """Wheels of builds that the package index does not have, by hash."""
     return {sha256: wheel for wheel, sha256 in BUILT_ELSEWHERE.findall(file.read_text())}
 
 

@@ -1,13 +1,13 @@
-"""Time and memory of one training step, ours beside the textbook's and the peers' own, in turn on one machine.
+"""Time and memory of one training step: ours compared with the dense reference and other projects' trainers.
 
 python -m benchmarks.training_step [--size S|M] [--supervised 0.5] [--rounds 7]     (make bench ARGS="--size M")
 
-A step is the target's forward, the supervision, the draft's forward and loss, backward, clipping and AdamW.  Every
-implementation lives in a process of its own and is asked for one pass over the same conversations in turn; all start
-from the same weights.  Tokens/s count the tokens of the conversations, not the padding; CPU seconds are a pass's, of
-all threads; "MB added" is a process's peak over its resident set before the first step, "share" is that beside the
-first reference's.  "target" is the target's forward alone; "medium" is torch's float32 matmul precision, "geometric"
-draft.depth_sampling, "packed" AutoModel's own packing.
+A step consists of the target's forward, the labels, the draft's forward and loss, backward, clipping and AdamW.  Every
+implementation runs in its own process; in each round, each makes one pass over the same conversations, one after the
+other.  All start from the same weights.  Tokens/s count the tokens of the conversations without padding; CPU seconds
+are those of a pass, of all threads; "MB added" is the peak of a process minus its resident set before the first step,
+"share" the ratio to the first reference's.  "target" is the target's forward alone, "textbook" the dense reference;
+"medium" is torch's float32 matmul precision, "geometric" draft.depth_sampling, "packed" AutoModel's own packing.
 """
 
 import os
@@ -26,7 +26,7 @@ from nemo_speculative.utils.progress import Progress, quiet_transformers
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the rows that ``argv`` asks for; returns the exit status: 1 if one failed, 2 if none was started."""
+    """Prints the tables selected by ``argv``; returns the exit status: 1 if one failed, 2 for a wrong command line."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         comparisons = parse(argv, __doc__)
@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compare(comparison: Comparison) -> str:
-    """The table of one comparison.
+    """Runs one comparison and returns its table.
 
     Raises:
         UserError: the process of an implementation ended.
     """
-    # Costs seconds to import, and a command line may be refused.
+    # Imported only for a valid command line, as it takes seconds.
     from benchmarks.training_step.setup import write_setup
 
     quiet_transformers()
@@ -74,7 +74,7 @@ def compare(comparison: Comparison) -> str:
 
 
 def start(chosen: Chosen, comparison: Comparison, folder: Path) -> Worker:
-    """The process of an implementation, in its environment."""
+    """Starts the process of an implementation, with the Python of its environment."""
     python = str(comparison.peers_python if chosen.known.peer else sys.executable)
     command = [python, "-m", "benchmarks.training_step.worker", chosen.text, str(folder)]
     return Worker(chosen.text, command, folder / f"{chosen.text}.log", worker_environment(comparison.case.threads))

@@ -1,6 +1,6 @@
-"""What is compared: shapes, tokens and masks, and the directory from which every implementation reads the same.
+"""The cases of the comparison (shapes, tokens and masks), and the directory from which every implementation reads them.
 
-Imported in the peers' environment too, which has torch and safetensors but not what this project needs.
+Also imported in the peers' environment, which has torch and safetensors but lacks other dependencies of this project.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 SEED = 0
 FIRST_WORD = 3
-"""Lower ids are the padding and the ends of a text."""
+"""Lowest token id of a word; lower ids are padding, begin and end of text."""
 STEP_DECAY = 0.8
 
 
@@ -51,27 +51,29 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the table: what every implementation is asked to do."""
+    """One comparison: the settings that every implementation runs with."""
 
     size: Size
     draft: str
     """eagle3 or eagle1."""
     num_steps: int
-    """Of the unroll."""
+    """Steps of the unroll."""
     dtype: str
     lengths: str
     """A key of ``LENGTHS``."""
     supervised: float
-    """Share of the tokens that are the assistant's; not read where the lengths decide it."""
+    """Share of the tokens that the assistant wrote; ignored where the lengths determine it."""
     threads: int
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """int64 [n] and bool [n]."""
+    """Token ids of a conversation, with the mask of the assistant's tokens."""
 
     input_ids: torch.Tensor
+    """int64 [n]."""
     loss_mask: torch.Tensor
+    """bool [n]."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -84,38 +86,38 @@ Turns = list[int]
 def full_rows(case: Case) -> Iterator[Turns]:
     """Conversations of exactly one row: two questions (70 and 30 % of their tokens), two answers (60 and 40 %)."""
     total = case.size.row_tokens
-    asked = total - round(case.supervised * total)
-    first_question, first_answer = round(0.7 * asked), round(0.6 * (total - asked))
-    turns = [first_question, first_answer, asked - first_question, total - asked - first_answer]
+    questions = total - round(case.supervised * total)
+    first_question, first_answer = round(0.7 * questions), round(0.6 * (total - questions))
+    turns = [first_question, first_answer, questions - first_question, total - questions - first_answer]
     return iter([turns] * case.size.rows)
 
 
 REAL_ROW_TOKENS = 2048
-"""What EAGLE trains on; a row stands for one of them, and lengths shrink with it."""
+"""Row length of EAGLE's own training; lengths of turns are scaled by the case's row length divided by it."""
 MEAN_QUESTION, MEAN_ANSWER, MEAN_EXCHANGES = 161, 338, 3.5
-"""ShareGPT's tokens of a question and of an answer (2309.06180, figure 11), and its exchanges a conversation."""
+"""ShareGPT's tokens per question and per answer (arXiv 2309.06180, figure 11), and its exchanges per conversation."""
 LENGTH_SIGMA = 1.0
-"""Of the logarithm of a turn's length."""
+"""Standard deviation of the logarithm of a turn's length."""
 SHAREGPT_ROWS = 8
 
 
 def sharegpt_like(case: Case) -> Iterator[Turns]:
-    """Eight rows' worth of conversations of ShareGPT's lengths: turns lognormal, exchanges geometric, cut at the row.
+    """Conversations of ShareGPT's lengths for eight rows: lognormal turns, a geometric number of exchanges, truncated.
 
-    In the long run they fill 59 % of rows of their own, 79 % packed in their order, and 65 % of them is answers.
+    On average a conversation fills 59 % of a row, packing in order fills 79 %, and 65 % of the tokens are answers.
     """
-    row_tokens, drawn = case.size.row_tokens, random.Random(SEED)
+    row_tokens, rng = case.size.row_tokens, random.Random(SEED)
     scale, total = row_tokens / REAL_ROW_TOKENS, 0
     while total < SHAREGPT_ROWS * row_tokens:
         turns: Turns = []
-        while not turns or drawn.random() > 1 / MEAN_EXCHANGES:
-            turns += [_lognormal(drawn, mean * scale) for mean in (MEAN_QUESTION, MEAN_ANSWER)]
+        while not turns or rng.random() > 1 / MEAN_EXCHANGES:
+            turns += [_lognormal(rng, mean * scale) for mean in (MEAN_QUESTION, MEAN_ANSWER)]
         total += min(sum(turns), row_tokens)
         yield turns
 
 
-def _lognormal(drawn: random.Random, mean: float) -> int:
-    return max(1, round(drawn.lognormvariate(math.log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA)))
+def _lognormal(rng: random.Random, mean: float) -> int:
+    return max(1, round(rng.lognormvariate(math.log(mean) - LENGTH_SIGMA**2 / 2, LENGTH_SIGMA)))
 
 
 LENGTHS: dict[str, Callable[[Case], Iterator[Turns]]] = {"full": full_rows, "sharegpt": sharegpt_like}
@@ -133,9 +135,9 @@ def draw_conversations(case: Case) -> list[Conversation]:
 
 
 class Setup:
-    """What every implementation reads: a target, the weights that a draft starts from, and conversations.
+    """The input of every implementation: a target, the draft's initial weights, and conversations.
 
-    Written by :func:`benchmarks.training_step.setup.write_setup`; safetensors and JSON.
+    :func:`benchmarks.training_step.setup.write_setup` writes it, as safetensors and JSON.
     """
 
     def __init__(self, directory: Path):
@@ -145,7 +147,7 @@ class Setup:
         self.case = Case(**{**values, "size": Size(**values["size"])})
         self.dtype: torch.dtype = getattr(torch, self.case.dtype)
         self.draft_weights = load_file(directory / "draft.safetensors")
-        """Float32, named as a served checkpoint names them."""
+        """Float32, with the names of a servable checkpoint."""
         data = load_file(directory / "data.safetensors")
         self.draft_ids = data["draft_ids"]
         """int64 [V_d], ascending."""
@@ -155,7 +157,7 @@ class Setup:
 
     @property
     def draft_mask(self) -> torch.Tensor:
-        """bool [V]: whether a target id lies in the draft vocabulary."""
+        """bool [V]: whether a target id is in the draft vocabulary."""
         inside = torch.zeros(self.case.size.vocab_size, dtype=torch.bool)
         inside[self.draft_ids] = True
         return inside

@@ -1,4 +1,4 @@
-"""The command line, and what of it is refused."""
+"""The command line and its checks."""
 
 import argparse
 import os
@@ -44,7 +44,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the table, checked."""
+    """A case with the implementations to compare, checked."""
 
     case: Case
     chosen: list[Chosen]
@@ -55,7 +55,7 @@ class Comparison:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse would print its usage in front of the error."""
+    """Parser whose errors are one line, without the usage that argparse prints first."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
@@ -64,27 +64,27 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m benchmarks.training_step", description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--table", choices=TABLES, help="many rows instead of one; other options hold for all of them")
+    parser.add_argument("--table", choices=TABLES, help="many comparisons; the other options apply to all of them")
     parser.add_argument("--size", choices=SIZES, default="S")
     parser.add_argument("--draft", choices=STEPS, default="eagle3")
-    parser.add_argument("--steps", type=int, help="of the unroll (default: 7; EAGLE-1: 1)")
+    parser.add_argument("--steps", type=int, help="steps of the unroll (default: 7; EAGLE-1: 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--lengths", choices=LENGTHS, default="full", help="full: every conversation fills a row")
-    parser.add_argument("--supervised", type=float, help="share of a full row, above 0 and at most 1 (default: 0.5)")
-    parser.add_argument("--implementations", help="e.g. ours,textbook,automodel:medium (default: all that are there)")
-    parser.add_argument("--reference", help="what the others are a multiple of, one or several (default: automodel)")
+    parser.add_argument("--supervised", type=float, help="share of a row, above 0, at most 1 (default: 0.5)")
+    parser.add_argument("--implementations", help="e.g. ours,textbook,automodel:medium (default: all available)")
+    parser.add_argument("--reference", help="implementations to divide the others' speeds by (default: automodel)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before them that do not count (default: 2)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
-    parser.add_argument("--peers-python", type=Path, help="of the peers' environment (default: .venv-peers' own)")
+    parser.add_argument("--warmup", type=int, default=2, help="earlier rounds that do not count (default: 2)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
+    parser.add_argument("--peers-python", type=Path, help="Python of the peers' environment (default: .venv-peers)")
     return parser
 
 
 def parse(argv: Sequence[str], description: str | None = None) -> list[Comparison]:
-    """The rows that ``argv`` asks for.
+    """Returns the comparisons selected by ``argv``.
 
     Raises:
-        UsageError: one of them cannot be carried out.
+        UsageError: one of them is not possible.
     """
     parser = build_parser(description)
     options = parser.parse_args(argv)
@@ -99,7 +99,7 @@ def _comparison(options: argparse.Namespace) -> Comparison:
     case = _case(options)
     peers_python = options.peers_python or PEERS_PYTHON
     if options.peers_python and not peers_python.is_file():
-        raise UsageError(f"--peers-python: {peers_python} does not exist; name the python of the peers' environment")
+        raise UsageError(f"--peers-python: {peers_python} does not exist; give the Python of the peers' environment")
     chosen = _chosen(options.implementations, case, peers_python)
     references = _references(options.reference, [c.text for c in chosen])
     return Comparison(case, chosen, references, options.rounds, options.warmup, peers_python)
@@ -110,7 +110,7 @@ def _case(options: argparse.Namespace) -> Case:
     if not 0 < supervised <= 1:
         raise UsageError(f"--supervised is {supervised}: expected a share above 0 and at most 1, e.g. 0.5")
     if options.supervised is not None and options.lengths != "full":
-        raise UsageError(f"--supervised: the answers of --lengths {options.lengths} decide it; leave it out")
+        raise UsageError(f"--supervised: the answers of --lengths {options.lengths} determine it; leave it out")
     num_steps = options.steps or STEPS[options.draft]
     if options.draft == "eagle1" and num_steps != 1:
         raise UsageError(f"--steps is {num_steps}: EAGLE-1 is compared with one step; leave it out")
@@ -136,16 +136,16 @@ def _chosen(text: str | None, case: Case, peers_python: Path) -> list[Chosen]:
     if not peers_python.is_file() and (peer := next((c for c in chosen if c.known.peer), None)):
         raise UsageError(
             f"--implementations: {peer.text} needs the peers' environment, and {peers_python} does not exist; "
-            "`make bench` makes it, or name another's python with --peers-python"
+            "`make bench` creates it, or give another Python with --peers-python"
         )
     return chosen
 
 
 def _references(text: str | None, names: list[str]) -> list[str]:
-    """Those of ``text``; by default every variant of AutoModel, without one the textbook, without that the first."""
+    """The references in ``text``; by default all variants of AutoModel, else the textbook, else the first name."""
     if text is None:
         peers = [name for name in names if name.split(":")[0] == REFERENCE]
         return peers or [WITHOUT_PEERS if WITHOUT_PEERS in names else names[0]]
     if missing := [part for part in text.split(",") if part not in names]:
-        raise UsageError(f"--reference: {missing[0]!r} is not compared; expected some of {', '.join(names)}")
+        raise UsageError(f"--reference: {missing[0]!r} is not compared; expected one or more of {', '.join(names)}")
     return text.split(",")

@@ -1,4 +1,4 @@
-"""Live processes asked in turn for one pass each, so that a noisy machine hits all of them alike."""
+"""Worker processes that run one pass each in turn, so that noise of the machine affects all of them equally."""
 
 import json
 import os
@@ -16,29 +16,29 @@ PATIENCE_SECONDS = 20
 
 @dataclass(frozen=True)
 class Pass:
-    """What a worker measured in one pass over the conversations."""
+    """A worker's measurements of one pass over the conversations."""
 
     seconds: float
     cpu_seconds: float
-    """Of all threads of the process."""
+    """CPU time of all threads of the process."""
     added_mb: float
-    """The peak since before the first pass; see :class:`benchmarks.training_step.worker.Memory`."""
+    """Peak since before the first pass; see :class:`benchmarks.training_step.worker.Memory`."""
     loss: float | None
-    """Of the pass's first step."""
+    """Loss of the first step; None for an implementation without one."""
 
 
 Round = dict[str, Pass]
-"""By the name of the implementation."""
+"""Passes by the name of the implementation."""
 
 
 class Worker:
-    """A live process that speaks the protocol of :mod:`benchmarks.training_step.worker`.
+    """A running process with the protocol of :mod:`benchmarks.training_step.worker`.
 
     Args:
-        log: where its standard error goes.
+        log: file that receives its standard error.
 
     Raises:
-        UserError: it ended before it was asked to; its last line is quoted.
+        UserError: the process ended too early; the message quotes its last line.
     """
 
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]):
@@ -48,13 +48,13 @@ class Worker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
         self.ready: dict[str, Any] = {}
-        """What it said when it was."""
+        """The message that the process sends when it is ready."""
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """Lets it end by itself, which ends what it started in turn; where something failed there is no time for it."""
+        """Waits for the process to end by itself, with its own children; kills it at once after a failure."""
         try:
             self.process.communicate(timeout=0 if failure else PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -65,26 +65,29 @@ class Worker:
         self.ready = self._answer()
 
     def measure(self) -> Pass:
-        """Asks for a pass, and waits for it."""
+        """Requests a pass and waits for its measurements."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended: the missing answer says so
+            pass  # the process has ended; the missing answer raises below
         return Pass(**self._answer())
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            status, said = self.process.wait(), self.log.read_text().strip() or "no message"
-            raise UserError(f"{self.name}: its process ended with status {status}: {said.splitlines()[-1]}")
+            status, errors = self.process.wait(), self.log.read_text().strip() or "no message"
+            raise UserError(f"{self.name}: its process ended with status {status}: {errors.splitlines()[-1]}")
         return json.loads(line)
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Few arenas, so that memory is what is in use; threads wait as torch's always do, briefly awake."""
+    """Environment variables of a worker.
+
+    Few malloc arenas keep the resident memory close to the memory in use.  The wait policy of threads stays torch's.
+    """
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -96,7 +99,7 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 
 def interleave(workers: Sequence[Worker], rounds: int, advance: Callable[[], None] = lambda: None) -> list[Round]:
-    """Rounds that ask every worker once, each round beginning with another one; ``advance`` is called after each."""
+    """Runs rounds of one pass per worker, each round starting with another worker; calls ``advance`` after each."""
     measured = []
     for n in range(rounds):
         first = n % len(workers)

@@ -1,9 +1,9 @@
-"""Where the time of one of our steps goes, and how fast its matrix products are.
+"""Time of the phases of one of our training steps, and the speed of its matrix products.
 
     python -m benchmarks.training_step.profile --size M --supervised 1
 
-Milliseconds of wall time in the training thread, medians of several steps.  A phase is what its code took, less the
-phases within it; "products" are torch's matrix products (those of the flash kernel are not among them).
+Milliseconds of wall time in the training thread, medians of several steps.  The time of a phase excludes phases inside
+it; "products" are torch's matrix products (without those of the flash attention kernel).
 """
 
 import argparse
@@ -34,7 +34,7 @@ from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.targets.hf import TransformersTarget
 
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
-"""And which of its arguments is the first factor; the second follows."""
+"""Operators of matrix products, with the position of the first factor among their arguments; the second follows."""
 WARMUP = 2
 REST = "draft: projections, MLP, norms"
 PHASES: dict[str, tuple[Any, str]] = {
@@ -48,22 +48,22 @@ PHASES: dict[str, tuple[Any, str]] = {
 
 
 @dataclass
-class Spent:
-    """In a phase of one step."""
+class PhaseTime:
+    """Time of a phase in one step, and of its matrix products."""
 
     ms: float = 0.0
     products_ms: float = 0.0
     products_flops: float = 0.0
 
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(
+    def __add__(self, other: "PhaseTime") -> "PhaseTime":
+        return PhaseTime(
             self.ms + other.ms, self.products_ms + other.products_ms, self.products_flops + other.products_flops
         )
 
 
 @contextmanager
 def named_phases() -> Iterator[None]:
-    """The profiler sees the phases by name while it is open."""
+    """Within, the profiler records every phase under its name."""
     with ExitStack() as stack:
         for name, (owner, attribute) in PHASES.items():
             function = _named(name, getattr(owner, attribute))
@@ -80,23 +80,23 @@ def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def spent_in(step: Callable[[], Any]) -> dict[str, Spent]:
-    """What ``step`` spends in each phase; its phases must be named."""
+def phase_times(step: Callable[[], Any]) -> dict[str, PhaseTime]:
+    """Runs ``step`` within :func:`named_phases`, and returns the time of each phase."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled, record_function(REST):
         step()
-    found: dict[str, Spent] = defaultdict(Spent)
+    times: dict[str, PhaseTime] = defaultdict(PhaseTime)
     for event in profiled.events():
         if phase := _phase(event):
             ms = event.self_cpu_time_total / 1e3
             product = event.name in PRODUCTS
-            found[phase] += Spent(ms, ms, flops(event.name, event.input_shapes)) if product else Spent(ms)
-    return found
+            times[phase] += PhaseTime(ms, ms, flops(event.name, event.input_shapes)) if product else PhaseTime(ms)
+    return times
 
 
-def profiled_steps(setup: Setup, count: int) -> list[dict[str, Spent]]:
-    """What each of ``count`` of our steps on the first batch of ``setup`` spends in each phase."""
+def profiled_steps(setup: Setup, count: int) -> list[dict[str, PhaseTime]]:
+    """Phase times of ``count`` steps of ours on the first batch of ``setup``."""
     with named_phases(), closing(Ours(setup, frozenset())) as ours:
-        return [spent_in(lambda: ours.step(ours.batches[0])) for _ in range(count)]
+        return [phase_times(lambda: ours.step(ours.batches[0])) for _ in range(count)]
 
 
 def _phase(event: Any) -> str | None:
@@ -106,22 +106,22 @@ def _phase(event: Any) -> str | None:
 
 
 def flops(product: str, shapes: Sequence[Sequence[int]]) -> float:
-    """Of one of ``PRODUCTS``, [.., n, k] by [.., k, m], from the shapes of its arguments."""
+    """FLOPs of one of ``PRODUCTS``, [.., n, k] by [.., k, m], from the shapes of its arguments."""
     first, second = shapes[PRODUCTS[product] :][:2]
     return 2.0 * math.prod(first) * second[-1]
 
 
-def table(steps: Sequence[dict[str, Spent]]) -> list[str]:
-    """The lines of it: a phase each, and their sum."""
+def table(steps: Sequence[dict[str, PhaseTime]]) -> list[str]:
+    """Lines of the table: one per phase, and the whole step."""
     lines = [f"{'':38}{'ms':>8}{'products':>10}{'GFLOP/s of them':>18}"]
     for name in (*PHASES, REST):
         lines.append(_line(name, [step[name] for step in steps]))
-    return [*lines, _line("step", [sum(step.values(), Spent()) for step in steps])]
+    return [*lines, _line("step", [sum(step.values(), PhaseTime()) for step in steps])]
 
 
-def _line(name: str, spent: Sequence[Spent]) -> str:
-    ms, products = (statistics.median(getattr(s, key) for s in spent) for key in ("ms", "products_ms"))
-    speed = f"{spent[0].products_flops / products / 1e6:18.0f}" if products else ""
+def _line(name: str, times: Sequence[PhaseTime]) -> str:
+    ms, products = (statistics.median(getattr(time, key) for time in times) for key in ("ms", "products_ms"))
+    speed = f"{times[0].products_flops / products / 1e6:18.0f}" if products else ""
     return f"{name:38}{ms:8.0f}{products:10.0f}{speed}"
 
 
@@ -132,9 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--size", choices=SIZES, default="M")
     parser.add_argument("--supervised", default="0.5")
-    parser.add_argument("--steps", default="7", help="of the unroll (default: 7)")
-    parser.add_argument("--rounds", type=int, default=7, help="training steps after two that do not count (default: 7)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: the cores)")
+    parser.add_argument("--steps", default="7", help="steps of the unroll (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="training steps, after two of warm-up (default: 7)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     options = parser.parse_args(argv)
     row = f"--size {options.size} --supervised {options.supervised} --steps {options.steps} --implementations ours"
     (comparison,) = parse([*row.split(), "--threads", str(options.threads)])

@@ -16,31 +16,31 @@ MEDIUM = "medium"
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to run an implementation."""
+    """A variant of an implementation."""
 
     needs: str
-    """What of a case it is about, as the command line has it."""
+    """Options of the command line that it requires, for error messages."""
     fits: Callable[[Case], bool]
 
 
 VARIANTS = {
     # torch's float32 matmul precision "medium", which this project uses where it is exact
     MEDIUM: Variant("--dtype float32", lambda case: case.dtype == "float32"),
-    # AutoModel's packing, which it does not do unless asked
+    # AutoModel's packing, which is off by default
     "packed": Variant("--lengths sharegpt", lambda case: case.lengths == "sharegpt"),
     # draft.depth_sampling=geometric
     "geometric": Variant("more than one step", lambda case: case.num_steps > 1),
-    # the draft's head is trained, which speculators freezes unless asked
+    # speculators with a trained head, which it freezes by default
     "head": Variant("--draft eagle3", lambda case: case.draft == "eagle3"),
 }
 
 
 @dataclass(frozen=True)
 class Known:
-    """What can be asked of an implementation."""
+    """The capabilities of an implementation."""
 
     classes: Mapping[str, str]
-    """``module.Class`` for each draft that it has."""
+    """``module.Class`` for each draft algorithm that it supports."""
     variants: tuple[str, ...] = ()
     peer: bool = False
     """Whether it runs in the peers' environment."""
@@ -88,7 +88,7 @@ class Chosen:
         return IMPLEMENTATIONS[self.name]
 
     def misfit(self, case: Case) -> str | None:
-        """Why it cannot be asked for ``case``; None: it can."""
+        """The reason why it cannot run ``case``, or None if it can."""
         if case.draft not in self.known.classes:
             return f"{self.name} has no {case.draft}; it has {' and '.join(self.known.classes)}"
         if case.lengths not in self.known.lengths:
@@ -102,14 +102,16 @@ class Chosen:
 
 
 def parse_chosen(text: str) -> Chosen:
-    """``automodel:packed:medium`` and the like.
+    """Parses a name with variants, such as ``automodel:packed:medium``.
 
     Raises:
-        UsageError: there is no such implementation, or it has no such variant.
+        UsageError: the implementation or its variant does not exist.
     """
     name, *variants = text.split(":")
     if name not in IMPLEMENTATIONS:
-        raise UsageError(f"--implementations: {name!r} is unknown; expected some of {', '.join(IMPLEMENTATIONS)}")
+        raise UsageError(
+            f"--implementations: {name!r} is unknown; expected one or more of {', '.join(IMPLEMENTATIONS)}"
+        )
     known = IMPLEMENTATIONS[name].variants
     if unknown := [variant for variant in variants if variant not in known]:
         has = " and ".join(known) or "none"
@@ -118,6 +120,6 @@ def parse_chosen(text: str) -> Chosen:
 
 
 def usual(case: Case, peers: bool) -> list[Chosen]:
-    """Everything that fits ``case``, the peers only where there is an environment for them."""
+    """All implementations that fit ``case``; the peers only if their environment exists."""
     everything = [parse_chosen(text) for text in USUAL]
     return [chosen for chosen in everything if chosen.misfit(case) is None and (peers or not chosen.known.peer)]

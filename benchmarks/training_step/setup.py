@@ -1,4 +1,4 @@
-"""Writes what a comparison starts from: a random target, random draft weights, conversations.  Deterministic."""
+"""Writes the deterministic input of a comparison: a random target, random draft weights and conversations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.config.schema import DraftConfig, Eagle3DraftConfig, EagleDraftConfig, FeatureNoise
 
 HEAD_SCALE = 6.0
-"""A random head would give distributions that are nearly uniform."""
+"""Factor of the target's head, without which its distributions would be nearly uniform."""
 DRAFT_STD = 0.03
 
 
@@ -52,7 +52,7 @@ def draft_config(case: Case) -> DraftConfig:
 
 
 def new_draft(case: Case, target_config: Any) -> Draft:
-    """The project's draft network of ``case``, with whatever weights its classes start with."""
+    """The project's draft network of ``case``, with the default initialization."""
     config = draft_config(case)
     aux_layers = config.chosen_aux_layers(case.size.num_layers)
     draft: type[Draft] = get_class(config._target_)
@@ -60,11 +60,11 @@ def new_draft(case: Case, target_config: Any) -> Draft:
 
 
 def write_setup(directory: Path, case: Case) -> Setup:
-    """Writes the set-up of ``case`` into ``directory``, and reads it."""
+    """Writes the input of ``case`` into ``directory``, and reads it back."""
     write_case(directory, case)
     torch.manual_seed(SEED)
     target = _random_target(case.size)
-    # In two files and with an index: SpecForge reads no other form.
+    # Two files with an index, the only form that SpecForge reads.
     size = sum(p.numel() * p.element_size() for p in target.parameters())
     target.save_pretrained(directory / "target", max_shard_size=size // 2)
     _tokenizer().save_pretrained(directory / "target")
@@ -99,7 +99,7 @@ def _random_target(size: Size) -> LlamaForCausalLM:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Every target has one; nothing is ever written with it."""
+    """A tokenizer without words, since a target's directory must contain one."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
@@ -111,7 +111,7 @@ def _random_weight(name: str, parameter: nn.Parameter) -> torch.Tensor:
 
 @torch.no_grad()
 def _likeliest(target: LlamaForCausalLM, conversations: list[Conversation], entries: int) -> torch.Tensor:
-    """int64 [entries], ascending: the ids that the target chooses most often, then the lowest others."""
+    """int64 [entries], ascending: the ids that are most often the target's argmax, then the lowest other ids."""
     chosen = torch.cat([target(c.input_ids[None]).logits[0].argmax(-1) for c in conversations])
     counts = torch.bincount(chosen, minlength=target.config.vocab_size)
     return counts.sort(descending=True, stable=True).indices[:entries].sort().values

@@ -12,23 +12,23 @@ NAME_WIDTH, FIGURE_WIDTHS = 26, (28, 10, 10, 10)
 
 
 def heading(case: Case, rounds: int) -> str:
-    """What was asked."""
+    """Title with the settings of the comparison."""
     size = next((name for name, known in SIZES.items() if known == case.size), "its own")
     share = f"{case.supervised:.0%} supervised" if case.lengths == "full" else f"lengths like {case.lengths}"
     return f"{case.draft}, size {size}, {share}, {case.num_steps} step(s), {case.dtype}, {rounds} rounds"
 
 
 def machine(threads: int) -> str:
-    """Where it ran."""
+    """Cores, CPU model and threads of this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     return f"{os.cpu_count()} cores of {model}, {threads} thread(s)"
 
 
 def figures(rounds: Sequence[Round], names: Sequence[str], reference: str, num_tokens: int) -> str:
-    """A line for each implementation: medians over the rounds, and the smallest and largest speed.
+    """One line per implementation: medians over the rounds, and the smallest and largest speed.
 
-    Memory is the peak over all rounds, and its share of the reference's.
+    Memory is the peak over all rounds, followed by its ratio to the reference's.
     """
     lines = [_line("", ["tokens/s (min to max)", "CPU s", "MB added", "share"], FIGURE_WIDTHS)]
     base_mb = rounds[-1][reference].added_mb
@@ -45,7 +45,7 @@ def figures(rounds: Sequence[Round], names: Sequence[str], reference: str, num_t
 
 
 def multiples(rounds: Sequence[Round], names: Sequence[str], references: Sequence[str]) -> str:
-    """A line for each implementation: its speed as a multiple of each reference's in the same round."""
+    """One line per implementation: the ratio of its speed to each reference's in the same round."""
     widths = [max(len(reference) + 2, 24) for reference in references]
     lines = [_line("times the tokens/s of", references, widths)]
     for name in names:
@@ -55,16 +55,16 @@ def multiples(rounds: Sequence[Round], names: Sequence[str], references: Sequenc
 
 
 def footnote(workers: Sequence[Worker], first: Round) -> str:
-    """The loss of the very first step of each, their steps in a pass, and versions.
+    """The first losses, the number of steps in a pass, and the versions of packages.
 
-    Conventions of masks and means differ between projects, so that losses only resemble.
+    Losses of different projects agree only roughly, as their conventions of masks and means differ.
     """
     losses = [f"{name} {measured.loss:.4f}" for name, measured in first.items() if measured.loss is not None]
     steps = [f"{worker.name} {worker.ready['steps']}" for worker in workers]
     versions = {f"{package} {number}" for worker in workers for package, number in worker.ready["versions"].items()}
     return "\n".join(
-        f"{title}: {', '.join(found)}"
-        for title, found in (("first losses", losses), ("steps in a pass", steps), ("versions", sorted(versions)))
+        f"{title}: {', '.join(values)}"
+        for title, values in (("first losses", losses), ("steps in a pass", steps), ("versions", sorted(versions)))
     )
 
 

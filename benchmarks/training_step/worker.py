@@ -1,8 +1,8 @@
-"""The process of one implementation: one pass over the conversations for every line on its standard input.
+"""The process of one implementation: it runs one pass over the conversations for every line on standard input.
 
     python -m benchmarks.training_step.worker IMPLEMENTATION SETUP
 
-It says when it is ready, and answers every line, with one JSON object on a line of its standard output.
+It writes one line of JSON to standard output when it is ready, and one for every pass.
 """
 
 import ctypes
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def take_standard_output() -> TextIO:
-    """A stream to the controller; whatever the implementation prints goes to standard error instead."""
+    """Returns a stream to the controller, and redirects the implementation's standard output to standard error."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return replies
@@ -61,16 +61,16 @@ def measured(implementation: Implementation) -> dict[str, Any]:
 
 
 class Memory:
-    """What training adds to a process that has loaded its models: its peak over its resident set before the first step.
+    """Memory that training adds to a process: its peak minus its resident set when the models were loaded.
 
-    So gradients, the optimizer's state and what the allocator keeps are in it, the weights and the libraries are not.
+    It includes gradients, the optimizer's state and the allocator's free blocks, but neither weights nor libraries.
     """
 
     def __init__(self) -> None:
         gc.collect()
-        # What loading left free inside the process would be taken by the first steps unseen.
+        # Otherwise the first steps would reuse memory that loading has freed, without growing the process.
         ctypes.CDLL(None).malloc_trim(0)
-        # Linux: sets the peak back to the present.
+        # Linux: resets the peak to the present resident set.
         Path("/proc/self/clear_refs").write_text("5")
         self.before = _status_mb("VmRSS")
 
@@ -79,10 +79,10 @@ class Memory:
 
 
 def peak_of_tensors(work: Callable[[], Any]) -> float:
-    """The most bytes of tensors that were alive at once of what ``work`` made in this thread and in autograd's.
+    """Peak bytes of the tensors that ``work`` allocates in this thread and in autograd's threads.
 
-    torch's profiler does not see what another thread frees, such as those of gloo: a block is also gone when its memory
-    is given out again.
+    torch's profiler misses blocks that other threads, such as gloo's, free: these count as freed when their memory is
+    allocated again.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -95,23 +95,23 @@ def peak_of_tensors(work: Callable[[], Any]) -> float:
 
 
 def most_alive(changes: Iterable[tuple[int, int]]) -> int:
-    """The most bytes at once of blocks made (an address and a size) and freed (its negative), one after the other."""
+    """Peak bytes of a sequence of allocations (address, size) and frees (address, negative size)."""
     sizes: dict[int, int] = {}
     starts: list[int] = []
     alive = most = 0
 
-    def forget(at: int) -> int:
+    def remove(at: int) -> int:
         return sizes.pop(starts.pop(at))
 
     for start, size in changes:
         at = bisect_left(starts, start)
         if size < 0:
-            alive += size if start not in sizes else -forget(at)
+            alive += size if start not in sizes else -remove(at)
             continue
         if at and starts[at - 1] + sizes[starts[at - 1]] > start:
             at -= 1
         while at < len(starts) and starts[at] < start + size:
-            alive -= forget(at)
+            alive -= remove(at)
         starts.insert(at, start)
         sizes[start] = size
         alive += size

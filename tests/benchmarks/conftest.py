@@ -1,4 +1,4 @@
-"""A case that a test can afford."""
+"""Cases small enough for tests."""
 
 from dataclasses import replace
 
@@ -15,12 +15,12 @@ TINY = Size(
 
 @pytest.fixture
 def make_case():
-    """A case of a tiny size, with whatever is changed."""
+    """Makes a case of a tiny size, with some settings changed."""
     plain = Case(size=TINY, draft="eagle3", num_steps=4, dtype="float32", lengths="full", supervised=0.5, threads=1)
     return lambda **changes: replace(plain, **changes)
 
 
 @pytest.fixture
 def make_setup(tmp_path_factory, make_case):
-    """Its set-up, in a directory of its own."""
+    """Writes the input of such a case into its own directory."""
     return lambda **changes: write_setup(tmp_path_factory.mktemp("setup"), make_case(**changes))

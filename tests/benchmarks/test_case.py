@@ -1,4 +1,4 @@
-"""The conversations of the training-step benchmark, and the set-up that all implementations read."""
+"""The conversations of the training-step benchmark, and the input that all implementations read."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from nemo_speculative.data.packing import pack
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_full_rows_are_supervised_as_asked(make_case, size, share):
+def test_full_rows_have_the_supervised_share(make_case, size, share):
     conversations = draw_conversations(make_case(size=size, supervised=share))
     assert [len(c) for c in conversations] == [size.row_tokens] * size.rows
     for conversation in conversations:
@@ -34,7 +34,7 @@ def test_sharegpt_lengths_fill_rows_as_documented(make_case, monkeypatch):
 
 
 def next_fit(lengths, row):
-    """Rows, where a conversation that does not fit starts a new one."""
+    """Number of rows when a conversation that does not fit starts a new row."""
     rows, left = 0, 0
     for length in lengths:
         if length > left:
@@ -43,7 +43,7 @@ def next_fit(lengths, row):
     return rows
 
 
-def test_a_setup_is_the_same_every_time(tmp_path, make_case):
+def test_a_setup_is_deterministic(tmp_path, make_case):
     folders = [tmp_path / name for name in "ab"]
     for folder in folders:
         folder.mkdir()
@@ -56,7 +56,7 @@ def test_a_setup_is_the_same_every_time(tmp_path, make_case):
     assert (folders[0] / "target" / "model.safetensors.index.json").exists()
 
 
-def test_a_setup_is_read_as_it_was_written(tmp_path, make_case):
+def test_reading_a_setup_returns_what_was_written(tmp_path, make_case):
     case = make_case(lengths="sharegpt")
     write_setup(tmp_path, case)
     again, drawn = Setup(tmp_path), draw_conversations(case)

@@ -22,7 +22,7 @@ def names(*argv):
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, message",
     [
         (["--size", "XL"], "--size"),
         (["--sise", "S"], "--sise"),
@@ -33,7 +33,7 @@ def names(*argv):
         (["--supervised", "1.5"], "--supervised is 1.5"),
         (["--supervised", "0.5", "--lengths", "sharegpt"], "leave it out"),
         (["--draft", "eagle1", "--steps", "7"], "one step"),
-        (["--implementations", "ours,nobody"], "'nobody' is unknown"),
+        (["--implementations", "ours,other"], "'other' is unknown"),
         (["--implementations", "ours:fast"], "ours has no variant 'fast'; it has geometric"),
         (["--implementations", "ours,ours"], "twice"),
         (["--implementations", "textbook", "--draft", "eagle1"], "textbook has no eagle1; it has eagle3"),
@@ -48,10 +48,10 @@ def names(*argv):
     ],
     ids=" ".join,
 )
-def test_what_cannot_be_done_is_said_in_one_line(argv, said, capsys):
+def test_an_impossible_command_is_a_one_line_error(argv, message, capsys):
     assert program.main(argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" and said in err
+    assert out == "" and message in err
     assert err.count("\n") == 1 and err.startswith("error: ")
 
 
@@ -60,17 +60,17 @@ def test_without_peers_ours_is_compared_with_the_textbook():
     assert names("--draft", "eagle1") == (["ours", "target"], ["ours"])
 
 
-def test_with_peers_automodel_is_the_reference_both_as_it_ships_and_under_our_setting():
-    found, references = names(*PEERS)
+def test_with_peers_automodel_is_the_reference_with_its_own_and_with_our_setting():
+    implementations, references = names(*PEERS)
     assert references == ["automodel", "automodel:medium"]
-    assert {"specforge", "speculators", "textbook"} <= set(found)
+    assert {"specforge", "speculators", "textbook"} <= set(implementations)
     assert names("--dtype", "bfloat16", *PEERS)[1] == ["automodel"]
     packed = ["automodel:packed", "automodel:packed:medium"]
     assert names("--lengths", "sharegpt", *PEERS)[1] == ["automodel", "automodel:medium", *packed]
 
 
 @pytest.mark.parametrize("table", cli.TABLES)
-def test_every_row_of_a_table_can_be_asked_for(table):
+def test_every_comparison_of_a_table_is_valid(table):
     comparisons = cli.parse(["--table", table, "--threads", "1", *PEERS])
     assert len(comparisons) == len(cli.TABLES[table])
     assert {c.case.threads for c in comparisons} == {1}
@@ -78,12 +78,12 @@ def test_every_row_of_a_table_can_be_asked_for(table):
     assert all(any(c.case.size is size for c in comparisons) for size in SIZES.values())
 
 
-def test_a_worker_that_fails_is_one_line_and_the_next_row_still_runs(monkeypatch, capsys):
-    asked = []
+def test_a_failed_worker_is_one_line_and_the_next_comparison_still_runs(monkeypatch, capsys):
+    started = []
 
     def compare(comparison):
-        asked.append(comparison)
-        if len(asked) == 1:
+        started.append(comparison)
+        if len(started) == 1:
             raise program.UserError("ours: its process ended with status 1: out of memory")
         return "figures"
 

@@ -1,4 +1,4 @@
-"""Live workers in turn, what they measure, and the table made of it."""
+"""Workers that run in turn, their measurements, and the table."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ for n, _ in enumerate(sys.stdin):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a worker; all are ended afterwards."""
+    """Starts workers, and ends all of them after the test."""
     started = []
 
     def start(name, code=TRIVIAL):
@@ -38,7 +38,7 @@ def start(tmp_path):
         worker.__exit__(None)
 
 
-def test_every_round_asks_all_and_begins_with_another(start, tmp_path):
+def test_every_round_measures_all_and_starts_with_another(start, tmp_path):
     workers, rounds_done = [start("a"), start("b")], []
     for worker in workers:
         worker.wait_until_ready()
@@ -74,7 +74,7 @@ def test_a_worker_that_cannot_start_is_quoted(start, code, said):
     assert str(error.value) == said
 
 
-def test_a_worker_that_ends_on_the_way_is_named(start):
+def test_an_error_names_the_worker_that_ended(start):
     worker = start("a", TRIVIAL.replace("for n,", "sys.exit('out of memory')\nfor n,"))
     worker.wait_until_ready()
     worker.process.wait()
@@ -83,7 +83,7 @@ def test_a_worker_that_ends_on_the_way_is_named(start):
 
 
 class Hungry(Implementation):
-    """Takes 40 MB for the length of a step."""
+    """Allocates 40 MB for the duration of a step."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def test_memory_is_the_peak_of_the_steps():
 
 
 def rounds_of(**seconds):
-    """Rounds in which an implementation took so long; it adds as many MB as it took seconds in the first."""
+    """Rounds with the given seconds of each implementation, which adds as many MB as its first round has seconds."""
     return [
         {name: Pass(s[n], 2 * s[n], 10 * s[0], None) for name, s in seconds.items()}
         for n in range(len(next(iter(seconds.values()))))
@@ -134,5 +134,5 @@ def test_the_table_gives_medians_spreads_and_paired_ratios():
         ([(500, -40), (100, 10)], 0),  # made before
     ],
 )
-def test_a_block_is_gone_when_it_is_freed_or_its_memory_is_given_out_again(changes, most):
+def test_a_block_counts_as_freed_when_its_memory_is_allocated_again(changes, most):
     assert most_alive(changes) == most

@@ -1,4 +1,4 @@
-"""Ours and the textbook in the benchmark's own clothes, and what the peers' share."""
+"""The benchmark's implementations of this project and of the dense reference, and helpers of the peers'."""
 
 from contextlib import closing
 
@@ -46,7 +46,7 @@ def test_the_target_alone_has_no_loss(make_setup):
     assert losses("target", make_setup()) == [None] * PASSES
 
 
-def test_padding_keeps_every_token_in_a_row_of_its_own(make_setup):
+def test_padding_keeps_every_token_in_its_own_row(make_setup):
     setup = make_setup(lengths="sharegpt")
     batches = padded_batches(setup)
     rows = [row for batch in batches for row in zip(*batch.values(), strict=True)]
@@ -59,7 +59,7 @@ def test_padding_keeps_every_token_in_a_row_of_its_own(make_setup):
         assert not loss_mask[n:].any()
 
 
-def test_weights_are_renamed_and_none_is_dropped():
+def test_weights_are_renamed_and_none_is_lost():
     module = nn.ModuleDict({"inner": nn.Linear(2, 2, bias=False), "head": nn.Linear(2, 2, bias=False)})
     weights = {"outer.weight": torch.ones(2, 2), "head.weight": torch.full((2, 2), 3.0)}
     copy_weights(module, weights, {"outer.": "inner."})

@@ -1,4 +1,4 @@
-"""The embedded target, made smaller: what its draft accepts on texts longer than those it was trained on."""
+"""Acceptance on texts longer than the training documents, with a smaller embedded target."""
 
 import pytest
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.training_step.profile import PHASES, PRODUCTS, REST, Spent, profiled_steps, spent_in, table
+from benchmarks.training_step.profile import PHASES, PRODUCTS, REST, PhaseTime, phase_times, profiled_steps, table
 
 N, K, M = 5, 7, 11
 
@@ -25,26 +25,26 @@ def batched(*shape):
         (lambda: torch.ones(N, K) * 2, 0),
     ],
 )
-def test_the_operations_of_a_product_are_counted(product, flops):
-    spent = spent_in(product)[REST]
-    assert spent.products_flops == flops
-    assert (spent.products_ms > 0) == (flops > 0) and spent.products_ms <= spent.ms
+def test_flops_of_a_product_are_counted(product, flops):
+    time = phase_times(product)[REST]
+    assert time.products_flops == flops
+    assert (time.products_ms > 0) == (flops > 0) and time.products_ms <= time.ms
 
 
-def test_every_phase_of_a_step_is_seen(make_setup):
+def test_every_phase_of_a_step_is_recorded(make_setup):
     first, second = profiled_steps(make_setup(), 2)
     assert set(first) == set(second) == {*PHASES, REST}
-    assert all(spent.ms > 0 for spent in first.values())
-    without = {name for name, spent in first.items() if not spent.products_flops}
+    assert all(time.ms > 0 for time in first.values())
+    without = {name for name, time in first.items() if not time.products_flops}
     assert without == {"clipping and AdamW"}
     assert len(table([first, second])) == len(PHASES) + 3  # the head, the rest and the sum
 
 
-def test_the_sum_of_a_step_is_that_of_its_phases():
-    step = {name: Spent(2.0, 1.0, 3e6) for name in (*PHASES, REST)}
+def test_the_time_of_a_step_is_the_sum_of_its_phases():
+    step = {name: PhaseTime(2.0, 1.0, 3e6) for name in (*PHASES, REST)}
     n = len(step)
     assert table([step])[-1].split() == ["step", str(2 * n), str(n), "3"]
 
 
-def test_products_are_known_by_torchs_names():
+def test_products_are_operators_of_torch():
     assert all(hasattr(torch.ops.aten, name.removeprefix("aten::").rstrip("_")) for name in PRODUCTS)

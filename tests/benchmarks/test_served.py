@@ -1,4 +1,4 @@
-"""The commands of the served benchmark; what they start is tested where it lives."""
+"""The commands of the served benchmark; the recipes that they start have tests of their own."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.config.test_groups import composed
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The overrides of every recipe that would have been started."""
+    """The overrides of every recipe that the benchmark would start."""
     log = {}
 
     class Done:
@@ -27,13 +27,14 @@ def ran(monkeypatch):
     return log
 
 
-def test_both_recipes_take_their_commands(tmp_path, ran):
+def test_both_recipes_accept_their_commands(tmp_path, ran):
     served.run(served.parse(["--out", str(tmp_path / "a place"), "--steps", "7", "--conversations", "20"]))
     train = to_job(composed("train_eagle3", *ran["recipes/train_eagle3.py"]))
     measure = to_job(composed("benchmark", *ran["recipes/benchmark.py"]))
     assert train.trainer.max_steps == 7 and measure.checkpoint == str(tmp_path / "a place" / "run")
     assert measure.sweep == [[3, 1], [5, 1], [4, 4, 16]] and measure.server.device == "cpu"
-    asked, trained = ((tmp_path / "a place" / f"{name}.jsonl").read_text().splitlines() for name in ("asked", "train"))
+    files = (tmp_path / "a place" / f"{name}.jsonl" for name in ("questions", "train"))
+    asked, trained = (file.read_text().splitlines() for file in files)
     assert len(asked) == served.ASKED and len(trained) == 20
     said = {json.loads(line)["prompt"] for line in asked}
     assert not said & {json.loads(line)["conversations"][0]["content"] for line in trained}
@@ -51,7 +52,7 @@ def test_a_random_target_answers_every_prompt_with_other_words(tmp_path):
     assert len(answers) == 4 and all(len(set(answer)) > 3 for answer in answers)
 
 
-def test_a_recipe_that_fails_ends_it(tmp_path, monkeypatch):
+def test_a_failed_recipe_ends_the_benchmark(tmp_path, monkeypatch):
     class Failed:
         returncode = 1
 

@@ -1,4 +1,4 @@
-"""``make audit`` and ``make lock`` on copies of the repository's own files, of which one is broken."""
+"""``make audit`` and ``make lock`` on copies of the repository's files, one of them broken."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def project(tmp_path):
 
 @pytest.fixture
 def audited(project, monkeypatch, capsys):
-    """Exit status, output and errors of an audit of ``project``, with an index that has what the real locks name."""
+    """Exit status, output and errors of an audit of ``project``, with an index that has the releases of the locks."""
     known = {**read_pins(ROOT / lock.LOCK), **read_pins(ROOT / lock.CUDA_LOCK)}
     monkeypatch.setattr(audit, "published", lambda requirements, constraint: known)
     monkeypatch.setattr(audit, "ask_pip_audit", lambda *locks: [{"name": "torch", "version": "2.13.0", "vulns": []}])
@@ -60,7 +60,7 @@ HTTPX = "httpx==0.28.1"
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "said"),
+    ("file", "old", "new", "message"),
     [
         ("requirements.lock", "--hash=sha256:0", "--hash=sha256:f", r"is of no file that the index has"),
         ("requirements-cuda.lock", "--hash=sha256:0", "--hash=sha256:f", r"is of no file that the index has"),
@@ -85,14 +85,14 @@ HTTPX = "httpx==0.28.1"
         ),
     ],
 )
-def test_what_is_broken_is_one_line_and_a_status(audited, project, file, old, new, said):
+def test_a_problem_is_a_one_line_error_and_an_exit_status(audited, project, file, old, new, message):
     change(project / file, old, new)
     status, _, errors = audited()
     first = errors.splitlines()[0]
-    assert status == 1 and first.startswith("error: ") and re.search(said, first), errors
+    assert status == 1 and first.startswith("error: ") and re.search(message, first), errors
 
 
-def test_what_a_cuda_build_lacks_is_named(audited, project):
+def test_a_missing_dependency_of_a_cuda_build_is_named(audited, project):
     lines = (project / lock.CUDA_LOCK).read_text()
     (project / lock.CUDA_LOCK).write_text(lines[: lines.index("triton==")])
     assert "which a CUDA build of torch needs, is missing" in audited()[2]
@@ -108,7 +108,7 @@ def test_another_version_in_the_environment_is_named(audited, project):
 
 
 @pytest.mark.parametrize(
-    ("answer", "status", "said"),
+    ("answer", "status", "message"),
     [
         ("no route to host", 0, "NOT CHECKED, the service cannot be asked from here (no route to host)"),
         ([{"name": "idna", "version": "1", "skip_reason": "not found"}], 0, "NOT CHECKED, the service knows none of"),
@@ -120,13 +120,13 @@ def test_another_version_in_the_environment_is_named(audited, project):
         ),
     ],
 )
-def test_vulnerabilities_are_said_or_that_nobody_could_be_asked(audited, monkeypatch, answer, status, said):
+def test_vulnerabilities_or_an_unreachable_service_are_reported(audited, monkeypatch, answer, status, message):
     monkeypatch.setattr(audit, "ask_pip_audit", lambda *locks: answer)
-    found, out, errors = audited()
-    assert found == status and said in out + errors
+    actual, out, errors = audited()
+    assert actual == status and message in out + errors
 
 
-def test_tools_that_cannot_ask_are_said(monkeypatch, tmp_path):
+def test_a_service_that_does_not_answer_is_reported(monkeypatch, tmp_path):
     for module in ("uv", "pip_audit"):
         (tmp_path / f"{module}.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
@@ -147,7 +147,7 @@ def test_a_tool_that_is_not_installed_is_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("tool", [lock, audit])
 @pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--nosuch", 2)])
-def test_help_is_all_that_is_done(tool, option, status, monkeypatch, capsys):
+def test_help_does_nothing_else(tool, option, status, monkeypatch, capsys):
     for work in ("published", "write", "audit"):
         monkeypatch.setattr(tool, work, None, raising=False)
     with pytest.raises(SystemExit) as ended:

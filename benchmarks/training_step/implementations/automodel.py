@@ -1,7 +1,7 @@
-"""NeMo AutoModel's trainer modules, drafts and target wrappers, put together as its EAGLE recipes do.
+"""NeMo AutoModel's trainer modules, drafts and target wrappers, combined as in its EAGLE recipes.
 
-Its networks are EAGLE's, but for two norms in the EAGLE-1 draft that EAGLE has not.  Its recipes pad every conversation
-to the row, or pack them in the order in which they come ("packed").
+Its networks are EAGLE's, with two additional norms in the EAGLE-1 draft.  Its recipes pad every conversation to the row
+length, or pack conversations in their order ("packed").
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ def _load_target(setup: Setup) -> Any:
 
 
 def _draft_config(setup: Setup, **own: Any) -> LlamaConfig:
-    """The target's, as the recipes have it, with one layer."""
+    """The target's configuration with one layer, as in the recipes."""
     target = LlamaConfig.from_pretrained(setup.target).to_dict()
     return LlamaConfig.from_dict({**target, "num_hidden_layers": 1, "attn_implementation": "eager", **own})
 

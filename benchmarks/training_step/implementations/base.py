@@ -1,4 +1,4 @@
-"""What an implementation under measurement is, and the training step that all of them share."""
+"""The interface of an implementation to measure, and the training step that all trainers share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,38 +14,38 @@ LEARNING_RATE, CLIP_NORM = 1e-4, 0.5
 
 
 class Implementation(ABC):
-    """One way through the conversations of a set-up, built with ``(setup, variants)``."""
+    """A computation over the conversations of a :class:`Setup`, built with ``(setup, variants)``."""
 
     packages: Sequence[str] = ()
-    """Whose versions are reported."""
+    """Packages whose versions are reported."""
 
     def __init__(self) -> None:
         self.resources = ExitStack()
-        """Left by :meth:`close`."""
+        """Closed by :meth:`close`."""
         self.batches: list[Any] = []
-        """What one pass over the conversations is, step by step, in the implementation's own form."""
+        """Batches of one pass, one per step, in the implementation's own form."""
 
     @abstractmethod
     def step(self, batch: Any) -> float | None:
-        """Whatever is measured on one of ``batches``; returns its loss, if it has one."""
+        """Runs the computation to measure on one of ``batches``; returns its loss, if any."""
 
     def close(self) -> None:
         self.resources.close()
 
 
 class Trainer(Implementation):
-    """Target forward, supervision, draft forward, loss; then backward, clipping and AdamW."""
+    """A training step: a subclass computes the loss, this class runs backward, clipping and AdamW."""
 
     optimizer: Any
 
     def train(self, parameters: Iterable[nn.Parameter], fused: bool | None = None) -> None:
-        """Says what is optimised, and whether by torch's fused kernel (None: torch's own choice)."""
+        """Creates the optimizer of ``parameters``; ``fused``: with torch's fused kernel (None: torch decides)."""
         self.parameters = [p for p in parameters if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
 
     @abstractmethod
     def loss(self, batch: Any) -> torch.Tensor:
-        """Scalar, with a graph."""
+        """The loss of a batch, a scalar with its autograd graph."""
 
     def step(self, batch: Any) -> float:
         loss = self.loss(batch)
@@ -61,20 +61,19 @@ class Trainer(Implementation):
 
 @torch.no_grad()
 def copy_weights(module: nn.Module, weights: Mapping[str, torch.Tensor], prefixes: Mapping[str, str]) -> None:
-    """Copies ``weights``, whose names start otherwise in ``module``: the first of ``prefixes`` that fits is replaced.
+    """Copies ``weights`` into ``module``, after replacing the first matching prefix of each name by its value.
 
     Raises:
-        KeyError: ``module`` lacks one of them.
+        KeyError: ``module`` has no parameter of that name.
     """
-    own = dict(module.named_parameters())
+    parameters = dict(module.named_parameters())
     for name, weight in weights.items():
-        here = next((old for old in prefixes if name.startswith(old)), "")
-        own[prefixes.get(here, "") + name.removeprefix(here)].copy_(weight)
+        prefix = next((old for old in prefixes if name.startswith(old)), "")
+        parameters[prefixes.get(prefix, "") + name.removeprefix(prefix)].copy_(weight)
 
 
 def padded_batches(setup: Setup) -> list[dict[str, torch.Tensor]]:
-    """One conversation a row, padded to the row's length: int64 [B, L] ``input_ids``, ``attention_mask``,
-    ``loss_mask``."""
+    """Batches of one conversation per row, padded: int64 [B, L] ``input_ids``, ``attention_mask``, ``loss_mask``."""
     size = setup.case.size
     chunks = [setup.conversations[i : i + size.rows] for i in range(0, len(setup.conversations), size.rows)]
     return [_padded(chunk, size.row_tokens) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""The hidden states of a target, for the peers that have another process compute them."""
+"""The hidden states of a target, for the peers whose own trainers receive them from another process."""
 
 import torch
 from transformers import LlamaForCausalLM
@@ -18,7 +18,7 @@ class FeatureCapture:
         self.model = LlamaForCausalLM.from_pretrained(
             setup.target, dtype=setup.dtype, attn_implementation="sdpa"
         ).model.requires_grad_(False)
-        self._seen: dict[int | str, torch.Tensor] = {}
+        self._outputs: dict[int | str, torch.Tensor] = {}
         self._last = "before norm" if before_norm else "after norm"
         for layer in self.aux_layers:
             self.model.layers[layer].register_forward_hook(lambda _, __, output, layer=layer: self._keep(layer, output))
@@ -26,18 +26,21 @@ class FeatureCapture:
 
     @property
     def embedding(self) -> torch.Tensor:
-        """[V, h]."""
+        """The embedding's weight, [V, h]."""
         return self.model.embed_tokens.weight
 
     def _keep(self, layer: int, output: torch.Tensor) -> None:
-        self._seen[layer] = output
+        self._outputs[layer] = output
 
     def _keep_last(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        self._seen |= {"before norm": before, "after norm": after}
+        self._outputs |= {"before norm": before, "after norm": after}
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [B, L] twice → the aux states [B, L, A * h], lowest first, and the last hidden state [B, L, h]."""
+        """Computes the aux states [B, L, A * h], lowest layer first, and the last hidden state [B, L, h].
+
+        Both arguments are int64 [B, L].
+        """
         self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        seen, self._seen = self._seen, {}
-        return torch.cat([seen[layer] for layer in self.aux_layers], dim=-1), seen[self._last]
+        outputs, self._outputs = self._outputs, {}
+        return torch.cat([outputs[layer] for layer in self.aux_layers], dim=-1), outputs[self._last]

@@ -1,4 +1,4 @@
-"""This project's training step, the dense textbook one in its place, and the target's forward alone."""
+"""This project's training step, the same with the dense reference ("textbook"), and the target's forward alone."""
 
 import dataclasses
 import os
@@ -27,11 +27,11 @@ from nemo_speculative.training.trainer import TTTModule
 CPU = torch.device("cpu")
 TAU_STEPS = 5
 CHANGES: dict[str, dict[str, Any]] = {"geometric": {"depth_sampling": DepthSampling.geometric}}
-"""Of the draft's configuration, by variant."""
+"""Changes of the draft's configuration, by variant."""
 
 
 class Target(Implementation):
-    """The target's forward and nothing else: what no online training can be faster than."""
+    """The target's forward alone, a lower bound of the time of online training."""
 
     packages = ("transformers",)
 
@@ -46,12 +46,12 @@ class Target(Implementation):
 
 
 class Ours(Trainer):
-    """The parts of the project's trainer, put together as it does."""
+    """The components of the project's trainer, combined as the trainer does."""
 
     def __init__(self, setup: Setup, variants: frozenset[str]):
         super().__init__()
-        # What the trainer itself wraps the draft with: float32 weights, and bfloat16 copies to compute with.
-        # Several ranks, where a launcher started some, share the rows.
+        # The trainer's own wrapper: float32 weights, with bfloat16 copies to compute with.  If a launcher has started
+        # several ranks, they share the rows.
         parallelism = ParallelismConfig(context=int(os.environ.get("WORLD_SIZE", "1")))
         dims = self.resources.enter_context(process_group(CPU, parallelism))
         self.context = context_group(dims)
@@ -77,15 +77,15 @@ class Ours(Trainer):
 
 
 class Textbook(Ours):
-    """The same trainer around the dense reference, :func:`eagle3_loss`."""
+    """The same trainer with the dense reference, :func:`eagle3_loss`."""
 
     def make_objective(self, setup: Setup, variants: frozenset[str]) -> Any:
         return _Dense(self.target, setup.case.num_steps)
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """A batch as it is."""
+class _WholeBatch:
+    """A schedule of the dense reference: the unchanged batch."""
 
     batch: Batch
     counts: torch.Tensor
@@ -97,12 +97,12 @@ class _Dense:
     def __init__(self, target: HFTarget, num_steps: int):
         self.target, self.num_steps = target, num_steps
 
-    def schedule(self, batch: Batch, device: torch.device, training: bool = True) -> "_Whole":
-        return _Whole(batch, torch.zeros(self.num_steps, dtype=torch.float64))
+    def schedule(self, batch: Batch, device: torch.device, training: bool = True) -> "_WholeBatch":
+        return _WholeBatch(batch, torch.zeros(self.num_steps, dtype=torch.float64))
 
-    def loss(self, draft: Any, schedule: "_Whole", supervision: TargetOutput, counts: torch.Tensor) -> LossSum:
+    def loss(self, draft: Any, schedule: "_WholeBatch", output: TargetOutput, counts: torch.Tensor) -> LossSum:
         weights = dict(draft.named_parameters()) | {"d2t": draft.d2t}
-        loss = eagle3_loss(weights, draft.shape, self.target, schedule.batch, supervision, self.num_steps, STEP_DECAY)
+        loss = eagle3_loss(weights, draft.shape, self.target, schedule.batch, output, self.num_steps, STEP_DECAY)
         return LossSum(loss, {})
 
     def metrics(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -115,7 +115,7 @@ def load_target(setup: Setup) -> HFTarget:
 
 
 def load_draft(setup: Setup, target: HFTarget) -> Draft:
-    """The draft with the set-up's weights and vocabulary."""
+    """The draft with the weights and vocabulary of ``setup``."""
     draft = new_draft(setup.case, target.config).attach(target)
     draft.set_vocab_mapping(VocabMapping(setup.draft_ids, setup.case.size.vocab_size, 1.0))
     copy_weights(draft, setup.draft_weights, {})
@@ -123,7 +123,7 @@ def load_draft(setup: Setup, target: HFTarget) -> Draft:
 
 
 def packed_batches(setup: Setup) -> list[Batch]:
-    """The conversations in the project's own packing."""
+    """The conversations, packed by this project."""
     size = setup.case.size
     documents = [
         TokenRow(str(n), c.input_ids.tolist(), c.loss_mask.tolist(), "") for n, c in enumerate(setup.conversations)

@@ -1,6 +1,6 @@
 """SpecForge's EAGLE-3 strategy, draft, target head and optimizer.
 
-Its fused loss is a Triton kernel, which has no CPU form: its own reference of that loss stands in.
+Its fused loss is a Triton kernel, which does not run on a CPU, so SpecForge's own reference of that loss replaces it.
 """
 
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from benchmarks.training_step.implementations.base import (
 from benchmarks.training_step.implementations.features import FeatureCapture
 
 TOTAL_STEPS = 1000
-"""Of its schedule, which it cannot do without."""
+"""Length of the learning-rate schedule, which SpecForge's optimizer requires."""
 
 
 class SpecForge(Trainer):
@@ -40,7 +40,7 @@ class SpecForge(Trainer):
         draft = self._draft(setup)
         head = TargetHead.from_pretrained(str(setup.target)).to(setup.dtype)
         with torch.no_grad():
-            head.load_weights(str(setup.target))  # anew: they come in bfloat16
+            head.load_weights(str(setup.target))  # loaded again, as the constructor's are bfloat16
         model = specforge_model.OnlineEagle3Model(draft, length=setup.case.num_steps, attention_backend="sdpa").train()
         self.strategy = Eagle3TrainStrategy(model, target_head=head)
         self.optimizer = BF16Optimizer(

@@ -1,6 +1,6 @@
 """speculators' EAGLE-3 draft and loss.
 
-bfloat16 is autocast around float32 weights, as it trains; the draft's head is frozen unless asked for ("head").
+bfloat16 means autocast with float32 weights, as in its trainer; the draft's head is frozen except in variant "head".
 """
 
 import torch
@@ -49,7 +49,7 @@ class Speculators(Trainer):
         return loss
 
     def _shifted(self, batch: dict[str, torch.Tensor], aux: torch.Tensor, last_hidden_state: torch.Tensor, r: int):
-        """A row as its data set has it, which drops the first token."""
+        """A row in the form of its data set, which drops the first token."""
         length = aux.shape[1]
         return shift_batch(
             {
