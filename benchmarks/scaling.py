@@ -41,7 +41,7 @@ from nemo_speculative.config.schema import (
     TrainJob,
 )
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.training import estimate
 from nemo_speculative.training.checks import draft_shape

@@ -41,7 +41,7 @@ from nemo_speculative.config.schema import (
     TrainerConfig,
     TrainJob,
 )
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.distributed import titan

@@ -23,15 +23,18 @@ MODULES = {
     "preparation.load": "prepare_data.load",
     "serving.sglang_target": "targets.sglang",
     "targets.remote": "targets.remote.client",
-    "targets.sharded": "targets.sharded",
     "targets.tensor_parallel": "targets.sharded",
     "targets.tiny": "targets.demo",
     "training.loggers": "training.metrics",
     "training.optimization": "training.optimizer",
 }
 """Modules of this package."""
-CLASSES = {"ShardedTarget": "FSDP2Target"}
-"""Classes in these modules."""
+CLASSES = {
+    "data.sources.load_jsonl": "data.conversations.load_jsonl",
+    "data.sources.load_stdlib": "data.stdlib.load_stdlib",
+    "targets.sharded.ShardedTarget": "targets.sharded.FSDP2Target",
+}
+"""Classes and functions that were renamed, or whose module was divided."""
 
 
 def translate(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +58,6 @@ def current_class(path: str) -> str:
     """Today's path of the class ``path``; any other string as it is."""
     package, _, rest = path.partition(".")
     module, _, name = rest.rpartition(".")
-    if package != "nemo_speculative" or module not in MODULES:
+    if package != "nemo_speculative" or not module:
         return path
-    return f"{package}.{MODULES[module]}.{CLASSES.get(name, name)}"
+    return f"{package}.{CLASSES.get(rest) or f'{MODULES.get(module, module)}.{name}'}"

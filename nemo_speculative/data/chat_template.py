@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.utils.errors import UserError
 
 Message = dict[str, Any]

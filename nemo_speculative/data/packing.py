@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from nemo_speculative.data.batch import Batch, Span
-from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.conversations import Indexed
+from nemo_speculative.data.conversations import Indexed, TokenRow
 
 WINDOW = 2048
 """Documents packed together: enough to fill rows, few enough to keep the shuffled order."""

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.config.schema import DataConfig
+from nemo_speculative.data.conversations import Conversation, ConversationList, Split, shuffled
 
 SKIPPED_PACKAGES = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo", "pydoc_data"}
 MAX_DOC_CHARS = 500
@@ -110,3 +111,9 @@ def stdlib_conversations(held_out: bool) -> list[Conversation]:
     """All conversations of one side of the split, in a fixed order, without repeated ids."""
     by_id = {c.id: c for d in definitions() if is_held_out(d) == held_out for c in conversations_about(d)}
     return list(by_id.values())
+
+
+def load_stdlib(config: DataConfig, seed: int) -> Split:
+    """Questions about Python's standard library, split by module."""
+    training, held_out = (ConversationList(stdlib_conversations(held_out=side)) for side in (False, True))
+    return Split(shuffled(training, seed)[: config.max_conversations], shuffled(held_out, seed))

@@ -29,8 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data.chat_template import tokenize, tokenizer_digest
-from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.conversations import Conversations, Indexed
+from nemo_speculative.data.conversations import Conversation, Conversations, Indexed, TokenRow
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
 from nemo_speculative.utils.manifest import file_sizes, read_manifest, write_manifest

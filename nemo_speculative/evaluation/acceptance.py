@@ -12,7 +12,7 @@ from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.config.schema import EvaluationConfig
 from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
 from nemo_speculative.data.chat_template import prompt_ids
-from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.engine import Generation, generate
 from nemo_speculative.decoding.tau import acceptance_length, acceptance_per_position

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_speculative.data.chat_template import tokenizer_digest
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.concurrency import for_each
 from nemo_speculative.generate_data.decoder import Decoder, num_in_flight

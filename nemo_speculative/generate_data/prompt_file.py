@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_speculative.config.schema import GenerateJob
-from nemo_speculative.data.conversation import Conversation, TokenRow, parse_json, parse_line
-from nemo_speculative.data.conversations import item_content
+from nemo_speculative.data.conversations import Conversation, TokenRow, item_content, parse_json, parse_line
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import Progress
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_speculative.data.chat_template import prompt_ids
-from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.utils.errors import UserError
 
 Message = dict[str, Any]
@@ -211,7 +211,7 @@ class Rollout:
         ]
 
     def record(self) -> dict[str, Any]:
-        """The line of a data file, see :func:`nemo_speculative.data.conversation.parse_line`."""
+        """The line of a data file, see :func:`nemo_speculative.data.conversations.parse_line`."""
         item = self.item
         rows = [{"input_ids": row.ids, "loss_mask": [int(m) for m in row.mask]} for row in self._rows]
         record: dict[str, Any] = {"id": item.id}

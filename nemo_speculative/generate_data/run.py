@@ -12,7 +12,7 @@ from hydra.utils import get_class, instantiate
 
 from nemo_speculative.config.schema import GenerateJob
 from nemo_speculative.data.chat_template import chat_template_of
-from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.concurrency import RunCoroutine, for_each, interruptible
 from nemo_speculative.generate_data.engines import CompletionFailed, Engine

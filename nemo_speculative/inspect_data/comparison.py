@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nemo_speculative.data.chat_template import Message, normalize_messages, prompt_ids, render
-from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.http import Client, Refused
 

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.inspect_data.plots import Curve, bars, curves
 from nemo_speculative.inspect_data.survey import COVERAGE_BINS
 from nemo_speculative.utils import svg

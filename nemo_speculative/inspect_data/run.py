@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import get_method
 
 from nemo_speculative.config.schema import Answers, InspectJob
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import Tokenization, preview
 from nemo_speculative.inspect_data.comparison import ByTemplate, ChatServer, Comparison, RunningServer
 from nemo_speculative.inspect_data.figures import figures

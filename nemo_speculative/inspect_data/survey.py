@@ -10,9 +10,7 @@ from itertools import chain
 import numpy as np
 
 from nemo_speculative.data.chat_template import chat_template_of
-from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.conversations import Item
-from nemo_speculative.data.sources import Split
+from nemo_speculative.data.conversations import Conversation, Item, Split, TokenRow
 from nemo_speculative.data.tokenized_dataset import Tokenization
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import Progress

@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 
 from nemo_speculative.config.schema import DatasetConfig, DefaultDataConfig, MixDataConfig, PrepareJob
-from nemo_speculative.data.sources import Split, load_jsonl
+from nemo_speculative.data.conversations import Split, load_jsonl
 from nemo_speculative.prepare_data.output import finished, stored_request, table
 from nemo_speculative.prepare_data.run import prepare
 from nemo_speculative.prepare_data.streams import requested_values, sources_of

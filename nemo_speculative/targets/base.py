@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.distributed.context_parallel import ContextShard
 
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nemo_speculative.config.schema import TinyModelConfig
-from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.data.stdlib import stdlib_conversations
 from nemo_speculative.utils.progress import Progress, quiet_transformers
 

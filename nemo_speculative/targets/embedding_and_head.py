@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from nemo_speculative.config.schema import aux_layers_for
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import quiet_transformers

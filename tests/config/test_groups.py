@@ -137,7 +137,7 @@ def test_the_first_command_trains_on_the_embedded_target():
     values = plain_values(composed("train_eagle3"))
     expected = {
         "model._target_": "nemo_speculative.targets.demo.prepare_tiny", "model.dtype": "float32",
-        "data._target_": "nemo_speculative.data.sources.load_stdlib", "data.answers": "target", "data.max_length": 512,
+        "data._target_": "nemo_speculative.data.stdlib.load_stdlib", "data.answers": "target", "data.max_length": 512,
         "data.max_conversations": 2000, "draft.ttt_steps": 5, "optimizer.lr": 3e-3, "optimizer.decay_type": "linear",
         "trainer.max_steps": 400, "trainer.dtype": "float32", "trainer.global_batch_size": 4,
         "trainer.save_interval": 200, "evaluation.max_new_tokens": 128, "evaluation.num_threads": 1,

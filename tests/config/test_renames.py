@@ -3,7 +3,7 @@
 import pytest
 from hydra.utils import get_object
 
-from nemo_speculative.config.renames import KEYS, MODULES, current_class, translate
+from nemo_speculative.config.renames import CLASSES, KEYS, MODULES, current_class, translate
 from nemo_speculative.training.checkpointer import ResumeMetadata
 from tests.config.test_refusals import refused
 
@@ -17,12 +17,12 @@ def test_an_old_key_is_refused_with_the_new_one(old, new):
     assert refused(*overrides, f"+{old}=3", root=root) == f"{old}: this key is now {new}"
 
 
-CLASSES = {
+CLASS_OF = {
     "drafts.eagle": "EagleDraft", "drafts.eagle3": "Eagle3Draft", "objectives.eagle": "EagleObjective",
     "objectives.eagle3": "Eagle3Objective", "objectives.losses": "SoftCrossEntropy",
     "features.target": "FeaturesTarget", "preparation.load": "load_prepared", "serving.sglang_target": "SGLangTarget",
     "targets.remote": "RemoteTarget",
-    "targets.sharded": "ShardedTarget", "targets.tensor_parallel": "TensorParallelTarget",
+    "targets.tensor_parallel": "TensorParallelTarget",
     "targets.tiny": "prepare_tiny", "training.loggers": "WandbLogger",
     "training.optimization": "adamw",
 }  # fmt: skip
@@ -30,7 +30,12 @@ CLASSES = {
 
 @pytest.mark.parametrize("module", MODULES)
 def test_an_old_class_path_is_found(module):
-    assert callable(get_object(current_class(f"nemo_speculative.{module}.{CLASSES[module]}")))
+    assert callable(get_object(current_class(f"nemo_speculative.{module}.{CLASS_OF[module]}")))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_renamed_class_or_function_is_found(name):
+    assert callable(get_object(current_class(f"nemo_speculative.{name}")))
 
 
 @pytest.mark.parametrize("path", ["my_drafts.eagle.Draft", "drafts.eagle.Draft", "some text", ""])

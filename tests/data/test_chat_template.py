@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_speculative.data.chat_template import chat_template_of, prompt_ids, rules_digest, tokenize, tokenizer_digest
-from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, TEMPLATE, make_tokenizer
 

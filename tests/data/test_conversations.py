@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative.data.conversation import TokenRow, parse_line
 from nemo_speculative.data.conversations import (
     SPLIT_SALT,
+    Conversation,
     ConversationFile,
     ConversationList,
+    TokenRow,
     hash_fraction,
+    parse_line,
     shuffled,
     split_by_hash,
 )
@@ -83,8 +85,6 @@ def test_the_fingerprint_of_a_list_depends_on_every_field(change):
     if change in changes:
         assert items(**changes[change]).fingerprint != items().fingerprint
     else:
-        from nemo_speculative.data.conversation import Conversation
-
         base = Conversation("a", [{"role": "user", "content": "q"}], "here")
         other = Conversation("a", [{"role": "user", "content": "q" if change == "tools" else "r"}], "here",
                              [{"name": "f"}] if change == "tools" else None)  # fmt: skip

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 

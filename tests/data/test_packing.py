@@ -9,7 +9,7 @@ from itertools import groupby
 import pytest
 import torch
 
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import WINDOW, collate, pack
 
 

@@ -4,8 +4,10 @@ import ast
 
 import pytest
 
+from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import stdlib
-from nemo_speculative.data.stdlib import conversations_about, stdlib_conversations
+from nemo_speculative.data.conversations import ConversationList, Split, TokenRow, shuffled
+from nemo_speculative.data.stdlib import conversations_about, load_stdlib, stdlib_conversations
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,16 @@ def test_a_class_has_no_parameters_to_ask_for(found):
 )
 def test_a_long_text_is_cut_at_a_word_or_a_line(text, limit, expected):
     assert stdlib._cut(text, limit) == expected
+
+
+def test_the_standard_library_source_shuffles_and_limits(monkeypatch):
+    sides = {
+        held_out: [TokenRow(f"{name}{n}", [n], [True], "here") for n in range(count)]
+        for held_out, name, count in ((False, "t", 50), (True, "h", 20))
+    }
+    monkeypatch.setattr(stdlib, "stdlib_conversations", lambda held_out: sides[held_out])
+    split = load_stdlib(DataConfig(path=None, max_conversations=30), seed=1)
+    assert isinstance(split, Split)
+    assert len({row.id for row in split.training}) == 30
+    assert [row.id for row in split.training] == [row.id for row in shuffled(ConversationList(sides[False]), 1)][:30]
+    assert sorted(row.id for row in split.held_out) == sorted(row.id for row in sides[True])

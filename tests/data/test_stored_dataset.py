@@ -15,8 +15,7 @@ import torch
 
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import tokenized_dataset
-from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.conversations import ConversationFile, ConversationList, shuffled
+from nemo_speculative.data.conversations import Conversation, ConversationFile, ConversationList, TokenRow, shuffled
 from nemo_speculative.data.packing import pack
 from nemo_speculative.data.tokenized_dataset import Tokenization, load_or_tokenize
 from nemo_speculative.utils.errors import UserError

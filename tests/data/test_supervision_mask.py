@@ -3,7 +3,7 @@ import torch
 
 from nemo_speculative.algorithms.common.schedule import make_schedule
 from nemo_speculative.config.schema import MaskConvention, Normalization
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.data.supervision_mask import supervision_mask
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset, preview, tokenize_conversations
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import VocabularySize
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import count_supervised
 from nemo_speculative.data.vocab_mapping import build_vocab_mapping
 

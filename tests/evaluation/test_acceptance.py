@@ -5,7 +5,7 @@ import torch
 
 from nemo_speculative.config.schema import EvaluationConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.decoding.engine import Generation
 from nemo_speculative.evaluation.acceptance import (
     Evaluation,

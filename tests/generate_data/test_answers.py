@@ -7,8 +7,7 @@ from threading import Event
 import pytest
 import torch
 
-from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.conversations import ConversationList
+from nemo_speculative.data.conversations import Conversation, ConversationList, TokenRow
 from nemo_speculative.generate_data import answers
 from nemo_speculative.generate_data.answers import answer, unanswered
 from nemo_speculative.generate_data.decoder import Decoder

@@ -9,8 +9,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer
 
 from nemo_speculative.config.schema import MergeJob
-from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.conversations import ConversationFile
+from nemo_speculative.data.conversations import ConversationFile, TokenRow
 from nemo_speculative.generate_data.merge import merge
 from nemo_speculative.generate_data.run import generate_data, require_success, summary_table
 from nemo_speculative.utils.append_log import AppendLog

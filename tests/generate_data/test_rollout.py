@@ -1,6 +1,6 @@
 import pytest
 
-from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.generate_data.rollout import Completion, Drop, Keep, Limits, Rollout, Split, Unanswerable
 from tests.conftest import PREFIX_TEMPLATE, make_tokenizer
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.data.tokenized_dataset import Tokenization
 from tests.conftest import make_tokenizer
 

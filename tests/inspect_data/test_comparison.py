@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from nemo_speculative.data.chat_template import tokenize
-from nemo_speculative.data.conversation import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, TokenRow
 from nemo_speculative.inspect_data.comparison import (
     ANSWER_CHANGES,
     CAUSES,

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nemo_speculative.data.chat_template import tokenize
-from nemo_speculative.data.sources import Split
+from nemo_speculative.data.conversations import Split
 from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison
 from nemo_speculative.inspect_data.figures import figures
 from nemo_speculative.inspect_data.page import conversation, page

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from nemo_speculative.config.app import CONF, to_job
-from nemo_speculative.data import sources
+from nemo_speculative.data import stdlib
 from nemo_speculative.data.chat_template import tokenize
 from nemo_speculative.inspect_data.run import inspect
 from nemo_speculative.targets import demo
@@ -80,7 +80,7 @@ def test_answers_of_which_the_template_renders_nothing_are_counted(settings, dat
 
 def test_the_embedded_target_need_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for module in (demo, sources):  # the real one takes seconds
+    for module in (demo, stdlib):  # the real one takes seconds
         monkeypatch.setattr(module, "stdlib_conversations", lambda held_out: TALKS[:9] if held_out else TALKS[9:])
     said = inspect(job_of("data.max_conversations=20", f"model.cache_dir={tmp_path}/none", "compare=5"))
     assert "20 for training" in said and "data.answers=target: these are the answers of the data" in said

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.sources import Split
+from nemo_speculative.data.conversations import Split, TokenRow
 from nemo_speculative.data.tokenized_dataset import Tokenization
 from nemo_speculative.inspect_data import survey as surveys
 from nemo_speculative.inspect_data.survey import Survey

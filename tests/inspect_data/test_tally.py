@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.inspect_data.survey import COVERAGE_BINS, Tally, num_spans
 from tests.inspect_data.conftest import VOCAB, random_rows
 

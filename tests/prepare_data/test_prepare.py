@@ -18,8 +18,7 @@ from nemo_speculative.config.schema import (
     PrepareJob,
 )
 from nemo_speculative.data.chat_template import tokenize
-from nemo_speculative.data.conversation import Conversation
-from nemo_speculative.data.conversations import ConversationFile
+from nemo_speculative.data.conversations import Conversation, ConversationFile
 from nemo_speculative.prepare_data import output, reasons, run
 from nemo_speculative.prepare_data.output import table
 from nemo_speculative.prepare_data.run import prepare

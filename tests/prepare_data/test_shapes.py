@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemo_speculative.data.conversation import parse_line
+from nemo_speculative.data.conversations import parse_line
 from nemo_speculative.prepare_data import reasons
 from nemo_speculative.prepare_data.reasons import LeftOut
 from nemo_speculative.prepare_data.shapes import recognize

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.data.conversation import Conversation
+from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.evaluation.server_benchmark.servers import split
 from nemo_speculative.inspect_data.comparison import CAUSES, ByTemplate, Comparison, RunningServer
 from nemo_speculative.serving.command import ServeOptions, serve_command, serve_environment

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from nemo_speculative.config.schema import ModelConfig, aux_layers_for
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import RemoteBackendConfig
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.hf import HFTarget

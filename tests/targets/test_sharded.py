@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OPTConfig, OPTForCausalLM
 
 from nemo_speculative.config.schema import ModelConfig, TensorParallelHFBackendConfig, TrainJob
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.targets import sharded
 from nemo_speculative.targets.hf import HFTarget

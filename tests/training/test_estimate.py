@@ -37,7 +37,7 @@ from nemo_speculative.config.schema import (
     TensorParallelHFBackendConfig,
     TrainJob,
 )
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.parallelism import context_group, mesh, shard_draft, start_unshard

@@ -6,7 +6,7 @@ import torch
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.config.app import to_job
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset, count_supervised
 from nemo_speculative.data.vocab_mapping import vocab_mapping_from_d2t
 from nemo_speculative.training import build

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import DepthSampling, FeatureNoise
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.targets.base import TargetOutput

@@ -18,7 +18,7 @@ class Answers(Enum):
 class DataConfig:
     """Conversations from a JSONL file, and how they become packed rows of tokens."""
 
-    _target_: str = "nemo_speculative.data.sources.load_jsonl"
+    _target_: str = "nemo_speculative.data.conversations.load_jsonl"
     path: Optional[str] = MISSING
     """JSONL file; a line is {"conversations": [{"role", "content"}]} or {"input_ids", "loss_mask"}."""
     held_out_path: Optional[str] = None
@@ -82,7 +82,7 @@ class DataConfig:
 class TinyDataConfig(DataConfig):
     """Questions about the standard library, answered by the target itself."""
 
-    _target_: str = "nemo_speculative.data.sources.load_stdlib"
+    _target_: str = "nemo_speculative.data.stdlib.load_stdlib"
     path: Optional[str] = None
 
     def __post_init__(self) -> None:

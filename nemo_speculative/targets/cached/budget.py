@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.targets.cached.documents import StoredPositions, document_key
 from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, Manifest
 from nemo_speculative.targets.cached.store import GB, FeatureStore

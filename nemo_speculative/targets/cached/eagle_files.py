@@ -15,7 +15,7 @@ from hydra.utils import get_method
 
 from nemo_speculative.config.schema import CaptureJob
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.conversation import TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import tokenize_conversations
 from nemo_speculative.distributed.collectives import first_rank_first
 from nemo_speculative.targets.base import TargetOutput

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from nemo_speculative.data.conversation import Conversation, TokenRow
-from nemo_speculative.data.conversations import ConversationFile
+from nemo_speculative.data.conversations import Conversation, ConversationFile, TokenRow
 from nemo_speculative.utils.errors import UserError
 
 GOOD = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

@@ -1,4 +1,4 @@
-"""Sources of conversations, and their split into training and held out."""
+"""A JSONL file as the source of conversations, and its split into training and held out."""
 
 import hashlib
 import json
@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_speculative.config.schema import DataConfig
-from nemo_speculative.data import sources
-from nemo_speculative.data.conversation import TokenRow
-from nemo_speculative.data.conversations import ConversationList, shuffled
-from nemo_speculative.data.sources import Split, load_jsonl, load_stdlib
+from nemo_speculative.data.conversations import ConversationList, TokenRow, load_jsonl, shuffled
 from nemo_speculative.utils.errors import UserError
 
 
@@ -122,16 +119,3 @@ def test_shuffled_leaves_its_argument_alone():
     items = ConversationList([TokenRow(str(n), [n], [True], "here") for n in range(50)])
     assert sorted(int(row.id) for row in shuffled(items, 0)) == [int(row.id) for row in items] == list(range(50))
     assert ids(shuffled(items, 0)) != ids(items)
-
-
-def test_the_standard_library_source_shuffles_and_limits(monkeypatch):
-    sides = {
-        held_out: [TokenRow(f"{name}{n}", [n], [True], "here") for n in range(count)]
-        for held_out, name, count in ((False, "t", 50), (True, "h", 20))
-    }
-    monkeypatch.setattr(sources, "stdlib_conversations", lambda held_out: sides[held_out])
-    split = load_stdlib(DataConfig(path=None, max_conversations=30), seed=1)
-    assert isinstance(split, Split)
-    assert len(set(ids(split.training))) == 30
-    assert ids(split.training) == ids(shuffled(ConversationList(sides[False]), 1))[:30]
-    assert sorted(ids(split.held_out)) == sorted(ids(sides[True]))
