@@ -13,9 +13,8 @@ import torch
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.schema import MaskConvention, Normalization
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, collate, pack
 from nemo_speculative.data.conversations import ConversationFile, TokenRow
-from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.targets.hf import HFTarget
 
 STEPS, ROW_TOKENS, ROWS = 5, 512, 8

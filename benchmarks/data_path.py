@@ -21,8 +21,8 @@ from pathlib import Path
 
 from benchmarks.processes import exit_status, last_line_of
 from nemo_speculative.config.schema import DataConfig
+from nemo_speculative.data.batch import PackedLoader
 from nemo_speculative.data.conversations import Conversation, ConversationFile, shuffled
-from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.tokenized_dataset import Tokenization, load_or_tokenize
 from nemo_speculative.targets.demo import train_tokenizer
 

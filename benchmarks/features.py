@@ -23,9 +23,8 @@ import torch
 
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
 from nemo_speculative.config.schema import MaskConvention
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, collate, pack
 from nemo_speculative.data.conversations import ConversationFile, TokenRow
-from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.targets.cached.manifest import Manifest
 from nemo_speculative.targets.cached.target import FeaturesTarget
 

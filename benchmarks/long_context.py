@@ -22,8 +22,8 @@ from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import Eagle3DraftConfig, InitFromTarget, TinyModelConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.data.batch import PackedLoader
 from nemo_speculative.data.conversations import ConversationList, TokenRow, shuffled
-from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.stdlib import stdlib_conversations
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.decoding.drafters import EagleDrafter

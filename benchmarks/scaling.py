@@ -40,9 +40,8 @@ from nemo_speculative.config.schema import (
     TensorParallelHFBackendConfig,
     TrainJob,
 )
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.training import estimate
 from nemo_speculative.training.checks import draft_shape
 

@@ -41,8 +41,8 @@ from nemo_speculative.config.schema import (
     TrainerConfig,
     TrainJob,
 )
+from nemo_speculative.data.batch import collate, pack
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group, shard_draft

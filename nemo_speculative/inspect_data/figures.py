@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_speculative.data.batch import pack
 from nemo_speculative.data.conversations import Item, Split
-from nemo_speculative.data.packing import pack
 from nemo_speculative.data.vocab_mapping import entries_for_coverage
 from nemo_speculative.inspect_data.survey import LeftOut, Survey, Tally
 

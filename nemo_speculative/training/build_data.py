@@ -9,10 +9,8 @@ import torch
 from hydra.utils import get_method
 
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, PackedLoader, collate, pack
 from nemo_speculative.data.conversations import Conversations, Split
-from nemo_speculative.data.loader import PackedLoader
-from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, load_or_tokenize
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.collectives import first_rank_first

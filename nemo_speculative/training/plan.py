@@ -8,10 +8,8 @@ import torch
 
 from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, PackedLoader, pack
 from nemo_speculative.data.conversations import Conversations, TokenRow
-from nemo_speculative.data.loader import PackedLoader
-from nemo_speculative.data.packing import pack
 from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, load_or_tokenize, preview
 from nemo_speculative.data.vocab_mapping import build_vocab_mapping
 from nemo_speculative.distributed.collectives import num_ranks

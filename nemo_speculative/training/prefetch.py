@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from nemo_speculative.algorithms.common.ttt import TTTObjective
-from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.loader import PackedLoader
+from nemo_speculative.data.batch import Batch, PackedLoader
 from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.training.metrics import StepTimer
 from nemo_speculative.utils.errors import UserError, describe_error

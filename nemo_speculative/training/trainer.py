@@ -20,8 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.ttt import LossSum, TTTObjective
 from nemo_speculative.config.schema import TrainJob
-from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.loader import PackedLoader
+from nemo_speculative.data.batch import Batch, PackedLoader
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.health import Progress, StragglerDetector
 from nemo_speculative.distributed.parallelism import (

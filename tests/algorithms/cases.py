@@ -13,8 +13,8 @@ from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import FeatureNoise, MaskConvention
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.targets.base import TargetOutput
 from tests.algorithms.oracle import Eagle3Oracle, EagleOracle

@@ -14,8 +14,8 @@ from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.base import TargetOutput
 
 KEYS, WORDS, HIDDEN = 4, 12, 32

@@ -6,7 +6,7 @@ import torch
 from benchmarks.training_step import case as cases
 from benchmarks.training_step.case import SIZES, Setup, draw_conversations, sharegpt_like
 from benchmarks.training_step.setup import write_setup
-from nemo_speculative.data.packing import pack
+from nemo_speculative.data.batch import pack
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

@@ -30,8 +30,8 @@ from benchmarks.scaling import (
     step,
 )
 from nemo_speculative.config.schema import Eagle3DraftConfig, ParallelismConfig, ShardedHFBackendConfig, TrainJob
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.distributed import context_parallel, parallelism, titan
 from nemo_speculative.distributed.context_parallel import ContextGroup

@@ -6,9 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, PackedLoader
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 
 PACKED_LENGTH = 32

@@ -9,8 +9,8 @@ from itertools import groupby
 import pytest
 import torch
 
+from nemo_speculative.data.batch import WINDOW, collate, pack
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import WINDOW, collate, pack
 
 
 def log_normal_lengths(count: int, packed_length: int, seed: int = 0) -> list[int]:

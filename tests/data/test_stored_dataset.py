@@ -15,8 +15,8 @@ import torch
 
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import tokenized_dataset
+from nemo_speculative.data.batch import pack
 from nemo_speculative.data.conversations import Conversation, ConversationFile, ConversationList, TokenRow, shuffled
-from nemo_speculative.data.packing import pack
 from nemo_speculative.data.tokenized_dataset import Tokenization, load_or_tokenize
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, make_tokenizer

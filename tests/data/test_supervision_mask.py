@@ -3,9 +3,8 @@ import torch
 
 from nemo_speculative.algorithms.common.schedule import make_schedule
 from nemo_speculative.config.schema import MaskConvention, Normalization
+from nemo_speculative.data.batch import collate, supervision_mask
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
-from nemo_speculative.data.supervision_mask import supervision_mask
 
 STEPS = 4
 MASKS = ["0001111", "00111011101", "1", "01", "0011", "111", "00000", "000110001111111"]

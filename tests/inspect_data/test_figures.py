@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
+from nemo_speculative.data.batch import pack
 from nemo_speculative.data.conversations import Split, TokenRow
-from nemo_speculative.data.packing import pack
 from nemo_speculative.inspect_data.figures import figures, lengths, next_fit
 from nemo_speculative.inspect_data.survey import Survey, Tally
 from tests.inspect_data.conftest import VOCAB, random_rows

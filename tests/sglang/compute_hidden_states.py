@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_speculative.config.app import run_program
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sglang import SGLangTarget

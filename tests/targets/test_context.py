@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.packing import collate
+from nemo_speculative.data.batch import Batch, collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets import document_attention
 from nemo_speculative.targets.hf import HFTarget

@@ -25,8 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.document_attention import (
     BY_DOCUMENT,
     MIN_LENGTH_RATIO,

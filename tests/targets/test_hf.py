@@ -5,9 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nemo_speculative.config.schema import ModelConfig, aux_layers_for
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.resolve import resolve_target

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import RemoteBackendConfig
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.remote.client import RemoteTarget, ServerConnection, ServerPool

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.remote.protocol import (
     MAX_HEADER_BYTES,

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets import sglang as sglang_target
 from nemo_speculative.targets import sglang_runner

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OPTConfig, OPTForCausalLM
 
 from nemo_speculative.config.schema import ModelConfig, TensorParallelHFBackendConfig, TrainJob
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.targets import sharded
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sharded import FSDP2Target, TensorParallelTarget

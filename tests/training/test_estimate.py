@@ -37,8 +37,8 @@ from nemo_speculative.config.schema import (
     TensorParallelHFBackendConfig,
     TrainJob,
 )
+from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
 from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.parallelism import context_group, mesh, shard_draft, start_unshard
 from nemo_speculative.targets.base import TargetOutput

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import DepthSampling, FeatureNoise
+from nemo_speculative.data.batch import PackedLoader
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.loader import PackedLoader
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.training.metrics import StepTimer

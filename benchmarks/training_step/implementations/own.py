@@ -15,9 +15,8 @@ from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.ttt import LossSum, TTTObjective
 from nemo_speculative.algorithms.reference.eagle3 import eagle3_loss
 from nemo_speculative.config.schema import DepthSampling, ParallelismConfig, TrainerConfig
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.data.batch import Batch, collate, pack
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.targets.base import TargetOutput

@@ -35,8 +35,7 @@ from nemo_speculative.algorithms.common.schedule import (
     skipped_positions,
 )
 from nemo_speculative.config.schema import DepthSampling, MaskConvention, Normalization
-from nemo_speculative.data.batch import Batch
-from nemo_speculative.data.supervision_mask import supervision_mask
+from nemo_speculative.data.batch import Batch, supervision_mask
 from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
 from nemo_speculative.targets.base import Target, TargetOutput
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from xxhash import xxh3_128_digest
 
-from nemo_speculative.data.batch import Batch, Span
-from nemo_speculative.data.supervision_mask import supervision_mask
+from nemo_speculative.data.batch import Batch, Span, supervision_mask
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, Manifest, Tensors
 

@@ -7,7 +7,7 @@ import torch
 
 from nemo_speculative.algorithms.common.schedule import geometric_depths
 from nemo_speculative.config.schema import DepthSampling, Normalization
-from nemo_speculative.data.packing import collate
+from nemo_speculative.data.batch import collate
 from tests.algorithms.cases import (
     DECAY,
     EXACT,

@@ -7,7 +7,7 @@ import torch
 
 from nemo_speculative.algorithms.common.schedule import skipped_positions
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
-from nemo_speculative.data.packing import collate
+from nemo_speculative.data.batch import collate
 from nemo_speculative.utils.errors import UserError
 from tests.algorithms.cases import (
     EXACT,

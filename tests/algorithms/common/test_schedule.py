@@ -9,9 +9,8 @@ import torch
 from nemo_speculative.algorithms.common import schedule as schedule_module
 from nemo_speculative.algorithms.common.schedule import SHAPE_MULTIPLE, Slots, make_schedule
 from nemo_speculative.config.schema import MaskConvention, Normalization
+from nemo_speculative.data.batch import collate, supervision_mask
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate
-from nemo_speculative.data.supervision_mask import supervision_mask
 from tests.algorithms.cases import eagle, eagle3, lay_out, make_documents
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 
 from nemo_speculative.algorithms.eagle.training import document_noise
 from nemo_speculative.config.schema import FeatureNoise
-from nemo_speculative.data.packing import collate
+from nemo_speculative.data.batch import collate
 from tests.algorithms.cases import HIDDEN, document, eagle, lay_out, make_documents
 
 

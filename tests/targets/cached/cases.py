@@ -11,8 +11,8 @@ from nemo_speculative.algorithms.eagle.training import EagleObjective
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig, FeatureNoise, MaskConvention
+from nemo_speculative.data.batch import collate, pack
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.packing import collate, pack
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.manifest import Manifest

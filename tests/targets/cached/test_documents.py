@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import MaskConvention
-from nemo_speculative.data.supervision_mask import supervision_mask
+from nemo_speculative.data.batch import supervision_mask
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.cached.documents import StoredPositions, document_key
 from nemo_speculative.targets.cached.manifest import Manifest

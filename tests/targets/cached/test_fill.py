@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_speculative.data.packing import collate, pack
+from nemo_speculative.data.batch import collate, pack
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.cached import shards
 from nemo_speculative.targets.cached.budget import Budget

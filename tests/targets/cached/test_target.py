@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_speculative.config.schema import MaskConvention
-from nemo_speculative.data.packing import collate
+from nemo_speculative.data.batch import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.cached.documents import StoredPositions
 from nemo_speculative.targets.cached.manifest import CODECS
