@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_speculative.algorithms.common.attention import Pair
-from nemo_speculative.algorithms.common.blocks import block_for
+from nemo_speculative.algorithms.common.attention import Pair, block_for
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls
 
 CPU = torch.device("cpu")

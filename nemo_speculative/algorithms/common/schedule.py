@@ -18,8 +18,7 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import pad
 
-from nemo_speculative.algorithms.common.attention import CausalBlock
-from nemo_speculative.algorithms.common.blocks import block_for, rounded_width
+from nemo_speculative.algorithms.common.attention import CausalBlock, block_for, rounded_width
 from nemo_speculative.config.schema import Normalization
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from benchmarks.attention import DenseBlock
-from nemo_speculative.algorithms.common import blocks
-from nemo_speculative.algorithms.common.attention import unroll_attention
-from nemo_speculative.algorithms.common.blocks import FLEX_BLOCK, block_for, flex_block
+from nemo_speculative.algorithms.common import attention
+from nemo_speculative.algorithms.common.attention import FLEX_BLOCK, block_for, flex_block, unroll_attention
 from tests.observing import LargestTensor
 
 CPU = torch.device("cpu")
@@ -50,7 +49,7 @@ def case(request):
 @pytest.fixture(params=SIZES.values(), ids=SIZES)
 def sizes(request, monkeypatch):
     for name, value in request.param.items():
-        monkeypatch.setattr(blocks, name, value)
+        monkeypatch.setattr(attention, name, value)
     return request.param
 
 
@@ -189,7 +188,7 @@ def scattered(seed):
 @pytest.mark.parametrize("limits", [{}, SMALL, SINGLE], ids=["as shipped", "small", "single queries"])
 def test_every_query_is_in_one_piece_and_sees_its_document_up_to_itself(seed, limits, monkeypatch):
     for name, value in limits.items():
-        monkeypatch.setattr(blocks, name, value)
+        monkeypatch.setattr(attention, name, value)
     positions, index = scattered(seed)
     block = block_for(positions, index, CPU)
     assert torch.equal(block.order[block.inverse], torch.arange(len(index)))
@@ -210,10 +209,10 @@ def test_every_query_is_in_one_piece_and_sees_its_document_up_to_itself(seed, li
 
 
 def assert_filled_up_and_no_more(rows, keys):
-    step = blocks.PIECE_ROUNDING
-    assert rows % step == 0 and keys % step == 0 and rows <= blocks.PIECE_QUERIES
+    step = attention.PIECE_ROUNDING
+    assert rows % step == 0 and keys % step == 0 and rows <= attention.PIECE_QUERIES
     least = rows - step + 1
-    assert least * (keys - step + 1) <= blocks.PIECE_SCORES or least == 1
+    assert least * (keys - step + 1) <= attention.PIECE_SCORES or least == 1
 
 
 def test_how_pieces_are_cut():
@@ -247,7 +246,7 @@ def test_no_tensor_has_the_size_of_the_square():
     inputs = drawn(n, n, (heads, 1), dtype=torch.float32)
     with LargestTensor() as mode:
         with_gradients(block_for(flat_positions(n), torch.arange(n), CPU).attend, inputs)
-    assert n * heads * DIM <= mode.elements <= heads * blocks.PIECE_SCORES < n * n / 8
+    assert n * heads * DIM <= mode.elements <= heads * attention.PIECE_SCORES < n * n / 8
 
 
 # The form for CUDA.
