@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from nemo_speculative.distributed.collectives import ignore_sigterm
+from nemo_speculative.distributed.parallelism import ignore_sigterm
 from nemo_speculative.utils.errors import PeerLostError
 
 BEAT_SECONDS = 2.0

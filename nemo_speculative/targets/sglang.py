@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.distributed.collectives import all_gather_ragged
+from nemo_speculative.distributed.parallelism import all_gather_ragged
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.utils.errors import UserError

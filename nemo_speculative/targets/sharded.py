@@ -20,7 +20,7 @@ from transformers.integrations import tensor_parallel as transformers_tp
 
 from nemo_speculative.config.schema import TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.distributed.collectives import all_gather_ragged, on_first_rank, register_group
+from nemo_speculative.distributed.parallelism import all_gather_ragged, on_first_rank, register_group
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.describe import stop_ids_of
 from nemo_speculative.targets.embedding_and_head import (

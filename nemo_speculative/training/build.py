@@ -23,8 +23,8 @@ from nemo_speculative.data.vocab_mapping import (
     vocab_mapping_from_d2t,
 )
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.collectives import first_rank_first, on_first_rank
 from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
+from nemo_speculative.distributed.parallelism import first_rank_first, on_first_rank
 from nemo_speculative.evaluation.acceptance import measure_tau
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.describe import target_config

@@ -13,8 +13,7 @@ from nemo_speculative.data.batch import Batch, PackedLoader, collate, pack
 from nemo_speculative.data.conversations import Conversations, Split
 from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, load_or_tokenize
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.collectives import first_rank_first
-from nemo_speculative.distributed.parallelism import data_rank
+from nemo_speculative.distributed.parallelism import data_rank, first_rank_first
 from nemo_speculative.evaluation.acceptance import question_prompts
 from nemo_speculative.generate_data.answers import answer, unanswered
 from nemo_speculative.targets import demo

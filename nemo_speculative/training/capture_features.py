@@ -16,8 +16,7 @@ from torch.utils.data import ConcatDataset
 from nemo_speculative.config.schema import CaptureJob, FeatureDtype
 from nemo_speculative.data.batch import Batch, collate, pack
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.distributed.collectives import ignore_sigterm, on_first_rank
-from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group
+from nemo_speculative.distributed.parallelism import fast_float32_matmuls, ignore_sigterm, on_first_rank, process_group
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.documents import document_key

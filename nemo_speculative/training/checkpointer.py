@@ -35,7 +35,7 @@ from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.renames import translate
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, on_first_rank
+from nemo_speculative.distributed.parallelism import FIRST_RANK_TIMEOUT, on_first_rank
 from nemo_speculative.training.optimizer import WeightAverage
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.files import atomic_write_text

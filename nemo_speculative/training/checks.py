@@ -10,7 +10,7 @@ from hydra.utils import get_class
 from nemo_speculative.algorithms.common.draft import Draft, DraftShape
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import Resume, TrainJob
-from nemo_speculative.distributed.collectives import is_first_rank, num_ranks
+from nemo_speculative.distributed.parallelism import is_first_rank, num_ranks
 from nemo_speculative.serving.versions import check_servable
 from nemo_speculative.targets.describe import target_config
 from nemo_speculative.training.checkpointer import check_newest

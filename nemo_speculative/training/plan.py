@@ -12,7 +12,7 @@ from nemo_speculative.data.batch import Batch, PackedLoader, pack
 from nemo_speculative.data.conversations import Conversations, TokenRow
 from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, load_or_tokenize, preview
 from nemo_speculative.data.vocab_mapping import build_vocab_mapping
-from nemo_speculative.distributed.collectives import num_ranks
+from nemo_speculative.distributed.parallelism import num_ranks
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.targets.resolve import resolve_target

@@ -14,9 +14,15 @@ from nemo_speculative.checkpoint.metadata import find_model, update_speculative_
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import Resume, TrainJob
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.distributed.collectives import first_rank_first, is_first_rank, on_first_rank
 from nemo_speculative.distributed.health import Heartbeat, report_lost_ranks
-from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
+from nemo_speculative.distributed.parallelism import (
+    context_group,
+    fast_float32_matmuls,
+    first_rank_first,
+    is_first_rank,
+    on_first_rank,
+    process_group,
+)
 from nemo_speculative.evaluation.acceptance import Evaluation, cheapest, describe_widths, evaluate_draft, measure_widths
 from nemo_speculative.evaluation.acceptance import describe as describe_evaluation
 from nemo_speculative.evaluation.checkpoint import QUESTIONS

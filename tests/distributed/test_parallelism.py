@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_speculative.config.schema import ParallelismConfig
 from nemo_speculative.distributed import titan
-from nemo_speculative.distributed.collectives import FIRST_RANK_TIMEOUT, first_rank_waiting_group
 from nemo_speculative.distributed.parallelism import (
+    FIRST_RANK_TIMEOUT,
     check_restarts,
     context_group,
     data_rank,
+    first_rank_waiting_group,
     limit_collective_waits,
     mesh,
     process_group,

@@ -17,7 +17,7 @@ from nemo_speculative.config.schema import CaptureJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import tokenize_conversations
-from nemo_speculative.distributed.collectives import first_rank_first
+from nemo_speculative.distributed.parallelism import first_rank_first
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.cached.documents import document_key
 from nemo_speculative.targets.cached.manifest import Tensors

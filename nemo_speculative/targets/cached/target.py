@@ -10,7 +10,7 @@ import torch
 from nemo_speculative.config.schema import READ_AHEAD, MaskConvention
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.distributed.collectives import is_first_rank
+from nemo_speculative.distributed.parallelism import is_first_rank
 from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.documents import StoredPositions, document_key

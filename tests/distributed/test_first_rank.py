@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_speculative.distributed.collectives import on_first_rank
+from nemo_speculative.distributed.parallelism import on_first_rank
 from nemo_speculative.utils.errors import PeerLostError, UserError
 from tests.training.ranks import on_ranks
 
