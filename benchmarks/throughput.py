@@ -48,11 +48,11 @@ from nemo_speculative.distributed import titan
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, process_group, shard_draft
 from nemo_speculative.targets import hf
 from nemo_speculative.training import estimate
-from nemo_speculative.training.metrics import GIB, StepTimer, peak_memory_gib
+from nemo_speculative.training.metrics import GIB, peak_memory_gib
 from nemo_speculative.training.optimizer import build_optimizers
 from nemo_speculative.training.prefetch import TargetPrefetcher
 from nemo_speculative.training.trainer import TTTModule
-from nemo_speculative.utils.devices import choose_device
+from nemo_speculative.utils.devices import StepTimer, choose_device
 
 LLAMA_31_8B: dict[str, Any] = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,

@@ -1,92 +1,20 @@
-"""Metrics of a training run: step times, the line per log step, ``metrics.jsonl``, TensorBoard and wandb."""
+"""Metrics of a training run: the line per log step, ``metrics.jsonl``, TensorBoard and wandb."""
 
-import contextlib
 import json
 import resource
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from nemo_speculative.config.schema import WandbMode
 from nemo_speculative.distributed import titan
+from nemo_speculative.utils.devices import StepTimes
 from nemo_speculative.utils.progress import duration
 
 GIB = 1 << 30
-LOCAL = "rank-local"
-
-
-class StepTimes(NamedTuple):
-    """Times since the last :meth:`StepTimer.reset`."""
-
-    wall: float
-    """Seconds."""
-    shares: dict[str, float]
-    """Share of the wall time per section."""
-    local: float
-    """Seconds of rank-local work (outside collectives)."""
-
-
-class StepTimer:
-    """Measures named sections since the last :meth:`reset`; on CUDA by events, without synchronization."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._since = time.perf_counter()
-        self.sections, self.current = 0, ""
-        """Number of sections entered or left so far, and the name of the current one."""
-
-    @contextlib.contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """Counts the time inside towards ``name``."""
-        self.sections, self.current = self.sections + 1, name
-        yield from self._measure(name)
-        self.sections, self.current = self.sections + 1, ""
-
-    @contextlib.contextmanager
-    def local(self) -> Iterator[None]:
-        """Counts the time inside, part of a section, as rank-local: it waits for no other rank."""
-        yield from self._measure(LOCAL)
-
-    def _measure(self, name: str) -> Iterator[None]:
-        if self.cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._events.append((name, start, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def excluded(self) -> Iterator[None]:
-        """Leaves the time inside out of the wall time."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._since += time.perf_counter() - started
-
-    def reset(self) -> StepTimes:
-        """Returns the times since the last call and starts again from zero."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            for name, start, end in self._events:
-                self._seconds[name] += start.elapsed_time(end) / 1000
-        now = time.perf_counter()
-        wall, self._since = now - self._since, now
-        local = self._seconds.pop(LOCAL, 0.0)
-        shares = {name: seconds / max(wall, 1e-9) for name, seconds in self._seconds.items()}
-        self._seconds.clear()
-        self._events.clear()
-        return StepTimes(wall, shares, local)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -21,7 +21,7 @@ import torch
 from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.data.batch import Batch, PackedLoader
 from nemo_speculative.targets.base import Target, TargetOutput
-from nemo_speculative.training.metrics import StepTimer
+from nemo_speculative.utils.devices import StepTimer
 from nemo_speculative.utils.errors import UserError, describe_error
 
 POLL_SECONDS = 0.2

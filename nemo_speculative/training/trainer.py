@@ -32,9 +32,10 @@ from nemo_speculative.distributed.parallelism import (
 )
 from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.training.checkpointer import Checkpointer, ResumeState
-from nemo_speculative.training.metrics import MetricsLogger, StepTimer
+from nemo_speculative.training.metrics import MetricsLogger
 from nemo_speculative.training.optimizer import WeightAverage, build_optimizers, build_schedules
 from nemo_speculative.training.prefetch import BatchPrefetcher, GlobalBatch, TargetPrefetcher
+from nemo_speculative.utils.devices import StepTimer
 from nemo_speculative.utils.errors import UserError
 
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 0}

@@ -16,7 +16,7 @@ from nemo_speculative.distributed.health import (
     StragglerDetector,
     is_collective_failure,
 )
-from nemo_speculative.training.metrics import StepTimer
+from nemo_speculative.utils.devices import StepTimer
 from tests.training.ranks import on_ranks
 
 BEAT = 0.1

@@ -11,13 +11,13 @@ from nemo_speculative.data.batch import PackedLoader
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.training.metrics import StepTimer
 from nemo_speculative.training.prefetch import (
     BatchPrefetcher,
     InterruptedTargetError,
     SynchronousTarget,
     TargetPrefetcher,
 )
+from nemo_speculative.utils.devices import StepTimer
 from nemo_speculative.utils.errors import UserError
 from tests.algorithms import cases
 from tests.algorithms.cases import HIDDEN, VOCAB, FrozenStandIn, eagle, eagle3, lay_out, make_documents
