@@ -5,6 +5,7 @@ VENV_SGLANG := .venv-sglang
 VENV_PEERS := .venv-peers
 VENV_AUDIT := .venv-audit
 PYTHON := $(VENV)/bin/python
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile
 READY := $(VENV)/.ready$(addprefix -,$(TORCH))
 ifneq ($(TORCH),)
 ifeq ($(VENV),.venv)
@@ -14,12 +15,12 @@ endif
 # LOCKED=cuda or LOCKED=cpu, as torch is built: installs only files whose hashes the locks have.
 LOCKS := requirements.lock requirements-$(LOCKED).lock
 REQUIREMENTS := $(if $(LOCKED),--require-hashes $(addprefix --requirement ,$(LOCKS)),--requirement requirements.txt)
-# What test-sglang judges: the draft of `make train`, if there is one, else a small random one.
+# The draft that test-sglang serves: that of `make train`, if there is one, else a small random one.
 RUN ?= $(wildcard outputs/tiny-eagle3)
 JUDGES ?= tests/sglang
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sglang train test test-sglang lint audit lock bench
+.PHONY: help setup setup-sglang train test test-all test-sglang lint audit lock bench
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,10 +39,13 @@ $(READY): pyproject.toml requirements.txt
 train: $(READY)  ## make the embedded target, train an EAGLE-3 draft for it, measure it (no GPU, no download)
 	$(PYTHON) recipes/train_eagle3.py $(ARGS)
 
-test: $(READY)  ## the test suite, on as many processes as there are cores
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+test: $(READY)  ## the fast part of the test suite (minutes, every package), on as many processes as there are cores
+	$(PYTEST) -m "not slow" $(ARGS)
 
-test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as judge; RUN=DIR judges the draft of that run, JUDGES=FILES by some tests
+test-all: $(READY)  ## the whole test suite; ARGS="-m slow": what `make test` leaves out
+	$(PYTEST) $(ARGS)
+
+test-sglang: $(VENV_SGLANG)/.ready  ## the real SGLang on a CPU as reference; RUN=DIR: the draft of that run, JUDGES=FILES: some of the tests
 	$(if $(RUN),NEMO_RUN=$(abspath $(RUN))) HF_HUB_OFFLINE=1 $(VENV_SGLANG)/bin/python -m pytest $(JUDGES) --confcutdir=tests/sglang -rs --numprocesses auto --dist loadfile $(ARGS)
 
 setup-sglang: $(VENV_SGLANG)/.ready  ## SGLang's own environment, for a CPU
@@ -50,11 +54,12 @@ $(VENV_SGLANG)/.ready: pyproject.toml requirements-sglang.txt containers/install
 	PYTHON3=$(PYTHON3) containers/install.sh cpu $(VENV_SGLANG)
 	touch $@
 
-lint: $(READY)  ## style and types
+lint: $(READY)  ## style, types, imports between packages, plain language
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(VENV)/bin/lint-imports
+	$(PYTHON) -m tools.plain_language
 
 audit: $(VENV_AUDIT)/.ready  ## the lock against pyproject.toml, the package index, .venv and known vulnerabilities
 	$(VENV_AUDIT)/bin/python -m tools.audit
