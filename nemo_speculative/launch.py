@@ -46,7 +46,7 @@ BACKEND = "one-interface"
 DEFAULT_PORT = 29500
 """torchrun's default."""
 COMPLETE_ROUNDS, CLOSED, STOPPED = "full", "closed", "stopped"
-"""Store keys: the number of complete rounds; set when there will be no more; set when a node was told to stop."""
+"""Store keys: the number of complete rounds; whether there will be no more; whether a node received a stop signal."""
 ARRIVED, CONFIRMED, WORKERS = "nodes", "stays", "workers"
 """Store keys of a round: nodes that arrived, nodes that confirmed it, and the address of the workers' store."""
 POLL_SECONDS = 0.05
@@ -226,7 +226,7 @@ class FixedNodes(RendezvousHandler):
         self._agents = dist.PrefixStore(self.get_run_id(), store)
         self._workers: dist.TCPStore | None = None
         self.stopped = False
-        """Whether a node was told to stop, as far as this one knows."""
+        """Whether a node received a signal to stop, as known to this node."""
 
     def _serve_store(self, port: int) -> dist.TCPStore:
         """A store that listens on this node's own address; torch by itself would listen on all."""
@@ -260,7 +260,7 @@ class FixedNodes(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """
         Raises:
-            RendezvousError: a node or worker has given up, a node was told to stop, or not all arrived in time.
+            RendezvousError: a node or worker has given up, a node is stopping, or not all arrived in time.
             torch.distributed.DistError: node 0 is gone.
         """
         deadline = time.monotonic() + self._timeout.total_seconds()
@@ -303,7 +303,7 @@ class FixedNodes(RendezvousHandler):
 
     def _refuse_if_stopped(self) -> None:
         if self.check_stopped():
-            raise RendezvousClosedError("a node was told to stop")
+            raise RendezvousClosedError("a node received a signal to stop")
 
     def _nodes_without(self, store: dist.PrefixStore, key: str) -> list[str]:
         return [str(node) for node in range(self._nodes) if not store.check([f"{key}/{node}"])]
@@ -320,7 +320,7 @@ class FixedNodes(RendezvousHandler):
         return self.stopped
 
     def stop(self) -> None:
-        """Tells all nodes that this one was told to stop."""
+        """Tells all nodes that this one received a signal to stop."""
         self.stopped = True
         with contextlib.suppress(dist.DistError):  # node 0 is gone
             self._agents.set(STOPPED, "")

@@ -54,7 +54,7 @@ class Job:
     timeout: float
     """Seconds to wait until SGLang is ready, and then for the first answer."""
     log: Path | None
-    """None: a temporary file."""
+    """The log file; None: a temporary file."""
     prompts: tuple[str, ...]
     max_new_tokens: int
 

@@ -336,7 +336,7 @@ def test_all_nodes_learn_that_one_was_told_to_stop(nodes, threads):
     assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and not nodes[0].check_stopped()
     nodes[1].stop()
     assert [node.num_nodes_waiting() for node in nodes] == [0, 0] and nodes[0].check_stopped()
-    with pytest.raises(RendezvousClosedError, match="told to stop"):
+    with pytest.raises(RendezvousClosedError, match="received a signal to stop"):
         nodes[0].next_rendezvous()
 
 
@@ -345,7 +345,7 @@ def test_a_node_that_waits_leaves_when_the_other_was_told_to_stop(nodes, threads
     time.sleep(0.2)
     assert not waiting.done()
     nodes[1].stop()
-    with pytest.raises(RendezvousClosedError, match="told to stop"):
+    with pytest.raises(RendezvousClosedError, match="received a signal to stop"):
         waiting.result(10)
 
 

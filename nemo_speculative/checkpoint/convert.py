@@ -27,7 +27,7 @@ from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.files import atomic_directory
 
 FORMATS: tuple[Format, ...] = (Own(), Speculators(), AutoModel(), SpecForge(), SafeAILab())
-"""In the order in which they are tried: those with unmistakable marks first."""
+"""The known formats in the order in which they are tried: those with unmistakable marks first."""
 
 
 @dataclass(frozen=True)

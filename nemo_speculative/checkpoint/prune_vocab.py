@@ -29,17 +29,17 @@ def prune_checkpoint(job: PruneJob) -> str:
     if output.exists():
         raise UserError(f"output: {output} exists; choose another directory")
     counts = _counts(job, servable.provenance.target)
-    kept = kept_entries(servable, counts, parse_vocab_size(job.vocab_size, servable.shape.vocab_size))
+    entries = kept_entries(servable, counts, parse_vocab_size(job.vocab_size, servable.shape.vocab_size))
     write_servable(
         output / "model",
         servable.contract.draft,
-        pruned_tensors(servable, kept),
-        dataclasses.replace(servable.shape, draft_vocab_size=len(kept)),
+        pruned_tensors(servable, entries),
+        dataclasses.replace(servable.shape, draft_vocab_size=len(entries)),
         servable.provenance,
         servable.tensors["fc.weight"].dtype,
         {key: read_config(servable.directory).get(key) for key in ("bos_token_id", "eos_token_id")},
     )
-    return coverage_table(servable, counts, len(kept))
+    return coverage_table(servable, counts, len(entries))
 
 
 def _counts(job: PruneJob, target: str) -> torch.Tensor:
@@ -74,11 +74,11 @@ def _target_ids(servable: Servable) -> torch.Tensor:
     return torch.arange(len(d2t)) + d2t
 
 
-def pruned_tensors(servable: Servable, kept: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The draft's tensors with only the entries ``kept`` of its vocabulary."""
-    ids, t2d = _target_ids(servable)[kept], torch.zeros_like(servable.tensors["t2d"])
+def pruned_tensors(servable: Servable, entries: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The draft's tensors with only these ``entries`` of its vocabulary, int64 [n]."""
+    ids, t2d = _target_ids(servable)[entries], torch.zeros_like(servable.tensors["t2d"])
     t2d[ids] = True
-    head = servable.tensors["lm_head.weight"][kept]
+    head = servable.tensors["lm_head.weight"][entries]
     return servable.tensors | {"lm_head.weight": head, "d2t": ids - torch.arange(len(ids)), "t2d": t2d}
 
 

@@ -20,7 +20,7 @@ KEYS = {
     "norm_before_fc": "norm_before_fc",
     "norm_output": "norm_output",
 }
-"""Their names and ours; positions and their scaling are the target's."""
+"""Keys of such a file and the options that they set; positions and their scaling are the target's."""
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -28,7 +28,7 @@ def apply_config_file(draft: DraftConfig) -> DraftConfig:
     """``draft`` with the numbers of its ``config`` file where it has none of its own.
 
     Raises:
-        UserError: the file cannot be read, describes another kind of draft, or contradicts a key that was given.
+        UserError: the file cannot be read, describes another kind of draft, or contradicts a key that was set.
     """
     if draft.config is None:
         return draft
@@ -40,15 +40,15 @@ def with_numbers(draft: DraftConfig, numbers: dict[str, Any], source: str) -> Dr
     """``draft`` with ``numbers`` where it has none of its own.
 
     Raises:
-        UserError: it has no such key, or says something else; ``source`` is named.
+        UserError: it has no such key, or its own value contradicts it; ``source`` is named.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(draft)}
     for name, value in numbers.items():
         if name not in defaults:
             raise UserError(f"{source} sets {name}={value!r}, which {type(draft).__name__} does not have")
-        given = getattr(draft, name)
-        if given not in (defaults[name], value):
-            raise UserError(f"draft.{name} is {given!r}, and {source} says {value!r}; leave out one of them")
+        configured = getattr(draft, name)
+        if configured not in (defaults[name], value):
+            raise UserError(f"draft.{name} is {configured!r}, and {source} says {value!r}; leave out one of them")
     return dataclasses.replace(draft, **numbers)
 
 
@@ -60,6 +60,6 @@ def _numbers(file: Path) -> dict[str, Any]:
     if not isinstance(published, dict) or "hidden_size" not in published:
         raise UserError(f"draft.config: {file} is not a draft's config.json; expected an object with hidden_size")
     eagle = published.get("eagle_config") or {}
-    numbers = {ours: {**eagle, **published}.get(theirs) for theirs, ours in KEYS.items()}
+    numbers = {option: {**eagle, **published}.get(key) for key, option in KEYS.items()}
     numbers["aux_layers"] = eagle.get(AUX_LAYERS)
     return {name: value for name, value in numbers.items() if value not in (None, False)}

@@ -46,7 +46,7 @@ SCHEMAS: dict[tuple[str, str], type] = {
 }
 """Each group's schemas; conf/<group>/*.yaml names one of them as ``/schema/<group>``."""
 PACKAGES = {"loss": "draft.loss"}
-"""Where a group's keys lie, if not below the group's own name."""
+"""Packages of the groups whose keys are not below the group's own name."""
 
 
 def register() -> None:

@@ -119,14 +119,14 @@ def _plain(value: Any) -> bool:
 
 def _documentation(cls: type) -> dict[str, str]:
     """The string below each field, of the class and its bases."""
-    found: dict[str, str] = {}
+    documentation: dict[str, str] = {}
     for owner in reversed(cls.__mro__[:-1]):
         body = ast.parse(inspect.getsource(owner)).body[0].body  # type: ignore[attr-defined]
         for statement, following in itertools.pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
                 name, text = statement.target.id, ast.literal_eval(following.value)  # type: ignore[union-attr]
-                found[name] = " ".join(text.split())
-    return found
+                documentation[name] = " ".join(text.split())
+    return documentation
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ class SpeculativeSettings:
     def with_changes(
         self, num_steps: int | None = None, topk: int | None = None, num_draft_tokens: int | None = None
     ) -> "SpeculativeSettings":
-        """Where only steps or top-k change, the draft tokens follow them: all of a chain, or a full beam."""
+        """A copy with other values; where only steps or top-k change, it verifies a whole chain or a full beam."""
         steps, wide = num_steps or self.num_steps, topk or self.topk
-        kept = self.num_draft_tokens if (steps, wide) == (self.num_steps, self.topk) else None
-        return SpeculativeSettings(steps, wide, num_draft_tokens or kept or default_draft_tokens(steps, wide))
+        current = self.num_draft_tokens if (steps, wide) == (self.num_steps, self.topk) else None
+        return SpeculativeSettings(steps, wide, num_draft_tokens or current or default_draft_tokens(steps, wide))
 
     def __str__(self) -> str:
         if self.topk == 1:
@@ -27,7 +27,7 @@ class SpeculativeSettings:
 
 
 def default_draft_tokens(num_steps: int, topk: int) -> int:
-    """All of a chain, or as many nodes as a full beam, and the token before them."""
+    """The nodes of a whole chain or a full beam, and the token before them."""
     return num_steps * topk + 1
 
 

@@ -273,8 +273,8 @@ class ConversationFile(Conversations):
     def __init__(self, path: str | Path, key: str = "data.path"):
         self.path = Path(path)
         if not self.path.is_file():
-            found = "is a directory" if self.path.is_dir() else "does not exist or is not a file"
-            raise UserError(f"{key}: {self.path} {found}; expected a JSONL file")
+            problem = "is a directory" if self.path.is_dir() else "does not exist or is not a file"
+            raise UserError(f"{key}: {self.path} {problem}; expected a JSONL file")
         # Per item: the offset, length and number of its line, which of the line's items it is, its split fraction.
         self._offsets, self._lengths, self._numbers = array("q"), array("q"), array("q")
         self._parts, self._fractions = array("i"), array("d")

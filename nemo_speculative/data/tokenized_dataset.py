@@ -42,10 +42,10 @@ CHUNK = 512
 ROWS_COUNTED_AT_ONCE = 256
 """Each count of ids is an array of the vocabulary's size, however few rows it covers."""
 MIN_ITEMS_FOR_WORKERS = 4096
-"""Below this, starting further processes takes longer than they save."""
+"""Number of conversations below which starting further processes takes longer than they save."""
 MAX_WORKERS = 8
 POLL_SECONDS = 0.2
-"""Between two checks whether the rows are still needed."""
+"""Seconds between two checks whether the rows are still needed."""
 ROWS, COUNTS, META = "rows.arrow", "counts.safetensors", "meta.json"
 SCHEMA = pa.schema(
     {"id": pa.string(), "source": pa.string(), "input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_())}
@@ -57,14 +57,14 @@ class TokenizedDataset:
     """Token rows, and counts of the conversations that gave none."""
 
     vocab_size: int
-    """Of the target."""
+    """Number of ids of the target."""
     rows: Sequence[TokenRow] = field(default_factory=list)
     unsupervised: list[str] = field(default_factory=list)
     """Ids left out because none of their tokens is supervised (within the maximum length)."""
     truncated: int = 0
     supervised_tokens_cut: int = 0
     directory: Path | None = None
-    """Where the rows are stored; None: in memory only."""
+    """The directory of the stored rows; None: they are in memory only."""
 
     @cached_property
     def lengths(self) -> Sequence[int]:
@@ -148,7 +148,7 @@ def tokenize_conversations(
                 "or let the target answer with data.answers=target"
             )
         if (largest := max(row.input_ids, default=0)) >= vocab_size:
-            raise UserError(f"{row.origin}: token id {largest} lies outside the target's vocabulary of {vocab_size}")
+            raise UserError(f"{row.origin}: token id {largest} is not in the target's vocabulary of {vocab_size}")
         cut = row.cut(max_length)
         if cut is not row:
             dataset.truncated += 1
@@ -312,7 +312,7 @@ class _Chunk:
     rows: pa.RecordBatch
     digests: bytes
     counts: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """By source: the ids that the assistant wrote, and how often each."""
+    """For each source, the ids that the assistant wrote, and how often each."""
     left_out: dict[str, Any]
 
     @classmethod

@@ -97,7 +97,7 @@ def load_or_build_vocab_mapping(dataset: TokenizedDataset, size: VocabularySize)
 
 
 def _read(file: Path, header: dict[str, str], dataset: TokenizedDataset) -> VocabMapping | None:
-    """None: it does not exist, was determined by other values, or is damaged."""
+    """The stored mapping; None: it does not exist, was determined by other values, or is damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
             if {key: stored.metadata().get(key) for key in header} != header:

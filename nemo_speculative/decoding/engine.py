@@ -188,7 +188,7 @@ def stream(
 
 
 def _decode(batch: Batch[Row], rows: Sequence[Row]) -> Iterator[Emission]:
-    """Apart from :func:`stream`, so that its errors are raised by the call and not by the first emission."""
+    """The generator of :func:`stream`, whose own errors are raised by the call, not by the first emission."""
     if rows:
         yield from batch.admit(rows)
     batch.release()

@@ -180,7 +180,7 @@ class DynamicTree:
     """
 
     num_steps: int
-    """Levels."""
+    """Number of levels below the root."""
     topk: int
     num_draft_tokens: int
     """Nodes in the tree, including the root."""

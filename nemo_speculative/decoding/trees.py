@@ -41,7 +41,7 @@ class Trees:
     levels: int
     """Depth of the deepest node."""
     draft_probs: DraftProbabilities | None = None
-    """None: the draft tokens were not drawn at random."""
+    """Distributions of the draft tokens; None: these were not drawn at random."""
 
     def cut(self, max_depths: Sequence[int]) -> "Trees":
         """The same trees with the nodes of row b below depth ``max_depths[b]`` cut off."""

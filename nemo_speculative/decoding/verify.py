@@ -167,7 +167,7 @@ class TargetOnly(_FollowTarget):
 
     sampling: Sampling
     generator: torch.Generator | None = None
-    """On the device of the target's logits; None: torch's default generator."""
+    """Generator on the device of the target's logits; None: torch's default generator."""
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         return draw(self.sampling.probabilities(logits), self.generator)

@@ -69,7 +69,7 @@ class ContextGroup:
     """The ranks that share the tokens of a batch."""
 
     group: dist.ProcessGroup | None = None
-    """None: no context parallelism."""
+    """Process group of the ranks; None: no context parallelism."""
     prefetch_group: dist.ProcessGroup | None = None
     """The same ranks over separate connections."""
 

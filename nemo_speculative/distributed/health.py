@@ -69,7 +69,7 @@ class StallDetector:
 
     seconds: float = STALL_SECONDS
     _latest: dict[int, tuple[Beat, float, float]] = field(default_factory=dict)
-    """Per rank: its latest beat, and when its progress and its beat number last changed."""
+    """The latest beat of each rank, and when its progress and its beat number last changed."""
     _reported: dict[int, Progress] = field(default_factory=dict)
 
     def update(self, beats: dict[int, Beat], now: float) -> list[str]:
@@ -139,14 +139,14 @@ class Heartbeat:
             after = self._read()
         except RuntimeError:
             return "rank 0, which held the store of the job, is gone"
-        others = {rank: beat for rank, beat in after.items() if rank != self.rank}
-        ended = [f"rank {rank} (host {beat.host}) has ended" for rank, beat in others.items() if beat.ended]
+        peers = {rank: beat for rank, beat in after.items() if rank != self.rank}
+        ended = [f"rank {rank} (host {beat.host}) has ended" for rank, beat in peers.items() if beat.ended]
         gone = [
             f"rank {rank} (host {beat.host}, {beat.progress}) is gone or stopped"
-            for rank, beat in others.items()
+            for rank, beat in peers.items()
             if not beat.ended and rank in before and before[rank].number == beat.number
         ]
-        silent = [f"rank {rank} (host {beat.host}, {beat.progress}) does not answer" for rank, beat in others.items()]
+        silent = [f"rank {rank} (host {beat.host}, {beat.progress}) does not answer" for rank, beat in peers.items()]
         return ", ".join(gone or ended or silent)
 
     def close(self) -> None:

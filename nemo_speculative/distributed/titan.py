@@ -41,7 +41,7 @@ __all__ = [
 
 
 def bind_device(device_type: str) -> None:
-    """Tells torchtitan which device to use: it guesses at import ("cuda" where there is none), and copies by value."""
+    """Sets the device that torchtitan uses: it guesses at import ("cuda" where there is none), and copies by value."""
     chosen = {"device_type": device_type, "device_module": torch.cuda if device_type == "cuda" else _CPU}
     for name, loaded in list(sys.modules.items()):
         if name.startswith("torchtitan"):

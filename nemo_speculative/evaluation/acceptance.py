@@ -182,7 +182,7 @@ def _measure(
 ) -> Iterator[Prompts]:  # fmt: skip
     """Adds to ``measured`` the answers of every drafter to each batch, which is yielded then.
 
-    The drafters take turns on every batch, so that noise of the machine affects all of them alike.
+    The drafters take turns on every batch, so that noise of the machine affects all of them equally.
     """
     batches = _batches(prompts, batch_size)
     with cpu_threads(config.num_threads):

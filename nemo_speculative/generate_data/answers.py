@@ -28,7 +28,7 @@ RECIPE_VERSION = 3
 
 @dataclass(frozen=True)
 class _Source:
-    """Where an item is in the data, without its content."""
+    """The position of an item in the data, without its content."""
 
     index: int
     origin: str

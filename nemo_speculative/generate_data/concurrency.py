@@ -15,7 +15,7 @@ async def for_each(items: Iterable[T], handle: Callable[[T], Awaitable[None]], c
     """Calls ``handle`` for ``items`` in order, up to ``concurrency`` at a time; reads each item when it is its turn.
 
     Raises:
-        Exception: the first that a handler raises; the other handlers are cancelled.
+        Exception: the first that a handler raises; the other handlers are canceled.
     """
     iterator = iter(items)
 
@@ -33,7 +33,7 @@ async def for_each(items: Iterable[T], handle: Callable[[T], Awaitable[None]], c
 
 @contextmanager
 def interruptible() -> Iterator[RunCoroutine]:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt inside: at once, or after the running coroutine was cancelled.
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt inside: at once, or after the running coroutine was canceled.
 
     Where Ctrl-C is ignored, as in a script's background jobs, it stays ignored; SIGTERM works there too.
     """

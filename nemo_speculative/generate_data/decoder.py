@@ -24,7 +24,7 @@ from nemo_speculative.utils.errors import UserError
 REFILL_SHARE = 1 / 8
 """Share of the slots that must be free or finished before rows join or leave."""
 PREFILL_TOKENS = 1 << 14
-"""Of one prefill, including padding."""
+"""Most tokens of one prefill, including padding."""
 
 
 class _RequestRow(Row):
@@ -72,7 +72,7 @@ class Decoder:
                 await asyncio.sleep(0)  # lets callers with a finished answer send their next request
                 self._step()
                 for row in self._batch.rows:
-                    if row.done and not row.future.done():  # a cancelled caller's future is done
+                    if row.done and not row.future.done():  # the future of a canceled caller is done
                         row.future.set_result(Completion(row.answer, row.stopped))
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):

@@ -24,7 +24,7 @@ from nemo_speculative.utils.files import atomic_write
 MISSING, SKIPPED, FAILED = -1, -2, -3
 """The state of a line that no file answers."""
 MAX_RANGES = 3
-"""Shown in messages."""
+"""Number of ranges that a message lists."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ class PromptFile:
 
     file: Path
     digest: str
-    """Of the whole file's content."""
+    """Digest of the whole file's content."""
     num_lines: int
-    """Of the whole file."""
+    """Number of lines of the whole file."""
     start: int
     end: int
     prompt_hashes: array

@@ -24,12 +24,12 @@ class Protocol(ABC):
 
     Args:
         model: the server's name of the model.
-        stop_ids: ids that end an answer, in addition to those that the server knows.
+        stop_ids: ids that end an answer, in addition to the server's own.
         vocab_size: ids are below it.
     """
 
     NAME: ClassVar[str]
-    """Its name in a manifest."""
+    """Name of the route in a manifest."""
     PATH: ClassVar[str]
 
     def __init__(self, model: str, sampling: Sampling, stop_ids: list[int], vocab_size: int):
@@ -107,7 +107,7 @@ class CompletionIds(Protocol):
 
 
 class CompletionLogprobs(CompletionIds):
-    """The same with ids as the token names of the log-probabilities, for older versions of vLLM."""
+    """``/v1/completions`` with ids as the token names of the log-probabilities, for older versions of vLLM."""
 
     NAME = "completions-logprobs"
     ID_OPTIONS: ClassVar[dict[str, Any]] = {"logprobs": 0, "return_tokens_as_token_ids": True}

@@ -1,4 +1,4 @@
-"""One item of the data whose answers are generated anew: its questions, the answers so far, the rows they make."""
+"""One item of the data whose answers are generated: its questions, the answers so far, the rows they make."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -61,9 +61,9 @@ class Limits:
     """Maximum lengths in tokens."""
 
     max_new_tokens: int
-    """Of an answer."""
+    """Longest answer."""
     max_length: int
-    """Of a prompt and its answer."""
+    """Longest prompt with its answer."""
 
 
 Complete = Callable[[Request], Awaitable[Completion]]

@@ -1,4 +1,4 @@
-"""Answering a range of questions with an engine, and the summary of what became of each line."""
+"""Answers a range of questions with an engine, and summarizes the outcome of each line."""
 
 import contextlib
 from array import array
@@ -35,12 +35,12 @@ from nemo_speculative.utils.tables import text_table
 
 MAX_DUPLICATE_IDS = 3
 MAX_REASONS = 8
-"""Shown of each kind; left_out.jsonl has them all."""
+"""Number of examples shown of each kind; left_out.jsonl has all of them."""
 
 
 @dataclass
 class Outcome:
-    """What became of the lines of a range."""
+    """The outcome of the lines of a range."""
 
     directory: Path
     total: int

@@ -43,7 +43,7 @@ class Record:
     prompt_hash: int
     """See :func:`nemo_speculative.generate_data.prompt_file.prompt_hash`."""
     offset: int
-    """Where it starts in the file, in bytes."""
+    """Offset of the line in the file, in bytes."""
     line: bytes
     where: str
     """``file:number`` of the line, from 1."""
@@ -108,10 +108,10 @@ def sort_records(file: Path, drop: Collection[int] = ()) -> None:
         indices.append(record.index)
         offsets.append(record.offset)
     order = sorted(range(len(indices)), key=indices.__getitem__)
-    kept = [n for n, after in zip_longest(order, order[1:]) if after is None or indices[after] != indices[n]]
-    kept = [n for n in kept if indices[n] not in drop]
-    if len(kept) < len(indices) or kept != sorted(kept):
-        rewrite(file, _lines_at(file, [offsets[n] for n in kept]))
+    latest = [n for n, after in zip_longest(order, order[1:]) if after is None or indices[after] != indices[n]]
+    latest = [n for n in latest if indices[n] not in drop]
+    if len(latest) < len(indices) or latest != sorted(latest):
+        rewrite(file, _lines_at(file, [offsets[n] for n in latest]))
 
 
 def _lines_at(file: Path, offsets: Iterable[int]) -> Iterator[bytes]:
@@ -234,9 +234,9 @@ class Renumbering:
     answers: np.ndarray
     """int64, for each line of answers.jsonl its new number, or REMOVED."""
     set_aside: np.ndarray
-    """The same of set_aside.jsonl."""
+    """int64, for each line of set_aside.jsonl its new number, or REMOVED."""
     left_out: np.ndarray
-    """The same of left_out.jsonl."""
+    """int64, for each line of left_out.jsonl its new number, or REMOVED."""
 
     @classmethod
     def plan(cls, directory: Path, prompts: PromptFile) -> "Renumbering":
@@ -288,11 +288,12 @@ class Renumbering:
         return (record.renumbered(number) for record, number in self._numbered(name, numbers) if number != REMOVED)
 
     def describe(self) -> str:
-        """One line."""
-        kept, restored = (int((numbers != REMOVED).sum()) for numbers in (self.answers, self.set_aside))
-        removed = len(self.answers) - kept
-        return f"{self.directory}: the input changed: {kept + restored} answers are to questions that it still has" + (
-            f", {removed} to others ({SET_ASIDE})" if removed else ""
+        """One line on the changed input and its answers."""
+        current, restored = (int((numbers != REMOVED).sum()) for numbers in (self.answers, self.set_aside))
+        removed = len(self.answers) - current
+        return (
+            f"{self.directory}: the input changed: {current + restored} answers are to questions that it still has"
+            + (f", {removed} to others ({SET_ASIDE})" if removed else "")
         )
 
 

@@ -105,7 +105,7 @@ class Difference:
     message: int
     """The index of the answer among the conversation's messages, from 0."""
     position: int
-    """In tokens."""
+    """Number of tokens before the difference."""
     cause: str
     before: list[str]
     """The tokens before the difference, at most eight."""
@@ -142,7 +142,7 @@ class Comparison:
     def add(self, item: Conversation | TokenRow, row: TokenRow | None) -> None:
         """
         Args:
-            row: of the item, not truncated; None: a training makes no row of it, and its rendering is compared anyway.
+            row: the row of the item, not truncated; None: a training makes none, and the rendering is compared anyway.
 
         Raises:
             UserError: the server does not answer.
@@ -173,12 +173,12 @@ class Comparison:
     def _compare(
         self, item: Conversation, turn: int, trained: list[int], row: TokenRow | None
     ) -> tuple[int, Difference | None]:
-        """Where the answer starts, as served, and the turn's first difference."""
+        """The start of the answer, as served, and the turn's first difference."""
 
         def difference(at: int, served: list[int], cause: str, note: str = "") -> Difference:
             windows = (trained[max(at - WINDOW, 0) : at], trained[at : at + WINDOW], served[at : at + WINDOW])
-            before, ours, theirs = ([self.tokenizer.decode([i]) for i in ids] for ids in windows)
-            return Difference(item.id, turn, at, cause, before, ours, theirs, note)
+            before, on_training, on_server = ([self.tokenizer.decode([i]) for i in ids] for ids in windows)
+            return Difference(item.id, turn, at, cause, before, on_training, on_server, note)
 
         messages = item.messages[:turn]
         if not messages:
@@ -216,7 +216,7 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def mask_offset(mask: Sequence[bool], start: int) -> str:
-    """How far from ``start`` the supervised tokens start; empty if they start there."""
+    """The distance from ``start`` to the first supervised token, in words; empty if it is zero."""
     if start < len(mask) and mask[start]:
         early = next((n for n in range(start) if not mask[start - 1 - n]), start)
         return f"earlier by {early}" if early else ""
@@ -239,11 +239,11 @@ class Mismatch:
     bare: list[int] | None
     """The tokenizer's own rendering without a generation prompt; None: the template rejects that."""
     position: int
-    """Of the first token that differs."""
+    """Position of the first token that differs."""
 
     @property
     def texts(self) -> tuple[str, str]:
-        """Trained and served."""
+        """The texts around the difference, trained and served."""
         return self.tokenizer.decode(self.trained), self.tokenizer.decode(self.served)
 
     @property

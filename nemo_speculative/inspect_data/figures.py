@@ -61,14 +61,14 @@ def left_out(rows: LeftOut) -> dict[str, Any]:
 
 
 def _source(tally: Tally) -> dict[str, Any]:
-    here = list(tally.limits).index(tally.max_length)
+    limit = list(tally.limits).index(tally.max_length)
     return {
         "conversations": tally.conversations,
         "tokens": tally.tokens,
         "supervised_share": share(tally.supervised, tally.tokens),
         "mean_length": share(tally.tokens, tally.conversations),
-        "truncated": int(tally.truncated[here]),
-        "supervised_tokens_lost": int(tally.supervised_lost[here]),
+        "truncated": int(tally.truncated[limit]),
+        "supervised_tokens_lost": int(tally.supervised_lost[limit]),
     }
 
 

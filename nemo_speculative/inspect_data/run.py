@@ -23,7 +23,7 @@ from nemo_speculative.utils.locks import dir_lock
 from nemo_speculative.utils.tables import text_table
 
 MAX_DIFFERENCES, MAX_TURNS = 3, 8
-"""Shown in the terminal's summary."""
+"""Number of examples in the terminal's summary."""
 
 
 def inspect(job: InspectJob) -> str:
@@ -93,11 +93,11 @@ def _notes(job: InspectJob, survey: Survey) -> list[str]:
 
 def summary(results: dict[str, Any]) -> str:
     """The most important figures, a line each."""
-    here = next(at for at in results["truncation"] if at["length"] == results["max_length"])
+    limit = next(at for at in results["truncation"] if at["length"] == results["max_length"])
     packing, copies, compared = results["packing"], results["duplicates"], results["comparison"]
     sides = f"{results['training']:,} for training, {results['held_out']:,} held out"
     quantiles = results["lengths"].get("quantiles", {})
-    lost = f"{here['tokens_lost']:.2%} of the tokens and {here['supervised_lost']:.2%} of the supervised ones"
+    lost = f"{limit['tokens_lost']:.2%} of the tokens and {limit['supervised_lost']:.2%} of the supervised ones"
     ways = ", ".join(f"{way} {one['fill']:.1%}" for way, one in packing["ways"].items())
     refused, unsupervised = results["refused"]["count"], results["unsupervised"]["count"]
     vocabulary = [f"{row['entries']:,} cover {row['training']:.2%}" for row in results["vocabulary"]["table"]]
@@ -111,7 +111,7 @@ def summary(results: dict[str, Any]) -> str:
         ("tokens", f"{results['tokens']:,}, {results['supervised_share']:.1%} of them supervised"),
         ("lengths", ", ".join(f"{float(q):.0%} {n:,}" for q, n in quantiles.items())),
         ("answers", ", ".join(f"{n}: {count:,}" for n, count in list(results["turns"].items())[:MAX_TURNS])),
-        ("truncation", f"at {here['length']:,} tokens {here['truncated']:,} are cut, and lose {lost}"),
+        ("truncation", f"at {limit['length']:,} tokens {limit['truncated']:,} are cut, and lose {lost}"),
         ("packing", f"rows of {packing['row_tokens']:,} tokens: {ways}"),
         ("vocabulary", ", ".join(vocabulary)),
         ("duplicates", f"{copies['copies']:,} copies; {copies['held_out_in_training']:,} held out are trained on too"),

@@ -26,13 +26,13 @@ ROWS_BETWEEN_STATES = 1000
 
 @dataclass
 class Counts:
-    """How many rows of a stream were read, kept and left out."""
+    """Numbers of rows of a stream that were read, kept and left out."""
 
     read: int = 0
     train: int = 0
     held_out: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
-    """By reason."""
+    """Number of rows left out, by reason."""
 
     @property
     def kept(self) -> int:

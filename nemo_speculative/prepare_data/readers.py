@@ -46,7 +46,7 @@ class Part(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """Its rows, in their order.
+        """The rows of the file or table, in order.
 
         Raises:
             UserError: it cannot be read, or not any further.

@@ -49,7 +49,7 @@ class Prepared:
 
     directory: Path
     counts: dict[str, Counts]
-    """By stream."""
+    """The counts of each stream."""
     up_to_date: bool = False
     """Whether it existed before."""
 

@@ -259,13 +259,13 @@ class FormattedText:
 
     tokenizer: Any
     start: str
-    """What the template prints before an answer."""
+    """The text that the template prints before an answer."""
     end: str
-    """What it prints after one."""
+    """The text that the template prints after an answer."""
 
     @classmethod
     def from_tokenizer(cls, path: str) -> "FormattedText":
-        """For text that the chat template of the tokenizer at ``path`` formatted.
+        """The shape of text that the chat template of the tokenizer at ``path`` formatted.
 
         Raises:
             UserError: it cannot be loaded, or its template does not mark answers.

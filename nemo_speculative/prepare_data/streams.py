@@ -43,7 +43,7 @@ class Source:
     weight: float = 1.0
 
     def parts(self) -> list[Part]:
-        """Its files or tables.
+        """The files or tables of the source.
 
         Raises:
             UserError: they cannot be loaded.
@@ -69,7 +69,7 @@ class Source:
         return []
 
     def requested_values(self) -> dict[str, Any]:
-        """Its configuration by key; see :func:`requested_values`."""
+        """The source's configuration by key; see :func:`requested_values`."""
         values: dict[str, Any] = {"weight": self.weight}
         if isinstance(self.data, DatasetConfig):
             values |= {key: getattr(self.data, key) for key in HUB_KEYS}
@@ -78,7 +78,7 @@ class Source:
         return values | ({"path": _content_hash(self.parts())} if self.data.path else {})
 
     def streams(self, columns: dict[str, str]) -> list["Stream"]:
-        """Its held-out split, if it has one, and then its other rows."""
+        """The streams of the held-out split, if there is one, and of the other rows."""
         name, held_out, from_hub = self.name, self.held_out_parts(), not self.data.path
         side = TRAIN if held_out else None
         streams = [Stream(name, name, self.parts(), self.weight, side, columns, from_hub)]
@@ -165,7 +165,7 @@ class StreamRow:
 
     origin: str
     id: str | None
-    """Its own; None: it has none."""
+    """The row's own id; None: it has none."""
     item: Item | LeftOut
     size: int
     """Approximate bytes in its file, with those of the rows skipped before it."""
@@ -176,7 +176,7 @@ class Stream:
     """The rows of one source, in the order of its files."""
 
     label: str
-    """Its name in the table."""
+    """Name of the stream in the table."""
     source: str
     """``source`` of its rows."""
     parts: list[Part]

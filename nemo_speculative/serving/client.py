@@ -36,7 +36,7 @@ class Answer:
     histogram: tuple[int, ...]
     """Verifications that accepted 0, 1, 2 … draft tokens."""
     arrivals: tuple[tuple[float, int], ...]
-    """For each chunk the seconds since the request was sent, and the number of tokens so far."""
+    """For each chunk: seconds since the request was sent, and the number of tokens so far."""
     stopped: bool
     """Whether it ended with a stop token, not at max_new_tokens."""
 

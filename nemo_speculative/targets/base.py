@@ -1,4 +1,4 @@
-"""The frozen target model of a training, behind one protocol."""
+"""The interface of the frozen target model of a training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ def packed_documents(lengths: Sequence[int], shard: ContextShard = FULL_BATCH) -
 
     Args:
         lengths: tokens of every document, row after row, including padding's.
-        shard: the tokens that the model is given.
+        shard: the tokens that the model reads.
     """
     token = _packed.set((tuple(lengths), shard))
     try:
@@ -214,7 +214,7 @@ def attention_by_document(
     attention_mask: DocumentMask,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function that transformers calls in each layer.
 
@@ -229,7 +229,7 @@ def attention_by_document(
     Raises:
         NotImplementedError: the layer needs an option that torch's attention lacks, or its model made its own mask.
     """
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     if unsupported or dropout or not isinstance(attention_mask, DocumentMask):
         option = unsupported or dropout or type(attention_mask).__name__
         raise NotImplementedError(f"attention by document with {option}")

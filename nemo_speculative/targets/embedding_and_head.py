@@ -1,4 +1,4 @@
-"""The parts of a frozen target that a draft needs besides hidden states: tokenizer, embedding, final norm and head."""
+"""The parts of a frozen target that a draft itself uses: tokenizer, embedding, final norm and head."""
 
 import contextlib
 import copy

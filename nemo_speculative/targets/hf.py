@@ -115,11 +115,11 @@ class TransformersTarget(EmbeddingAndHead):
         """``visible`` in the form the decoder takes: one mask, or one for each kind of layer."""
         masks = {}
         for kind in self._layer_kinds:
-            seen = visible
+            kind_mask = visible
             if kind == "sliding_attention" and self.config.sliding_window < visible.shape[-1]:
                 # The last `sliding_window` visible positions: in a tree those are the nearest ancestors on the path.
-                seen = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= self.config.sliding_window)
-            mask = seen[:, None]
+                kind_mask = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= self.config.sliding_window)
+            mask = kind_mask[:, None]
             if self._decoder.config._attn_implementation != "sdpa":
                 dtype = self.model.dtype
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -194,7 +194,7 @@ class TensorParallelTarget(DistributedTarget):
 
 
 def _tensor_parallel_plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:
-    """How each parameter and module of ``layers`` is divided, by name; parameters come before their module."""
+    """The division of each parameter and module of ``layers``, by name; parameters come before their module."""
     to_pattern = transformers_tp.replace_layer_number_by_wildcard
     prefix = next(name for name, module in model.named_modules() if module is layers)
     styles = {name: style for name, style in (model.tp_plan or {}).items() if name.startswith(f"{prefix}.")}

@@ -1,4 +1,4 @@
-"""From a job to the parts of a run, in the order of the recipe."""
+"""Builders of the parts of a run from its job, in the order of the recipe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,8 +115,8 @@ def prepare_run_dir(job: TrainJob) -> RunDirectory:
         run.prepare()
         if job.resume is Resume.auto and not run.steps():
             renamed = run.set_metrics_aside()
-            kept = f"; the metrics that were there are now {renamed.name}" if renamed else ""
-            print(f"resume=auto: no checkpoint in {run.root}, starting from step 0{kept}", flush=True)
+            note = f"; the metrics that were there are now {renamed.name}" if renamed else ""
+            print(f"resume=auto: no checkpoint in {run.root}, starting from step 0{note}", flush=True)
 
     on_first_rank(prepare)
     return run

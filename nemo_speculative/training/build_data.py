@@ -1,4 +1,4 @@
-"""From a job to its data: tokenized conversations, this rank's loader, and validation batches."""
+"""Builders of a job's data: tokenized conversations, this rank's loader, and validation batches."""
 
 import hashlib
 from collections.abc import Callable

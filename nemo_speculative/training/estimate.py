@@ -149,7 +149,7 @@ class Models(NamedTuple):
     """Parameters of the target's embedding, or of its head."""
     num_layers: int
     draft: dict[str, torch.Size]
-    """Shapes by name."""
+    """The draft's shapes by name."""
 
     @property
     def draft_parameters(self) -> int:
@@ -160,9 +160,9 @@ class MicroBatch(NamedTuple):
     """FLOPs and bytes of a micro-batch on one rank."""
 
     tokens: int
-    """Padding included."""
+    """Number of tokens, padding included."""
     flops: Counter[str]
-    """Of "target", "target attention", "labels" (the target's head), "draft" and "draft attention"."""
+    """FLOPs of "target", "target attention", "labels" (the target's head), "draft" and "draft attention"."""
     forward_bytes: int
     """Peak of the target's forward, its output included."""
     output_bytes: int
@@ -289,7 +289,7 @@ def _fused_attention(
 
 @contextlib.contextmanager
 def _meta_runs_as(device: torch.device) -> Iterator[None]:
-    """Within, the meta device computes in chunks of the sizes of ``device`` and with fused attention."""
+    """Within the block, the meta device computes in chunks of the sizes of ``device`` and with fused attention."""
     sizes = losses.LOGITS_PER_CHUNK, losses.LOGITS_PER_BLOCK, schedule.LABEL_CHUNK, document_attention.MAX_MASK_ELEMENTS
     with contextlib.ExitStack() as stack:
         for table in sizes:
@@ -366,16 +366,16 @@ def overhead(parts: dict[str, float], device: torch.device) -> float:
 
 
 class Rates(NamedTuple):
-    """Seconds that this machine takes."""
+    """The time that this machine takes for each kind of work."""
 
     target: float
-    """Per FLOP of the target's forward."""
+    """Seconds per FLOP of the target's forward."""
     draft: float
-    """Per FLOP of loss and backward, labels included."""
+    """Seconds per FLOP of loss and backward, labels included."""
     schedule: float
-    """Per token of a batch, on the host."""
+    """Seconds per token of a batch, on the host."""
     update: float
-    """For clipping and the optimizer's step, once."""
+    """Seconds for clipping and the optimizer's step."""
 
 
 def step_seconds(
@@ -475,7 +475,7 @@ def piece_of(batch: Batch, share: float) -> Batch:
         start = int((supervised - float(before[-1]) * width / length).abs().argmin())
     cut = slice(0, count), slice(start, start + width)
     documents, positions = batch.documents[cut], batch.positions[cut]
-    positions = positions - positions[:, :1] * (documents == documents[:, :1])  # documents that are cut begin at 0
+    positions = positions - positions[:, :1] * (documents == documents[:, :1])  # documents that are cut start at 0
     spans = tuple(
         replace(span, start=max(span.start - start, 0), end=min(span.end - start, width))
         for span in batch.spans

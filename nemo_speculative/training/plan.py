@@ -54,14 +54,14 @@ def describe(job: TrainJob) -> str:
         f"writes    {Path(job.output_dir).resolve()}",
     ]
     if documents.rows:
-        colour = sys.stdout.isatty()
-        key = "green" if colour else "⟦…⟧"
-        lines.append(f"example   (supervised tokens in {key})\n{preview(documents.rows[0], tokenizer, colour)}")
+        color = sys.stdout.isatty()
+        key = "green" if color else "⟦…⟧"
+        lines.append(f"example   (supervised tokens in {key})\n{preview(documents.rows[0], tokenizer, color)}")
     return "\n".join(lines)
 
 
 def _layout(job: TrainJob, models: estimate.Models) -> str:
-    """How processes share the draft and the target."""
+    """One line on the division of the draft and the target over the processes."""
     (replicate, shard), context = job.parallelism.sizes(num_ranks()), job.parallelism.context
     draft = "the draft whole" if shard * context == 1 else f"the draft in {shard * context} shards"
     copies = f", {replicate} times" if replicate > 1 else ""
@@ -80,7 +80,7 @@ def _layout(job: TrainJob, models: estimate.Models) -> str:
 
 
 def _where(job: TrainJob) -> str:
-    """The target's place; the embedded one need not exist yet."""
+    """The location of the target; the embedded one need not exist yet."""
     if isinstance(job.model, TinyModelConfig):
         directory = demo.directory_of(job.model)
         return str(directory) if directory.exists() else "embedded, to be made"
@@ -90,7 +90,7 @@ def _where(job: TrainJob) -> str:
 def _tokenized(job: TrainJob, items: Conversations, how: Tokenization) -> TokenizedDataset:
     if job.data.answers is Answers.target:  # those that have one already show what the others will be like
         return how([item for item in items if isinstance(item, TokenRow) or item.has_answer])
-    return load_or_tokenize(items, how, job.data, "tokenising")
+    return load_or_tokenize(items, how, job.data, "tokenizing")
 
 
 def _data_line(job: TrainJob, documents: TokenizedDataset) -> str:
@@ -193,7 +193,7 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _seconds(seconds: float) -> str:
-    """With a unit that suits."""
+    """The time in ms, s, min or h, by its size."""
     for limit, divisor, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min")):
         if seconds < limit:
             return f"{seconds / divisor:.3g} {unit}"
@@ -201,5 +201,5 @@ def _seconds(seconds: float) -> str:
 
 
 def _bytes(size: float) -> str:
-    """With a unit that suits."""
+    """The size in GB or MB."""
     return f"{size / GB:.2f} GB" if size >= GB else f"{size / MB:.0f} MB"

@@ -27,7 +27,7 @@ from nemo_speculative.utils.errors import UserError, describe_error
 POLL_SECONDS = 0.2
 """Interval at which the wait for a remote target checks whether to stop."""
 STOP_SECONDS = 10.0
-"""How long an answer is awaited after a signal: if it comes, the step ends and is saved."""
+"""Seconds to wait for an answer after a signal: if it comes, the step ends and is saved."""
 
 
 class InterruptedTargetError(UserError):

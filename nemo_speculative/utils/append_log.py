@@ -19,11 +19,11 @@ class Line:
     """A complete line of a log."""
 
     number: int
-    """From 1."""
+    """Number of the line, from 1."""
     offset: int
-    """Bytes before it in the file."""
+    """Offset of the line in the file, in bytes."""
     data: bytes
-    """With its newline."""
+    """The line's bytes, newline included."""
 
 
 def read_lines(file: Path) -> Iterator[Line]:

@@ -180,7 +180,7 @@ class AsyncClient(_Client):
 
     @asynccontextmanager
     async def stream(self, method: str, path: str, **body: Any) -> AsyncIterator[httpx.Response]:
-        """The same before its body is read; what breaks while the block reads it is raised as ``Unreachable``."""
+        """The server's response before its body is read; a failure while the block reads it raises ``Unreachable``."""
         try:
             async with self._http.stream(method, self.url + path, **body) as response:
                 self._check_token(response.status_code)
@@ -258,7 +258,7 @@ class LoadBalancer(Generic[S]):
         return time.monotonic() >= server.retry_at and (limit is None or server.outstanding < limit)
 
     def release(self, server: S) -> None:
-        """Ends a request that :meth:`acquire` began."""
+        """Ends a request that :meth:`acquire` started."""
         with self._lock:
             server.outstanding -= 1
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 BAR_WIDTH = 24
 REFRESH_SECONDS = {True: 0.5, False: 15.0}
-"""By whether standard error is a terminal, where one line is redrawn, or a log file, where lines are added."""
+"""Seconds between two updates, by whether standard error is a terminal, where one line is redrawn."""
 QUIET_SECONDS = 3.0
 
 

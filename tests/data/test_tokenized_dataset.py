@@ -84,7 +84,7 @@ def test_an_id_outside_the_vocabulary_names_the_line(tokenizer, vocab_size, refu
         return
     with pytest.raises(UserError) as caught:
         tokenize_conversations(items, tokenizer, {END}, 100, vocab_size)
-    assert str(caught.value) == f"data.jsonl:7: token id 13 lies outside the target's vocabulary of {vocab_size}"
+    assert str(caught.value) == f"data.jsonl:7: token id 13 is not in the target's vocabulary of {vocab_size}"
 
 
 def test_an_id_outside_the_vocabulary_is_found_even_where_it_is_cut_off(tokenizer):

@@ -73,7 +73,7 @@ class Piece:
     """Neighboring queries and the range of keys that covers what they see."""
 
     queries: slice
-    """Of the queries in ``order``."""
+    """The piece's queries, as a slice of ``order``."""
     keys: slice
     mask: torch.Tensor | None
     """float32 [queries, w], 0 or -inf, over the last w keys; all of the queries see the other keys."""

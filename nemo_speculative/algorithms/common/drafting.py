@@ -16,7 +16,7 @@ FIRST_POSITIONS = 512
 
 
 class RotaryTable:
-    """Cosines and sines of a draft's positions: computing them anew would cost as much as the rest of a draft step."""
+    """Cosines and sines of a draft's positions: recomputing them would cost as much as the rest of a draft step."""
 
     def __init__(self, draft: Draft, device: torch.device):
         self.draft, self.device = draft, device

@@ -1,7 +1,7 @@
-"""What a training step computes of a batch: slots, steps and labels, known before any model runs.
+"""The schedule of a training step: slots, steps and labels of a batch, known before any model runs.
 
 Slot t is the draft's run right after the target emitted x_{t+1}; its step i reads x_{t+1+i} and predicts x_{t+2+i}.
-The schedule says which slots run for how many steps, what each step sees, and which (slot, step) pairs carry a loss.
+The schedule lists the steps that each slot runs, what each step sees, and the (slot, step) pairs that carry a loss.
 It is made on the host, ahead of the step, so that nothing in the step waits for the device.
 
 The rows of a batch are laid end to end: a document is a range of flat positions, and the number of rows appears
@@ -27,9 +27,9 @@ from nemo_speculative.utils.devices import to_device
 LABEL_CHUNK = {"cpu": 128, "cuda": 512}
 """Positions whose target logits [P, V] exist at once."""
 LABEL_MULTIPLE = 16
-"""Their number is rounded up to it: less than other shapes, as every position costs V products."""
+"""The number of these positions is rounded up to a multiple of it: a small one, as each position costs V products."""
 SHAPE_MULTIPLE = 64
-"""Slots and rows are rounded up to it: oneDNN builds and keeps a primitive for every shape that it meets."""
+"""Numbers of slots and rows are rounded up to a multiple of it: oneDNN builds and keeps a primitive for every shape."""
 
 
 def round_up(count: int, multiple: int = SHAPE_MULTIPLE) -> int:
@@ -155,7 +155,7 @@ class SlotChunk:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a training step computes of one micro-batch."""
+    """The slots, steps and labels that a training step computes for one micro-batch."""
 
     batch: Batch
     input_ids: torch.Tensor

@@ -1,4 +1,4 @@
-"""The shape of a draft from its target's configuration: sizes, and a rotary embedding that every server reads alike.
+"""The shape of a draft from its target's configuration: sizes, and a rotary embedding that is the same in every server.
 
 A draft rotates as the target's full attention does.  Two things keep it from copying ``rope_parameters``.  Two kinds
 (dynamic, longrope) change with the longest sequence at hand, which depends on the packing in training, and on other
@@ -35,7 +35,7 @@ class DraftShape:
     max_positions: int
     rope_parameters: dict[str, Any]
     vocab_size: int
-    """The target's."""
+    """Number of ids of the target."""
     num_layers: int = 1
 
 
@@ -96,7 +96,7 @@ def positions_like(target_config: Any, rope: Rope) -> int:
 
 
 def _stretch(rope: Rope) -> float:
-    """The factor by which SGLang multiplies it."""
+    """The factor by which SGLang multiplies ``max_position_embeddings``."""
     whole = rope.get("rope_type") == "llama3" or "original_max_position_embeddings" in rope
     return 1.0 if whole else rope.get("factor") or 1.0
 
@@ -150,7 +150,7 @@ def _longrope(rope: Rope, config: Any, head_dim: int) -> Rope:
 
 
 def _proportional(rope: Rope, config: Any, head_dim: int) -> Rope:
-    """Over the whole head it is linear; SGLang ignores its factor."""
+    """Scaling of the proportional type: linear where it covers the whole head, but SGLang ignores its factor."""
     theta, factor = rope["rope_theta"], rope.get("factor", 1.0)
     return plain_rope(theta) if factor == 1 else plain_rope(theta) | {"rope_type": "linear", "factor": factor}
 

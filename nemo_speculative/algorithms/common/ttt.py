@@ -119,7 +119,7 @@ class TTTObjective(ABC):
         return {}
 
     def schedule(self, batch: Batch, device: torch.device = CPU, training: bool = True) -> Schedule:
-        """What a step computes of ``batch``, which is on the host; in validation nothing is sampled."""
+        """The schedule of ``batch``, which is on the host; in validation nothing is sampled."""
         # The last step of a slot reads a token, and uses a label, num_steps positions ahead.
         batch = replace(batch, shard=self.context.shard(batch.num_tokens, halo=self.num_steps))
         mask = supervision_mask(batch.loss_mask, batch.documents, self.num_steps, self.convention)
@@ -202,7 +202,7 @@ def _sum_by_step(values: torch.Tensor, rows: LossRows, num_steps: int) -> torch.
 
 
 def chain_sums(correct: torch.Tensor, supervised: torch.Tensor) -> Sums:
-    """How often step i, and the whole chain up to it, is correct, over the slots supervised at step i.
+    """Numbers of slots supervised at step i for which step i, and the whole chain up to it, is correct.
 
     Args:
         correct, supervised: bool [T, N].
@@ -219,7 +219,7 @@ def chain_sums(correct: torch.Tensor, supervised: torch.Tensor) -> Sums:
 
 @dataclass(frozen=True)
 class Step0State:
-    """What slots read of a batch: step 0, as far as it is computed at every position of the shard."""
+    """The part of step 0 that is computed at every position of the shard, and read by the slots."""
 
     tokens: torch.Tensor
     """[m, w]: :meth:`.draft.Draft.project_tokens`."""

@@ -1,4 +1,4 @@
-"""How an EAGLE-1 or EAGLE-2 draft proposes tokens: by feature autoregression (2401.15077, section 4.1).
+"""Drafting with an EAGLE-1 or EAGLE-2 draft: feature autoregression (2401.15077, section 4.1).
 
 At verified positions it reads the target's last hidden state, after them its own prediction of it.
 """

@@ -20,7 +20,7 @@ class Eagle3Shape(DraftShape):
     """The sizes and switches of the network."""
 
     draft_vocab_size: int | None
-    """None: no head of its own; the target's gives the logits."""
+    """Size of the draft vocabulary; None: the draft has no head, and the target's computes the logits."""
     aux_layers: tuple[int, ...]
     target_hidden_size: int
     fc_norm: bool = False

@@ -1,6 +1,6 @@
-"""How an EAGLE-3 draft proposes tokens (2503.01840, section 3.1).
+"""Drafting with an EAGLE-3 draft (2503.01840, section 3.1).
 
-At verified positions it reads the projection of the target's aux states, after them its own outputs.
+At verified positions the draft reads the projection of the target's aux states, after them its own outputs.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The EAGLE-3 objective (2503.01840): a loss between distributions at every step of the unroll.
 
 The label of slot t at step i is the target's distribution of x_{t+2+i}, restricted to the draft vocabulary and
-renormalized.  A slot whose target argmax lies outside the draft vocabulary carries no loss at that step, but is
+renormalized.  A slot whose target argmax is not in the draft vocabulary carries no loss at that step, but is
 counted, and counts as incorrect in every accuracy and in τ.
 """
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear, pad, silu
 
 Weights = Mapping[str, torch.Tensor]
-"""By their names in the served checkpoint, of any floating dtype."""
+"""Weights by their names in the served checkpoint, of any floating dtype."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -66,7 +66,7 @@ class ForeignDraft:
     draft: type[Draft]
     shape: Any
     tensors: Tensors
-    """Under the names of ``draft``'s state dict, in the dtypes of the file."""
+    """The weights under the names of ``draft``'s state dict, in the dtypes of the file."""
     notes: tuple[str, ...] = ()
     """One line for each assumption and each tensor left out."""
     step: int = 0
@@ -76,7 +76,7 @@ class ForeignDraft:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its largest matrices."""
+        """The dtype of the draft's largest matrices."""
         return self.tensors["fc.weight"].dtype
 
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Draft:
@@ -129,7 +129,7 @@ class Export(ABC):
     """A form in which a draft is written."""
 
     suffix: ClassVar[str]
-    """Appended to the draft's directory name by default."""
+    """Suffix that forms the default directory name from the draft's."""
 
     @abstractmethod
     def write(self, directory: Path, servable: Servable, target: Any) -> None:

@@ -104,7 +104,7 @@ def _check_usable(rope: dict[str, Any], values: dict[str, Any], where: Path) -> 
 
 
 def _max_positions(stated: int, rope: dict[str, Any], target: Any, notes: list[str]) -> int:
-    """At least the target's length: many drafts state their training's, and SGLang refuses one below the target's."""
+    """The number of positions, at least the target's: SGLang refuses fewer, and many drafts state their training's."""
     longest = target.max_position_embeddings
     if stated >= longest or rope["rope_type"] not in UNBOUNDED:
         return stated
@@ -119,6 +119,6 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and value > 0
 
 
-def _check(holds: bool, where: Path, key: str, found: Any, expected: str) -> None:
+def _check(holds: bool, where: Path, key: str, value: Any, expected: str) -> None:
     if not holds:
-        raise UserError(f"{where}: {key} is {found!r}, expected {expected}")
+        raise UserError(f"{where}: {key} is {value!r}, expected {expected}")

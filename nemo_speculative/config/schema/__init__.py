@@ -1,4 +1,4 @@
-"""The typed schema behind every config group.
+"""The typed schema of every config group.
 
 A field's documentation is the string below it; ``docs/configuration.md`` is generated from these files.  Contradictions
 inside a group are rejected in its ``__post_init__``, those between groups in :meth:`TrainJob.__post_init__`; derived

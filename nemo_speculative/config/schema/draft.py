@@ -20,7 +20,7 @@ class VocabularySize:
     """The size of a draft vocabulary."""
 
     entries: int | None
-    """None: enough for ``coverage``."""
+    """Number of ids; None: as many as ``coverage`` needs."""
     coverage: float = 1.0
     """Share of the supervised tokens, from 0 to 1."""
     own_head: bool = True

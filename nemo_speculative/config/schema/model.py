@@ -42,7 +42,7 @@ class TinyModelConfig(ModelConfig):
     vocab_size: int = 1024
     """Entries of its byte-level BPE vocabulary."""
     context: int = 1024
-    """Its longest sequence, in tokens."""
+    """The target's longest sequence, in tokens."""
     row_tokens: int = 256
     """Tokens in one row of its training."""
     rows_per_step: int = 8

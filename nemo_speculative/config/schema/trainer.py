@@ -18,7 +18,7 @@ class WandbMode(Enum):
 
 @dataclass
 class ParallelismConfig:
-    """How a draft is trained by the processes that a launcher starts: replicate * shard * context of them."""
+    """The division of a draft's training over replicate * shard * context processes, which a launcher starts."""
 
     replicate: int = 1
     """Replicas of the draft (DDP, HSDP); -1: ranks / (shard * context)."""

@@ -41,7 +41,7 @@ class BenchMetrics:
     acceptance_per_position: list[float]
     """Share of the verifications that accepted a draft token at depth i + 1."""
     seconds: float
-    """From the first request to the last token."""
+    """Seconds from the first request to the last token."""
     output_tokens_per_second: float
     """Total over all conversations."""
     time_to_first_token: dict[str, float]

@@ -46,7 +46,7 @@ class BenchServer:
     server: dict[str, Any]
     """Identity that it shares with its baseline; see :attr:`.results_log.BenchPoint.server`."""
     draft: dict[str, Any] | None
-    """Its draft and settings; None: a baseline."""
+    """The draft and its settings; None: a baseline."""
     target: str
     """Directory or hub name of its target, which holds the tokenizer."""
     running: Callable[[], AbstractContextManager[str]]
@@ -243,6 +243,6 @@ def _draft(info: Mapping[str, Any]) -> dict[str, Any] | None:
     names = {"num_steps": "num_steps", "topk": "eagle_topk", "num_draft_tokens": "num_draft_tokens"}
     return {
         "weights": _fingerprint(str(info.get("speculative_draft_model_path"))),
-        "speculative": {ours: info.get(f"speculative_{theirs}") for ours, theirs in names.items()},
+        "speculative": {option: info.get(f"speculative_{field}") for option, field in names.items()},
         "flags": [info["speculative_algorithm"]],
     }

@@ -52,7 +52,7 @@ class Document:
 
     key: bytes
     tensors: Tensors
-    """By their names in a shard: ``aux``, ``last_hidden``, and these with the codec's suffixes."""
+    """The tensors by their names in a shard: ``aux``, ``last_hidden``, and these with the codec's suffixes."""
 
     @classmethod
     def cut(cls, key: bytes, batch: Batch, span: Span, output: TargetOutput, manifest: Manifest) -> "Document":

@@ -34,7 +34,7 @@ class Codec:
     """Encoding of s hidden states of h numbers each, [n, s * h], as numbers of one dtype."""
 
     name: str
-    """Its name in a manifest."""
+    """Name of the codec in a manifest."""
     dtype: torch.dtype
 
     def layout(self, states: int, hidden: int) -> Layout:

@@ -63,8 +63,8 @@ class FeatureStore:
             return [None] * len(keys)
         queries = np.array(keys, dtype=stored.dtype)
         at = np.searchsorted(stored, queries).clip(max=len(stored) - 1)
-        found = (stored[at] == queries).tolist()
-        return [tuple(place) if hit else None for place, hit in zip(locations[at].tolist(), found, strict=True)]
+        hits = (stored[at] == queries).tolist()
+        return [tuple(place) if hit else None for place, hit in zip(locations[at].tolist(), hits, strict=True)]
 
     def tensors(self, location: Location) -> Tensors:
         """The stored tensors of a document, views of the file.

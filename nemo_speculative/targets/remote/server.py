@@ -44,7 +44,7 @@ CHUNK_BYTES = 1 << 20
 RETRY_AFTER_SECONDS = 1
 """Retry-After of a full queue."""
 UNHEALTHY_FAILURES, UNHEALTHY_SECONDS = 3, 300.0
-"""/health fails after so many failures of the target in a row, and while one batch takes longer than this."""
+"""/health fails after this number of consecutive failures, and while one batch takes more than this many seconds."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class TargetWorker:
         threading.Thread(target=self._run, name="target", daemon=True).start()
 
     def submit(self, batch: Batch) -> Future[TargetOutput]:
-        """Queues a batch; the future holds its output on the CPU.  A cancelled future is not computed."""
+        """Queues a batch; the future holds its output on the CPU.  A canceled future is not computed."""
         future: Future[TargetOutput] = Future()
         self._jobs.put((future, batch))
         return future
