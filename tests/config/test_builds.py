@@ -1,4 +1,4 @@
-"""What every YAML names can be built: each option of conf/ through the code that a recipe would use."""
+"""Every class that a YAML file names can be built, by the code that a recipe would use."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def test_model(option, target_dir, monkeypatch):
         config = demo.llama_config(job.model)
     else:
         local = job.model.path == "somewhere"
-        if not local:  # a hub name: not to be had here, and said so
+        if not local:  # a hub name: not available offline, which is an error
             with pytest.raises(UserError, match="could not be downloaded"):
                 get_method(job.model._target_)(job.model)
         job.model.path = str(target_dir)
@@ -71,17 +71,17 @@ def test_backend_hf(target_dir):
 
 
 def test_backend_sglang(target_dir, monkeypatch):
-    """tests/sglang builds it with SGLang; here what it is asked with."""
-    asked = []
+    """The flags for SGLang; tests/sglang builds the backend with SGLang."""
+    words = []
     monkeypatch.setattr("nemo_speculative.targets.sglang_runner._check_version", lambda: "0.5.23")
     monkeypatch.setattr("nemo_speculative.targets.sglang_runner._make_importable", lambda device: None)
-    monkeypatch.setattr("nemo_speculative.targets.sglang_runner.parse_flags", lambda flags, _: asked.extend(flags))
+    monkeypatch.setattr("nemo_speculative.targets.sglang_runner.parse_flags", lambda flags, _: words.extend(flags))
     job = job_of("backend=sglang", "data=tiny", "data.answers=given", "backend.flags=[--quantization,fp8]")
     with pytest.raises(InstantiationException, match="internals of SGLang"):  # SGLang is not installed
         instantiate(job.backend, path=target_dir, aux_layers=None)
-    said = " ".join(asked)
-    assert "--return-aux-hidden-state-layer-ids 1 3 4" in said and said.endswith("--quantization fp8")
-    assert "--max-total-tokens 16384" in said and "--dtype float32" in said
+    command = " ".join(words)
+    assert "--return-aux-hidden-state-layer-ids 1 3 4" in command and command.endswith("--quantization fp8")
+    assert "--max-total-tokens 16384" in command and "--dtype float32" in command
 
 
 def test_backend_remote(target_dir):
@@ -91,11 +91,11 @@ def test_backend_remote(target_dir):
     assert target.aux_layers == [1, 3, 4]
 
 
-def asked_and_planned(target_dir, folder):
-    """Of every backend on these ranks: how its target is asked, and what the plan takes from its configuration."""
+def actual_and_planned(target_dir, folder):
+    """Properties of every backend's target on these ranks, next to those that the plan takes from its configuration."""
     ranks = dist.get_world_size()
     with pytest.MonkeyPatch.context() as patch, serving(HFTarget(target_dir, aux_layers=None)) as server:
-        patch.setenv("RANK", str(dist.get_rank()))  # the first one alone keeps other trainings out of a directory
+        patch.setenv("RANK", str(dist.get_rank()))  # only the first one locks a directory
         patch.setattr("nemo_speculative.targets.sglang_runner.Runner", lambda *_, **__: None)
         patch.setattr("nemo_speculative.targets.sglang.SGLangTarget._check_head", lambda self: None)
         needs = {
@@ -103,24 +103,24 @@ def asked_and_planned(target_dir, folder):
             "remote": [f"backend.urls=[{server.url},{server.url}/other]"],
         }
         patch.setattr("nemo_speculative.targets.remote.client.ServerPool.check", lambda self, identity: None)
-        found = {}
+        results = {}
         for option in options("backend"):
             if option == "hf_tp" and ranks == 1:
                 continue  # refused
             backend = job_of(f"backend={option}", "data.answers=given", *needs.get(option, [])).backend
             with closing(instantiate(backend, path=target_dir, aux_layers=None)) as target:
-                asked = target.requests_ahead, target.collective
-            found[option] = asked, (backend.requests_ahead, backend.together(ranks))
-    return found
+                properties = target.requests_ahead, target.collective
+            results[option] = properties, (backend.requests_ahead, backend.together(ranks))
+    return results
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_target_is_asked_as_the_plan_counts_it(ranks, target_dir, tmp_path):
-    (found, *_) = on_ranks(ranks, asked_and_planned, target_dir, tmp_path / "features")
-    assert len(found) == len(options("backend")) - (ranks == 1)
-    for option, (asked, planned) in found.items():
-        assert asked == planned, option
-    assert found["sglang"][0] == (0, ranks > 1) and found["remote"][0] == (2, False)
+def test_targets_have_the_properties_that_the_plan_counts(ranks, target_dir, tmp_path):
+    (results, *_) = on_ranks(ranks, actual_and_planned, target_dir, tmp_path / "features")
+    assert len(results) == len(options("backend")) - (ranks == 1)
+    for option, (properties, planned) in results.items():
+        assert properties == planned, option
+    assert results["sglang"][0] == (0, ranks > 1) and results["remote"][0] == (2, False)
 
 
 @pytest.mark.parametrize("option", options("draft"))
@@ -176,16 +176,16 @@ def test_logger(option, tmp_path):
 
 
 def test_groups_of_plain_values_have_no_other_options():
-    """These name nothing to build; an option that does belongs to a test above."""
+    """Groups without a class; an option that names one needs a test above."""
     plain = {"parallelism", "trainer", "exporter", "evaluation", "server", "hydra"}
     built = {"model", "backend", "draft", "loss", "data", "optimizer", "logger", "form"}
-    elsewhere = {"model_draft", "experiment", "suite", "engine", "reasoning"}  # below, and in tests of their own
+    elsewhere = {"model_draft", "experiment", "suite", "engine", "reasoning"}  # tested below or in their own tests
     assert {group for group, _ in GROUPS} == plain | built | elsewhere
 
 
 @pytest.mark.parametrize("option", options("model_draft"))
-def test_what_suits_a_draft_on_a_model(option):
-    """Named after a model and a draft, and composed with them."""
+def test_settings_for_a_draft_on_a_model(option):
+    """Files named after a model and a draft are composed with them."""
     model, draft = next((m, d) for m in options("model") for d in options("draft") if option == f"{m}_{d}")
     suited = yaml.safe_load((CONF / "model_draft" / f"{option}.yaml").read_text())
     config = composed("train_eagle3", f"model={model}", f"draft={draft}")

@@ -1,4 +1,4 @@
-"""The numbers that the schema derives, and what it refuses to derive."""
+"""Numbers that the schema derives, and values that it refuses."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def data(**values) -> DataConfig:
 
 
 @pytest.mark.parametrize(
-    ("given", "context", "expected"),
+    ("settings", "context", "expected"),
     [
         ({}, 131072, (2048, 2048)),
         ({}, 256, (256, 256)),
@@ -36,27 +36,27 @@ def data(**values) -> DataConfig:
         ({"max_length": 512, "packed_length": 512}, 1024, (512, 512)),
     ],
 )
-def test_lengths(given, context, expected):
-    assert data(**given).lengths(context) == expected
+def test_lengths(settings, context, expected):
+    assert data(**settings).lengths(context) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "context", "expected"),
+    ("settings", "context", "expected"),
     [
         ({"max_length": 257}, 256, "data.max_length is 257, longer than the target's context of 256: lower"),
         ({"max_length": 512, "packed_length": 511}, 1024, "data.max_length is 512, longer than data.packed_length=511"),
         ({"packed_length": 1024}, 131072, "data.max_length is 2048, longer than data.packed_length=1024"),
     ],
 )
-def test_lengths_that_contradict_each_other(given, context, expected):
+def test_lengths_that_contradict_each_other(settings, context, expected):
     with pytest.raises(UserError) as caught:
-        data(**given).lengths(context)
+        data(**settings).lengths(context)
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("given", "target", "expected"),
+    ("size", "target", "expected"),
     [
         ("auto", 128256, VocabularySize(32000)),
         ("auto", 32000, VocabularySize(32000)),
@@ -69,20 +69,20 @@ def test_lengths_that_contradict_each_other(given, context, expected):
         ("100%", 300, VocabularySize(None, 1.0)),
     ],
 )
-def test_vocabulary_size(given, target, expected):
-    assert Eagle3DraftConfig(vocab_size=given).vocabulary(target) == expected
+def test_vocabulary_size(size, target, expected):
+    assert Eagle3DraftConfig(vocab_size=size).vocabulary(target) == expected
 
 
 def test_eagle1_drafts_any_id():
     assert EagleDraftConfig().vocabulary(300) == VocabularySize(300)
 
 
-@pytest.mark.parametrize("given", [0, -1, True, 2.5, "all", "0%", "101%", "99.5", None, "%"])
-def test_a_vocabulary_of_no_known_form(given):
+@pytest.mark.parametrize("size", [0, -1, True, 2.5, "all", "0%", "101%", "99.5", None, "%"])
+def test_an_invalid_vocabulary_size(size):
     with pytest.raises(
         UserError, match=r"^draft\.vocab_size is .*: expected a number above 0, a coverage such as 99.5%"
     ):
-        Eagle3DraftConfig(vocab_size=given)
+        Eagle3DraftConfig(vocab_size=size)
 
 
 def test_a_draft_vocabulary_larger_than_the_targets():
@@ -105,7 +105,7 @@ def test_aux_layers_that_are_distinct(layers):
 
 
 @pytest.mark.parametrize(
-    ("given", "rows", "expected"),
+    ("settings", "rows", "expected"),
     [
         ({"max_steps": 400}, 10**6, 400),
         ({"max_steps": 400, "epochs": 3.0}, 10, 400),
@@ -117,12 +117,12 @@ def test_aux_layers_that_are_distinct(layers):
         ({"epochs": 1.0, "global_batch_size": 8}, 1, 1),
     ],
 )
-def test_total_steps(given, rows, expected):
-    assert TrainerConfig(**given).total_steps(rows) == expected
+def test_total_steps(settings, rows, expected):
+    assert TrainerConfig(**settings).total_steps(rows) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("settings", "expected"),
     [
         ({}, (5, 1, 6)),
         ({"num_steps": 3}, (3, 1, 4)),
@@ -130,8 +130,8 @@ def test_total_steps(given, rows, expected):
         ({"num_steps": 5, "topk": 4, "num_draft_tokens": 16}, (5, 4, 16)),
     ],
 )
-def test_the_exporter_derives_the_draft_tokens_of_a_chain(given, expected):
-    exporter = ExporterConfig(**given)
+def test_the_exporter_derives_the_draft_tokens_of_a_chain(settings, expected):
+    exporter = ExporterConfig(**settings)
     assert (exporter.num_steps, exporter.topk, exporter.num_draft_tokens) == expected
 
 
@@ -141,14 +141,14 @@ def test_a_chain_verifies_one_token_more_than_it_drafts(tokens):
         ExporterConfig(num_draft_tokens=tokens)
 
 
-def test_a_path_for_the_embedded_target_is_a_forgotten_model_local():
+def test_a_path_for_the_embedded_target_suggests_model_local():
     with pytest.raises(
         UserError, match=r"model\.path is /my/llm, and model is tiny, the embedded target: add model=local"
     ):
         TinyModelConfig(path="/my/llm")
 
 
-def test_an_evaluation_is_as_the_run_was_where_it_says_nothing():
+def test_an_evaluation_takes_null_values_from_the_run():
     run = {"max_new_tokens": 128, "num_threads": 1, "batch_size": 8}
     assert EvaluationConfig().like(run) == EvaluationConfig(max_new_tokens=128, num_threads=1)
     assert EvaluationConfig(max_new_tokens=64).like(run).answer_tokens == 64
@@ -156,7 +156,7 @@ def test_an_evaluation_is_as_the_run_was_where_it_says_nothing():
 
 
 @pytest.mark.parametrize(
-    ("given", "width", "device", "expected"),
+    ("settings", "width", "device", "expected"),
     [
         ({}, 4096, "cuda", 8192),
         ({}, 256, "cpu", 512),
@@ -164,8 +164,8 @@ def test_an_evaluation_is_as_the_run_was_where_it_says_nothing():
         ({"ttt_chunk_slots": 100}, 256, "cpu", 100),
     ],
 )
-def test_slots_at_once(given, width, device, expected):
-    assert TrainerConfig(**given).slots(width, device) == expected
+def test_slots_of_a_chunk(settings, width, device, expected):
+    assert TrainerConfig(**settings).slots(width, device) == expected
 
 
 def job(global_batch_size: int, **parallelism) -> TrainJob:
@@ -180,7 +180,7 @@ def job(global_batch_size: int, **parallelism) -> TrainJob:
 @pytest.mark.parametrize(
     ("parallelism", "ranks", "expected"), [({}, 1, 1), ({"shard": -1}, 8, 8), ({"shard": -1, "context": 4}, 32, 8)]
 )
-def test_how_many_ranks_read_rows_of_their_own(parallelism, ranks, expected):
+def test_the_number_of_data_parallel_ranks(parallelism, ranks, expected):
     assert job(8, **parallelism).data_ranks(ranks) == expected
 
 

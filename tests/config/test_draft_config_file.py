@@ -1,4 +1,4 @@
-"""A draft described by somebody's config.json, and numbers given as expressions over the target's."""
+"""A draft described by a published config.json, and numbers as expressions over the target's configuration."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def published(tmp_path):
     return write
 
 
-def test_its_numbers_fill_what_is_null(published):
+def test_numbers_of_the_file_replace_null(published):
     draft = apply_config_file(Eagle3DraftConfig(config=published(SPECFORGE), head_dim=16))
     expected = {
         "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "num_layers": 1, "head_dim": 16,
@@ -41,18 +41,18 @@ def test_its_numbers_fill_what_is_null(published):
     assert {name: getattr(draft, name) for name in expected} == expected
 
 
-def test_the_official_form(published):
+def test_a_file_in_the_official_form(published):
     draft = apply_config_file(Eagle3DraftConfig(config=published(OFFICIAL)))
     assert (draft.num_heads, draft.vocab_size, draft.aux_layers, draft.fc_norm) == (4, 120, None, False)
 
 
-def test_it_reaches_the_job(published):
+def test_the_numbers_reach_the_job(published):
     job = to_job(composed("train_eagle3", f"draft.config={published(SPECFORGE)}"))
     assert job.draft == apply_config_file(Eagle3DraftConfig(config=job.draft.config, ttt_steps=5))
 
 
 @pytest.mark.parametrize(
-    "config, draft, said",
+    "config, draft, message",
     [
         ("{", Eagle3DraftConfig(), "cannot be read"),
         ("[]", Eagle3DraftConfig(), "not a draft's config.json"),
@@ -62,10 +62,10 @@ def test_it_reaches_the_job(published):
         (OFFICIAL | {"fc_norm": True, "norm_before_fc": True}, Eagle3DraftConfig(), "are both true"),
     ],
 )
-def test_refused_in_one_line(published, config, draft, said):
+def test_refused_in_one_line(published, config, draft, message):
     with pytest.raises(UserError) as caught:
         apply_config_file(dataclasses.replace(draft, config=published(config)))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_field_inside_another():
 
 
 @pytest.mark.parametrize(
-    "expression, said",
+    "expression, message",
     [
         ("${target:no_such}", "the target's config.json has no 'no_such'"),
         ("${target:rope_parameters.no_such}", "has no 'no_such'"),
@@ -96,8 +96,8 @@ def test_a_field_inside_another():
         ("${div:7,0}", "7 cannot be divided evenly by 0"),
     ],
 )
-def test_an_expression_without_a_value(expression, said):
+def test_an_expression_without_a_value(expression, message):
     config = composed("train_eagle3")
     config.draft.intermediate_size = expression
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         to_job(config)

@@ -25,7 +25,7 @@ def files_of_groups() -> list[tuple[str, str]]:
 
 
 def groups_of_root(root: Path) -> list[str]:
-    """The groups that a root's defaults list chooses from, itself or by the options of its groups."""
+    """The groups of a root's defaults list, and those of the options of its groups."""
     entries = yaml.safe_load(root.read_text())["defaults"]
     groups = [group.removeprefix("optional ") for entry in entries if isinstance(entry, dict) for group in entry]
     inner = (f for group in groups if (CONF / group).is_dir() for f in (CONF / group).glob("*.yaml"))
@@ -51,11 +51,11 @@ CASES = [
 ]
 
 SUITED = {(root, "backend"): ["data.answers=given"] for root in ("train_eagle3", "capture_features")}
-"""What every option of a root's group goes with, where not every one goes with the defaults."""
+"""Settings that the options of a root's group need where the defaults do not fit all of them."""
 
 
 def composed(root: str, *overrides: str) -> Any:
-    """The configuration, with whatever a user has to give apply_config_file in."""
+    """The configuration, with values for the keys that a user must set."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(root, overrides=list(overrides))
     if "output_dir" in config:  # its default needs a running Hydra
@@ -66,7 +66,7 @@ def composed(root: str, *overrides: str) -> Any:
 
 
 def named_objects(value: Any) -> Iterator[str]:
-    """Every string that ``hydra.utils`` will have to find: ``_target_`` and ``objective``, at any depth."""
+    """Every string that ``hydra.utils`` imports: ``_target_`` and ``objective``, at any depth."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key in ("_target_", "objective") and isinstance(inner, str):
@@ -86,7 +86,7 @@ def test_every_file_belongs_to_a_root(group, option):
 
 
 @pytest.mark.parametrize(("root", "group", "option"), CASES)
-def test_every_file_becomes_a_typed_job_whose_names_resolve(root, group, option):
+def test_every_file_becomes_a_typed_job_with_importable_names(root, group, option):
     job = to_job(composed(root, f"{group}={option}", *SUITED.get((root, group), [])))
     assert dataclasses.is_dataclass(job)
     if root == "train_eagle3":
@@ -98,7 +98,7 @@ def test_every_file_becomes_a_typed_job_whose_names_resolve(root, group, option)
 
 
 def schema_groups() -> list[tuple[str, str]]:
-    """One option of each group that has a schema, for as many options as exist."""
+    """Combinations of options, one of each group with a schema, in which every option occurs."""
     typed = {group for group, _ in SCHEMAS}
     return [(group, option) for group, option in GROUPS if group in typed and group in ROOTS["train_eagle3"]]
 
@@ -115,7 +115,7 @@ def test_every_group_refuses_an_unknown_key(group, option):
 
 @pytest.mark.parametrize(("group", "option"), schema_groups())
 def test_the_schema_of_every_group_is_in_force(group, option):
-    """The root types every group; a file whose own schema adds keys needs that one."""
+    """The root types every group; a file whose schema adds keys names that schema."""
     node = OmegaConf.select(composed("train_eagle3", f"{group}={option}"), PACKAGES.get(group, group))
     assert OmegaConf.get_type(node) in SCHEMAS.values()
 
@@ -145,8 +145,8 @@ def test_the_first_command_trains_on_the_embedded_target():
     assert {key: values[key] for key in expected} == expected
 
 
-def test_another_model_changes_the_model_alone():
-    """Next to its own keys only the defaults of the embedded target are gone."""
+def test_another_model_changes_only_the_model():
+    """Apart from the model's keys, only the defaults of the embedded target change."""
     local, llama = (plain_values(composed("train_eagle3", f"model={name}")) for name in ("local", "llama31_8b"))
     assert {key for key in local if local[key] != llama[key]} == {"model.path", "model.dtype", "trainer.dtype"}
     assert (llama["trainer.dtype"], llama["trainer.max_steps"], llama["draft.ttt_steps"]) == ("bfloat16", None, 7)
@@ -154,7 +154,7 @@ def test_another_model_changes_the_model_alone():
     assert all(local[f"trainer.{key}"] == value for key, value in schema.items())
 
 
-def test_a_file_is_read_as_what_it_is(tmp_path):
+def test_a_data_path_is_read_by_its_kind(tmp_path):
     file = tmp_path / "mine.jsonl"
     row = {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     file.write_text((json.dumps(row) + "\n") * 9)
@@ -164,7 +164,7 @@ def test_a_file_is_read_as_what_it_is(tmp_path):
     assert job.data.repository == "HuggingFaceH4/ultrachat_200k", "without data.path, the hub's"
 
 
-def test_the_command_line_wins_over_the_defaults_of_the_embedded_target():
+def test_the_command_line_overrides_the_defaults_of_the_embedded_target():
     job = to_job(composed("train_eagle3", "model=tiny", "data=jsonl", "data.path=mine.jsonl", "trainer.max_steps=7"))
     assert (job.data.path, job.trainer.max_steps) == ("mine.jsonl", 7)
     assert job.data.answers.value == "given", "data=jsonl replaces the data of the embedded target"
@@ -172,7 +172,7 @@ def test_the_command_line_wins_over_the_defaults_of_the_embedded_target():
 
 @pytest.mark.parametrize(("group", "option"), GROUPS)
 def test_every_file_shows_its_values(group, option):
-    """A file has keys, or is a base that it changes; none leaves all its values to the schema."""
+    """Every file has keys, or a base that it changes; no file leaves all values to the schema."""
     content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     entries = [key for entry in content.get("defaults", []) if isinstance(entry, dict) for key in entry]
     assert content.keys() - {"defaults"} or any(entry.startswith("override ") for entry in entries)

@@ -1,4 +1,4 @@
-"""What the command line refuses, and in which words: one line that names the key, what was found and what to do."""
+"""Refused command lines: one line that names the key, the finding and the remedy."""
 
 import sys
 from pathlib import Path
@@ -19,13 +19,13 @@ REPOSITORY = CONF.parent
 
 def refused(*overrides: str, root: str = "train_eagle3", config_dir: Path = CONF) -> str:
     """The line that a user would read for these overrides."""
-    given = [*overrides, "output_dir=out"] if root.startswith("train") else list(overrides)
+    arguments = [*overrides, "output_dir=out"] if root.startswith("train") else list(overrides)
     with (
         initialize_config_dir(str(config_dir), version_base="1.3"),
         pytest.raises(Exception) as caught,
     ):
-        to_job(compose(root, overrides=given))
-    message = str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value, given)
+        to_job(compose(root, overrides=arguments))
+    message = str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value, arguments)
     assert "\n" not in message
     return message
 
@@ -44,7 +44,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("override", "expected"), UNKNOWN)
-def test_an_unknown_key_is_named_with_what_is_known(override, expected):
+def test_an_unknown_key_is_named_with_the_known_keys(override, expected):
     message = refused(override)
     assert expected in message
     assert "_target_" not in message
@@ -67,11 +67,11 @@ WRONG_TYPE = [
 ]
 
 
-@pytest.mark.parametrize(("override", "found", "expected"), WRONG_TYPE)
-def test_a_wrong_type_names_the_override_what_was_found_and_what_is_expected(override, found, expected):
+@pytest.mark.parametrize(("override", "value", "expected"), WRONG_TYPE)
+def test_a_wrong_type_names_the_override_the_value_and_the_expectation(override, value, expected):
     message = refused(override)
     assert message.startswith(f"{override}: ")
-    assert found in message
+    assert value in message
     assert expected in message
 
 
@@ -107,7 +107,7 @@ WRONG_VALUE = [
 
 
 @pytest.mark.parametrize(("override", "expected"), WRONG_VALUE)
-def test_a_value_that_makes_no_sense(override, expected):
+def test_a_value_out_of_range(override, expected):
     assert refused(override).startswith(expected)
 
 
@@ -118,7 +118,7 @@ def test_tensor_parallelism_needs_several_ranks(size):
 
 
 @pytest.mark.parametrize("backend", ["hf_fsdp2", "hf_tp"])
-def test_a_target_that_ranks_hold_together_answers_no_questions(backend):
+def test_a_distributed_target_generates_no_answers(backend):
     assert "data.answers=target needs backend=hf" in refused(f"backend={backend}", "data.answers=target")
 
 
@@ -173,7 +173,7 @@ NO_GROUP = [
 
 
 @pytest.mark.parametrize(("root", "overrides", "expected"), NO_GROUP)
-def test_a_group_that_this_recipe_does_not_choose_from(root, overrides, expected):
+def test_a_group_that_the_recipe_does_not_have(root, overrides, expected):
     message = refused(*overrides, root=root)
     assert message.startswith(expected)
     assert "defaults list" not in message
@@ -188,7 +188,7 @@ def test_the_longer_of_two_matching_overrides_is_named():
     ("override", "expected"),
     [("seed=${nosuch}", "nosuch"), ("seed=${trainer.epochs}", "${trainer.epochs}"), ("seed=${seed}", "Recursive")],
 )
-def test_a_reference_that_cannot_be_followed_names_the_key(override, expected):
+def test_an_unresolvable_reference_names_the_key(override, expected):
     message = refused(override)
     assert message.startswith("seed: ")
     assert expected in message
@@ -201,7 +201,7 @@ def test_a_reference_that_cannot_be_followed_names_the_key(override, expected):
         ("max_step: 3", "trainer.max_step: unknown key 'max_step'; did you mean 'max_steps'?"),
     ],
 )
-def test_a_mistake_in_a_users_own_file_names_the_key(tmp_path, line, expected):
+def test_an_error_in_a_users_own_file_names_the_key(tmp_path, line, expected):
     for file in CONF.rglob("*.yaml"):
         copy = tmp_path / file.relative_to(CONF)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -245,11 +245,11 @@ def test_a_program_ends_with_one_line(error, code, line, capsys, monkeypatch):
     assert printed == (line or "error: trainer=5: expected one of default\n")
 
 
-def test_a_defect_keeps_its_traceback():
+def test_an_internal_error_has_its_traceback():
     def program():
-        raise ValueError("a defect of ours")
+        raise ValueError("a defect of the program")
 
-    with pytest.raises(ValueError, match="a defect of ours"):
+    with pytest.raises(ValueError, match="a defect of the program"):
         run_program(program)
 
 

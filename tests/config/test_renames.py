@@ -29,17 +29,17 @@ CLASS_OF = {
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_an_old_class_path_is_found(module):
+def test_an_old_class_path_is_translated(module):
     assert callable(get_object(current_class(f"nemo_speculative.{module}.{CLASS_OF[module]}")))
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_renamed_class_or_function_is_found(name):
+def test_a_renamed_class_or_function_is_translated(name):
     assert callable(get_object(current_class(f"nemo_speculative.{name}")))
 
 
 @pytest.mark.parametrize("path", ["my_drafts.eagle.Draft", "drafts.eagle.Draft", "some text", ""])
-def test_other_strings_stay(path):
+def test_other_strings_are_unchanged(path):
     assert current_class(path) == path
 
 

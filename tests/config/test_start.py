@@ -1,4 +1,4 @@
-"""The start of every recipe: --help and --cfg job answer at once, without torch and transformers."""
+"""The start of every recipe: --help and --cfg job print at once, without torch and transformers."""
 
 import runpy
 import subprocess

@@ -17,7 +17,7 @@ BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "nemo_specul
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The content of the wheel, unpacked."""
+    """The directory of the unpacked wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in BUILT_FROM:
         source, copy = ROOT / name, folder / "source" / name
@@ -40,11 +40,13 @@ def run(*command: str, site: Path, cwd: Path) -> subprocess.CompletedProcess[str
     )
 
 
-def test_it_holds_the_configuration_the_recipes_and_the_command(installed):
+def test_the_wheel_holds_the_configuration_the_recipes_and_the_command(installed):
     for folder in ("conf", "recipes"):
         files = {file.relative_to(ROOT) for kind in ("*.yaml", "*.py") for file in (ROOT / folder).rglob(kind)}
-        found = {file.relative_to(installed / "nemo_speculative") for file in installed.rglob(f"{folder}/**/*.*")}
-        assert files <= found
+        installed_files = {
+            file.relative_to(installed / "nemo_speculative") for file in installed.rglob(f"{folder}/**/*.*")
+        }
+        assert files <= installed_files
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "nemo-speculative = nemo_speculative.__main__:main" in entry_points.read_text()
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"nemo_speculative"}
@@ -60,7 +62,7 @@ def test_a_subcommand_is_the_recipe(name, installed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_it_lists_its_subcommands_and_refuses_others(installed, tmp_path):
+def test_the_command_lists_its_subcommands_and_refuses_others(installed, tmp_path):
     listed = run("-m", "nemo_speculative", "--help", site=installed, cwd=tmp_path)
     assert listed.returncode == 0
     for recipe in (ROOT / "recipes").glob("*.py"):

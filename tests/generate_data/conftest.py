@@ -1,4 +1,4 @@
-"""Questions, jobs that answer them, and servers to be asked."""
+"""Fixtures: questions, jobs that answer them, and fake servers."""
 
 import json
 import os
@@ -36,17 +36,17 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
-    """Twelve conversations of one to three turns, whose answers are all to be given anew."""
+    """Twelve conversations of one to three turns, all of whose answers are to be replaced."""
     records = []
     for n in range(12):
-        said = [turn for i in range(n % 3 + 1) for turn in (WORDS[3 * n + i : 9 * n + 14 + i], "OLD")]
-        records.append(conversation(f"c{n}", *said))
+        contents = [turn for i in range(n % 3 + 1) for turn in (WORDS[3 * n + i : 9 * n + 14 + i], "OLD")]
+        records.append(conversation(f"c{n}", *contents))
     return write(tmp_path / "questions.jsonl", records)
 
 
 @pytest.fixture
 def job(tmp_path, target_dir, questions) -> Callable[..., GenerateJob]:
-    """A job that answers ``questions`` in this process, with what is said otherwise."""
+    """A job that answers ``questions`` in this process, with changed settings."""
 
     def make(**changed: Any) -> GenerateJob:
         reasoning = ReasoningConfig(f"nemo_speculative.generate_data.rollout.{changed.pop('reasoning', 'Keep')}")
@@ -65,7 +65,7 @@ def job(tmp_path, target_dir, questions) -> Callable[..., GenerateJob]:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., str]]:
-    """Starts a fake server, see :mod:`tests.generate_data.fake_server`, and says its url; ``processes`` holds them."""
+    """Starts a :mod:`~tests.generate_data.fake_server` and returns its URL; ``processes`` lists them."""
     processes: list[subprocess.Popen] = []
 
     def start(kind: str, model: str = "the-target", port: int | None = None, log: str = "", **environment: str) -> str:
@@ -90,8 +90,8 @@ def serve() -> Iterator[Callable[..., str]]:
 
 
 @pytest.fixture
-def asking(job) -> Callable[..., GenerateJob]:
-    """A job that asks servers."""
+def endpoint_job(job) -> Callable[..., GenerateJob]:
+    """A job that answers ``questions`` by servers."""
 
     def make(*urls: str, model: str | None = None, **changed: Any) -> GenerateJob:
         patient = {"attempts": 3, "timeout": 5.0, "give_up_after": 20.0, "concurrency": 4}
@@ -102,5 +102,5 @@ def asking(job) -> Callable[..., GenerateJob]:
 
 
 def start_recipe(name: str, *arguments: str) -> Program:
-    """A recipe under way, as a user starts it."""
+    """A running recipe, started as a user starts it."""
     return Program(f"recipes/{name}", *arguments, environment=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -16,7 +16,7 @@ def soon(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_step_that_blocks_is_interrupted(number):
+def test_a_blocking_step_is_interrupted(number):
     before = [signal.getsignal(n) for n in SIGNALS]
     with pytest.raises(KeyboardInterrupt), interruptible():
         soon(number)
@@ -26,7 +26,7 @@ def test_a_step_that_blocks_is_interrupted(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_coroutine_is_cancelled_and_others_may_follow(number):
+def test_a_coroutine_is_canceled_and_another_can_run(number):
     ended = []
 
     async def wait():
@@ -47,7 +47,7 @@ def test_a_coroutine_is_cancelled_and_others_may_follow(number):
     assert ended == ["cancelled", "closed"]
 
 
-def test_an_ignored_interrupt_stays_ignored_and_sigterm_is_heeded():
+def test_an_ignored_interrupt_stays_ignored_and_sigterm_works():
     async def nothing():
         return "done"
 

@@ -9,26 +9,26 @@ from nemo_speculative.generate_data.rollout import Request
 from nemo_speculative.utils.errors import UserError
 
 
-def test_sampled_tokens_have_the_targets_distribution(target):
+def test_sampled_tokens_have_the_distribution_of_the_target(target):
     """The first token of many seeds against the model's own probabilities (chi-square, 99.9 %)."""
     prompt, count = [0, 3, 40, 41, 4], 2000
     sampling = Sampling(temperature=1.0, top_k=5)
 
     async def first_tokens():
         decoder = Decoder(target, 500, sampling)
-        wanted = [decoder.complete(Request(prompt, 1, seed, [])) for seed in range(count)]
-        return [c.ids[0] for c in await asyncio.gather(*wanted)]
+        requests = [decoder.complete(Request(prompt, 1, seed, [])) for seed in range(count)]
+        return [c.ids[0] for c in await asyncio.gather(*requests)]
 
     p = target.model(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
     likeliest = p.topk(5)
     expected = likeliest.values / likeliest.values.sum() * count
-    found = torch.bincount(torch.tensor(asyncio.run(first_tokens())), minlength=300)
-    assert int(found.sum()) == int(found[likeliest.indices].sum()) == count
-    assert float(((found[likeliest.indices] - expected) ** 2 / expected).sum()) < 18.5
+    counts = torch.bincount(torch.tensor(asyncio.run(first_tokens())), minlength=300)
+    assert int(counts.sum()) == int(counts[likeliest.indices].sum()) == count
+    assert float(((counts[likeliest.indices] - expected) ** 2 / expected).sum()) < 18.5
 
 
-def test_rows_come_in_and_leave_at_any_time(target):
-    """Answers of many lengths with few places, each as it is alone."""
+def test_rows_join_and_leave_the_batch_at_any_step(target):
+    """Answers of many lengths in few slots equal those generated alone."""
 
     async def answered(size, requests):
         decoder = Decoder(target, size, Sampling())
@@ -40,22 +40,22 @@ def test_rows_come_in_and_leave_at_any_time(target):
     assert all(len(ids) <= request.limit for ids, request in zip(together, requests, strict=True))
 
 
-def test_an_error_of_the_model_reaches_all_who_wait(target, monkeypatch):
+def test_an_error_of_the_model_reaches_all_callers(target, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     async def ask():
         decoder = Decoder(target, 2, Sampling())
         monkeypatch.setattr(type(target), "forward", full)
-        wanted = [decoder.complete(Request([0, 5], 4, 0, [])) for _ in range(3)]
-        return await asyncio.gather(*wanted, return_exceptions=True)
+        requests = [decoder.complete(Request([0, 5], 4, 0, [])) for _ in range(3)]
+        return await asyncio.gather(*requests, return_exceptions=True)
 
-    found = asyncio.run(ask())
-    assert len(found) == 3 and all(isinstance(error, UserError) for error in found)
-    assert "engine.batch_size is 2" in str(found[0])
+    counts = asyncio.run(ask())
+    assert len(counts) == 3 and all(isinstance(error, UserError) for error in counts)
+    assert "engine.batch_size is 2" in str(counts[0])
 
 
-def test_joined_caches_hold_what_each_held():
+def test_a_joined_cache_holds_both_contents():
     one, two = KVCache(2), KVCache(1)
     for cache, tokens in ((one, 3), (two, 90)):
         for layer in range(2):

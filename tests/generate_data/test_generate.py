@@ -24,7 +24,7 @@ def answers_of(outcome):
 
 
 def greedy(target, prompt, limit):
-    """One token at a time, without a cache."""
+    """Greedy decoding of one token at a time, without a cache."""
     ids = list(prompt)
     while len(ids) < len(prompt) + limit:
         ids.append(int(target.model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -33,28 +33,28 @@ def greedy(target, prompt, limit):
     return ids[len(prompt) :]
 
 
-def answered_by_hand(target, messages, limit):
-    """The conversation with every answer given anew, and the prompt and answer ids of each turn."""
-    said, turns = [], []
+def naive_answers(target, messages, limit):
+    """The conversation with new answers, and the prompt and answer ids of each turn."""
+    messages, turns = [], []
     for message in messages:
         if message["role"] != "assistant":
-            said.append(message)
+            messages.append(message)
             continue
-        rendered = target.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)
+        rendered = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         ids = greedy(target, rendered["input_ids"], limit)
         turns.append((rendered["input_ids"], ids))
-        said.append({"role": "assistant", "content": target.tokenizer.decode(ids, skip_special_tokens=True)})
-    return said, turns
+        messages.append({"role": "assistant", "content": target.tokenizer.decode(ids, skip_special_tokens=True)})
+    return messages, turns
 
 
-def test_every_turn_is_answered_anew_and_sees_the_new_ones_before_it(target, job, questions):
+def test_every_turn_is_answered_and_sees_the_new_answers_before_it(target, job, questions):
     outcome = generate_data(job())
     records = read(answers_of(outcome))
     assert [r["index"] for r in records] == list(range(12))
-    for record, asked in zip(records, read(questions), strict=True):
-        said, turns = answered_by_hand(target, asked["conversations"], 12)
-        assert record["id"] == asked["id"]
-        assert record["conversations"] == said
+    for record, question in zip(records, read(questions), strict=True):
+        messages, turns = naive_answers(target, question["conversations"], 12)
+        assert record["id"] == question["id"]
+        assert record["conversations"] == messages
         assert "OLD" not in json.dumps(record["conversations"])
         # Each turn's ids stand at the end of a row's supervised runs, in order, however rows were joined.
         supervised = [i for row in record["rows"] for i, m in zip(row["input_ids"], row["loss_mask"], strict=True) if m]
@@ -65,9 +65,9 @@ def test_every_turn_is_answered_anew_and_sees_the_new_ones_before_it(target, job
 def test_training_reads_the_rows_as_they_were_generated(job):
     outcome = generate_data(job())
     rows = ConversationFile(answers_of(outcome))
-    kept = [row for record in read(answers_of(outcome)) for row in record["rows"]]
+    stored = [row for record in read(answers_of(outcome)) for row in record["rows"]]
     assert all(isinstance(row, TokenRow) for row in rows)
-    assert [row.input_ids for row in rows] == [row["input_ids"] for row in kept]
+    assert [row.input_ids for row in rows] == [row["input_ids"] for row in stored]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -83,44 +83,44 @@ def test_an_answer_depends_on_neither_batch_nor_range_nor_order(job, tmp_path, q
     assert (whole == other) == (temperature == 0)
 
 
-def test_an_interrupted_part_ends_up_as_an_uninterrupted_one(job, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(job, tmp_path, monkeypatch):
     whole = answers_of(generate_data(job(temperature=1.0, output=str(tmp_path / "whole")))).read_bytes()
     _stop_after(monkeypatch, 5)
     with pytest.raises(RuntimeError, match="stopped"):
         generate_data(job(temperature=1.0))
     monkeypatch.undo()
     part = tmp_path / "out" / "0-end" / "answers.jsonl"
-    kept = part.read_bytes()
-    assert kept.count(b"\n") == 5
+    stored = part.read_bytes()
+    assert stored.count(b"\n") == 5
     with part.open("ab") as torn:
         torn.write(b'{"index": 11, "id": "c11", "conv')
     resumed = answers_of(generate_data(job(temperature=1.0))).read_bytes()
     assert resumed == whole
-    assert sorted(kept.splitlines()) == sorted(set(kept.splitlines()) & set(resumed.splitlines()))
+    assert sorted(stored.splitlines()) == sorted(set(stored.splitlines()) & set(resumed.splitlines()))
 
 
 def _stop_after(monkeypatch, answers):
     append, done = AppendLog.append, []
 
-    def counted(self, *given):
+    def counted(self, *args):
         if len(done) == answers:
             raise RuntimeError("stopped")
-        done.append(append(self, *given))
+        done.append(append(self, *args))
 
     monkeypatch.setattr(AppendLog, "append", counted)
 
 
-def test_what_is_done_needs_no_weights(job, monkeypatch):
+def test_a_finished_run_loads_no_weights(job, monkeypatch):
     before = answers_of(generate_data(job())).read_bytes()
     monkeypatch.setattr("nemo_speculative.generate_data.engines.HFTarget", lambda *_, **__: pytest.fail("loaded again"))
     assert answers_of(generate_data(job())).read_bytes() == before
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(job, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_loses_no_answer(job, tmp_path, monkeypatch):
     whole = answers_of(generate_data(job(output=str(tmp_path / "whole")))).read_bytes()
 
     class Full:
-        """A file on a disk that is full after some bytes; the last write before gets through in part."""
+        """A file on a disk that is full after some bytes; the last write is partial."""
 
         def __init__(self, out, room):
             self.out, self.room = out, room
@@ -151,13 +151,13 @@ def test_a_full_disk_is_one_line_and_loses_nothing(job, tmp_path, monkeypatch):
     assert answers_of(generate_data(job())).read_bytes() == whole
 
 
-def test_two_processes_are_not_let_into_one_range(job, tmp_path):
+def test_a_second_process_in_a_range_is_refused(job, tmp_path):
     with dir_lock(tmp_path / "out" / "0-end", "output"), pytest.raises(UserError, match="output: another process"):
         generate_data(job())
     generate_data(job(range="0:3"))
 
 
-def test_what_was_begun_otherwise_is_refused_by_name(job, questions, tmp_path):
+def test_other_settings_or_inputs_are_refused_by_name(job, questions, tmp_path):
     generate_data(job())
     with pytest.raises(UserError, match=r"temperature=0.0, and it is 0.5 now; give another output"):
         generate_data(job(temperature=0.5))
@@ -174,15 +174,15 @@ def test_what_was_begun_otherwise_is_refused_by_name(job, questions, tmp_path):
     assert (tmp_path / "out" / "0-end" / "answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(("found", "named"), [(1, "1"), (None, "none"), (3, "3")])
-def test_answers_in_another_format_are_refused_by_it_and_can_be_trained_on(job, tmp_path, found, named):
-    """As format 1 was: without the hash of the line that was answered."""
+@pytest.mark.parametrize(("stored_format", "named"), [(1, "1"), (None, "none"), (3, "3")])
+def test_answers_in_another_format_are_refused_and_can_be_trained_on(job, tmp_path, stored_format, named):
+    """Format 1 lacks the hash of the answered line."""
     outcome = generate_data(job())
     file, manifest = answers_of(outcome), outcome.directory / "manifest.json"
     records = [{key: value for key, value in record.items() if key != "asked"} for record in read(file)]
     write(file, records)
     old = {key: value for key, value in json.loads(manifest.read_text()).items() if key != "format"}
-    manifest.write_text(json.dumps(old if found is None else {"format": found, **old}))
+    manifest.write_text(json.dumps(old if stored_format is None else {"format": stored_format, **old}))
     before = file.read_bytes()
     expected = rf"manifest.json: found answers in format {named} of .*, expected 2; .* another output"
     for refused in (
@@ -195,7 +195,7 @@ def test_answers_in_another_format_are_refused_by_it_and_can_be_trained_on(job, 
     assert [r.input_ids for r in ConversationFile(file)] == [row["input_ids"] for r in records for row in r["rows"]]
 
 
-def test_a_damaged_line_is_named_and_answered_again_once_it_is_gone(job):
+def test_a_damaged_line_is_named_and_answered_again_after_its_removal(job):
     file = answers_of(generate_data(job()))
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -222,7 +222,7 @@ def test_another_target_or_template_is_refused_by_name(job, tmp_path):
         generate_data(job(model=type(job().model)(path=str(tmp_path / "same"))))
 
 
-def test_what_cannot_be_answered_is_counted_with_its_reason(job, tmp_path):
+def test_unanswerable_lines_are_counted_by_reason(job, tmp_path):
     records = [
         conversation("fine", "hello"),
         conversation("long", WORDS),
@@ -242,7 +242,7 @@ def test_what_cannot_be_answered_is_counted_with_its_reason(job, tmp_path):
     require_success(outcome)
 
 
-def test_lines_of_the_same_id_are_all_answered_and_counted(job, tmp_path):
+def test_lines_with_the_same_id_are_all_answered_and_counted(job, tmp_path):
     records = [conversation("a", "one"), conversation("b", "two"), conversation("a", "three"), conversation("a", WORDS)]
     outcome = generate_data(job(path=str(write(tmp_path / "same.jsonl", records))))
     assert (outcome.answered, outcome.skipped.total(), outcome.num_duplicate_ids) == (3, 1, 2)
@@ -252,7 +252,7 @@ def test_lines_of_the_same_id_are_all_answered_and_counted(job, tmp_path):
 
 @pytest.mark.parametrize("busy_with", ["run.build_engine", "engines.HFTarget"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_is_to_end_ends_while_the_target_is_made_or_loaded(busy_with, number, job, monkeypatch):
+def test_signals_end_the_run_while_the_target_is_created_or_loaded(busy_with, number, job, monkeypatch):
     def busy(*_, **__):
         signal.raise_signal(number)
         pytest.fail("it went on")
@@ -262,7 +262,7 @@ def test_what_is_to_end_ends_while_the_target_is_made_or_loaded(busy_with, numbe
         generate_data(job())
 
 
-def test_a_conversation_ends_where_the_context_does(job, tmp_path, target):
+def test_a_conversation_ends_at_the_context_length(job, tmp_path, target):
     file = write(tmp_path / "long.jsonl", [conversation("a", "hello", "OLD", WORDS, "OLD")])
     outcome = generate_data(job(path=str(file), max_length=100))
     (record,) = read(answers_of(outcome))
@@ -272,19 +272,19 @@ def test_a_conversation_ends_where_the_context_does(job, tmp_path, target):
         generate_data(job(path=str(file), max_length=257, output=str(tmp_path / "more")))
 
 
-def test_answers_that_are_cut_are_kept_or_not(job, tmp_path):
-    kept = generate_data(job(max_new_tokens=2))
-    assert kept.finishes["length"] and kept.answered == 12
+def test_truncated_answers_are_kept_or_left_out(job, tmp_path):
+    stored = generate_data(job(max_new_tokens=2))
+    assert stored.finishes["length"] and stored.answered == 12
     left = generate_data(job(max_new_tokens=2, keep_cut=False, output=str(tmp_path / "strict")))
-    cut = {r["id"] for r in read(answers_of(kept)) if "length" in r["finish"]}
+    cut = {r["id"] for r in read(answers_of(stored)) if "length" in r["finish"]}
     assert {r["id"] for r in read(left.directory / "left_out.jsonl")} == cut
     assert left.answered == 12 - len(cut)
 
 
-def test_token_rows_sources_tools_and_earlier_answers_go_through(job, tmp_path, target_dir, target):
-    told = PREFIX_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ tools[0].name if tools else '' }}")
+def test_token_rows_sources_tools_and_earlier_answers(job, tmp_path, target_dir, target):
+    template = PREFIX_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ tools[0].name if tools else '' }}")
     model = shutil.copytree(target_dir, tmp_path / "told")
-    make_tokenizer(told).save_pretrained(model)
+    make_tokenizer(template).save_pretrained(model)
     before = {"rows": [{"input_ids": [0, 9], "loss_mask": [0, 1]}]}
     records = [
         {"id": "ids", "input_ids": [0, 9, 8, 7, 6], "loss_mask": [0, 0, 0, 1, 1], "source": "s"},
@@ -326,7 +326,7 @@ def test_bad_input_is_one_line_before_anything_starts(job, tmp_path, monkeypatch
     assert "\n" not in str(caught.value)
 
 
-def test_a_range_that_is_none_is_refused(job):
+def test_an_invalid_range_is_refused(job):
     for wrong in ("3", "a:b", "5:5", "7:3", "-1:3"):
         with pytest.raises(UserError, match="range is"):
             job(range=wrong)

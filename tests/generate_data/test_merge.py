@@ -26,7 +26,7 @@ def merged(parts, *names, **changed):
     return merge(MergeJob(parts=[str(parts / name) for name in names], output=str(target), **changed)), target
 
 
-def test_parts_are_byte_for_byte_what_one_run_gives(parts):
+def test_the_merged_parts_equal_one_run_byte_for_byte(parts):
     whole = (parts / "whole" / "0-end" / "answers.jsonl").read_bytes()
     for names in (("a", "b"), ("b", "a"), ("b/5-12", "a/0-5"), ("whole",)):
         result, file = merged(parts, *names)
@@ -34,12 +34,12 @@ def test_parts_are_byte_for_byte_what_one_run_gives(parts):
         assert (result.lines, result.describe()) == (12, "12 conversations answered, 0 skipped")
 
 
-def test_overlaps_that_agree_are_one(parts):
+def test_equal_overlaps_are_merged(parts):
     _, file = merged(parts, "a", "b", "whole")
     assert file.read_bytes() == (parts / "whole" / "0-end" / "answers.jsonl").read_bytes()
 
 
-def test_overlaps_that_differ_are_refused_by_line(parts):
+def test_different_overlaps_are_refused_by_line(parts):
     answers = parts / "b" / "5-12" / "answers.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
     record = json.loads(lines[2])
@@ -51,7 +51,7 @@ def test_overlaps_that_differ_are_refused_by_line(parts):
     assert not (parts / "merged.jsonl").exists()
 
 
-def test_gaps_are_named(parts):
+def test_gaps_are_listed(parts):
     with pytest.raises(UserError, match=r"of 12 lines there are 5 missing \(0:5\); name the directories that hold"):
         merged(parts, "b")
     result, file = merged(parts, "b", allow_missing=True)
@@ -59,13 +59,13 @@ def test_gaps_are_named(parts):
     assert [record["index"] for record in read(file)] == list(range(5, 12))
 
 
-def test_lines_that_failed_are_named_and_those_skipped_are_none_of_the_gaps(parts):
+def test_failed_lines_are_listed_and_skipped_lines_are_no_gaps(parts):
     answers, left = (parts / "a" / "0-5" / name for name in ("answers.jsonl", "left_out.jsonl"))
-    kept = answers.read_text().splitlines(keepends=True)
-    answers.write_text("".join(kept[:2] + kept[4:]))
-    asked = "0123456789abcdef"
-    reasons = [{"index": 2, "asked": asked, "id": "c2", "outcome": "failed", "reason": "r", "attempts": 1}]
-    reasons += [{"index": 3, "asked": asked, "id": "c3", "outcome": "skipped", "reason": "r", "attempts": 0}]
+    lines = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join(lines[:2] + lines[4:]))
+    digest = "0123456789abcdef"
+    reasons = [{"index": 2, "asked": digest, "id": "c2", "outcome": "failed", "reason": "r", "attempts": 1}]
+    reasons += [{"index": 3, "asked": digest, "id": "c3", "outcome": "skipped", "reason": "r", "attempts": 0}]
     left.write_text("".join(json.dumps(reason) + "\n" for reason in reasons))
     with pytest.raises(UserError, match=r"1 failed \(2:3\)"):
         merged(parts, "a", "b")
@@ -83,7 +83,7 @@ def test_parts_of_other_inputs_or_settings_are_refused_by_name(parts, job, tmp_p
         merged(parts, "b", "other")
 
 
-def test_what_is_no_part_or_is_there_already_is_refused(parts, tmp_path):
+def test_invalid_parts_and_an_existing_output_are_refused(parts, tmp_path):
     with pytest.raises(UserError, match="parts is empty"):
         merged(parts)
     with pytest.raises(UserError, match=r"holds no manifest.json"):

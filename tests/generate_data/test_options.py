@@ -1,4 +1,4 @@
-"""Every option of the groups that choose who answers, and what becomes of reasoning."""
+"""Every option of the groups ``engine`` and ``reasoning``."""
 
 import pytest
 from hydra.utils import instantiate

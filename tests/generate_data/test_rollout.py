@@ -11,45 +11,47 @@ STRIPPING = PREFIX_TEMPLATE.replace("{{ m['content'] }}<|end|>", "{{ m['content'
 
 def dialogue(template=PREFIX_TEMPLATE, reasoning=None, questions=("one", "two", "three")):
     messages = [{"role": "user", "content": q} for q in questions]
-    given = [m for question in messages for m in (question, {"role": "assistant", "content": "OLD"})]
-    return Rollout(Conversation("x", given, "file:1", source="s"), make_tokenizer(template), reasoning or Keep())
+    turns_with_answers = [m for question in messages for m in (question, {"role": "assistant", "content": "OLD"})]
+    return Rollout(
+        Conversation("x", turns_with_answers, "file:1", source="s"), make_tokenizer(template), reasoning or Keep()
+    )
 
 
-def answered(asked, *texts):
+def converse_with(rollout, *texts):
     """Answers as a target gives them, and the prompts that it saw."""
     prompts = []
     for turn, text in enumerate(texts):
-        request = asked.request(turn, LIMITS, seed=0)
-        prompts.append(asked.tokenizer.decode(request.prompt))
-        ids = asked.tokenizer.encode(text, add_special_tokens=False)
-        asked.add(turn, request, Completion([*ids, 1], stopped=True))
+        request = rollout.request(turn, LIMITS, seed=0)
+        prompts.append(rollout.tokenizer.decode(request.prompt))
+        ids = rollout.tokenizer.encode(text, add_special_tokens=False)
+        rollout.add(turn, request, Completion([*ids, 1], stopped=True))
     return prompts
 
 
-def test_turns_are_one_row_where_each_prompt_begins_with_all_before_it():
-    asked = dialogue()
-    answered(asked, "a b", "c d", "e")
-    (row,) = asked.rows()
+def test_turns_form_one_row_while_each_prompt_extends_the_row():
+    rollout = dialogue()
+    converse_with(rollout, "a b", "c d", "e")
+    (row,) = rollout.rows()
     turns = zip(("one", "two", "three"), ("a b", "c d", "e"), strict=True)
-    text = "".join(f"<|user|>{question}<|end|><|assistant|>{said}<|end|>" for question, said in turns)
-    assert asked.tokenizer.decode(row.input_ids) == f"<|begin|>{text}"
+    text = "".join(f"<|user|>{question}<|end|><|assistant|>{answer}<|end|>" for question, answer in turns)
+    assert rollout.tokenizer.decode(row.input_ids) == f"<|begin|>{text}"
     supervised = [i for i, m in zip(row.input_ids, row.loss_mask, strict=True) if m]
-    assert asked.tokenizer.decode(supervised) == "a b<|end|>c d<|end|>e<|end|>"
+    assert rollout.tokenizer.decode(supervised) == "a b<|end|>c d<|end|>e<|end|>"
     assert (row.id, row.source, len(row.loss_mask)) == ("x", "s", len(row.input_ids))
 
 
-def test_a_template_that_renders_earlier_answers_differently_makes_rows_of_their_own():
-    asked = dialogue(STRIPPING)
-    prompts = answered(asked, "<think>hm</think>a", "b", "<think>so</think>c")
+def test_a_template_that_changes_earlier_answers_splits_the_rows():
+    rollout = dialogue(STRIPPING)
+    prompts = converse_with(rollout, "<think>hm</think>a", "b", "<think>so</think>c")
     assert "hm" not in prompts[1]
-    rows = asked.rows()
+    rows = rollout.rows()
     assert [row.id for row in rows] == ["x#0", "x#1"]
-    decoded = [asked.tokenizer.decode(row.input_ids) for row in rows]
+    decoded = [rollout.tokenizer.decode(row.input_ids) for row in rows]
     assert decoded[0].endswith("<|assistant|><think>hm</think>a<|end|>"), "generated ids hold the reasoning"
     assert decoded[1].startswith(prompts[1]) and decoded[1].endswith("<think>so</think>c<|end|>")
     assert [sum(row.loss_mask) for row in rows] == [
-        len(asked.tokenizer.encode("<think>hm</think>a")) + 1,
-        len(asked.tokenizer.encode("b")) + 1 + len(asked.tokenizer.encode("<think>so</think>c")) + 1,
+        len(rollout.tokenizer.encode("<think>hm</think>a")) + 1,
+        len(rollout.tokenizer.encode("b")) + 1 + len(rollout.tokenizer.encode("<think>so</think>c")) + 1,
     ]
 
 
@@ -67,7 +69,7 @@ def test_a_template_that_renders_earlier_answers_differently_makes_rows_of_their
         ("", "from <think> to </think>", ("from <think> to </think>", None)),
     ],
 )
-def test_reasoning_is_kept_split_off_or_dropped(prompt, text, split):
+def test_reasoning_is_kept_split_or_dropped(prompt, text, split):
     message = {"role": "assistant", "content": text}
     assert Keep().apply(message, prompt) == message
     content, reasoning = split
@@ -78,43 +80,45 @@ def test_reasoning_is_kept_split_off_or_dropped(prompt, text, split):
     )
 
 
-def test_dropped_reasoning_is_seen_by_no_later_turn_and_stays_in_the_ids():
-    asked = dialogue(reasoning=Drop())
-    prompts = answered(asked, "<think>hm</think>a", "b", "c")
+def test_dropped_reasoning_is_hidden_from_later_turns_and_stays_in_the_ids():
+    rollout = dialogue(reasoning=Drop())
+    prompts = converse_with(rollout, "<think>hm</think>a", "b", "c")
     assert "hm" not in prompts[1] + prompts[2]
-    assert [m["content"] for m in asked.messages] == ["one", "a", "two", "b", "three", "c"]
-    assert "hm" in asked.tokenizer.decode(asked.rows()[0].input_ids)
+    assert [m["content"] for m in rollout.messages] == ["one", "a", "two", "b", "three", "c"]
+    assert "hm" in rollout.tokenizer.decode(rollout.rows()[0].input_ids)
 
 
 @pytest.mark.parametrize("opened", [True, False])
-def test_the_end_of_the_prompt_tells_whether_it_opened_the_reasoning(opened):
+def test_an_opening_tag_at_the_end_of_the_prompt_starts_the_reasoning(opened):
     opening = "{% if add_generation_prompt %}<|assistant|>" + "<think>" * opened
-    asked = dialogue(PREFIX_TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>", opening), Split(), ["one"])
-    (prompt,) = answered(asked, "hm</think>a")
+    rollout = dialogue(
+        PREFIX_TEMPLATE.replace("{% if add_generation_prompt %}<|assistant|>", opening), Split(), ["one"]
+    )
+    (prompt,) = converse_with(rollout, "hm</think>a")
     assert prompt.rstrip().endswith("<think>") == opened
-    said = {"content": "a", "reasoning_content": "hm"} if opened else {"content": "hm</think>a"}
-    assert asked.messages[-1] == {"role": "assistant", **said}
+    answer = {"content": "a", "reasoning_content": "hm"} if opened else {"content": "hm</think>a"}
+    assert rollout.messages[-1] == {"role": "assistant", **answer}
 
 
-def test_a_question_that_no_answer_followed_is_answered_too():
+def test_a_last_question_without_an_answer_is_answered():
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    asked = Rollout(Conversation("x", messages, "file:1"), make_tokenizer(), Keep())
-    assert asked.num_turns == 1
-    answered(asked, "yes")
-    assert [m["role"] for m in asked.messages] == ["system", "user", "assistant"]
+    rollout = Rollout(Conversation("x", messages, "file:1"), make_tokenizer(), Keep())
+    assert rollout.num_turns == 1
+    converse_with(rollout, "yes")
+    assert [m["role"] for m in rollout.messages] == ["system", "user", "assistant"]
 
 
-def test_messages_of_tools_are_kept_and_answered():
+def test_tool_messages_are_kept_and_answered():
     roles = ["user", "assistant", "tool", "assistant"]
     messages = [{"role": role, "content": f"{role}{n}"} for n, role in enumerate(roles)]
-    asked = Rollout(Conversation("x", messages, "file:1"), make_tokenizer(), Keep())
-    prompts = answered(asked, "call", "done")
+    rollout = Rollout(Conversation("x", messages, "file:1"), make_tokenizer(), Keep())
+    prompts = converse_with(rollout, "call", "done")
     assert "<|tool|>tool2<|end|>" in prompts[1]
-    assert [m["content"] for m in asked.messages] == ["user0", "call", "tool2", "done"]
+    assert [m["content"] for m in rollout.messages] == ["user0", "call", "tool2", "done"]
 
 
-def test_a_template_that_rejects_a_conversation_says_so_without_naming_it_twice():
-    asked = dialogue("{{ raise_exception('no system here') }}")
+def test_a_rejection_by_the_template_names_the_conversation_once():
+    rollout = dialogue("{{ raise_exception('no system here') }}")
     with pytest.raises(Unanswerable, match=r"^file:1: the chat template rejects") as caught:
-        asked.request(0, LIMITS, 0)
+        rollout.request(0, LIMITS, 0)
     assert caught.value.reason.startswith("the chat template rejects")

@@ -1,4 +1,4 @@
-"""An input that changes between runs: answers belong to questions, not to numbers of lines."""
+"""Changes of the input between runs: answers belong to questions, not to line numbers."""
 
 import json
 import random
@@ -19,24 +19,24 @@ LIVELY = {"temperature": 1.0}
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def answered_ids(monkeypatch):
     """The ids of the conversations that are answered, turn by turn."""
-    seen, add = [], Rollout.add
-    monkeypatch.setattr(Rollout, "add", lambda self, *given: (seen.append(self.item.id), add(self, *given))[1])
-    return seen
+    ids, add = [], Rollout.add
+    monkeypatch.setattr(Rollout, "add", lambda self, *args: (ids.append(self.item.id), add(self, *args))[1])
+    return ids
 
 
 def changed(records):
-    """Lines reordered, some removed, one with other words, and new ones in front and behind."""
-    kept = [r for r in records if r["id"] not in ("c2", "c7")]
-    random.Random(0).shuffle(kept)
-    other = [conversation("c5", "something else", "OLD") if r["id"] == "c5" else r for r in kept]
+    """Lines reordered, some removed, one with other words, and new ones before and after."""
+    remaining = [r for r in records if r["id"] not in ("c2", "c7")]
+    random.Random(0).shuffle(remaining)
+    other = [conversation("c5", "something else", "OLD") if r["id"] == "c5" else r for r in remaining]
     return [conversation("first", "the quick"), *other, conversation("last", "brown fox", "OLD", "jumps")]
 
 
 @pytest.fixture
 def fresh(job, tmp_path):
-    """The bytes that one run of a file gives."""
+    """Returns the answers of a single run of a file, as bytes."""
 
     numbers = count()
 
@@ -47,32 +47,32 @@ def fresh(job, tmp_path):
     return answer
 
 
-def test_lines_may_be_added_removed_changed_and_moved(job, questions, asked, fresh, capsys):
+def test_lines_may_be_added_removed_changed_and_moved(job, questions, answered_ids, fresh, capsys):
     generate_data(job(**LIVELY))
     before = {r["id"]: r for r in read(questions)}
     records = changed(list(before.values()))
     write(questions, records)
-    asked.clear()
+    answered_ids.clear()
     outcome = generate_data(job(**LIVELY))
-    assert set(asked) == {"first", "last", "c5"}
+    assert set(answered_ids) == {"first", "last", "c5"}
     assert "9 answers are to questions that it still has, 3 to others (set_aside.jsonl)" in capsys.readouterr().out
     assert (outcome.total, outcome.answered) == (len(records), len(records))
-    found = (outcome.directory / "answers.jsonl").read_bytes()
-    assert found == fresh(questions)
-    # And back again: what had been set aside is not answered twice.
+    content = (outcome.directory / "answers.jsonl").read_bytes()
+    assert content == fresh(questions)
+    # With the original input, restored answers are not generated again.
     write(questions, list(before.values()))
-    asked.clear()
-    assert generate_data(job(**LIVELY)).answered == 12 and not asked
+    answered_ids.clear()
+    assert generate_data(job(**LIVELY)).answered == 12 and not answered_ids
 
 
-def test_a_run_cut_short_goes_on_with_a_changed_input(job, questions, asked, fresh, monkeypatch):
+def test_an_interrupted_run_resumes_with_a_changed_input(job, questions, answered_ids, fresh, monkeypatch):
     append, written = AppendLog.append, []
 
-    def until_five(self, *given):
+    def until_five(self, *args):
         if len(written) == 5:
             raise RuntimeError("stopped")
-        written.append(given[0]["id"])
-        append(self, *given)
+        written.append(args[0]["id"])
+        append(self, *args)
 
     monkeypatch.setattr(AppendLog, "append", until_five)
     with pytest.raises(RuntimeError, match="stopped"):
@@ -80,15 +80,15 @@ def test_a_run_cut_short_goes_on_with_a_changed_input(job, questions, asked, fre
     monkeypatch.setattr(AppendLog, "append", append)
     records = changed(read(questions))
     write(questions, records)
-    asked.clear()
+    answered_ids.clear()
     outcome = generate_data(job(**LIVELY))
-    assert set(asked) == {r["id"] for r in records} - (set(written) - {"c5"})
+    assert set(answered_ids) == {r["id"] for r in records} - (set(written) - {"c5"})
     assert (outcome.directory / "answers.jsonl").read_bytes() == fresh(questions)
 
 
 @pytest.mark.parametrize("at", ["_set_aside", "put", "manifest"])
-def test_ended_while_numbers_change_it_loses_nothing_and_is_not_merged(
-    job, questions, asked, fresh, monkeypatch, tmp_path, at
+def test_an_interrupted_renumbering_loses_no_answer_and_is_not_merged(
+    job, questions, answered_ids, fresh, monkeypatch, tmp_path, at
 ):
     generate_data(job(**LIVELY))
     original = read(questions)
@@ -111,36 +111,36 @@ def test_ended_while_numbers_change_it_loses_nothing_and_is_not_merged(
     else:
         write_manifest = shard_dir.write_manifest
         monkeypatch.setattr(shard_dir, "write_manifest", lambda *args: stop() if replaced else write_manifest(*args))
-        monkeypatch.setattr(shard_dir, "rewrite", lambda *given: (replaced.append(1), rewrite(*given)))
+        monkeypatch.setattr(shard_dir, "rewrite", lambda *args: (replaced.append(1), rewrite(*args)))
     with pytest.raises(RuntimeError, match="stopped"):
         generate_data(job(**LIVELY))
     monkeypatch.undo()
     with pytest.raises(UserError, match="out/0-end was left while it took over a changed input; start its"):
         merge(MergeJob(parts=[str(tmp_path / "out")], output=str(tmp_path / "merged.jsonl")))
-    # Whichever input it is now: that of before, or the changed one.
+    # The input may be the original or the changed one.
     for records in (original, changed(original)):
         write(questions, records)
-        found = (generate_data(job(**LIVELY)).directory / "answers.jsonl").read_bytes()
-        assert found == fresh(questions)
+        content = (generate_data(job(**LIVELY)).directory / "answers.jsonl").read_bytes()
+        assert content == fresh(questions)
 
 
-def test_ranges_follow_their_lines_and_are_merged_to_what_one_run_gives(job, questions, asked, fresh, tmp_path):
+def test_ranges_of_a_changed_input_are_merged_to_the_result_of_one_run(job, questions, answered_ids, fresh, tmp_path):
     for lines in ("0:5", "5:"):
         generate_data(job(**LIVELY, range=lines))
     records = read(questions)
     write(questions, [*records[:3], conversation("new", "lazy dog"), *records[3:]])
-    asked.clear()
+    answered_ids.clear()
     generate_data(job(**LIVELY, range="5:"))
     with pytest.raises(UserError, match=r"made with input \(the content of path\)="):
         merge(MergeJob(parts=[str(tmp_path / "out")], output=str(tmp_path / "merged.jsonl")))
     generate_data(job(**LIVELY, range="0:5"))
-    # The line that crossed the border is answered where it is now, as it was before.
-    assert set(asked) == {"new", "c4"}
+    # The line that moved to another range is answered there again, with the same result.
+    assert set(answered_ids) == {"new", "c4"}
     merge(MergeJob(parts=[str(tmp_path / "out")], output=str(tmp_path / "merged.jsonl")))
     assert (tmp_path / "merged.jsonl").read_bytes() == fresh(questions)
 
 
-def test_what_was_skipped_stays_so_until_its_words_change(job, tmp_path, asked):
+def test_a_skipped_line_stays_skipped_until_its_content_changes(job, tmp_path, answered_ids):
     silent = {"id": "s", "conversations": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "?"}]}
     file = write(tmp_path / "mixed.jsonl", [silent, conversation("a", "hello")])
     assert generate_data(job(path=str(file))).skipped.total() == 1
@@ -150,27 +150,27 @@ def test_what_was_skipped_stays_so_until_its_words_change(job, tmp_path, asked):
     (left,) = read(outcome.directory / "left_out.jsonl")
     assert (left["index"], left["id"]) == (2, "s")
     write(file, [conversation("a", "hello"), conversation("s", "now it asks")])
-    asked.clear()
+    answered_ids.clear()
     outcome = generate_data(job(path=str(file)))
-    assert (outcome.answered, outcome.skipped.total(), asked) == (2, 0, ["s"])
+    assert (outcome.answered, outcome.skipped.total(), answered_ids) == (2, 0, ["s"])
     assert read(outcome.directory / "left_out.jsonl") == []
 
 
-def test_equal_lines_and_equal_ids_keep_an_answer_each(job, tmp_path, asked, fresh):
+def test_equal_lines_and_equal_ids_have_an_answer_each(job, tmp_path, answered_ids, fresh):
     twin, namesake = conversation("a", "the fox"), conversation("a", "the dog")
     file = write(tmp_path / "same.jsonl", [twin, namesake, twin])
     outcome = generate_data(job(path=str(file), **LIVELY))
     assert outcome.num_duplicate_ids == 2 and "have the id of an earlier line (a)" in summary_table(outcome)
     write(file, [conversation("b", "wizards"), twin, twin, namesake])
-    asked.clear()
+    answered_ids.clear()
     outcome = generate_data(job(path=str(file), **LIVELY))
-    assert asked == ["b"] and outcome.answered == 4
+    assert answered_ids == ["b"] and outcome.answered == 4
     assert (outcome.directory / "answers.jsonl").read_bytes() == fresh(file)
     write(file, [twin])
     assert generate_data(job(path=str(file), **LIVELY)).answered == 1
 
 
-def test_a_line_is_about_the_number_that_it_is_given(tmp_path):
+def test_a_record_has_the_number_it_was_made_with(tmp_path):
     written = AppendLog(tmp_path / "j.jsonl")
     written.append(shard_dir.make_record(7, 255, {"id": '{"index": 7, ', "conversations": []}))
     written.close()
@@ -179,12 +179,12 @@ def test_a_line_is_about_the_number_that_it_is_given(tmp_path):
     assert json.loads(record.renumbered(12)) == json.loads(record.line) | {"index": 12}
 
 
-def test_what_is_read_beside_a_writer_is_no_mixture_of_two_lines(tmp_path):
-    """One line was cut off by a kill, and while the one before it is read another comes in its place."""
+def test_a_concurrent_reader_sees_no_mixture_of_two_lines(tmp_path):
+    """A partial line, left by a kill, is replaced while the line before it is read."""
     file, long = tmp_path / "j.jsonl", TAIL_BYTES * 3
     written = AppendLog(file)
-    for asked in (1, 2):
-        written.append(shard_dir.make_record(0, asked, {"rows": str(asked) * long}))
+    for prompt in (1, 2):
+        written.append(shard_dir.make_record(0, prompt, {"rows": str(prompt) * long}))
     written.close()
     file.write_bytes(file.read_bytes()[: -long // 2])
     whole = shard_dir.read_records(file)

@@ -1,4 +1,4 @@
-"""Conversations and templates to look at."""
+"""Conversations, random rows and the tokenization of the tests."""
 
 import random
 
@@ -33,6 +33,6 @@ def random_rows(count: int, seed: int = 0, longest: int = 700) -> list[TokenRow]
 
 
 @pytest.fixture
-def how() -> Tokenization:
-    """Of a training that cuts to 256 tokens."""
+def tokenization() -> Tokenization:
+    """The tokenization of a training with conversations of at most 256 tokens."""
     return Tokenization(make_tokenizer(), {END}, 256, VOCAB)

@@ -1,4 +1,4 @@
-"""Training beside a chat server: templates and servers that agree, and one for each way in which they do not."""
+"""Comparison with a chat server: templates that agree, and one for each kind of difference."""
 
 import json
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ STRIPS = TEMPLATE.replace(
     "{{ m['content'] }}<|end|>{% endgeneration %}",
     "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|end|>{% endgeneration %}",
 )
-"""Renders the thinking of the last message only."""
+"""Renders the reasoning of the last message only."""
 THINKS = TEMPLATE.replace("%}<|assistant|>{%", "%}<|assistant|><think>{%")
 CALLS = TEMPLATE.replace(
     "{{ m['content'] }}<|end|>{% endgeneration %}",
@@ -72,13 +72,13 @@ def compared(template: str, *items: Conversation | TokenRow, server=None, max_le
 
 def only_cause(comparison: Comparison) -> str:
     (cause,) = comparison.causes
-    assert {one.cause for one in comparison.differences} == {cause}
+    assert {difference.cause for difference in comparison.differences} == {cause}
     return cause
 
 
 @dataclass
-class Renders:
-    """A server with a template of its own, and what it does to the ids."""
+class TemplateServer:
+    """A server with its own template, which may change the ids."""
 
     template: str
     change: object = staticmethod(lambda ids: ids)
@@ -90,29 +90,29 @@ class Renders:
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, PREFIX_TEMPLATE, CHATML, LLAMA3, SYSTEM])
-def test_templates_that_training_and_serving_render_alike(template):
+def test_templates_that_training_and_serving_render_equally(template):
     comparison = compared(template, *TALKS)
     assert (comparison.turns, comparison.equal, comparison.conversations) == (5, 5, 3)
     assert comparison.differences == []
 
 
-def test_the_first_difference_is_where_a_naive_search_finds_it():
-    """A server that injects a system prompt that the data lacks."""
+def test_the_first_difference_is_that_of_a_naive_search():
+    """The server adds a system prompt that the data lacks."""
     tokenizer, talk = make_tokenizer(), dialogue("u:the quick", "a:fox", identity="it")
-    comparison = compared(TEMPLATE, talk, server=Renders(SYSTEM))
+    comparison = compared(TEMPLATE, talk, server=TemplateServer(SYSTEM))
     trained = tokenizer.apply_chat_template(talk.messages)["input_ids"]
     served = make_tokenizer(SYSTEM).apply_chat_template(talk.messages[:1], add_generation_prompt=True)["input_ids"]
     position = next(n for n in range(len(served)) if trained[n] != served[n])
-    (found,) = comparison.differences
-    assert (found.id, found.message, found.position) == ("it", 1, position)
-    assert found.before == [tokenizer.decode([i]) for i in trained[:position]]
-    assert found.trained == [tokenizer.decode([i]) for i in trained[position : position + 8]]
-    assert found.served == [tokenizer.decode([i]) for i in served[position : position + 8]]
-    assert "default system prompt" in found.cause
+    (difference,) = comparison.differences
+    assert (difference.id, difference.message, difference.position) == ("it", 1, position)
+    assert difference.before == [tokenizer.decode([i]) for i in trained[:position]]
+    assert difference.trained == [tokenizer.decode([i]) for i in trained[position : position + 8]]
+    assert difference.served == [tokenizer.decode([i]) for i in served[position : position + 8]]
+    assert "default system prompt" in difference.cause
 
 
 def without_merges(ids: list[int]) -> list[int]:
-    """The same text, a byte a token."""
+    """The ids of the same text with one token per byte."""
     tokenizer = make_tokenizer()
     pieces = [[i] if tokenizer.decode([i]).startswith("<|") else _bytes(tokenizer, i) for i in ids]
     return [i for piece in pieces for i in piece]
@@ -125,27 +125,27 @@ def _bytes(tokenizer, i: int) -> list[int]:
 @pytest.mark.parametrize(
     ("template", "server", "cause"),
     [
-        (TEMPLATE, Renders(SYSTEM), "something else before the first question"),
-        (SYSTEM, Renders(TEMPLATE), "something else before the first question"),
-        (TEMPLATE, Renders(TEMPLATE, lambda ids: [0, *ids]), "the start token is doubled"),
-        (TEMPLATE, Renders(TEMPLATE, without_merges), "the same text in other tokens"),
+        (TEMPLATE, TemplateServer(SYSTEM), "something else before the first question"),
+        (SYSTEM, TemplateServer(TEMPLATE), "something else before the first question"),
+        (TEMPLATE, TemplateServer(TEMPLATE, lambda ids: [0, *ids]), "the start token is doubled"),
+        (TEMPLATE, TemplateServer(TEMPLATE, without_merges), "the same text in other tokens"),
         (THINKS, None, "the generation prompt is not how the answer begins"),
-        (TEMPLATE, Renders(TEMPLATE.replace("m['content']", "m['content'] | upper")), UNKNOWN),
+        (TEMPLATE, TemplateServer(TEMPLATE.replace("m['content']", "m['content'] | upper")), UNKNOWN),
     ],
 )
-def test_the_usual_causes(template, server, cause):
+def test_common_causes(template, server, cause):
     assert only_cause(compared(template, dialogue("u:the quick fox", "a:ok"), server=server)).startswith(cause)
 
 
-def test_tools_that_the_server_writes_otherwise():
-    ours = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ tools | tojson if tools }}")
+def test_tools_that_the_server_renders_differently():
+    template = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ tools | tojson if tools }}")
     talk = dialogue("u:weather?", "a:sun", tools=[{"name": "f"}])
-    assert compared(ours, talk).equal == 1
-    theirs = Renders(ours.replace("tools | tojson", "'TOOLS ' + tools | tojson"))
-    assert only_cause(compared(ours, talk, server=theirs)) == "tools are written otherwise"
+    assert compared(template, talk).equal == 1
+    server = TemplateServer(template.replace("tools | tojson", "'TOOLS ' + tools | tojson"))
+    assert only_cause(compared(template, talk, server=server)) == "tools are written otherwise"
 
 
-def test_thinking_that_a_template_drops_once_more_turns_follow():
+def test_reasoning_that_a_template_drops_when_more_turns_follow():
     talk = dialogue("u:a", "a:<think>hm</think>one", "u:b", "a:<think>so</think>two")
     comparison = compared(STRIPS, talk)
     assert (comparison.turns, comparison.equal) == (2, 1)
@@ -154,9 +154,9 @@ def test_thinking_that_a_template_drops_once_more_turns_follow():
     assert "".join(comparison.differences[0].served).startswith("<think>hm")
 
 
-def test_thinking_of_earlier_turns_that_only_the_server_drops():
+def test_reasoning_of_earlier_turns_that_only_the_server_drops():
     talk = dialogue("u:a", "a:<think>hm</think>one", "u:b", "a:two")
-    comparison = compared(TEMPLATE, talk, server=Renders(STRIPS))
+    comparison = compared(TEMPLATE, talk, server=TemplateServer(STRIPS))
     assert only_cause(comparison) == "the thinking of earlier turns is on one side only"
     assert comparison.differences[0].message == 3
 
@@ -169,7 +169,7 @@ def called(arguments) -> Conversation:
 
 
 @pytest.mark.parametrize("arguments", ['{"x": 1}', {"x": 1}, "no JSON"])
-def test_calls_of_tools_and_messages_without_text(arguments):
+def test_tool_calls_and_messages_without_text(arguments):
     assert compared(CALLS, called(arguments)).equal == 2
 
 
@@ -179,7 +179,7 @@ def test_two_answers_in_a_row_and_one_before_any_question():
     assert (comparison.turns, comparison.equal) == (4, 2)
 
 
-def test_a_mask_that_begins_elsewhere_than_the_model():
+def test_a_mask_that_does_not_start_with_the_answer():
     late = TEMPLATE.replace("{% generation %}{{ m['content'] }}", "{{ m['content'] }}{% generation %}")
     comparison = compared(late, dialogue("u:a", "a:xyz"))
     assert only_cause(comparison) == MASK
@@ -187,17 +187,17 @@ def test_a_mask_that_begins_elsewhere_than_the_model():
 
 
 @pytest.mark.parametrize(
-    ("mask", "start", "said"),
+    ("mask", "start", "note"),
     [
         ("0011", 2, ""), ("0111", 2, "earlier by 1"), ("1111", 2, "earlier by 2"), ("0001", 2, "later by 1"),
         ("1000", 2, "nothing after it is supervised"), ("00", 2, "nothing after it is supervised"), ("111", 0, ""),
     ],
 )  # fmt: skip
-def test_how_far_a_mask_is_off(mask, start, said):
-    assert mask_offset([c == "1" for c in mask], start) == said
+def test_the_distance_of_a_mask_in_words(mask, start, note):
+    assert mask_offset([c == "1" for c in mask], start) == note
 
 
-def test_a_conversation_that_training_refuses_is_compared_all_the_same():
+def test_a_conversation_that_training_refuses_is_still_compared():
     forgets = PREFIX_TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if loop.last else '…' }}", 1)
     talk = dialogue("u:a", "a:one", "u:b", "a:two")
     with pytest.raises(UserError):
@@ -206,12 +206,12 @@ def test_a_conversation_that_training_refuses_is_compared_all_the_same():
     assert comparison.turns == 2 and only_cause(comparison) == ANSWER_CHANGES
 
 
-def test_turns_behind_the_longest_length_are_never_trained():
+def test_turns_after_max_length_are_counted_as_cut_off():
     comparison = compared(TEMPLATE, TALKS[1], max_length=20)
     assert (comparison.turns, comparison.cut_off) == (1, 1)
 
 
-def test_only_so_many_are_compared_and_rows_of_ids_cannot_be():
+def test_the_number_compared_is_limited_and_excludes_rows_of_ids():
     row = TokenRow("r", [1, 2], [True, True], "f:1")
     comparison = compared(TEMPLATE, row, *TALKS, most=2)
     assert (comparison.not_comparable, comparison.conversations) == (1, 1)
@@ -229,13 +229,13 @@ def test_a_prompt_that_the_server_refuses_is_a_difference():
     assert comparison.differences[0].note == "HTTP 400: roles must alternate"
 
 
-def test_only_the_first_differences_of_a_cause_are_kept():
+def test_only_the_first_differences_of_a_cause_are_stored():
     comparison = compared(THINKS, *TALKS * 10, dialogue("a:first"))
     assert comparison.turns == comparison.causes.total() == 51
     assert len(comparison.differences) == 5 + 1
 
 
-def test_messages_as_a_server_hands_them_on():
+def test_messages_in_the_form_of_a_server():
     talk = called('{"x": [1]}')
     talk.messages[1]["name"] = None
     served = as_served([*talk.messages[:2], {"role": "user", "content": "u"}])
@@ -255,10 +255,10 @@ def test_messages_as_a_server_hands_them_on():
         ({"content": None}, ""),
     ],
 )
-def test_what_was_thought(message, thought):
+def test_reasoning_of_a_message(message, thought):
     assert thinking(message) == thought
 
 
 @pytest.mark.parametrize(("one", "other", "length"), [("abc", "abd", 2), ("ab", "abc", 2), ("", "a", 0), ("x", "y", 0)])
-def test_how_far_two_agree(one, other, length):
+def test_common_prefix(one, other, length):
     assert common_prefix(list(map(ord, one)), list(map(ord, other))) == length

@@ -1,4 +1,4 @@
-"""The page: whole, of itself, honest about what it quotes, and its pictures to scale."""
+"""The page: well-formed, self-contained, with quoted text escaped and plots to scale."""
 
 import re
 from dataclasses import replace
@@ -24,12 +24,12 @@ VOID = {"meta", "img", "br", "link", "input"}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-class Checked(HTMLParser):
-    """Every tag is closed; what is text, and what lies where."""
+class ParsedPage(HTMLParser):
+    """A page whose tags are all closed, with its tags, attributes and text."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.tags, self.attributes, self.said = [], [], [], ""
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
         self.marked, self.crossed = "", ""
         self.feed(text)
         self.close()
@@ -49,35 +49,35 @@ class Checked(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.said += data
+        self.text += data
         if "pre" in self.open:
             self.marked += data if "mark" in self.open else ""
             self.crossed += data if "del" in self.open else ""
 
 
 @pytest.fixture
-def found(how):
-    """The figures of a page with everything on it, and what it shows."""
+def report(tokenization):
+    """The figures of a page with all sections, and the rows that it shows."""
     talks = [
         dialogue("u:the quick fox", "a:jumps over", identity="good", source="code"),
         dialogue(f"u:{EVIL}", f"a:{EVIL}", identity=EVIL, source=EVIL),
         dialogue("u:no answer", identity=EVIL),
     ]
     split = Split([*talks, *random_rows(40)], random_rows(10, seed=1))
-    survey = Survey(replace(how, max_length=128), ["good", EVIL])
+    survey = Survey(replace(tokenization, max_length=128), ["good", EVIL])
     thinks = make_tokenizer(TEMPLATE.replace("%}<|assistant|>{%", f"%}}<|assistant|>{EVIL}{{%"))
-    comparison = Comparison(how.tokenizer, ByTemplate(thinks), 128, 10)
+    comparison = Comparison(tokenization.tokenizer, ByTemplate(thinks), 128, 10)
     survey.read(split, comparison.add)
-    found = figures(survey, split, 256, 0) | {
+    report = figures(survey, split, 256, 0) | {
         "comparison": comparison_figures(comparison, f"http://{EVIL}"),
         "notes": [EVIL],
     }
-    return found, survey.shown
+    return report, survey.shown
 
 
-def test_the_page_is_whole_and_needs_nothing_else(found, how):
-    text = page(*found, how.tokenizer, EVIL)
-    checked = Checked(text)
+def test_the_page_is_well_formed_and_self_contained(report, tokenization):
+    text = page(*report, tokenization.tokenizer, EVIL)
+    checked = ParsedPage(text)
     assert not {"script", "img", "link", "iframe", "object"} & set(checked.tags)
     assert {name for name, _ in checked.attributes} <= {
         "charset", "name", "content", "lang", "class", "xmlns", "viewbox", "role", "x", "y", "x1", "x2", "y1", "y2",
@@ -89,29 +89,29 @@ def test_the_page_is_whole_and_needs_nothing_else(found, how):
     assert checked.tags.count("svg") == 4
 
 
-def test_what_is_quoted_is_shown_as_it_is(found, how):
-    checked = Checked(page(*found, how.tokenizer, "title"))
-    assert checked.said.count(EVIL) >= 6, "title of a source, ids, notes, server, cause and conversation"
-    assert found[0]["comparison"]["differences"]
+def test_quoted_text_is_escaped(report, tokenization):
+    checked = ParsedPage(page(*report, tokenization.tokenizer, "title"))
+    assert checked.text.count(EVIL) >= 6, "title of a source, ids, notes, server, cause and conversation"
+    assert report[0]["comparison"]["differences"]
 
 
-def test_every_number_of_the_tables_is_there(found, how):
-    said = Checked(page(*found, how.tokenizer, "title")).said
-    figures, _ = found
+def test_the_page_has_every_number_of_the_tables(report, tokenization):
+    text = ParsedPage(page(*report, tokenization.tokenizer, "title")).text
+    figures, _ = report
     for number in (f"{figures['tokens']:,}", f"{figures['supervised_share']:.1%}"):
-        assert number in said
+        assert number in text
     for way in figures["packing"]["ways"].values():
-        assert f"{way['fill']:.1%}" in said
+        assert f"{way['fill']:.1%}" in text
     for row in figures["vocabulary"]["table"]:
-        assert f"{row['entries']:,}" in said and f"{row['held_out']:.2%}" in said
+        assert f"{row['entries']:,}" in text and f"{row['held_out']:.2%}" in text
 
 
 @pytest.mark.parametrize("max_length", [1000, 12, 3])
-def test_the_mask_in_colour(max_length):
+def test_the_mask_in_color(max_length):
     tokenizer = make_tokenizer()
     row = tokenize(tokenizer, dialogue("u:the quick", "a:fox über <b>", "u:x", "a:y"), {END})
-    checked = Checked(conversation(row, tokenizer, max_length))
-    assert tokenizer.decode(row.input_ids) in checked.said
+    checked = ParsedPage(conversation(row, tokenizer, max_length))
+    assert tokenizer.decode(row.input_ids) in checked.text
     assert checked.marked == "".join(
         tokenizer.decode([i for i, _ in run]) for run in runs(row.input_ids, row.loss_mask)
     )
@@ -128,20 +128,20 @@ def runs(ids, mask):
             run = []
 
 
-def test_a_conversation_without_end_is_shown_in_part():
+def test_a_very_long_conversation_is_shown_in_part():
     tokenizer, row = make_tokenizer(), random_rows(1, longest=1)[0]
     row = type(row)("long", [100] * 5000, [True] * 5000, "f")
-    assert "… 904 more tokens" in Checked(conversation(row, tokenizer, 10_000)).said
+    assert "… 904 more tokens" in ParsedPage(conversation(row, tokenizer, 10_000)).text
 
 
-def test_the_terminals_summary(found, how):
-    said = summary(found[0])
-    figures, rows = found
-    assert f"{figures['tokens']:,}" in said and f"{figures['duplicates']['copies']} copies" in said
-    assert f"0 of {figures['comparison']['turns']} turns equal the server at" in said and "1 refused" in said
-    first, *_ = previews(rows, how.tokenizer, 128, color=True)
+def test_the_summary_for_the_terminal(report, tokenization):
+    text = summary(report[0])
+    figures, rows = report
+    assert f"{figures['tokens']:,}" in text and f"{figures['duplicates']['copies']} copies" in text
+    assert f"0 of {figures['comparison']['turns']} turns equal the server at" in text and "1 refused" in text
+    first, *_ = previews(rows, tokenization.tokenizer, 128, color=True)
     assert "\x1b[32mjumps over<|end|>\x1b[0m" in first
-    assert "more tokens are cut off" in next(iter(previews(rows, how.tokenizer, 3, color=False)))
+    assert "more tokens are cut off" in next(iter(previews(rows, tokenization.tokenizer, 3, color=False)))
 
 
 def test_bars_are_to_scale():
@@ -168,5 +168,5 @@ def test_curves_are_to_scale():
 
 
 @pytest.mark.parametrize("picture", [bars("t", "a", []), curves("t", "a", [Curve("x", [(7, 1.0)])], {})])
-def test_pictures_of_next_to_nothing(picture):
+def test_plots_without_data(picture):
     assert ElementTree.fromstring(picture).tag == f"{SVG}svg"

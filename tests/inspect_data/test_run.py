@@ -1,4 +1,4 @@
-"""From a command line to a report."""
+"""Reports from a command line."""
 
 import json
 import shutil
@@ -38,23 +38,23 @@ def settings(target_dir, data, tmp_path) -> list[str]:
     return ["model=local", f"model.path={target_dir}", f"data.path={data}", f"output={tmp_path / 'report'}"]
 
 
-def test_a_report_of_a_file(settings, tmp_path):
-    said = inspect(job_of(*settings, "show=[id7,3]", "data.packed_length=512"))
-    found = json.loads((tmp_path / "report" / "figures.json").read_text())
+def test_a_report_on_a_file(settings, tmp_path):
+    text = inspect(job_of(*settings, "show=[id7,3]", "data.packed_length=512"))
+    figures = json.loads((tmp_path / "report" / "figures.json").read_text())
     rows = [tokenize(make_tokenizer(), talk, {END}) for talk in TALKS]
-    assert found["tokens"] == sum(len(row.input_ids) for row in rows)
-    assert found["supervised_tokens"] == sum(sum(row.loss_mask) for row in rows)
-    assert (found["conversations"], found["training"] + found["held_out"]) == (40, 40)
-    assert found["comparison"]["equal"] == found["comparison"]["turns"] == 40
-    assert (found["max_length"], found["packing"]["row_tokens"]) == (256, 512)
-    assert list(found["sources"]) == ["made"] and found["notes"] == []
-    assert "⟦the answer 0<|end|>⟧" in said and "question 2" in said, "id7, and the third line"
+    assert figures["tokens"] == sum(len(row.input_ids) for row in rows)
+    assert figures["supervised_tokens"] == sum(sum(row.loss_mask) for row in rows)
+    assert (figures["conversations"], figures["training"] + figures["held_out"]) == (40, 40)
+    assert figures["comparison"]["equal"] == figures["comparison"]["turns"] == 40
+    assert (figures["max_length"], figures["packing"]["row_tokens"]) == (256, 512)
+    assert list(figures["sources"]) == ["made"] and figures["notes"] == []
+    assert "⟦the answer 0<|end|>⟧" in text and "question 2" in text, "id7, and the third line"
     page = (tmp_path / "report" / "report.html").read_text()
     assert "question 7" in page and page.endswith("</html>\n")
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [".lock", "figures.json", "report.html"]
 
 
-def test_the_same_again_is_the_same(settings, tmp_path):
+def test_a_second_report_is_equal(settings, tmp_path):
     report, pages = tmp_path / "report", []
     for _ in range(2):
         inspect(job_of(*settings))
@@ -62,15 +62,15 @@ def test_the_same_again_is_the_same(settings, tmp_path):
     assert pages[0] == pages[1]
 
 
-def test_what_a_training_would_refuse_is_said(settings, data):
+def test_conversations_that_a_training_refuses_are_reported(settings, data):
     with data.open("a") as lines:
         lines.write(json.dumps({"id": "silent", "conversations": [{"role": "user", "content": "?"}]}) + "\n")
-    said = inspect(job_of(*settings, "show=[silent]"))
-    assert "a training refuses 1 conversations, and ends at the first: silent: " in said
-    assert "silent is not shown: a training makes no row of it" in said
+    text = inspect(job_of(*settings, "show=[silent]"))
+    assert "a training refuses 1 conversations, and ends at the first: silent: " in text
+    assert "silent is not shown: a training makes no row of it" in text
 
 
-def test_answers_of_which_the_template_renders_nothing_are_counted(settings, data, tmp_path):
+def test_answers_that_the_template_does_not_render_are_counted(settings, data, tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     with data.open("a") as file:
@@ -82,15 +82,15 @@ def test_the_embedded_target_need_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for module in (demo, stdlib):  # the real one takes seconds
         monkeypatch.setattr(module, "stdlib_conversations", lambda held_out: TALKS[:9] if held_out else TALKS[9:])
-    said = inspect(job_of("data.max_conversations=20", f"model.cache_dir={tmp_path}/none", "compare=5"))
-    assert "20 for training" in said and "data.answers=target: these are the answers of the data" in said
-    assert "5 of 5 turns equal the tokenizer's template" in said
+    text = inspect(job_of("data.max_conversations=20", f"model.cache_dir={tmp_path}/none", "compare=5"))
+    assert "20 for training" in text and "data.answers=target: these are the answers of the data" in text
+    assert "5 of 5 turns equal the tokenizer's template" in text
     assert not (tmp_path / "none").exists()
     assert (tmp_path / "outputs" / "inspect-stdlib" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "text"),
     [
         (["show=[nowhere]"], "show: no conversation among 40 has the id 'nowhere'"),
         (["url=http://127.0.0.1:1"], "url: http://127.0.0.1:1: cannot be reached"),
@@ -100,15 +100,15 @@ def test_the_embedded_target_need_not_exist(tmp_path, monkeypatch):
         (["compare=-1"], "compare is -1: it must not be negative"),
     ],
 )
-def test_plain_errors(settings, tmp_path, overrides, said):
+def test_errors_of_one_line(settings, tmp_path, overrides, text):
     with pytest.raises(UserError) as caught:
         inspect(job_of(*settings, *overrides))
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(text)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report" / "report.html").exists()
 
 
-def test_a_file_that_nothing_would_read():
+def test_a_data_path_that_would_not_be_read():
     with pytest.raises(
         UserError, match=r"data\.path is talks\.jsonl, and data=tiny, the default of model=tiny, reads no"
     ):
@@ -123,7 +123,7 @@ def test_a_tokenizer_without_a_template(settings, target_dir, tmp_path):
 
 
 def test_all_stop_tokens_of_the_target_end_an_answer(settings, target_dir, tmp_path):
-    """Those of its generation configuration too, as in a training."""
+    """The stop tokens include those of the generation configuration, as in a training."""
     several = shutil.copytree(target_dir, tmp_path / "several")
     comma = make_tokenizer().encode(" ", add_special_tokens=False)[0]
     path = several / "generation_config.json"
@@ -136,7 +136,7 @@ def test_all_stop_tokens_of_the_target_end_an_answer(settings, target_dir, tmp_p
     assert supervised[1] == sum(sum(row.loss_mask) for row in rows) < supervised[0]
 
 
-def test_two_at_once_are_refused(settings, tmp_path):
+def test_a_second_process_is_refused(settings, tmp_path):
     with dir_lock(tmp_path / "report", "output"), pytest.raises(UserError, match="output: another process writes"):
         inspect(job_of(*settings))
 
@@ -150,5 +150,5 @@ def test_two_at_once_are_refused(settings, tmp_path):
         (["output=here"], "here"),
     ],
 )
-def test_where_the_report_goes(overrides, directory):
+def test_the_directory_of_the_report(overrides, directory):
     assert job_of(*overrides).directory == Path(directory)

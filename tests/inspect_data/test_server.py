@@ -1,4 +1,4 @@
-"""A running server as it is asked, and every way in which it does not answer."""
+"""Requests to a running server, and every way in which they fail."""
 
 import json
 import threading
@@ -19,8 +19,8 @@ GOOD = b'{"tokens": [1, 2, 3], "count": 3, "max_model_len": 9}'
 
 
 @contextmanager
-def answering(answer, asked=None) -> Iterator[str]:
-    """The url of a server that answers each request by ``answer(body) -> (status, bytes)``."""
+def serve(answer, requests=None) -> Iterator[str]:
+    """The URL of a server that answers each request by ``answer(body) -> (status, bytes)``."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -28,13 +28,13 @@ def answering(answer, asked=None) -> Iterator[str]:
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if asked is not None:
-                asked.append((self.path, self.headers.get("Authorization"), body))
-            status, said = answer(body)
+            if requests is not None:
+                requests.append((self.path, self.headers.get("Authorization"), body))
+            status, message = answer(body)
             self.send_response(status)
-            self.send_header("Content-Length", str(len(said)))
+            self.send_header("Content-Length", str(len(message)))
             self.end_headers()
-            self.wfile.write(said)
+            self.wfile.write(message)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=[0.01])
@@ -47,15 +47,15 @@ def answering(answer, asked=None) -> Iterator[str]:
         server.server_close()
 
 
-def test_what_it_is_asked_and_answers():
-    asked, talk = [], dialogue("u:hello")
-    with answering(lambda _: (200, GOOD), asked) as url, RunningServer(url + "/", "secret") as server:
+def test_requests_and_responses():
+    requests, talk = [], dialogue("u:hello")
+    with serve(lambda _: (200, GOOD), requests) as url, RunningServer(url + "/", "secret") as server:
         server.check()
         assert server.prompt_ids(talk.messages, None) == [1, 2, 3]
         assert server.prompt_ids(talk.messages, [{"type": "function"}]) == [1, 2, 3]
-    assert {(path, token) for path, token, _ in asked} == {("/tokenize", "Bearer secret")}
-    assert asked[1][2] == {"messages": talk.messages}
-    assert asked[2][2] == {"messages": talk.messages, "tools": [{"type": "function"}]}
+    assert {(path, token) for path, token, _ in requests} == {("/tokenize", "Bearer secret")}
+    assert requests[1][2] == {"messages": talk.messages}
+    assert requests[2][2] == {"messages": talk.messages, "tools": [{"type": "function"}]}
 
 
 @pytest.mark.parametrize(
@@ -63,22 +63,22 @@ def test_what_it_is_asked_and_answers():
     [(404, b"{}"), (422, b'{"detail": "prompt: Field required"}'), (200, b"<html>"), (200, b"[]"),
      (200, b'{"tokens": "all"}'), (200, b'{"tokens": [[1]]}'), (500, b"")],
 )  # fmt: skip
-def test_a_server_that_cannot_say_what_it_renders(answer):
-    with answering(lambda _: answer) as url, RunningServer(url) as server, pytest.raises(UserError) as caught:
+def test_a_server_that_does_not_return_ids(answer):
+    with serve(lambda _: answer) as url, RunningServer(url) as server, pytest.raises(UserError) as caught:
         server.check()
-    said = str(caught.value)
-    assert said.startswith(f"url: {url}/tokenize: HTTP {answer[0]}") and "expected an SGLang server" in said
-    assert "\n" not in said
+    message = str(caught.value)
+    assert message.startswith(f"url: {url}/tokenize: HTTP {answer[0]}") and "expected an SGLang server" in message
+    assert "\n" not in message
 
 
-def test_another_token_is_wanted():
-    said = r"url: .*: refuses the token \(HTTP 401\); set the variable SGLANG_API_KEY"
-    with answering(lambda _: (401, b"{}")) as url, RunningServer(url) as server, pytest.raises(UserError, match=said):
+def test_a_server_that_requires_another_token():
+    message = r"url: .*: refuses the token \(HTTP 401\); set the variable SGLANG_API_KEY"
+    with serve(lambda _: (401, b"{}")) as url, RunningServer(url) as server, pytest.raises(UserError, match=message):
         server.check()
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:PORT", "nowhere", "http://["])
-def test_nobody_there(url):
+def test_an_unreachable_server(url):
     url = url.replace("PORT", str(free_port()))
     with RunningServer(url) as server, pytest.raises(Unreachable) as caught:
         server.check()
@@ -86,7 +86,7 @@ def test_nobody_there(url):
     assert "\n" not in str(caught.value)
 
 
-def test_one_prompt_that_it_refuses_does_not_end_the_comparison():
+def test_a_refused_prompt_does_not_end_the_comparison():
     tokenizer = make_tokenizer()
 
     def render(body):
@@ -95,7 +95,7 @@ def test_one_prompt_that_it_refuses_does_not_end_the_comparison():
         ids = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True)["input_ids"]
         return 200, json.dumps({"tokens": ids}).encode()
 
-    with answering(render) as url, RunningServer(url) as server:
+    with serve(render) as url, RunningServer(url) as server:
         comparison = Comparison(tokenizer, server, 100, 10)
         for talk in (dialogue("u:bad", "a:x"), dialogue("u:good", "a:x", "u:more", "a:y")):
             comparison.add(talk, None)
@@ -103,6 +103,6 @@ def test_one_prompt_that_it_refuses_does_not_end_the_comparison():
     assert "HTTP 400" in comparison.differences[0].note
 
 
-def test_a_refusal_is_not_the_servers_end():
-    with answering(lambda _: (400, b"{}")) as url, RunningServer(url) as server, pytest.raises(Refused):
+def test_a_refusal_raises_refused():
+    with serve(lambda _: (400, b"{}")) as url, RunningServer(url) as server, pytest.raises(Refused):
         server.prompt_ids(dialogue("u:a").messages, None)

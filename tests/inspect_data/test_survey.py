@@ -1,4 +1,4 @@
-"""One pass over the data: what is refused, kept, told apart, and how little of it is remembered."""
+"""The pass over the data: refused rows, counts by side and source, and its memory."""
 
 import tracemalloc
 from collections.abc import Sequence
@@ -16,51 +16,53 @@ from tests.inspect_data.conftest import END, VOCAB, dialogue, random_rows
 NOTHING = lambda item, row: None  # noqa: E731
 
 
-def surveyed(how, training, held_out=(), show=(), look=NOTHING) -> Survey:
-    survey = Survey(how, show)
+def surveyed(tokenization, training, held_out=(), show=(), look=NOTHING) -> Survey:
+    survey = Survey(tokenization, show)
     survey.read(Split(list(training), list(held_out)), look)
     return survey
 
 
-def test_the_sides_and_sources_are_told_apart(how):
+def test_counts_by_side_and_source(tokenization):
     rows = random_rows(50)
     supervised = [row for row in rows if any(row.loss_mask)]
-    survey = surveyed(how, rows[:40], rows[40:])
+    survey = surveyed(tokenization, rows[:40], rows[40:])
     for held_out, part in ((False, rows[:40]), (True, rows[40:]), (None, rows)):
         for source in (None, "", "code", "math"):
             expected = [r for r in part if r in supervised and source in (None, r.source)]
-            found = survey.total(held_out=held_out, source=source)
-            assert sorted(found.lengths) == sorted(len(r.input_ids) for r in expected)
+            total = survey.total(held_out=held_out, source=source)
+            assert sorted(total.lengths) == sorted(len(r.input_ids) for r in expected)
     assert survey.sources == ["", "code", "math"]
     assert survey.unsupervised.count == len(rows) - len(supervised) > 0
 
 
-def test_sources_without_end_do_not_fill_the_memory(how):
+def test_the_number_of_sources_is_limited(tokenization):
     rows = [TokenRow(f"r{n}", [5], [True], f"f:{n}", f"source {n}") for n in range(100)]
-    survey = surveyed(how, rows)
+    survey = surveyed(tokenization, rows)
     assert len(survey.sources) == surveys.MAX_SOURCES + 1
     assert survey.total(source=surveys.OTHERS).conversations == 100 - surveys.MAX_SOURCES
     assert survey.total().conversations == 100
 
 
-def test_what_a_training_refuses_is_counted_by_reason_and_the_rest_goes_on(how):
+def test_refused_rows_are_counted_by_reason_and_the_others_are_read(tokenization):
     good = dialogue("u:a", "a:b", identity="good")
     silent = [dialogue("u:a", identity=f"silent{n}", origin=f"data.jsonl:{n}") for n in range(8)]
     outside = TokenRow("outside", [VOCAB], [True], "data.jsonl:9")
-    seen = []
-    survey = surveyed(how, [*silent, outside, good], look=lambda item, row: seen.append((item.id, row is None)))
+    items = []
+    survey = surveyed(
+        tokenization, [*silent, outside, good], look=lambda item, row: items.append((item.id, row is None))
+    )
     assert survey.refused.count == 9
     reasons = survey.refused.reasons.most_common()
     assert [n for _, n in reasons] == [8, 1]
     assert "has no assistant turn" in reasons[0][0] and "data.jsonl" not in reasons[0][0]
-    assert f"token id {VOCAB} lies outside" in reasons[1][0]
+    assert f"token id {VOCAB} is not in" in reasons[1][0]
     assert len(survey.refused.examples) == surveys.MAX_EXAMPLES
     assert "data.jsonl:0" in survey.refused.examples[0]
     assert survey.total().conversations == 1
-    assert seen == [(c.id, True) for c in (*silent, outside)] + [("good", False)]
+    assert items == [(c.id, True) for c in (*silent, outside)] + [("good", False)]
 
 
-def test_reasons_without_end_are_summed_up():
+def test_the_number_of_reasons_is_limited():
     left_out = surveys.LeftOut()
     for n in range(50):
         left_out.add(f"id {n}", f"reason {n}")
@@ -68,33 +70,33 @@ def test_reasons_without_end_are_summed_up():
     assert left_out.reasons[surveys.OTHERS] == 50 - surveys.MAX_REASONS
 
 
-def test_shown_are_the_first_three_or_those_named(how):
+def test_the_first_three_or_the_named_rows_are_shown(tokenization):
     talks = [dialogue("u:q", f"a:{n}", identity=f"id{n}", origin=f"data.jsonl:{n + 10}") for n in range(6)]
-    assert [row.id for row in surveyed(how, talks).shown] == ["id0", "id1", "id2"]
-    assert [row.id for row in surveyed(how, talks[:4], talks[4:], show=["12", "id5"]).shown] == ["id2", "id5"]
+    assert [row.id for row in surveyed(tokenization, talks).shown] == ["id0", "id1", "id2"]
+    assert [row.id for row in surveyed(tokenization, talks[:4], talks[4:], show=["12", "id5"]).shown] == ["id2", "id5"]
 
 
-def test_nothing_of_that_name_to_show(how):
+def test_an_unknown_id_to_show(tokenization):
     with pytest.raises(UserError) as caught:
-        surveyed(how, [dialogue("u:q", "a:b")], show=["c", "nowhere"])
+        surveyed(tokenization, [dialogue("u:q", "a:b")], show=["c", "nowhere"])
     assert str(caught.value).startswith("show: no conversation among 1 has the id 'nowhere'")
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_asked_for_and_refused_is_named(how):
-    survey = surveyed(how, [dialogue("u:q", "a:b"), dialogue("u:q", identity="silent")], show=["silent"])
+def test_a_refused_row_to_show_is_reported(tokenization):
+    survey = surveyed(tokenization, [dialogue("u:q", "a:b"), dialogue("u:q", identity="silent")], show=["silent"])
     assert (survey.shown, survey.not_shown) == ([], ["silent"])
 
 
-def test_a_tokenizer_without_a_template_ends_it_at_once():
-    how = Tokenization(make_tokenizer(template=None), {END}, 256, VOCAB)
+def test_a_tokenizer_without_a_template_is_an_error():
+    tokenization = Tokenization(make_tokenizer(template=None), {END}, 256, VOCAB)
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
-        surveyed(how, [dialogue("u:q", "a:b")])
-    assert surveyed(how, [TokenRow("r", [4], [True], "f:1")]).total().conversations == 1
+        surveyed(tokenization, [dialogue("u:q", "a:b")])
+    assert surveyed(tokenization, [TokenRow("r", [4], [True], "f:1")]).total().conversations == 1
 
 
-class Made(Sequence[TokenRow]):
-    """Rows that are made when they are asked for."""
+class GeneratedRows(Sequence[TokenRow]):
+    """Rows that are created when they are read."""
 
     def __init__(self, count: int):
         self.count = count
@@ -108,10 +110,10 @@ class Made(Sequence[TokenRow]):
         return TokenRow(str(n), [n % VOCAB] * 200, [True] * 200, f"f:{n}")
 
 
-def test_memory_does_not_grow_with_the_rows(how):
+def test_memory_does_not_grow_with_the_rows(tokenization):
     def peak(count: int) -> int:
         tracemalloc.start()
-        Survey(how).read(Split(Made(count), []), NOTHING)
+        Survey(tokenization).read(Split(GeneratedRows(count), []), NOTHING)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most

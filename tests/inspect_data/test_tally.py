@@ -1,4 +1,4 @@
-"""What is counted, beside the same counted naively."""
+"""Counts over rows, compared with naive counts."""
 
 from collections import Counter
 
@@ -23,7 +23,7 @@ def naive_spans(mask: list[bool]) -> int:
     return "".join("x" if inside else " " for inside in mask).split().__len__()
 
 
-def test_every_count_is_the_naive_one():
+def test_every_count_equals_a_naive_one():
     rows = random_rows(200)
     tally = counted(rows)
     assert tally.tokens == sum(len(r.input_ids) for r in rows)
@@ -40,7 +40,7 @@ def test_every_count_is_the_naive_one():
     assert {i: n for i, n in enumerate(tally.token_counts.tolist()) if n} == tokens
 
 
-def test_truncation_is_the_naive_one_at_every_length():
+def test_truncation_equals_a_naive_one_at_every_length():
     rows = [*random_rows(200), *(TokenRow("exact", [1] * n, [True] * n, "f:1") for n in (128, MAX_LENGTH, 512))]
     tally = counted(rows)
     assert MAX_LENGTH in tally.limits

@@ -43,13 +43,13 @@ def settings(target_dir, data_file) -> list[str]:
 def run(
     *command: str, ranks: int = 1, timeout: int = 240, path: str = "", grace: float = 0
 ) -> subprocess.CompletedProcess:
-    """A program of the repository in a process of its own, which also imports from ``path``."""
+    """Runs a program of the repository in its own process, which also imports from ``path``."""
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), path)))}
     return run_program(*command, environment=environment, timeout=timeout, ranks=ranks, grace=grace)
 
 
 def torchrun(*command: str, timeout: int = 240, restarts: int = 0) -> subprocess.CompletedProcess:
-    """The same on two ranks, by the launcher itself; ``restarts`` as docs/checkpoints.md says."""
+    """The same run on two ranks by the launcher; ``restarts`` is described in docs/checkpoints.md."""
     how = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *how]
     return subprocess.run(
@@ -72,7 +72,7 @@ def drive(fault: str, step: int, settings: list[str], output_dir: Path, run=run,
 
 
 def metrics(output_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without values that depend on time."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
 

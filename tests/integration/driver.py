@@ -32,7 +32,7 @@ def die(*_args, **_kwargs):
 
 
 def kill_in_answer(count):
-    """Before any step: the target has answered ``count`` questions, except for the end of the last line."""
+    """Kills the process before any step, after ``count`` answers, the last one partial."""
     append, lines = AppendLog.append_line, []
 
     def append_line(self, line):
@@ -43,7 +43,7 @@ def kill_in_answer(count):
 
 
 def kill_in_step(step):
-    """After the loss of a step, before its optimizer step."""
+    """Kills the rank after the loss of a step, before its optimizer step."""
     advance = DraftTrainer.train_step
 
     def train_step(self):
@@ -55,7 +55,7 @@ def kill_in_step(step):
 
 
 def kill_in_write(step):
-    """Within a save: the tensors are copied, and the thread that writes them has just started."""
+    """Kills the rank within a save: the tensors are copied, and the thread that writes them has just started."""
     write = FileSystemWriter.write_data
     FileSystemWriter.write_data = lambda self, plan, planner: (
         die if f"step_{step}.partial" in str(self.path) else write
@@ -68,7 +68,7 @@ def kill_in_validation(step):
 
 
 def kill_in_measurement(step):
-    """While rank 0 decodes: rank 0 itself, or another that waits for it."""
+    """Kills rank 0 while it decodes, or another rank that waits for it."""
     finish = Checkpointer.finish
 
     def finish_or_die(self, **how):
@@ -95,7 +95,7 @@ def slow_draft(_step):
 
 
 def slowed_down(call):
-    """``call``, four times as slow, however fast the machine is."""
+    """``call`` made four times as slow, on any machine."""
 
     def slow(*args):
         started = time.perf_counter()
@@ -130,13 +130,13 @@ def break_data_at(step):
 
 
 def kill_in_save(step):
-    """Within a save: the resume state is on disk, the model is not yet."""
+    """Kills the process within a save: the resume state is on disk, the model is not yet."""
     write = Checkpointer._write_model
     Checkpointer._write_model = lambda self, at, state: (die if at == step else write)(self, at, state)
 
 
 def kill_after_rename(step):
-    """Within a save: the checkpoint has its name, the links still point to the one before."""
+    """Kills the process within a save: the checkpoint has its name, the links still point to the previous one."""
     update = RunDirectory._update_links
 
     def update_links(self):
@@ -146,7 +146,7 @@ def kill_after_rename(step):
 
 
 def interrupt_in_step(step, number=signal.SIGINT):
-    """Ctrl-C in the middle of a step."""
+    """Raises SIGINT in the middle of a step."""
     advance = DraftTrainer.train_step
 
     def train_step(self):

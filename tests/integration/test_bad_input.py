@@ -23,7 +23,7 @@ SILENT = json.dumps({"conversations": [{"role": "user", "content": "a"}]})
 
 
 @pytest.mark.parametrize(
-    "lines, said",
+    "lines, message",
     [
         ([GOOD, "{bad"], "bad.jsonl:2"),
         ([GOOD, GOOD, SILENT], "bad.jsonl:3: the conversation has no assistant turn"),
@@ -31,15 +31,15 @@ SILENT = json.dumps({"conversations": [{"role": "user", "content": "a"}]})
     ],
     ids=["malformed", "no assistant turn", "empty"],
 )
-def test_bad_data_files(settings, tmp_path, lines, said):
+def test_bad_data_files(settings, tmp_path, lines, message):
     file = conversations(tmp_path, *lines)
     line = only_error(train(settings, tmp_path / "run", f"data.path={file}", "data.held_out_share=0"))
-    assert said in line
+    assert message in line
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "override, said",
+    "override, message",
     [
         ("data.max_length=4096", "data.max_length is 4096, longer than the target's context of 256"),
         ("draft.vocab_size=301", "draft.vocab_size is 301, larger than the target's vocabulary of 300"),
@@ -50,10 +50,10 @@ def test_bad_data_files(settings, tmp_path, lines, said):
         ("data.path=/no/such/file.jsonl", "/no/such/file.jsonl does not exist"),
     ],
 )
-def test_bad_settings(settings, tmp_path, override, said):
+def test_bad_settings(settings, tmp_path, override, message):
     if override == "trainer.device=cuda" and __import__("torch").cuda.is_available():
         pytest.skip("there is a CUDA device")
-    assert said in only_error(train(settings, tmp_path / "run", override))
+    assert message in only_error(train(settings, tmp_path / "run", override))
 
 
 def test_too_few_layers_for_the_formula(settings, tmp_path):
@@ -70,8 +70,8 @@ def test_a_template_that_cannot_mask(settings, tmp_path):
 
 
 @pytest.mark.parametrize("log_interval", [1, 4])
-def test_a_nan_names_the_step_and_the_batch_and_keeps_the_last_good_checkpoint(settings, tmp_path, log_interval):
-    """The target's features are NaN from step 5 on; the loss is looked at on log steps only."""
+def test_a_nan_names_the_step_and_the_batch_and_leaves_the_last_checkpoint(settings, tmp_path, log_interval):
+    """The target's features are NaN from step 5 on; the loss is checked on log steps only."""
     line = only_error(
         drive("poison_from", 5, [*settings, f"trainer.log_interval={log_interval}"], tmp_path / "run"),
     )
@@ -82,13 +82,13 @@ def test_a_nan_names_the_step_and_the_batch_and_keeps_the_last_good_checkpoint(s
 
 
 def test_resuming_as_another_run_is_refused(settings, finished, tmp_path):
-    """Which keys count is tested in tests/training/test_checkpointer.py."""
+    """The keys that are compared are tested in tests/training/test_checkpointer.py."""
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    kept = ("metrics.jsonl", "config.yaml")
-    before = [(tmp_path / "run" / name).read_text() for name in kept]
+    names = ("metrics.jsonl", "config.yaml")
+    before = [(tmp_path / "run" / name).read_text() for name in names]
     line = only_error(train(settings, tmp_path / "run", "resume=auto", "draft.vocab_size=100"))
     assert "draft.vocab_size is 100, the run was started with 200" in line
-    assert [(tmp_path / "run" / name).read_text() for name in kept] == before
+    assert [(tmp_path / "run" / name).read_text() for name in names] == before
 
 
 def test_resuming_on_changed_data_is_refused(settings, finished, data_file, tmp_path):
@@ -111,7 +111,7 @@ DAMAGES = [("position.json", cut), (".metadata", cut), ("__0_0.distcp", cut), ("
 
 
 @pytest.mark.parametrize("name, damaged", DAMAGES)
-def test_a_damaged_resume_state_is_named_before_the_target_is_loaded_and_the_one_before_offered(
+def test_a_damaged_resume_state_is_refused_before_loading_and_names_the_previous_one(
     settings, finished, target_dir, tmp_path, name, damaged
 ):
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
@@ -128,7 +128,7 @@ def test_a_damaged_resume_state_is_named_before_the_target_is_loaded_and_the_one
     assert again.returncode == 0 and "resumed from step 9" in again.stdout
 
 
-def test_a_fresh_start_in_the_place_of_an_earlier_run_loses_nothing(settings, finished, tmp_path):
+def test_a_fresh_start_renames_an_earlier_run(settings, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
     done = train(settings, tmp_path / "run", "trainer.max_steps=1")
     assert done.returncode == 0 and "run.previous-1" in done.stdout
@@ -140,7 +140,7 @@ def test_plan_shows_the_run_and_loads_no_weights(settings, target_dir, tmp_path)
     (tmp_path / "target" / "model.safetensors").unlink()
     done = train(settings, tmp_path / "run", "plan=true", f"model.path={tmp_path}/target")
     assert done.returncode == 0, done.stderr
-    for said in (
+    for message in (
         "aux layers [1, 3, 4]",
         "200 of 300",
         "10 steps of 4 rows of 128",
@@ -151,6 +151,6 @@ def test_plan_shows_the_run_and_loads_no_weights(settings, target_dir, tmp_path)
         str(tmp_path / "run"),
         "⟦",
     ):
-        assert said in done.stdout
+        assert message in done.stdout
     assert not (tmp_path / "run").exists()
     assert run("recipes/train_eagle3.py", *settings, "plan=true", "draft.vocab_size=400").returncode == 1

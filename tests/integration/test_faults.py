@@ -83,7 +83,7 @@ def test_a_killed_rank_ends_the_other_and_the_job_resumes_exactly(settings, whol
 
 
 def kill_at(lines: int, rank: int, run: Path, command: list[str]) -> int:
-    """Starts the job, kills ``rank`` when so many steps have their line, and the other one after it; which step it was.
+    """Starts the job, kills ``rank`` when that many steps are logged, then the other one; returns the step.
 
     The other rank is killed, too, so that its few seconds of looking for the first one are not waited for.
     """
@@ -103,7 +103,7 @@ def kill_at(lines: int, rank: int, run: Path, command: list[str]) -> int:
 
 
 def written(run: Path) -> list[int]:
-    """The steps of metrics.jsonl, whose last line may be half written."""
+    """The steps of metrics.jsonl, whose last line may be partial."""
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -112,7 +112,7 @@ def written(run: Path) -> list[int]:
 
 
 def test_twenty_random_kills_of_one_run_change_nothing(settings, tmp_path):
-    """Each at a step further on than the one before, so that all of them hit; saves are every five steps."""
+    """Each kill is at a later step than the one before, so that all of them take effect; saves are every five steps."""
     long = [*settings, f"trainer.max_steps={STEPS}", "trainer.save_interval=5", "trainer.val_interval=7", "logger=none"]
     assert train(long, tmp_path / "whole", ranks=2).returncode == 0
     run, chance = tmp_path / "run", random.Random(0)
@@ -125,7 +125,7 @@ def test_twenty_random_kills_of_one_run_change_nothing(settings, tmp_path):
 
 
 def test_sigterm_to_one_rank_saves_and_ends_both_with_0_and_sigint_with_130(settings, whole, tmp_path):
-    """What a scheduler that takes the machine back sends; the next start goes on from that step."""
+    """A scheduler that preempts the machine sends SIGTERM; the next start resumes from that step."""
     stopped = drive("terminate_in_step:1", 5, settings, tmp_path / "run", ranks=2)
     assert stopped.returncode == 0 and "interrupted: saved step" in stopped.stdout, stopped.stderr
     stopped = drive("interrupt_in_step:1", 8, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
@@ -137,11 +137,11 @@ def test_sigterm_to_one_rank_saves_and_ends_both_with_0_and_sigint_with_130(sett
     assert model(tmp_path / "run") == model(whole)
 
 
-def test_a_nan_on_one_rank_ends_both_and_the_line_names_its_conversations(settings, tmp_path):
-    said = errors(drive("poison_from:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
-    (own,) = [line for line in said if "step 5: the loss or its gradient is not finite on the batch of" in line]
-    assert sum("not finite on another rank" in line for line in said) == 1
-    assert re.search(r"batch of \d+", own) and "step_3" in own and len(said) == 2
+def test_a_nan_on_one_rank_ends_both_and_names_its_conversations(settings, tmp_path):
+    lines = errors(drive("poison_from:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
+    (own,) = [line for line in lines if "step 5: the loss or its gradient is not finite on the batch of" in line]
+    assert sum("not finite on another rank" in line for line in lines) == 1
+    assert re.search(r"batch of \d+", own) and "step_3" in own and len(lines) == 2
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step_3"
 
 
@@ -155,7 +155,7 @@ def test_a_rank_that_does_not_answer_is_named_after_the_timeout(settings, tmp_pa
 
 @pytest.mark.parametrize(("fault", "backend"), [("slow_target:1", "hf"), ("slow_draft:1", "hf_fsdp2")])
 def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, fault, backend):
-    """The driver has them compared after steps 4, 7 and 10; tests/distributed/test_health.py has the rules."""
+    """The driver compares the ranks after steps 4, 7 and 10; tests/distributed/test_health.py tests the rules."""
     long = [*settings, "trainer.save_interval=100", f"backend={backend}"]
     long += ["trainer.micro_batch_size=4", "trainer.global_batch_size=8"]
     ended = drive(fault, 1, long, tmp_path / "run", ranks=2)
@@ -167,15 +167,15 @@ def test_a_rank_that_is_slow_in_every_step_is_named_once(settings, tmp_path, fau
 
 
 class LateTarget(FSDP2Target):
-    """Ranks hold it together, and it does what the driver makes of one that each rank holds whole."""
+    """A target divided over ranks, with the driver's faults for one that each rank holds whole."""
 
     def compute_hidden_states(self, batch):
         time.sleep(10 * (getattr(HFTarget, "at", 0) == 5))
         return super().compute_hidden_states(batch)
 
 
-def test_the_timeout_holds_in_the_group_of_a_distributed_target(settings, tmp_path):
-    """Where the ranks wait in the target's own group."""
+def test_the_timeout_applies_in_the_group_of_a_distributed_target(settings, tmp_path):
+    """Waits in the process group of the target."""
     late = [*settings, "backend=hf_fsdp2", f"backend._target_={__name__}.LateTarget", "trainer.timeout_seconds=4"]
     ended = drive("sleep_in_step:1", 5, late, tmp_path / "run", ranks=2, grace=ENDS_WITHIN)
     first, other = errors(ended)
@@ -196,12 +196,12 @@ def test_torchrun_restarts_a_killed_group_and_the_run_ends_unchanged(settings, w
 
 
 def test_a_data_error_on_one_rank_ends_both(settings, tmp_path):
-    said = errors(drive("break_data_at:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
-    assert any("data: the next batch could not be made (KeyError: 'rows.arrow'" in line for line in said), said
-    assert any("rank 1 (host " in line and "has ended" in line for line in said), said
+    lines = errors(drive("break_data_at:1", 5, settings, tmp_path / "run", ranks=2, grace=ENDS_WITHIN))
+    assert any("data: the next batch could not be made (KeyError: 'rows.arrow'" in line for line in lines), lines
+    assert any("rank 1 (host " in line and "has ended" in line for line in lines), lines
 
 
-def test_checkpoints_are_written_by_the_clock(settings, tmp_path):
+def test_checkpoints_are_written_by_time(settings, tmp_path):
     done = train(settings, tmp_path / "run", "trainer.save_minutes=1e-9", "trainer.save_interval=100", ranks=2)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^saved step_", done.stdout, re.MULTILINE)) > 5

@@ -1,4 +1,4 @@
-"""The launcher over a whole run."""
+"""The launcher in a complete run."""
 
 import os
 import shutil

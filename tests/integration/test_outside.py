@@ -1,4 +1,4 @@
-"""A draft that lies outside the package: a class and a YAML of its own, found through hydra.searchpath."""
+"""A draft outside the package: its own class and YAML file, in hydra.searchpath."""
 
 import json
 
@@ -12,7 +12,7 @@ from nemo_speculative.checkpoint.contract import register
 
 
 class GatedDraft(Eagle3Draft):
-    """EAGLE-3 with a learned gate on its features, served by a class of its own."""
+    """EAGLE-3 with a learned gate on its features, and its own architecture name."""
 
     ARCHITECTURE = "GatedForCausalLMEagle3"
 
@@ -42,7 +42,7 @@ draft:
 """
 
 
-def test_it_trains_is_measured_and_is_written_under_its_own_architecture(settings, tmp_path):
+def test_the_draft_is_trained_measured_and_exported_under_its_own_architecture(settings, tmp_path):
     (tmp_path / "my_drafts.py").write_text(MODULE)
     (tmp_path / "conf" / "draft").mkdir(parents=True)
     (tmp_path / "conf" / "draft" / "gated.yaml").write_text(YAML.lstrip())

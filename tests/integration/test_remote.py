@@ -1,4 +1,4 @@
-"""Training against target servers in other processes: the same losses, whatever happens to the servers."""
+"""Training against target servers in other processes: the same losses, also when servers fail."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from tests.target_servers import batch_of, until
 QUICK = ["backend.attempts=2", "backend.backoff_seconds=0.2", "backend.connect_timeout=2"]
 PROGRAM = ["-m", "nemo_speculative.serve_target"]
 SLOW = ["tests/integration/serve_slowly.py", "0.3"]
-"""Slow enough that the server is killed before the run ends."""
+"""Delay of a batch, so long that the server is killed before the run ends."""
 
 
 class Served:
@@ -114,7 +114,7 @@ def test_a_run_that_lost_all_servers_ends_with_one_line_and_can_be_resumed(setti
     assert learned(directory) == in_process
 
 
-def test_a_training_against_another_target_or_none_is_rejected(settings, target_dir, tmp_path):
+def test_a_training_with_another_target_or_no_server_is_refused(settings, target_dir, tmp_path):
     with served(target_dir, "model.dtype=bfloat16") as one:
         line = only_error(run("recipes/train_eagle3.py", *remote(settings, tmp_path / "run", one.url)))
     assert f"{one.url} runs another target: dtype is bfloat16 there and float32 here" in line

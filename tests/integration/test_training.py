@@ -1,4 +1,4 @@
-"""Whole runs, each in a process of its own."""
+"""Complete runs, each in its own process."""
 
 import json
 import re
@@ -15,7 +15,7 @@ def weights(directory):
 
 
 def only_error(process):
-    """The one line of a failed program."""
+    """The single error line of a failed program."""
     lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert process.returncode not in (0, None) and len(lines) == 1, process.stderr
     assert "Traceback" not in process.stderr
@@ -44,7 +44,7 @@ def test_a_run_writes_all_documented_files(finished):
 
 
 @pytest.mark.parametrize("fault, step", [("kill_in_step", 8), ("kill_in_save", 6), ("kill_after_rename", 6)])
-def test_a_killed_run_resumes_to_the_uninterrupted_one_bit_for_bit(fault, step, settings, finished, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(fault, step, settings, finished, tmp_path):
     killed = drive(fault, step, settings, tmp_path / "run")
     assert killed.returncode == -9, killed.stderr
     resumed = train(settings, tmp_path / "run", "resume=auto")
@@ -54,8 +54,8 @@ def test_a_killed_run_resumes_to_the_uninterrupted_one_bit_for_bit(fault, step, 
     assert weights(tmp_path / "run") == weights(finished)
 
 
-def test_the_same_seed_gives_the_same_weights_twice(settings, finished, tmp_path):
-    """Synchronous saving changes nothing either."""
+def test_the_same_seed_gives_the_same_weights(settings, finished, tmp_path):
+    """Synchronous saving gives the same result."""
     done = train(settings, tmp_path / "run", "trainer.async_save=false")
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path / "run") == metrics(finished)
@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_weights_twice(settings, finished, tmp_path
 
 
 @pytest.mark.parametrize("parallelism", ["fsdp2", "cp"])
-def test_two_ranks_give_the_losses_of_one(settings, finished, tmp_path, parallelism):
+def test_two_ranks_give_the_losses_of_one_rank(settings, finished, tmp_path, parallelism):
     done = train(settings, tmp_path / "run", f"parallelism={parallelism}", run=torchrun)
     assert done.returncode == 0, done.stderr
     for one, two in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
@@ -89,7 +89,7 @@ def test_ctrl_c_saves_and_the_run_can_resume(settings, finished, tmp_path):
     assert weights(tmp_path / "run") == weights(finished)
 
 
-def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(settings, tmp_path):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(settings, tmp_path):
     line = only_error(full := drive("fill_disk_at", 6, settings, tmp_path / "run"))
     assert "could not be written" in line and "step_3" in line, full.stderr
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if not p.is_symlink()] == ["step_3"]
@@ -103,7 +103,7 @@ def test_a_save_that_fails_on_one_rank_ends_the_other(settings, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_missing_model_is_reported_before_anything_heavy(tmp_path):
+def test_a_missing_model_is_reported_before_any_loading(tmp_path):
     line = only_error(run("recipes/train_eagle3.py", "model=llama31_8b", "draft=eagle3", f"output_dir={tmp_path}/run"))
     assert "meta-llama/Llama-3.1-8B-Instruct" in line and "model.path=/path/to/model" in line
     assert not (tmp_path / "run").exists()
