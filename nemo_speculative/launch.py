@@ -44,7 +44,7 @@ from nemo_speculative.utils.network import FRESH_STORE, LOOPBACK, bind_collectiv
 
 BACKEND = "one-interface"
 DEFAULT_PORT = 29500
-"""torchrun's default."""
+"""Default of torchrun's --master-port."""
 COMPLETE_ROUNDS, CLOSED, STOPPED = "full", "closed", "stopped"
 """Store keys: the number of complete rounds; whether there will be no more; whether a node received a stop signal."""
 ARRIVED, CONFIRMED, WORKERS = "nodes", "stays", "workers"
@@ -105,8 +105,8 @@ class Launcher:
         """The error that a user reads for the one that torch's agent raised."""
         if isinstance(error, ChildFailedError):
             rank, failure = error.get_first_failure()
-            how = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-            return UserError(f"rank {rank} was the first to fail ({how}); its output is above")
+            reason = f"killed by {failure.signal_name()}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+            return UserError(f"rank {rank} was the first to fail ({reason}); its output is above")
         if self._no_restart_file.exists():
             failed = self._no_restart_file.read_text().split()[0]
             return UserError(f"rank {failed} failed, and a restart would not help; its output is above")
@@ -195,7 +195,7 @@ def _fixed_number(nodes: str) -> str:
 
 
 def _check_master(host: str, args: argparse.Namespace) -> None:
-    """Checks that the other nodes will connect to the address on which this one listens, as far as it can tell."""
+    """Checks that the other nodes will connect to the address on which this one listens, if that can be determined."""
     with contextlib.suppress(OSError):  # a host name that only the other nodes can resolve
         address = socket.gethostbyname(host)
         if address != args.local_addr and not address.startswith("127."):

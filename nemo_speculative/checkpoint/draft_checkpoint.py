@@ -76,7 +76,7 @@ def write_servable(
 
     Args:
         dtype: of the floating-point tensors in the file.
-        special_ids: further fields of ``config.json``: the ids that begin and end a text.
+        special_ids: further fields of ``config.json``: the ids that start and end a text.
 
     Raises:
         UserError: SGLang would misread it; nothing is written then.

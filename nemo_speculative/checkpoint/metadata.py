@@ -24,7 +24,7 @@ class Provenance:
     """The target's directory or hub name."""
     target_fingerprint: str
     target_dtype: str
-    """float32 or bfloat16."""
+    """dtype of the target: float32 or bfloat16."""
     speculative: SpeculativeSettings
     step: int
     """Optimizer steps it was trained for."""

@@ -46,8 +46,10 @@ def _counts(job: PruneJob, target: str) -> torch.Tensor:
     described = describe_target(ModelConfig(path=target))
     split = get_method(job.data._target_)(job.data, seed=0)
     max_length, _ = job.data.lengths(described.config.max_position_embeddings)
-    how = Tokenization(described.tokenizer, described.stop_ids, max_length, described.config.vocab_size)
-    sides = [load_or_tokenize(items, how, job.data, "tokenizing") for items in (split.training, split.held_out)]
+    tokenization = Tokenization(described.tokenizer, described.stop_ids, max_length, described.config.vocab_size)
+    sides = [
+        load_or_tokenize(items, tokenization, job.data, "tokenizing") for items in (split.training, split.held_out)
+    ]
     return torch.stack([side.all_counts for side in sides]).sum(0)
 
 

@@ -46,7 +46,7 @@ ROOTS = {
 
 
 def reference() -> str:
-    """The page."""
+    """The text of docs/configuration.md."""
     parts = [HEAD]
     for name, root in ROOTS.items():
         plain = [f for f in dataclasses.fields(root) if not dataclasses.is_dataclass(f.type)]

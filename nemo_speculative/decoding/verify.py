@@ -27,11 +27,11 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
-    """Keeps the smallest set of the likeliest tokens whose total probability reaches this."""
+    """Limit to the smallest set of the likeliest tokens whose total probability reaches this."""
     top_k: int = 0
-    """Keeps this many of the likeliest tokens; 0: all."""
+    """Limit to this number of the likeliest tokens; 0: all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -127,7 +127,7 @@ class Verifier(ABC):
 
 
 class _FollowTarget(Verifier):
-    """Samples a token of the target at every node, and accepts children as far as they equal those tokens.
+    """Samples a token of the target at every node, and accepts children while they equal those tokens.
 
     Exact for children that depend only on the tokens before them (2406.16858, section 3; there q = 1): whichever they
     are, the emitted tokens are the target's.  P(accept) = sum of p over the children, so the likeliest are best.

@@ -41,7 +41,7 @@ class Progress(NamedTuple):
     """Sections of steps entered or left so far: every rank passes through the same ones."""
     step: int
     section: str
-    """Empty between two sections."""
+    """Name of the section; empty between two sections."""
 
     def __str__(self) -> str:
         return f"at step {self.step}" + (f" ({self.section})" if self.section else "")

@@ -24,7 +24,7 @@ class CompletionFailed(UserError):
     """A request that was given up: it is recorded, and the next run repeats it.
 
     Args:
-        reason: the same text for all requests that failed alike; reports count by it.
+        reason: the same text for all requests that failed in the same way; reports count by it.
         detail: further information on this request.
         attempts: how often the request was sent.
     """
@@ -80,7 +80,7 @@ class Engine(ABC):
         """Closes connections; by default there are none."""
 
     def rendering(self) -> dict[str, Any]:
-        """The tokenizer's part of the manifest: what prompts and the ends of answers depend on."""
+        """The tokenizer's part of the manifest: the values that determine prompts and the ends of answers."""
         return {"tokenizer": tokenizer_digest(self.tokenizer), "stop_ids": sorted(self.stop_ids)}
 
 

@@ -36,10 +36,10 @@ class Merged:
     failed: list[range]
     """Lines whose requests failed."""
     missing: list[range]
-    """Lines that no shard holds."""
+    """Lines that are in no shard."""
 
     def describe(self) -> str:
-        """One line."""
+        """One line with all counts."""
         counts = f"{self.lines} conversations answered, {self.skipped} skipped"
         return counts + (f"; without {self.describe_gaps()}" if self.failed or self.missing else "")
 

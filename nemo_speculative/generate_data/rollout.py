@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer."""
+    """The completion of a prompt: an answer."""
 
     ids: list[int] | None
     """The ids as generated, including a stop token; None: the server returns text only."""

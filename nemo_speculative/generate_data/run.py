@@ -56,7 +56,7 @@ class Outcome:
     num_duplicate_ids: int = 0
     """Lines with the id of an earlier one."""
     duplicate_ids: list[str] = field(default_factory=list)
-    """Some of these ids."""
+    """Some of the repeated ids."""
 
 
 def generate_data(job: GenerateJob) -> Outcome:

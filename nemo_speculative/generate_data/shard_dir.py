@@ -134,7 +134,7 @@ def load_manifest(file: Path) -> dict[str, Any]:
     if (stored := manifest.get("format")) != FORMAT:
         raise UserError(
             f"{file}: found answers in format {stored or 'none'} of another version of this program, expected {FORMAT};"
-            f" train on its {ANSWERS} as it is (data=jsonl data.path=FILE), or answer anew into another output"
+            f" train on its {ANSWERS} as it is (data=jsonl data.path=FILE), or generate the answers in another output"
         )
     return manifest
 
@@ -180,7 +180,7 @@ class ShardDir:
             return
         stored = load_manifest(file)
         if differing := difference(stored, manifest, ignored=INPUT_KEYS):
-            raise UserError(f"output: {self.directory} was begun with {differing} now; give another output, or that")
+            raise UserError(f"output: {self.directory} was started with {differing} now; give another output, or that")
         if stored["input"] != manifest["input"]:
             renumbering = Renumbering.plan(self.directory, prompts)
             write_manifest(file, stored | {"input": RENUMBERING})
@@ -256,7 +256,7 @@ class Renumbering:
         if count and (numbers == REMOVED).all():
             raise UserError(
                 f"output: {directory} holds answers to none of the lines of {prompts.file}; give another output, or "
-                "the file that it was begun with"
+                "the file that it was started with"
             )
         return cls(directory, numbers[:count], numbers[count:], _match(left_out, prompts))
 

@@ -303,7 +303,7 @@ CAUSES: dict[str, Callable[[Mismatch], bool]] = {
     "the thinking of earlier turns is on one side only": _thinking,
 }
 """Conditions in order; the first that holds is the cause."""
-NO_QUESTION = "the assistant speaks first: no server is asked for that"
+NO_QUESTION = "the assistant writes first: no server renders a prompt for that"
 REFUSED = "the server refuses the prompt"
 ANSWER_CHANGES = "an answer is rendered otherwise once more turns follow, as templates do that drop earlier thinking"
 MASK = "the mask does not begin where the model does"

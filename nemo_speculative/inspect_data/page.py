@@ -106,7 +106,7 @@ def page(figures: dict[str, Any], rows: Sequence[TokenRow], tokenizer: Any, titl
     left_out += [("the same ids as an earlier one", copies["copies"])]
     left_out += [("held out and trained on as well", copies["held_out_in_training"])]
     examples = [*refused["examples"], *unsupervised["examples"]]
-    examples += [f"{group['rows']} alike: {', '.join(group['ids'])}" for group in copies["largest"]]
+    examples += [f"{group['rows']} equal: {', '.join(group['ids'])}" for group in copies["largest"]]
     vocabulary_sources, vocabulary = _vocabulary(figures["vocabulary"])
     return JINJA.from_string(TEMPLATE).render(
         title=title,

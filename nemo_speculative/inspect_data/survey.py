@@ -135,7 +135,7 @@ class Survey:
         self.max_length, self._show = tokenization.max_length, show
         self._tokenization = replace(tokenization, max_length=NO_LIMIT)
         self.tallies: dict[tuple[bool, str], Tally] = {}
-        """By (held out, source)."""
+        """Counts by (held out, source)."""
         self.refused, self.unsupervised = LeftOut(), LeftOut()
         self.shown: list[TokenRow] = []
         self.not_shown: list[str] = []

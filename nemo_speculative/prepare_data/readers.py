@@ -53,7 +53,7 @@ class Part(ABC):
         """
 
     def sha256(self) -> str:
-        """SHA-256 over the contents of its files, whatever their names."""
+        """SHA-256 over the contents of its files, regardless of their names."""
         digest = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as stream:

@@ -36,9 +36,9 @@ class Source:
     """A dataset, or one part of a mix, as it is configured; nothing of it is read yet."""
 
     key: str
-    """Configuration key."""
+    """Configuration key of the source."""
     name: str
-    """``source`` of its rows."""
+    """Value of ``source`` in the rows."""
     data: DataConfig
     weight: float = 1.0
 

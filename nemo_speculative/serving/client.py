@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def time_to_first_token(self) -> float:
-        """Seconds."""
+        """Seconds from the request to the first token."""
         return self.arrivals[0][0]
 
     @property

@@ -48,7 +48,7 @@ class ServeOptions:
     draft: Path
     """The checkpoint's ``model/``."""
     target: str
-    """A directory or a hub name."""
+    """Directory or hub name of the target."""
     algorithm: str
     dtype: str
     speculative: SpeculativeSettings
@@ -95,7 +95,7 @@ class RecordedSettings:
     """Serving settings recorded in a checkpoint's ``config.json``."""
 
     algorithm: str
-    """SGLang's name."""
+    """SGLang's name of the algorithm."""
     shape: Any
     provenance: Provenance
 

@@ -262,7 +262,7 @@ def _read_weights(path: Path, model: nn.Module, options: dict[str, Any]) -> dict
 
 
 def _broadcast_dtypes(model: nn.Module, weights: dict[str, torch.Tensor] | None) -> None:
-    """Gives ``model`` the dtypes of the loaded weights: transformers keeps some in float32 whatever the model's is."""
+    """Gives ``model`` the dtypes of the loaded weights: transformers keeps some in float32 in a model of any dtype."""
     tensors = _tensors(model)
     codes = torch.empty(len(tensors), dtype=torch.int64)
     if weights is not None:

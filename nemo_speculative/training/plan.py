@@ -36,8 +36,8 @@ def describe(job: TrainJob) -> str:
     config, tokenizer = target.config, target.tokenizer
     max_length, row_tokens = check_job(job, config)
     items = load_split(job).training
-    how = Tokenization(tokenizer, target.stop_ids, max_length, config.vocab_size)
-    documents = _tokenized(job, items, how)
+    tokenization = Tokenization(tokenizer, target.stop_ids, max_length, config.vocab_size)
+    documents = _tokenized(job, items, tokenization)
     entries = build_vocab_mapping(documents.all_counts, job.draft.vocabulary(config.vocab_size)).size
     shape = draft_shape(job, config, entries)
     aux = job.draft.chosen_aux_layers(config.num_hidden_layers)
@@ -87,10 +87,10 @@ def _where(job: TrainJob) -> str:
     return str(resolve_target(job.model, weights=False))
 
 
-def _tokenized(job: TrainJob, items: Conversations, how: Tokenization) -> TokenizedDataset:
+def _tokenized(job: TrainJob, items: Conversations, tokenization: Tokenization) -> TokenizedDataset:
     if job.data.answers is Answers.target:  # those that have one already show what the others will be like
-        return how([item for item in items if isinstance(item, TokenRow) or item.has_answer])
-    return load_or_tokenize(items, how, job.data, "tokenizing")
+        return tokenization([item for item in items if isinstance(item, TokenRow) or item.has_answer])
+    return load_or_tokenize(items, tokenization, job.data, "tokenizing")
 
 
 def _data_line(job: TrainJob, documents: TokenizedDataset) -> str:

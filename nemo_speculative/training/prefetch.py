@@ -41,11 +41,11 @@ class GlobalBatch:
     """This rank's part of one step's batch."""
 
     schedules: list[Any]
-    """One per micro-batch."""
+    """The schedules, one per micro-batch."""
     counts: torch.Tensor
     """float64 [T], on the host: the sum of the schedules' counts."""
     ids: tuple[str, ...]
-    """Conversations in it."""
+    """Ids of the conversations in the batch."""
     num_tokens: int
     loader_state: dict[str, int]
     """State of the loader after this batch: a run that has trained on it resumes there."""

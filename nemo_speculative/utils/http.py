@@ -120,7 +120,7 @@ class Client(_Client):
         timeout: float | None = None,
         **body: Any,
     ) -> urllib3.BaseHTTPResponse:
-        """The server's response, whatever its status.
+        """The server's response with any status.
 
         Args:
             timeout: seconds, for this request only.
@@ -168,7 +168,7 @@ class AsyncClient(_Client):
         await self._http.aclose()
 
     async def request(self, method: str, path: str, **body: Any) -> httpx.Response:
-        """The server's response with its body, whatever its status.  ``body``: as ``json=``.
+        """The server's response with its body and any status.  ``body``: as ``json=``.
 
         Raises:
             Unreachable: no complete response came.

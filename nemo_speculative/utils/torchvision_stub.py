@@ -24,10 +24,10 @@ class _EmptyModuleFinder:
         return ModuleSpec(name, self) if name == META_REGISTRATIONS and registration_fails() else None  # type: ignore[arg-type]
 
     def create_module(self, _spec: ModuleSpec) -> None:
-        """The default module."""
+        """Returns None, for the default module."""
 
     def exec_module(self, _module: ModuleType) -> None:
-        """An empty module."""
+        """Leaves the module empty."""
 
 
 def registration_fails() -> bool:

@@ -93,7 +93,7 @@ FORGETFUL = (
 )
 """Shortens earlier answers, as templates of reasoning models do: only the last answer is rendered in full."""
 OTHER_PROMPT = PREFIX_TEMPLATE.replace("%}<|assistant|>{%", "%}<|assistant|>think{%")
-"""Its generation prompt is not how an answer begins within the conversation."""
+"""A template whose generation prompt differs from the start of an answer within a conversation."""
 
 
 @pytest.mark.parametrize(

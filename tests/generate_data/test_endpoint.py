@@ -273,7 +273,7 @@ def test_an_answer_truncated_before_any_content_is_skipped(fake, reasoning, serv
 def test_another_model_of_the_same_name_is_refused(serve, endpoint_job):
     urls = [serve("sglang", FAKE_PATH=path) for path in ("/a", "/b")]
     generate_data(endpoint_job(urls[0], range="0:2"))
-    with pytest.raises(UserError, match="begun with model_path=/a, and it is /b now"):
+    with pytest.raises(UserError, match="started with model_path=/a, and it is /b now"):
         generate_data(endpoint_job(urls[1], range="0:2"))
     with pytest.raises(UserError, match=r"loaded from /.*the same model has to answer all"):
         generate_data(endpoint_job(*urls, range="2:3"))
@@ -281,9 +281,9 @@ def test_another_model_of_the_same_name_is_refused(serve, endpoint_job):
 
 def test_another_model_between_two_runs_is_refused(serve, endpoint_job):
     generate_data(endpoint_job(serve("sglang"), range="0:2"))
-    with pytest.raises(UserError, match="begun with target=the-target, and it is another now"):
+    with pytest.raises(UserError, match="started with target=the-target, and it is another now"):
         generate_data(endpoint_job(serve("sglang", "another"), range="0:2"))
-    with pytest.raises(UserError, match="begun with protocol=sglang, and it is completions now"):
+    with pytest.raises(UserError, match="started with protocol=sglang, and it is completions now"):
         generate_data(endpoint_job(serve("completions"), range="0:2"))
 
 

@@ -209,16 +209,16 @@ def test_a_damaged_line_is_named_and_answered_again_after_its_removal(job):
 def test_another_target_or_template_is_refused_by_name(job, tmp_path):
     generate_data(job())
     other = make_target(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="begun with target="):
+    with pytest.raises(UserError, match="started with target="):
         generate_data(job(model=type(job().model)(path=str(other))))
     shutil.copytree(job().model.path, tmp_path / "same", dirs_exist_ok=True)
     make_tokenizer(PREFIX_TEMPLATE).save_pretrained(tmp_path / "same")
-    with pytest.raises(UserError, match="begun with tokenizer="):
+    with pytest.raises(UserError, match="started with tokenizer="):
         generate_data(job(model=type(job().model)(path=str(tmp_path / "same"))))
     same_template = AutoTokenizer.from_pretrained(job().model.path)
     same_template.backend_tokenizer.normalizer = Lowercase()
     same_template.save_pretrained(tmp_path / "same")
-    with pytest.raises(UserError, match="begun with tokenizer="):
+    with pytest.raises(UserError, match="started with tokenizer="):
         generate_data(job(model=type(job().model)(path=str(tmp_path / "same"))))
 
 

@@ -1,7 +1,7 @@
 """The shape of a draft from its target's configuration: sizes, and a rotary embedding that is the same in every server.
 
 A draft rotates as the target's full attention does.  Two things keep it from copying ``rope_parameters``.  Two kinds
-(dynamic, longrope) change with the longest sequence at hand, which depends on the packing in training, and on other
+(dynamic, longrope) change with the longest sequence of a batch, which depends on the packing in training, and on other
 requests in a server.  And SGLang (read in 0.5.9 and 0.5.23) reads some keys differently from transformers, or not at
 all, in its draft classes.
 """

@@ -255,7 +255,7 @@ class Step0State:
 
 
 def compute_step0(draft: Draft, embeddings: torch.Tensor, features: torch.Tensor, layout: Layout) -> Step0State:
-    """Step 0 at every position of the shard, as far as slots need it; embeddings and features are [m, h]."""
+    """The part of step 0 at every position of the shard that slots need; embeddings and features are [m, h]."""
     layers, packed, (_, key_rows) = draft.decoder_layers, pack_qkv(draft), _qkv_rows(draft)
     tokens = draft.project_tokens(embeddings)
     rotation = _rotation(draft, layout.position_ids, features.dtype)

@@ -19,7 +19,7 @@ class EagleShape(DraftShape):
 
 
 class EagleContract(Contract):
-    """EAGLE-1 and EAGLE-2."""
+    """The contract of EAGLE-1 and EAGLE-2 drafts."""
 
     algorithm = "EAGLE"
 

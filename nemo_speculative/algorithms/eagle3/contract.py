@@ -54,7 +54,7 @@ class Eagle3Shape(DraftShape):
 
 
 class Eagle3Contract(Contract):
-    """EAGLE-3 and EAGLE-3.1."""
+    """The contract of EAGLE-3 and EAGLE-3.1 drafts."""
 
     algorithm = "EAGLE3"
     SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")

@@ -31,7 +31,7 @@ RECIPE = "config.yaml"
 
 
 class AutoModel(Format):
-    """NeMo AutoModel's format."""
+    """The format of NeMo AutoModel."""
 
     name = "NeMo AutoModel"
 

@@ -34,7 +34,7 @@ class Source:
 
     directory: Path
     file: Path
-    """The weights."""
+    """The file of the weights, or the index of several files."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Source:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """All of them, on the CPU.
+        """All tensors, on the CPU.
 
         Raises:
             UserError: a file is damaged, missing, or would have to run code to be read.

@@ -54,7 +54,7 @@ class EvaluationConfig:
 
     @property
     def answer_tokens(self) -> int:
-        """Longest answer."""
+        """Length of the longest answer, in tokens."""
         return self.max_new_tokens or 256
 
     def like(self, run: dict[str, Any]) -> "EvaluationConfig":

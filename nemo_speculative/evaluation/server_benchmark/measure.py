@@ -26,7 +26,7 @@ class BenchMetrics:
     """The metrics of one benchmark point."""
 
     answers: int
-    """One per turn."""
+    """Number of answers, one per turn."""
     refused: int
     """Turns that the server refused, as too long for its context; no other metric includes them."""
     stopped: float

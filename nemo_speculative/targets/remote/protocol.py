@@ -173,7 +173,7 @@ class OutputLayout:
         """
         size = len(self.header)
         if (header := bytes(frame[:size].numpy())) != self.header:
-            raise FrameError(f"the answer begins with {header[8:200]!r}: expected {self.header[8:].decode().strip()}")
+            raise FrameError(f"the answer starts with {header[8:200]!r}: expected {self.header[8:].decode().strip()}")
         aux, hidden = frame[size:].view(self.dtype).split((prod(self.aux_shape), prod(self.last_hidden_shape)))
         return TargetOutput(aux.view(self.aux_shape), hidden.view(self.last_hidden_shape))
 
