@@ -201,7 +201,7 @@ def load_or_tokenize(
 
     Args:
         title: of the progress bar.
-        check_canceled: called now and then while rows are tokenized; raises if they are no longer needed.
+        check_canceled: called regularly while rows are tokenized; raises if they are no longer needed.
 
     Raises:
         UserError: a conversation cannot be tokenized, a worker process was killed, or the disk is full.
@@ -275,7 +275,7 @@ def _create(
     partial.mkdir()
     try:
         _write(partial, _tokenize_chunks(items, tokenization, workers, title, check_canceled), tokenization.vocab_size)
-        for name in (ROWS, COUNTS, META):  # meta.json last: it vouches for the others
+        for name in (ROWS, COUNTS, META):  # meta.json last: it marks the others as complete
             os.replace(partial / name, directory / name)
     except OSError as error:
         raise UserError(

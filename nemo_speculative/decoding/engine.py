@@ -74,7 +74,7 @@ RowT = TypeVar("RowT", bound=Row)
 class Batch(Generic[RowT]):
     """Sequences that are decoded together.
 
-    Finished rows stay in the batch, and are computed for nothing, until :meth:`release`: the caller decides when
+    Finished rows stay in the batch, and are still computed, until :meth:`release`: the caller decides when
     copying the caches is worth it.  Rows can join at any time if the drafter is stateless.
 
     Args:

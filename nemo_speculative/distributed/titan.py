@@ -1,7 +1,7 @@
 """Every torchtitan import of the project (0.3.0), and what it needs on a released torch and without a GPU.
 
 torchtitan is composed: mesh, FSDP2 helpers, optimizer and schedule containers, clipping, checkpoint
-wrapper, loggers and profiler come from it; the step function is ours.
+wrapper, loggers and profiler come from it; the step function is this project's.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Continuous batching for a :class:`HFTarget`: finished rows leave the batch, and waiting prompts take their slots.
 
 Notable choices:
-- a finished row keeps its slot, and is computed along unused, until an eighth of the batch is finished: the caches are
+- a finished row keeps its slot, computed but unused, until an eighth of the batch is finished: the caches are
   copied when rows leave or join;
 - prompts join several at a time, sorted by length: one prefill for all, with little padding;
 - each request draws its tokens from a generator with its own seed, so an answer is independent of its batch, up to the

@@ -226,8 +226,8 @@ class ShardDir:
 class Renumbering:
     """The new number of each stored record after the input has changed, found by its question alone.
 
-    An answer whose question the input no longer has moves from ``answers.jsonl`` to ``set_aside.jsonl``, and is found
-    there if the question comes back.  If a run ends in the middle, the next one completes it.
+    An answer whose question the input no longer has moves from ``answers.jsonl`` to ``set_aside.jsonl``, and back if
+    the question returns.  If a run ends in the middle, the next one completes it.
     """
 
     directory: Path

@@ -1,6 +1,6 @@
 """The result of a preparation: rows, rows left out with their reasons, and a manifest.
 
-Rows go to ``.<name>.partial``; from time to time ``state.json`` records how many bytes of them are good, and a later
+Rows go to ``.<name>.partial``; at intervals ``state.json`` records the number of their valid bytes, and a later
 run resumes from there.  At the end they get their names, and the manifest is written last: a directory that has one is
 complete.
 """

@@ -1,8 +1,9 @@
 """Files, folders and tables as records, one in memory at a time.
 
 A row that cannot be read is a :class:`LeftOut` in its place; a file that cannot be read further is an error.  The
-``datasets`` library reads tables and the hub.  JSON it does not read, because it ends at the first bad line (of 20,001
-lines with one bad it gave none), knows no line numbers, and took 20 times as long (40 s against 2 s for 20,000 lines).
+``datasets`` library reads tables and the hub.  JSON is read here, because that library ends at the first bad line (it
+returned none of 20,001 lines with one bad), reports no line numbers, and took 20 times as long (40 s against 2 s for
+20,000 lines).
 """
 
 import gzip

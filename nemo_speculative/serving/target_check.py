@@ -58,7 +58,7 @@ def _sizes(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
     try:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):
-        config = None  # transformers words the refusal
+        config = None  # transformers states the reason
     if isinstance(config, dict):
         nested = any(isinstance(value, dict) and "hidden_size" in value for value in config.values())
         if not nested and all(type(config.get(key)) is int for key in SIZES):

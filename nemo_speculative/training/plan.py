@@ -88,7 +88,7 @@ def _where(job: TrainJob) -> str:
 
 
 def _tokenized(job: TrainJob, items: Conversations, tokenization: Tokenization) -> TokenizedDataset:
-    if job.data.answers is Answers.target:  # those that have one already show what the others will be like
+    if job.data.answers is Answers.target:  # items that have an answer are representative of the others
         return tokenization([item for item in items if isinstance(item, TokenRow) or item.has_answer])
     return load_or_tokenize(items, tokenization, job.data, "tokenizing")
 

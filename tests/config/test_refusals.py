@@ -272,4 +272,4 @@ def test_the_recipe_prints_one_line_and_exits_with_1(tmp_path, overrides, expect
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: {expected}")
     assert done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir()), "a refused command line leaves nothing behind"
+    assert not list(tmp_path.iterdir()), "a refused command line creates no files"

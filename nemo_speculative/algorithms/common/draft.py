@@ -68,7 +68,7 @@ class Draft(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its computation."""
-        # Of one weight: a walk over all of them, at every token, would cost as much as the embedding.
+        # From one weight: a walk over all of them, at every token, would cost as much as the embedding.
         return self.decoder_layers[0].self_attn.q_proj.weight.dtype
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """The start of a draft from the target's weights instead of random ones.
 
-Not in the papers; on a small target it trains far faster (see docs/algorithms.md for the ablation).  Each part is a
+This is not in the papers; on a small target the draft trains far faster (see docs/algorithms.md).  Each part is a
 switch of ``draft.init_from_target``.
 """
 

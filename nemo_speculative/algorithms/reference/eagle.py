@@ -1,7 +1,7 @@
 """The definition of the EAGLE-1 and EAGLE-2 loss (2401.15077), with more than one step HASS's (2408.15766).
 
 Dense and slow: every position at every step, over concatenated keys, with the logits of all tokens.  It imports nothing
-of the implementation, which the tests hold to it, loss and gradients, in float64.
+of the implementation; the tests compare both, loss and gradients, in float64.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """The definition of the EAGLE-3 loss (2503.01840), and of EAGLE-3.1's switches (2605.09992).
 
 Dense and slow: every position at every step, over concatenated keys, with the logits of all tokens.  It imports nothing
-of the implementation, which the tests hold to it, loss and gradients, in float64.
+of the implementation; the tests compare both, loss and gradients, in float64.
 """
 
 from typing import Any

@@ -221,8 +221,8 @@ def _require_equal(urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> N
         base, own = infos[0].get(name), infos[-1].get(name)
         if base != own:
             raise UserError(
-                f"baseline_url: {name} of {urls[0]} is {base}, expected {own} as of {urls[-1]}; start both with the same flags "
-                "but for the draft"
+                f"baseline_url: {name} of {urls[0]} is {base}, expected {own} as of {urls[-1]}; start both "
+                "with the same flags but for the draft"
             )
 
 
