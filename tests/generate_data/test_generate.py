@@ -35,16 +35,16 @@ def greedy(target, prompt, limit):
 
 def naive_answers(target, messages, limit):
     """The conversation with new answers, and the prompt and answer ids of each turn."""
-    messages, turns = [], []
+    answered, turns = [], []
     for message in messages:
         if message["role"] != "assistant":
-            messages.append(message)
+            answered.append(message)
             continue
-        rendered = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        rendered = target.tokenizer.apply_chat_template(answered, add_generation_prompt=True, return_dict=True)
         ids = greedy(target, rendered["input_ids"], limit)
         turns.append((rendered["input_ids"], ids))
-        messages.append({"role": "assistant", "content": target.tokenizer.decode(ids, skip_special_tokens=True)})
-    return messages, turns
+        answered.append({"role": "assistant", "content": target.tokenizer.decode(ids, skip_special_tokens=True)})
+    return answered, turns
 
 
 def test_every_turn_is_answered_and_sees_the_new_answers_before_it(target, job, questions):

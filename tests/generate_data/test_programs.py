@@ -33,7 +33,7 @@ def wait_for_lines(file, number):
     raise AssertionError(f"{file} has not {number} lines")
 
 
-def test_an_interrupted_or_killed_run_resumes(arguments, serve, asking, tmp_path):
+def test_an_interrupted_or_killed_run_resumes(arguments, serve, endpoint_job, tmp_path):
     url = serve("sglang", FAKE="slow:0.2")
     outputs = {number: tmp_path / number.name for number in ENDS}
     programs = {
@@ -52,9 +52,9 @@ def test_an_interrupted_or_killed_run_resumes(arguments, serve, asking, tmp_path
         partial[number] = answers.read_bytes()
         assert 3 <= partial[number].count(b"\n") < 12
     url = serve("sglang")
-    whole = generate_data(asking(url, temperature=1.0)).directory / "answers.jsonl"
+    whole = generate_data(endpoint_job(url, temperature=1.0)).directory / "answers.jsonl"
     for number, output in outputs.items():
-        resumed = generate_data(asking(url, temperature=1.0, output=str(output)))
+        resumed = generate_data(endpoint_job(url, temperature=1.0, output=str(output)))
         assert resumed.answered == 12
         assert (resumed.directory / "answers.jsonl").read_bytes() == whole.read_bytes()
         assert set(partial[number].splitlines()[:3]) <= set(whole.read_bytes().splitlines())
