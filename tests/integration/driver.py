@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemWriter
 
-from nemo_speculative.algorithms.common.ttt import TTTObjective
+from nemo_speculative.algorithms.common import ttt
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.distributed import health
 from nemo_speculative.distributed.health import Heartbeat
@@ -90,8 +90,9 @@ def slow_target(_step):
 
 
 def slow_draft(_step):
-    """Makes the loss of this rank slower in every step."""
-    TTTObjective.rows_loss = slowed_down(TTTObjective.rows_loss)
+    """Makes the unroll and the loss of this rank slower in every step."""
+    ttt.unroll = slowed_down(ttt.unroll)
+    ttt.TTTObjective.rows_loss = slowed_down(ttt.TTTObjective.rows_loss)
 
 
 def slowed_down(call):
