@@ -59,6 +59,7 @@ lint: $(READY)  ## style, types, imports between packages, plain language
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(VENV)/bin/lint-imports
+	$(PYTHON) -m tools.plain_language
 
 audit: $(VENV_AUDIT)/.ready  ## the lock against pyproject.toml, the package index, .venv and known vulnerabilities
 	$(VENV_AUDIT)/bin/python -m tools.audit
