@@ -58,5 +58,5 @@ def test_it_refuses_heads_that_cannot_be_divided_as_the_run_does(settings, monke
 @pytest.mark.parametrize("said", ["abc", "0", "-1", ""])
 def test_a_number_of_processes_that_is_none_is_refused(settings, monkeypatch, said):  # noqa: F811
     monkeypatch.setenv("WORLD_SIZE", said)
-    with pytest.raises(UserError, match=f"WORLD_SIZE={said}: expected how many processes"):
+    with pytest.raises(UserError, match=f"WORLD_SIZE={said}: expected the number of processes"):
         planned(settings)
