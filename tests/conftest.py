@@ -1,6 +1,7 @@
 """Small models that the tests make: nothing is downloaded."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -21,6 +22,50 @@ ROLES = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PREFIX_TEMPLATE = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 """The same text without the tag: the assistant's part must be found by rendering prefixes."""
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box five dozen liquor jugs. " * 8
+
+
+SLOW = (
+    "integration/",
+    "benchmarks/",
+    "config/test_builds.py",
+    "config/test_groups.py::test_every_file_becomes",
+    "config/test_start.py",
+    "decoding/test_distribution.py",
+    "distributed/test_parallelism.py",
+    "evaluation/server_benchmark/test_run.py",
+    "evaluation/server_benchmark/test_scoring.py",
+    "generate_data/test_generate.py",
+    "generate_data/test_programs.py",
+    "inspect_data/test_run.py",
+    "prepare_data/test_recipe.py",
+    "serving/test_containers.py",
+    "targets/cached/test_programs.py",
+    "targets/cached/test_shards.py",
+    "targets/test_context.py",
+    "targets/test_demo.py",
+    "targets/test_sharded.py",
+    "test_launch.py",
+    "test_serve_target.py",
+    "training/test_checkpointer.py",
+    "training/test_estimate.py",
+    "training/test_optimizer.py",
+    "training/test_plan.py",
+    "utils/test_background.py",
+)
+"""Files, and beginnings of test names, that `make test` leaves out; each package keeps fast tests."""
+MULTIPROCESS = re.compile(r"\b(on_ranks|drive|run_program|Popen|subprocess|multiprocessing)\b")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests as slow by ``SLOW``, and as multiprocess where their file starts processes."""
+    sources: dict[Path, str] = {}
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+        if MULTIPROCESS.search(sources.setdefault(item.path, item.path.read_text())):
+            item.add_marker(pytest.mark.multiprocess)
+        if any("CUDA" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -39,6 +39,9 @@ TEMPLATE = "{% for m in messages %}{{ 't1 ' if m['role'] == 'user' else 't2 ' }}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.sglang)
     if not sglang_installed():
         for item in items:
             if here in item.path.parents:
