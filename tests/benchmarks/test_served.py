@@ -74,4 +74,4 @@ def test_prompts_are_the_first_questions(tmp_path):
 def test_a_target_needs_prompts_of_its_own(tmp_path, capsys):
     with pytest.raises(SystemExit):
         served.parse(["--out", str(tmp_path), "--target", str(tmp_path)])
-    assert "--target and --prompts go together" in capsys.readouterr().err
+    assert "--target and --prompts require each other" in capsys.readouterr().err
