@@ -21,9 +21,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("target", _target_field, replace=True)
     OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("div", _divide, replace=True)
-    OmegaConf.register_new_resolver(
-        "default_data", lambda model: "tiny" if model == "tiny" else "default", replace=True
-    )
+    OmegaConf.register_new_resolver("default_data", _default_data, replace=True)
 
 
 def _target_field(key: str, *, _root_: DictConfig) -> Any:

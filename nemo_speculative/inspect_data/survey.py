@@ -44,9 +44,9 @@ class Tally:
         self.coverage: Counter[int] = Counter()
         """Rows by the supervised share of their tokens, in twentieths."""
         self.lengths = array("I")
-        """Of each row before truncation, in tokens."""
+        """Length of each row before truncation, in tokens."""
         self.documents = array("I")
-        """Of each row that is trained on, after truncation."""
+        """Length of each row that is trained on, after truncation."""
         self.token_counts = np.zeros(vocab_size, np.int64)
         """[V]: supervised tokens within ``max_length``."""
         self.truncated, self.tokens_lost, self.supervised_lost, self.left_out = np.zeros(

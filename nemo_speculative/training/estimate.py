@@ -45,8 +45,8 @@ TABLE_ROWS = 1024
 """Rows of the embedding that stands in for the target's."""
 COUNTED_BATCHES = 3
 CPU_HEAP_SHARE, CPU_HEAP_BYTES = 0.25, 60e6
-"""What a CPU's allocator leaves unused between blocks, as a share of temporary tensors, and what libraries take at
-first use: roughly calibrated by ``python -m benchmarks.plan --cases tiny,S-50,M-50``, not counted."""
+"""Memory that a CPU's allocator leaves unused between blocks, as a share of temporary tensors, and that libraries take
+at first use: roughly calibrated by ``python -m benchmarks.plan --cases tiny,S-50,M-50``, not counted."""
 
 
 def _attention_flops(query: Any, key: Any, value: Any, dropout_p: float = 0, is_causal: bool = False, **_: Any) -> int:

@@ -343,7 +343,7 @@ WAYS: dict[str, tuple[str, ParallelismConfig, Any, Any, int, float]] = {
 
 
 def peaks(folder):
-    """Of each way, the bytes on this rank at the peak of a step: as planned, and as they are."""
+    """Estimated and measured bytes at the peak of a step on this rank, by layout."""
     titan.bind_device("cpu")
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     return {name: planned_and_found(name, folder) for name in WAYS}
