@@ -1,19 +1,18 @@
 """Serves a checkpoint with SGLang: ``python -m nemo_speculative.serve_sglang --draft CHECKPOINT``."""
 
 import argparse
-import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
+from nemo_speculative.decoding.tau import acceptance_length
 from nemo_speculative.serving.command import (
     ServeOptions,
+    check_target,
     from_checkpoint,
     parsed_settings,
     serve_command,
@@ -23,12 +22,13 @@ from nemo_speculative.serving.command import (
 )
 from nemo_speculative.serving.engine import engine_answers
 from nemo_speculative.serving.server import Server, ServerError, require_free
-from nemo_speculative.serving.target_check import check_target
 from nemo_speculative.serving.versions import NEWEST, OLDEST
 from nemo_speculative.utils.errors import UsageError, UserError, print_error
 from nemo_speculative.utils.sglang import installed_version
 
 MAX_NEW_TOKENS = 256
+OWN_ARGUMENTS = ("draft", "target_variant", "timeout", "log", "print_only", "dry_run", "prompts", "max_new_tokens")
+"""Arguments that are no options of SGLang's command."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -37,26 +37,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
-
-
-class _Stopped(BaseException):
-    """Raised by Ctrl-C and SIGTERM."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A parsed command line."""
-
-    options: ServeOptions
-    action: Callable[["Job"], None]
-    """:func:`print_command`, :func:`dry_run`, :func:`answer_prompts` or :func:`serve`."""
-    target_variant: bool
-    timeout: float
-    """Seconds to wait until SGLang is ready, and then for the first answer."""
-    log: Path | None
-    """The log file; None: a temporary file."""
-    prompts: tuple[str, ...]
-    max_new_tokens: int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,9 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     actions = parser.add_argument_group("instead of serving")
     action = actions.add_mutually_exclusive_group()
-    action.add_argument("--print-only", dest="action", action="store_const", const=print_command,
-                        help="print the command and start nothing")  # fmt: skip
-    action.add_argument("--dry-run", dest="action", action="store_const", const=dry_run,
+    action.add_argument("--print-only", action="store_true", help="print the command and start nothing")
+    action.add_argument("--dry-run", action="store_true",
                         help="let SGLang's own parser read the command, and start nothing")  # fmt: skip
     action.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT",
                         help="answer this and exit, with SGLang's engine and no server; repeatable")  # fmt: skip
@@ -102,82 +81,65 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> Job:
-    """The job of a command line.
+def run(argv: Sequence[str]) -> None:
+    """Carries out a command line.
 
     Raises:
-        UserError: the command line cannot be carried out.
+        UserError: it cannot be carried out.
+        ServerError: SGLang did not start, does not speculate, or died.
     """
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
-    values = vars(build_parser().parse_args(words[:end]))
-    prompts, limit = tuple(values.pop("prompts") or ()), values.pop("max_new_tokens")
-    if limit is not None and (limit < 1 or not prompts):
-        raise UsageError(f"--max-new-tokens is {limit}: expected at least 1, together with --prompt")
-    path, action = values.pop("draft"), values.pop("action") or (answer_prompts if prompts else serve)
-    own = {key: values.pop(key) for key in ("target_variant", "timeout", "log")}
-    options = from_checkpoint(path, {**values, "extra": tuple(words[end + 1 :])})
-    return Job(options, action, **own, prompts=prompts, max_new_tokens=limit or MAX_NEW_TOKENS)
+    args = build_parser().parse_args(words[:end])
+    if args.max_new_tokens is not None and (args.max_new_tokens < 1 or not args.prompts):
+        raise UsageError(f"--max-new-tokens is {args.max_new_tokens}: expected at least 1, together with --prompt")
+    overrides = {key: value for key, value in vars(args).items() if key not in OWN_ARGUMENTS}
+    options = from_checkpoint(args.draft, {**overrides, "extra": tuple(words[end + 1 :])})
+    check_target(options, args.target_variant)
+    if args.print_only:
+        print(shell_line(options))
+    elif args.dry_run:
+        dry_run(options)
+    elif args.prompts:
+        answer_prompts(options, args)
+    else:
+        serve(options, args)
 
 
-def print_command(job: Job) -> None:
-    """Prints the command as one line to paste into a shell."""
-    print(shell_line(job.options))
-
-
-def dry_run(job: Job) -> None:
-    """Prints the settings that SGLang's own parser reads from the command.
-
-    Raises:
-        UsageError: SGLang is not installed, or does not understand the command.
-    """
-    _require_sglang(job.options)
-    settings = parsed_settings(job.options)
-    print(f"SGLang {job.options.sglang_version} understands:")
+def dry_run(options: ServeOptions) -> None:
+    """Prints the settings that SGLang's own parser reads from the command."""
+    _require_sglang(options)
+    settings = parsed_settings(options)
+    print(f"SGLang {options.sglang_version} understands:")
     for name, value in settings.items():
         print(f"  {name:30}{value}")
 
 
-def answer_prompts(job: Job) -> None:
-    """Answers the prompts with SGLang's engine.
-
-    Raises:
-        UserError: SGLang cannot run here, or the chat template rejects a prompt.
-        ServerError: the engine did not start, or died.
-    """
-    _check_runnable(job.options)
-    log = _log_file(job)
-    print(f"starting SGLang; its log is {log}", flush=True)
-    with closing(engine_answers(job.options, job.prompts, job.max_new_tokens, job.timeout, log)) as answers:
-        for prompt, answer in zip(job.prompts, answers, strict=True):
-            print(f"\n> {prompt}\n{answer.text}\n[{answer.statistics}]", flush=True)
+def answer_prompts(options: ServeOptions, args: argparse.Namespace) -> None:
+    """Answers the prompts with SGLang's engine."""
+    log = _prepare_start(options, args.log)
+    limit = args.max_new_tokens or MAX_NEW_TOKENS
+    with closing(engine_answers(options, args.prompts, limit, args.timeout, log)) as answers:
+        for prompt, (text, tokens, verifications) in zip(args.prompts, answers, strict=True):
+            tau = acceptance_length(tokens, verifications)  # SGLang's, which counts the prefill's token
+            length = f", acceptance length {tau:.2f}" if tau else ""
+            print(f"\n> {prompt}\n{text}\n[{tokens} tokens in {verifications} verifications{length}]", flush=True)
 
 
-def serve(job: Job) -> None:
-    """Starts the server, tests it with one request, prints its address, and waits until it ends or a signal comes.
-
-    Raises:
-        UsageError: SGLang cannot run here, or its port is busy.
-        ServerError: it did not start, does not speculate, or ended by itself.
-    """
-    options = job.options
+def serve(options: ServeOptions, args: argparse.Namespace) -> None:
+    """Starts the server, tests it with one request, prints its address, and waits until it ends or a signal comes."""
     require_free(options.host, options.port)
-    _check_runnable(options)
-    log = _log_file(job)
+    log = _prepare_start(options, args.log)
     command, environment = serve_command(options, sys.executable), serve_environment(options)
-    print(f"starting SGLang; its log is {log}", flush=True)
     with Server(command, environment, options.host, options.port, log) as server:
-        try:
-            server.wait_until_healthy(job.timeout)
-            first = server.smoke_test(job.timeout, options.api_key)
-            print(
-                f"serving {options.draft} on {server.url} (tried with {first.tokens} tokens in {first.verifications} "
-                "verifications); Ctrl-C ends it",
-                flush=True,
-            )
-            server.wait()
-        finally:
-            _ignore_signals()
+        server.wait_until_healthy(args.timeout)
+        tokens, verifications = server.smoke_test(args.timeout, options.api_key)
+        print(
+            f"serving {options.draft} on {server.url} (tried with {tokens} tokens in {verifications} verifications); "
+            "Ctrl-C ends it",
+            flush=True,
+        )
+        server.wait()
 
 
 def _require_sglang(options: ServeOptions) -> None:
@@ -194,12 +156,8 @@ def _require_sglang(options: ServeOptions) -> None:
         )
 
 
-def _check_runnable(options: ServeOptions) -> None:
-    """Refuses early what would otherwise fail only after SGLang's long start.
-
-    Raises:
-        UsageError: SGLang, the target directory or an accelerator is missing.
-    """
+def _prepare_start(options: ServeOptions, log: Path | None) -> Path:
+    """Refuses early what would otherwise fail only after SGLang's long start; returns the log file."""
     _require_sglang(options)
     target = Path(options.target)
     looks_local = target.is_absolute() or options.target.startswith((".", "~")) or options.target.count("/") != 1
@@ -210,31 +168,29 @@ def _check_runnable(options: ServeOptions) -> None:
 
         if not torch.accelerator.is_available():
             raise UsageError("--device cuda: no accelerator is found; add --device cpu, which can test a draft")
-
-
-def _log_file(job: Job) -> Path:
-    if job.log is None:
-        descriptor, name = tempfile.mkstemp(prefix="sglang-", suffix=".log")
-        os.close(descriptor)
-        return Path(name)
     try:
-        job.log.open("ab").close()
+        if log is None:
+            with tempfile.NamedTemporaryFile(prefix="sglang-", suffix=".log", delete=False) as file:
+                log = Path(file.name)
+        log.open("ab").close()
     except OSError as error:
-        raise UsageError(f"--log {job.log}: cannot be written ({error.strerror}); name another file") from None
-    if not job.log.is_file():
-        raise UsageError(f"--log {job.log}: not a regular file, so its last lines could not be read; name another")
-    return job.log
+        raise UsageError(f"--log {log}: cannot be written ({error.strerror}); name another file") from None
+    if not log.is_file():
+        raise UsageError(f"--log {log}: not a regular file, so its last lines could not be read; name another")
+    print(f"starting SGLang; its log is {log}", flush=True)
+    return log
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise :class:`_Stopped` inside."""
+def _interrupted_once() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; a second one would interrupt the cleanup, and is ignored."""
 
-    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
-        _ignore_signals()
-        raise _Stopped
+    def interrupt(*_: object) -> NoReturn:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
 
-    handlers = {number: signal.signal(number, stop) for number in SIGNALS}
+    handlers = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         yield
     finally:
@@ -242,19 +198,11 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _ignore_signals() -> None:
-    """Keeps a second Ctrl-C from interrupting the shutdown, which would leave processes running."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code: 2 for a refused command line, 1 for a server that failed."""
     try:
-        job = parse(sys.argv[1:] if argv is None else argv)
-        check_target(job.options, job.target_variant)
-        with _stopped_by_signals():
-            job.action(job)
+        with _interrupted_once():
+            run(sys.argv[1:] if argv is None else argv)
     except ServerError as error:
         print(error.log_tail, file=sys.stderr)
         print_error(error)
@@ -262,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error(error)
         return UsageError.exit_code
-    except _Stopped:
+    except KeyboardInterrupt:
         print("stopped", flush=True)
     return 0
 

@@ -50,11 +50,7 @@ def main(job: ServeTargetJob) -> None:
 
 
 def serve(job: ServeTargetJob, target: Target, token: str | None, listener: socket.socket) -> None:
-    """Serves on ``listener`` until SIGTERM or SIGINT.
-
-    Raises:
-        UserError: accepted requests were not answered within ``job.drain`` seconds after the signal.
-    """
+    """Serves on ``listener``; raises UserError if requests are left ``job.drain`` seconds after SIGTERM or SIGINT."""
     import uvicorn
 
     from nemo_speculative.targets.remote.server import ServerLimits, TargetServer
@@ -68,7 +64,14 @@ def serve(job: ServeTargetJob, target: Target, token: str | None, listener: sock
     class AnnouncingServer(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(announcement(target, token, listener), flush=True)
+            host, port = listener.getsockname()[:2]
+            layers = ", ".join(map(str, target.aux_layers)) or "none"
+            access = "with the token" if token else f"without a token ({TOKEN_VARIABLE} sets one)"
+            print(
+                f"serving {target.path} (aux layers {layers}) on http://{f'[{host}]' if ':' in host else host}:{port} "
+                f"{access}; SIGTERM or Ctrl-C ends it",
+                flush=True,
+            )
 
     # After draining, uvicorn raises the signal again, which by default would kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -77,17 +80,6 @@ def serve(job: ServeTargetJob, target: Target, token: str | None, listener: sock
     if server.unanswered:
         raise UserError(f"drain={job.drain}: {server.unanswered} requests were not answered in these seconds")
     print("stopped; every accepted request was answered", flush=True)
-
-
-def announcement(target: Target, token: str | None, listener: socket.socket) -> str:
-    """One line: the target, the address, and whether a token is needed."""
-    host, port = listener.getsockname()[:2]
-    layers = ", ".join(map(str, target.aux_layers)) or "none"
-    access = "with the token" if token else f"without a token ({TOKEN_VARIABLE} sets one)"
-    return (
-        f"serving {target.path} (aux layers {layers}) on http://{f'[{host}]' if ':' in host else host}:{port} "
-        f"{access}; SIGTERM or Ctrl-C ends it"
-    )
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from nemo_speculative.config.schema import BenchmarkJob
 @recipe("benchmark")
 def main(job: BenchmarkJob) -> None:
     from nemo_speculative.evaluation.server_benchmark.report import best, heat_map, table
-    from nemo_speculative.evaluation.server_benchmark.run import Benchmark, require_success, write_back
+    from nemo_speculative.evaluation.server_benchmark.run import Benchmark
 
-    benchmark, results = Benchmark.of(job), Path(job.results)
+    benchmark, results = Benchmark(job), Path(job.results)
     try:
         benchmark.run()
     finally:  # Ctrl-C included
@@ -26,9 +26,9 @@ def main(job: BenchmarkJob) -> None:
         (results / "table.md").write_text(table(comparable) + "\n")
         (results / "heatmap.svg").write_text(heat_map(comparable))
         print(table(comparable))
-    require_success(benchmark)
+    benchmark.require_success()
     if job.write_back:
-        write_back(benchmark, best(comparable, job.write_back, job.temperature[0]))
+        benchmark.write_back(best(comparable, job.write_back, job.temperature[0]))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from nemo_speculative.config.schema import EvaluateJob
 
 @recipe("evaluate")
 def main(job: EvaluateJob) -> None:
-    from nemo_speculative.evaluation.acceptance import describe
-    from nemo_speculative.evaluation.checkpoint import evaluate_checkpoint
+    from nemo_speculative.evaluation.acceptance import describe, evaluate_checkpoint
 
     evaluation = evaluate_checkpoint(job)
     print(describe(evaluation))

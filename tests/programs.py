@@ -18,7 +18,7 @@ from nemo_speculative.utils.network import free_port
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = [
-    "nemo_speculative.config.app", "nemo_speculative.training.run", "nemo_speculative.evaluation.checkpoint",
+    "nemo_speculative.config.app", "nemo_speculative.training.run", "nemo_speculative.evaluation.acceptance",
     "nemo_speculative.targets.remote.server",
 ]  # fmt: skip
 LOOK_SECONDS = 0.02

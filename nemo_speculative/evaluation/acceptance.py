@@ -1,31 +1,41 @@
 """Acceptance length and speed of a draft on held-out questions, compared with plain decoding and n-gram drafting."""
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.config.schema import EvaluationConfig
+from nemo_speculative.checkpoint.convert import as_servable
+from nemo_speculative.checkpoint.draft_checkpoint import Servable
+from nemo_speculative.config.schema import EvaluateJob, EvaluationConfig, ModelConfig
 from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
 from nemo_speculative.data.chat_template import prompt_ids
-from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, ConversationFile, TokenRow
 from nemo_speculative.decoding.drafters import Drafter, EagleDrafter, NgramDrafter, NoDrafter
 from nemo_speculative.decoding.engine import Generation, generate
 from nemo_speculative.decoding.tau import acceptance_length, acceptance_per_position
 from nemo_speculative.decoding.tree_builder import DynamicTree, StaticTree, TreeBuilder, tree_builder_for
 from nemo_speculative.decoding.verify import Sampling, Verifier, verifier_for
 from nemo_speculative.targets.hf import HFTarget
+from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.utils.devices import choose_device
+from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import Progress
 
-WARMUP_TOKENS = 16
+QUESTIONS = "questions.jsonl"
+"""A run directory's file of held-out questions."""
 TREE_SIZES = (8, 12, 16, 24, 32, 48, 64)
 """Candidates for the number of tokens that are verified at once."""
 
 Prompts = Sequence[Sequence[int]]
+K = TypeVar("K")
 
 
 @dataclass
@@ -69,28 +79,17 @@ class Evaluation:
     plain: Measured
     ngram: Measured
     settings: SpeculativeSettings
-    sampled: bool = False
-    """Whether the answers were sampled, at a temperature above 0."""
-    conditions: str = ""
-    """Sampling, tree and batch size, for the report."""
+    """The settings of the draft's trees."""
+    config: EvaluationConfig = field(default_factory=EvaluationConfig)
 
-    FIGURES = (
-        "tau",
-        "acceptance_per_position",
-        "ngram_tau",
-        "tokens_per_second",
-        "baseline_tokens_per_second",
-        "lossless",
-    )
+    FIGURES = ("tau", "acceptance_per_position", "ngram_tau", "tokens_per_second", "baseline_tokens_per_second",
+               "lossless")  # fmt: skip
     """The keys of ``summary.json`` that other programs may rely on."""
 
     @property
     def lossless(self) -> bool | None:
-        """Whether every answer is, token by token, the one that the target gives without a draft.
-
-        None for sampled answers, which differ by chance.
-        """
-        return None if self.sampled else self.num_identical == len(self.plain.generations)
+        """Whether the answers equal those without a draft, token by token; None for samples, which differ by chance."""
+        return None if self.config.temperature > 0 else self.num_identical == len(self.plain.generations)
 
     @property
     def num_identical(self) -> int:
@@ -115,13 +114,90 @@ class Evaluation:
         }
 
 
+def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
+    """Evaluates ``job.checkpoint``, this project's or another's, with the target, dtype and settings that it records.
+
+    Raises UserError if there is no checkpoint or no question, or the target is not the one that it was trained for.
+    """
+    if job.draft_class:
+        get_class(job.draft_class)  # importing it registers its architecture
+    default = SpeculativeSettings(5, 1, 6)  # for a checkpoint of another project that records no settings
+    servable, _ = as_servable(Path(job.checkpoint), job.target, default, trust_remote_code=job.trust_remote_code)
+    target = _target_of(servable, job)
+    prompts = _prompts(job, servable, target)
+    draft = servable.build(target.device, getattr(torch, servable.provenance.target_dtype))
+    settings = servable.provenance.speculative.with_changes(job.num_steps, job.topk, job.num_draft_tokens)
+    file = _run_file(servable.directory, "config.yaml")
+    run: Any = OmegaConf.to_container(OmegaConf.load(file)) if file else None
+    section = run.get("evaluation") if isinstance(run, dict) else None
+    config = job.evaluation.like(section if isinstance(section, dict) else {})
+    return evaluate_draft(target, draft, prompts, settings, config)
+
+
+def _run_file(model: Path, name: str) -> Path | None:
+    """The file ``name`` of the run directory that contains the checkpoint ``model``."""
+    return next((parent / name for parent in model.resolve().parents if (parent / name).is_file()), None)
+
+
+def _target_of(servable: Servable, job: EvaluateJob) -> HFTarget:
+    provenance = servable.provenance
+    directory = resolve_target(ModelConfig(path=job.target or provenance.target), key="target")
+    target: HFTarget = instantiate(
+        job.backend,
+        path=directory,
+        aux_layers=servable.aux_layers,
+        dtype=getattr(torch, provenance.target_dtype),
+        device=choose_device(job.device, "device"),
+        trust_remote_code=job.trust_remote_code,
+        device_map=job.model.device_map,
+        max_memory=job.model.max_memory,
+    )
+    if target.fingerprint != provenance.target_fingerprint:
+        raise UserError(
+            f"{servable.directory}: trained for another target than {directory} (fingerprint "
+            f"{provenance.target_fingerprint}, found {target.fingerprint}); give its own with target=DIR"
+        )
+    return target
+
+
+def _prompts(job: EvaluateJob, servable: Servable, target: HFTarget) -> list[list[int]]:
+    file = Path(job.questions) if job.questions else _run_file(servable.directory, QUESTIONS)
+    if file is None:
+        raise UserError(
+            f"questions is not set, and {servable.directory} is in no run directory that holds {QUESTIONS}: give "
+            "questions=FILE"
+        )
+    longest = target.config.max_position_embeddings - 2
+    rows = ConversationFile(file, "questions")
+    prompts = question_prompts(rows, job.evaluation.num_questions, longest, target.tokenizer)
+    if not prompts:
+        raise UserError(f"questions: {file} holds none of at most {longest} tokens, which the target's context allows")
+    return prompts
+
+
+def prompt_of(row: Conversation | TokenRow, tokenizer: Any) -> list[int]:
+    """The token ids before the first answer: of a conversation, or up to the first supervised token."""
+    if isinstance(row, TokenRow):
+        return row.input_ids[: row.loss_mask.index(True)] if True in row.loss_mask else list(row.input_ids)
+    roles = [m["role"] for m in row.messages]
+    question = row.messages[: roles.index("assistant")] if "assistant" in roles else row.messages
+    return prompt_ids(tokenizer, question, row.origin) if question else []
+
+
+def question_prompts(
+    rows: Iterable[Conversation | TokenRow], limit: int, max_prompt: int, tokenizer: Any = None
+) -> list[list[int]]:
+    """The prompts of the first ``limit`` rows whose prompt has 1 to ``max_prompt`` tokens."""
+    prompts = (prompt_of(row, tokenizer) for row in rows)
+    return [p for p in prompts if 0 < len(p) <= max_prompt][:limit]
+
+
 def evaluate_draft(
     target: HFTarget, draft: Draft, prompts: Prompts, settings: SpeculativeSettings, config: EvaluationConfig
 ) -> Evaluation:
     """Answers every prompt with the draft, with n-grams and without drafting.
 
-    Raises:
-        UserError: ``settings`` make no tree, or one that is not lossless with the sampling of ``config``.
+    Raises UserError if ``settings`` make no tree, or one that is not lossless with the sampling of ``config``.
     """
     settings, tree_builder = _tree_of(settings, config)
     drafters: dict[str, Drafter] = {
@@ -129,13 +205,8 @@ def evaluate_draft(
         "ngram": NgramDrafter(settings.num_steps, config.ngram),
         "draft": EagleDrafter(draft, target, tree_builder),
     }
-    progress = Progress("measuring", len(prompts))
-    measured = {name: Measured() for name in drafters}
-    for batch in _measure(target, drafters, measured, prompts, config, config.batch_size, _verifier(config, target)):
-        progress.advance(lambda: f"tau {measured['draft'].tau:.2f}", len(batch))
-    progress.close()
-    conditions = _conditions(settings, config)
-    return Evaluation(**measured, settings=settings, sampled=config.temperature > 0, conditions=conditions)
+    measured = _measure(target, drafters, prompts, config, config.batch_size, _verifier(config, target))
+    return Evaluation(**measured, settings=settings, config=config)
 
 
 def measure_tau(
@@ -143,13 +214,11 @@ def measure_tau(
 ) -> float:
     """τ of the draft alone, by which a run chooses its best checkpoint."""
     drafter, verifier = EagleDrafter(draft, target, _tree_of(settings, config)[1]), _verifier(config, target)
-    measured = Measured()
+    generations: list[Generation] = []
     with cpu_threads(config.num_threads):
         for batch in _batches(prompts, config.batch_size):
-            measured.generations += generate(
-                target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier
-            )
-    return measured.tau
+            generations += generate(target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier)
+    return Measured(generations).tau
 
 
 def measure_widths(
@@ -161,14 +230,11 @@ def measure_widths(
     """
     largest = largest_tree(num_steps, topk)
     sizes = sorted({min(size, largest) for size in TREE_SIZES if size > topk})
-    widths = {SpeculativeSettings(num_steps, topk, size): Measured() for size in sizes}
     drafters = {
-        settings: EagleDrafter(draft, target, DynamicTree(num_steps, topk, settings.num_draft_tokens))
-        for settings in widths
+        SpeculativeSettings(num_steps, topk, size): EagleDrafter(draft, target, DynamicTree(num_steps, topk, size))
+        for size in sizes
     }
-    for _ in _measure(target, drafters, widths, prompts, config, batch_size=1, verifier=None):
-        pass
-    return widths
+    return _measure(target, drafters, prompts, config, batch_size=1, verifier=None)
 
 
 def cheapest(widths: Mapping[SpeculativeSettings, Measured]) -> SpeculativeSettings:
@@ -177,28 +243,28 @@ def cheapest(widths: Mapping[SpeculativeSettings, Measured]) -> SpeculativeSetti
 
 
 def _measure(
-    target: HFTarget, drafters: Mapping[Any, Drafter], measured: Mapping[Any, Measured], prompts: Prompts,
-    config: EvaluationConfig, batch_size: int, verifier: Verifier | None,
-) -> Iterator[Prompts]:  # fmt: skip
-    """Adds to ``measured`` the answers of every drafter to each batch, which is yielded then.
-
-    The drafters take turns on every batch, so that noise of the machine affects all of them equally.
-    """
-    batches = _batches(prompts, batch_size)
+    target: HFTarget, drafters: Mapping[K, Drafter], prompts: Prompts, config: EvaluationConfig, batch_size: int,
+    verifier: Verifier | None,
+) -> dict[K, Measured]:  # fmt: skip
+    """The answers of every drafter to all prompts; they take turns, so that machine noise affects all equally."""
+    measured, batches = {name: Measured() for name in drafters}, _batches(prompts, batch_size)
+    *_, last = measured.values()
+    progress = Progress("measuring", len(prompts))
     with cpu_threads(config.num_threads):
         for drafter in drafters.values():  # the first call allocates memory
-            tokens = min(WARMUP_TOKENS, config.answer_tokens)
-            generate(target, drafter, batches[0], max_new_tokens=tokens, verifier=verifier)
+            generate(target, drafter, batches[0], max_new_tokens=min(16, config.answer_tokens), verifier=verifier)
         for batch in batches:
             for name, drafter in drafters.items():
                 started = time.perf_counter()
                 answers = generate(target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier)
                 measured[name].seconds += time.perf_counter() - started
                 measured[name].generations += answers
-            yield batch
+            progress.advance(lambda: f"tau {last.tau:.2f}", len(batch))
+    progress.close()
+    return measured
 
 
-@contextlib.contextmanager
+@contextmanager
 def cpu_threads(number: int | None) -> Iterator[None]:
     """Runs on ``number`` CPU threads; None leaves the setting alone."""
     before = torch.get_num_threads()
@@ -226,34 +292,15 @@ def _batches(prompts: Prompts, size: int) -> list[Prompts]:
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
-def prompt_of(row: Conversation | TokenRow, tokenizer: Any) -> list[int]:
-    """The token ids before the first answer: of a conversation, or up to the first supervised token."""
-    if isinstance(row, TokenRow):
-        return row.input_ids[: row.loss_mask.index(True)] if True in row.loss_mask else list(row.input_ids)
-    roles = [m["role"] for m in row.messages]
-    question = row.messages[: roles.index("assistant")] if "assistant" in roles else row.messages
-    return prompt_ids(tokenizer, question, row.origin) if question else []
-
-
-def question_prompts(rows: Sequence[TokenRow], limit: int, max_prompt: int) -> list[list[int]]:
-    """The prompts of the first ``limit`` rows whose prompt has 1 to ``max_prompt`` tokens."""
-    prompts = (row.input_ids[: row.loss_mask.index(True)] for row in rows)
-    return [p for p in prompts if 0 < len(p) <= max_prompt][:limit]
-
-
-def _conditions(settings: SpeculativeSettings, config: EvaluationConfig) -> str:
-    method = "rejection sampling" if config.rejection_sampling else "the target's samples"
-    sampling = f"temperature {config.temperature:g} ({method})" if config.temperature else "greedy"
-    tree = "EAGLE-1's static tree" if config.static_tree else str(settings)
-    size = "one sequence" if config.batch_size == 1 else f"{config.batch_size} sequences"
-    return f"{sampling}, {tree}, {size} at a time"
-
-
 def describe(evaluation: Evaluation) -> str:
     """A table of the draft, n-gram drafting and plain decoding on the same questions."""
-    plain, total = evaluation.plain, len(evaluation.plain.generations)
+    config, plain, total = evaluation.config, evaluation.plain, len(evaluation.plain.generations)
+    method = "rejection sampling" if config.rejection_sampling else "the target's samples"
+    sampling = f"temperature {config.temperature:g} ({method})" if config.temperature else "greedy"
+    tree = "EAGLE-1's static tree" if config.static_tree else str(evaluation.settings)
+    size = "one sequence" if config.batch_size == 1 else f"{config.batch_size} sequences"
     lines = [
-        f"measured on {total} held-out questions, {evaluation.conditions}",
+        f"measured on {total} held-out questions, {sampling}, {tree}, {size} at a time",
         f"  {'':14}{'tau':>6}{'tau, finished':>15}{'tokens/s':>10}{'speed-up':>10}   accepted at draft position",
     ]
     for name, measured in (("draft", evaluation.draft), ("n-gram", evaluation.ngram), ("plain decoding", plain)):

@@ -1,14 +1,13 @@
 """Client of an SGLang server for benchmarks: streamed answers with their timing and acceptance counts.
 
-It posts token ids to ``/generate`` instead of ``/v1/chat/completions``: benchmarks need the tokens of each chunk and
-the verifications of each answer.  When streaming, 0.5.9's chat endpoint reports no verifications, and that of 0.5.23
-only with a switch that 0.5.9 lacks (from their source); ``/generate`` reports them in both.  The caller renders the
+It posts token ids to ``/generate``, which reports the verifications of a streamed answer.  The chat endpoint of 0.5.9
+does not, and that of 0.5.23 only with a switch that 0.5.9 lacks (from their source).  The caller renders the
 conversation with the tokenizer's own chat template, as the chat endpoint does.
 """
 
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,11 @@ HISTOGRAMS = ("spec_correct_drafts_histogram", "spec_accept_histogram")
 """Name of the histogram in newer and in older versions (0.5.9)."""
 INCREMENTAL = ("incremental_streaming_output", "stream_output")
 """Server settings with which a chunk holds only its new text, not all text so far."""
-BAD_REQUEST = 400
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer with its timing and acceptance counts."""
+    """An answer with its timing and acceptance counts."""
 
     text: str
     prompt_tokens: int
@@ -64,47 +62,33 @@ class Answer:
         return gaps
 
 
-class Client:
-    """Client of the server at ``url``; an ``async with`` block closes its connections.
+class Client(AsyncClient):
+    """An asynchronous client of one SGLang server; see :class:`~nemo_speculative.utils.http.AsyncClient`."""
 
-    Args:
-        api_key: sent as a bearer token.
-        timeout: seconds without data after which a request fails.
-    """
-
-    def __init__(self, url: str, api_key: str | None = None, timeout: float = 600.0):
-        self._http, self._incremental = AsyncClient(url, api_key, timeout=timeout), False
-        self.url = self._http.url
-
-    async def __aenter__(self) -> "Client":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.close()
+    incremental = False
+    """Whether the server's chunks hold only new text; :meth:`server_info` finds out."""
 
     async def server_info(self) -> dict[str, Any]:
-        """The server's version and settings; from them this client learns whether chunks are increments.
+        """The server's version and settings.
 
         Raises:
             UserError: it cannot be reached, refuses the token, or is not SGLang.
         """
-        reply = await self._request("GET", "/server_info")
+        reply = await self.request("GET", "/server_info")
+        self._require_success(reply)
         try:
             info = {"version": reply.json()["version"], **reply.json()}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.url}: /server_info is not answered as by SGLang; expected its url") from None
-        self._incremental = any(info.get(name) for name in INCREMENTAL)
+        self.incremental = any(info.get(name) for name in INCREMENTAL)
         return info
 
     async def flush_cache(self) -> None:
         """Empties the prefix cache, so that no prompt is cheaper the second time."""
-        await self._request("POST", "/flush_cache")
+        self._require_success(await self.request("POST", "/flush_cache"))
 
     async def generate(self, input_ids: Sequence[int], *, temperature: float, max_new_tokens: int) -> Answer:
-        """The answer to a prompt.
-
-        Args:
-            input_ids: the prompt, [L].
+        """The answer to the prompt ``input_ids``.
 
         Raises:
             Refused: the server refuses this prompt, for example because it is longer than its context.
@@ -117,19 +101,25 @@ class Client:
         arrivals: list[tuple[float, int]] = []
         info: dict[str, Any] = {}
         started = time.perf_counter()
-        async for chunk in self._stream("/generate", body):
-            info = chunk["meta_info"]
-            texts.append(chunk["text"])
-            if info["completion_tokens"] > (arrivals[-1][1] if arrivals else 0):
-                arrivals.append((time.perf_counter() - started, info["completion_tokens"]))
+        async with self.stream("POST", "/generate", json=body) as reply:
+            if reply.is_error:
+                await reply.aread()
+                self._require_success(reply)
+            async for line in reply.aiter_lines():
+                if not line.startswith("data:") or line == "data: [DONE]":
+                    continue
+                text, info = self._parse_chunk(line.removeprefix("data:"))
+                texts.append(text)
+                if info["completion_tokens"] > (arrivals[-1][1] if arrivals else 0):
+                    arrivals.append((time.perf_counter() - started, info["completion_tokens"]))
         reason = info.get("finish_reason") or {}
         # The scheduler refuses some requests only after the stream has started.
-        if reason.get("type") == "abort" and reason.get("status_code") == BAD_REQUEST:
+        if reason.get("type") == "abort" and reason.get("status_code") == httpx.codes.BAD_REQUEST:
             raise Refused(f"{self.url}: {reason.get('message')}")
         if reason.get("type") not in ("stop", "length") or not arrivals:
             raise Unreachable(f"{self.url}: the answer broke off ({reason.get('message', 'it has no end')})")
         return Answer(
-            text="".join(texts) if self._incremental else texts[-1],
+            text="".join(texts) if self.incremental else texts[-1],
             prompt_tokens=info["prompt_tokens"],
             completion_tokens=info["completion_tokens"],
             verifications=info.get("spec_verify_ct", 0),
@@ -138,31 +128,17 @@ class Client:
             stopped=reason["type"] == "stop",
         )
 
-    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of a stream of server-sent events."""
-        async with self._http.stream("POST", path, json=body) as reply:
-            if reply.is_error:
-                await reply.aread()
-                self._check(reply)
-            async for line in reply.aiter_lines():
-                if line.startswith("data:") and line != "data: [DONE]":
-                    yield self._chunk(line.removeprefix("data:"))
-
-    def _chunk(self, text: str) -> dict[str, Any]:
+    def _parse_chunk(self, data: str) -> tuple[str, dict[str, Any]]:
+        """Text and ``meta_info`` of a server-sent event."""
         try:
-            chunk: dict[str, Any] = json.loads(text)
+            chunk = json.loads(data)
             if "error" not in chunk:
-                return {"text": chunk["text"], "meta_info": chunk["meta_info"]}
+                return chunk["text"], chunk["meta_info"]
         except (ValueError, KeyError, TypeError):
-            raise Unreachable(f"{self.url}: its stream is not SGLang's ({text:.60})") from None
+            raise Unreachable(f"{self.url}: its stream is not SGLang's ({data:.60})") from None
         error = chunk["error"]
         raise Refused(f"{self.url}: {error.get('message') if isinstance(error, dict) else error}")
 
-    async def _request(self, method: str, path: str) -> httpx.Response:
-        reply = await self._http.request(method, path)
-        self._check(reply)
-        return reply
-
-    def _check(self, reply: httpx.Response) -> None:
+    def _require_success(self, reply: httpx.Response) -> None:
         if reply.is_error:
             raise Refused(f"{self.url}{reply.url.path}: HTTP {reply.status_code}: {reply.text:.200}")

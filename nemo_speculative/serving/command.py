@@ -1,25 +1,30 @@
 """The SGLang command line that serves a checkpoint, derived from what its ``config.json`` records.
 
 A draft that is served with another algorithm or target has all its proposals rejected, without any error.  Target,
-algorithm, dtype and speculative settings are therefore read from the checkpoint instead of being typed.  Needs neither
-SGLang nor the target's weights, imports neither torch nor transformers, and writes nothing.
+algorithm, dtype and speculative settings are therefore read from the checkpoint instead of being typed, and the target
+is compared with the recorded one.  Needs neither SGLang nor the target's weights, imports neither torch nor
+transformers, and writes nothing.
 """
 
 import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.checkpoint.contract import shape_of
 from nemo_speculative.checkpoint.metadata import Provenance, check_not_truncated, find_model, provenance_of, read_config
 from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens, largest_tree, smallest_tree
-from nemo_speculative.serving.versions import NEWEST, check_servable, default_version, flag, require_supported
-from nemo_speculative.utils.errors import UsageError
-from nemo_speculative.utils.sglang import CPU_ENGINE, CPU_ENVIRONMENT, parse_flags
+from nemo_speculative.serving.versions import NEWEST, check_servable, flag, require_supported
+from nemo_speculative.targets.fingerprint import target_fingerprint
+from nemo_speculative.utils.errors import UsageError, UserError
+from nemo_speculative.utils.sglang import CPU_ENGINE, CPU_ENVIRONMENT, installed_version, parse_flags
 
 CPU_FLAGS = (
     # The only backends that can verify draft tokens without a GPU; they call our sgl_kernel.
@@ -39,6 +44,7 @@ OWN_FLAGS = {
     "--cuda-graph-max-bs-decode": "--cuda-graph-max-bs",
 }  # fmt: skip
 """SGLang flags that have an option here: after ``--`` they would occur twice in the command."""
+SIZES = ("hidden_size", "vocab_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 30000
     trust_remote_code: bool = False
-    sglang_version: str = field(default_factory=default_version)
+    sglang_version: str = field(default_factory=lambda: installed_version() or NEWEST)
     """The version that the command is for."""
     cuda_graph_max_bs: int | None = None
     """The largest batch whose decoding is captured in a CUDA graph; None is SGLang's choice."""
@@ -85,19 +91,8 @@ class ServeOptions:
     @property
     def api_key(self) -> str | None:
         """The key that SGLang will require from clients, if one is set after ``--``."""
-        flags = dict(zip(self.extra, self.extra[1:], strict=False))
-        joined = (word.removeprefix("--api-key=") for word in self.extra if word.startswith("--api-key="))
-        return next(joined, flags.get("--api-key"))
-
-
-@dataclass(frozen=True)
-class RecordedSettings:
-    """Serving settings recorded in a checkpoint's ``config.json``."""
-
-    algorithm: str
-    """SGLang's name of the algorithm."""
-    shape: Any
-    provenance: Provenance
+        words = [part for word in self.extra for part in word.split("=", 1)]
+        return dict(pairwise(words)).get("--api-key")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -105,11 +100,10 @@ def _require(holds: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def _check_speculative(values: SpeculativeSettings) -> None:
-    steps, topk, tokens = values.num_steps, values.topk, values.num_draft_tokens
+def _check_speculative(settings: SpeculativeSettings) -> None:
+    steps, topk, tokens = settings.num_steps, settings.topk, settings.num_draft_tokens
     for name, value in (("--num-steps", steps), ("--topk", topk), ("--num-draft-tokens", tokens)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole and value >= 1, f"{name} is {value!r}: expected a whole number, at least 1")
+        _require(type(value) is int and value >= 1, f"{name} is {value!r}: expected a whole number, at least 1")
     _require(
         topk > 1 or tokens == steps + 1,
         f"--num-draft-tokens is {tokens}: with top-k 1 it is --num-steps + 1 = {steps + 1}; leave it out",
@@ -137,16 +131,19 @@ def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
     values = {key: value for key, value in (overrides or {}).items() if value is not None}
     model = Path(os.path.abspath(find_model(path)))
     check_not_truncated(model)
-    recorded = read_recorded_settings(model)
-    algorithm = values.pop("algorithm", recorded.algorithm)
-    if algorithm != recorded.algorithm:
-        raise UsageError(f"--algorithm is {algorithm}: {model} is a checkpoint for {recorded.algorithm}; leave it out")
-    speculative = _speculative_settings(recorded.provenance.speculative, values)
-    target = str(values.pop("target", recorded.provenance.target))
+    recorded, shape, provenance = read_recorded_settings(model)
+    algorithm = values.pop("algorithm", recorded)
+    _require(algorithm == recorded, f"--algorithm is {algorithm}: {model} is a checkpoint for {recorded}; leave it out")
+    changes = {name: values.pop(name) for name in asdict(provenance.speculative) if name in values}
+    speculative = replace(provenance.speculative, **changes)
+    if changes and "num_draft_tokens" not in changes:
+        tokens = default_draft_tokens(speculative.num_steps, speculative.topk)
+        speculative = replace(speculative, num_draft_tokens=tokens)
+    target = str(values.pop("target", provenance.target))
     _require(bool(target), "--target is empty: expected a directory or a hub name")
     directory = Path(target).expanduser()
     # The stand-in kernels are tested in float32 only.
-    dtype = "float32" if values.get("device") == "cpu" else recorded.provenance.target_dtype
+    dtype = "float32" if values.get("device") == "cpu" else provenance.target_dtype
     options = ServeOptions(
         draft=model,
         target=os.path.abspath(directory) if directory.is_dir() else target,
@@ -154,18 +151,18 @@ def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
         speculative=speculative,
         **{"dtype": dtype, **values},
     )
-    check_servable(recorded.shape, options.sglang_version, "--sglang-version")
-    entries = getattr(recorded.shape, "draft_vocab_size", None) or recorded.shape.vocab_size
+    check_servable(shape, options.sglang_version, "--sglang-version")
+    entries = getattr(shape, "draft_vocab_size", None) or shape.vocab_size
     _require(
-        not options.rejection_sampling or entries == recorded.shape.vocab_size,
-        f"--rejection-sampling: the draft has {entries} of the target's {recorded.shape.vocab_size} tokens, and SGLang "
-        "compares probabilities of all of them: leave it out, or train with draft.vocab_size=full",
+        not options.rejection_sampling or entries == shape.vocab_size,
+        f"--rejection-sampling: the draft has {entries} of the target's {shape.vocab_size} tokens, and SGLang compares "
+        "probabilities of all of them: leave it out, or train with draft.vocab_size=full",
     )
     return options
 
 
-def read_recorded_settings(model: Path) -> RecordedSettings:
-    """The serving settings of the checkpoint in ``model``.
+def read_recorded_settings(model: Path) -> tuple[str, DraftShape, Provenance]:
+    """SGLang's name of the algorithm, the draft's shape and provenance, as the checkpoint in ``model`` records them.
 
     Raises:
         UserError: its ``config.json`` is malformed.
@@ -183,18 +180,58 @@ def read_recorded_settings(model: Path) -> RecordedSettings:
     for name in ("target", "target_dtype"):
         value = getattr(provenance, name)
         _require(isinstance(value, str) and bool(value), f"{file}: malformed, {name} is {value!r}, expected a text")
-    return RecordedSettings(contract.algorithm, shape, provenance)
+    return contract.algorithm, shape, provenance
 
 
-def _speculative_settings(recorded: SpeculativeSettings, overrides: dict[str, Any]) -> SpeculativeSettings:
-    """Merges the speculative settings of ``overrides``, which are removed from it, into the recorded ones."""
-    changed = overrides.keys() & {"num_steps", "topk"}
-    steps, topk = overrides.pop("num_steps", recorded.num_steps), overrides.pop("topk", recorded.topk)
-    # Before a derived number of draft tokens can be blamed for them.
-    _require(steps >= 1, f"--num-steps is {steps}: it must be at least 1")
-    _require(topk >= 1, f"--topk is {topk}: it must be at least 1")
-    tokens = default_draft_tokens(steps, topk) if changed else recorded.num_draft_tokens
-    return SpeculativeSettings(steps, topk, overrides.pop("num_draft_tokens", tokens))
+def check_target(options: ServeOptions, variant: bool = False) -> None:
+    """Refuses a directory that holds another model than the draft was trained for; a hub name is not looked up.
+
+    Args:
+        variant: accept other weights of the same shape, such as a quantized copy.
+
+    Raises:
+        UserError: the directory holds another model, or none.
+    """
+    directory = Path(options.target)
+    if not directory.is_dir():
+        return
+    _, shape, provenance = read_recorded_settings(options.draft)
+    sizes = _target_sizes(directory, options.trust_remote_code)
+    expected = {"hidden_size": getattr(shape, "target_hidden_size", shape.hidden_size), "vocab_size": shape.vocab_size}
+    differences = [f"{key} is {sizes[key]}, expected {value}" for key, value in expected.items() if sizes[key] != value]
+    # SGLang captures a layer's output as the input of the next one.
+    min_layers = max(getattr(shape, "aux_layers", (-2,))) + 2
+    if sizes["num_hidden_layers"] < min_layers:
+        differences.append(f"num_hidden_layers is {sizes['num_hidden_layers']}, expected at least {min_layers}")
+    _require(
+        not differences,
+        f"--target {directory}: not the model that {options.draft} was trained for ({'; '.join(differences)}); give "
+        f"that one, recorded as {provenance.target}",
+    )
+    fingerprint = target_fingerprint(directory)
+    _require(
+        variant or fingerprint == provenance.target_fingerprint,
+        f"--target {directory}: its configuration or weights are not those that {options.draft} was trained for "
+        f"(fingerprint {provenance.target_fingerprint}, found {fingerprint}); give that model, or add --target-variant "
+        "if this is a copy of it, such as a quantized one",
+    )
+
+
+def _target_sizes(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Sizes of the (text) model in ``directory``.
+
+    Read from ``config.json`` itself where it states them under these names; transformers, which is slow to import,
+    resolves the other cases (defaults, other names, nested configurations).
+    """
+    with suppress(UserError):  # transformers states the reason
+        config = read_config(directory)
+        nested = any(isinstance(value, dict) and "hidden_size" in value for value in config.values())
+        if not nested and all(type(config.get(key)) is int for key in SIZES):
+            return {key: config[key] for key in SIZES}
+    from nemo_speculative.targets.embedding_and_head import text_config
+
+    resolved = text_config(directory, trust_remote_code)
+    return {key: getattr(resolved, key) for key in SIZES}
 
 
 def serve_command(options: ServeOptions, python: str = "python") -> list[str]:
@@ -203,22 +240,10 @@ def serve_command(options: ServeOptions, python: str = "python") -> list[str]:
 
 
 def serve_flags(options: ServeOptions) -> list[str]:
-    """The flags for SGLang's own parser.
-
-    Raises:
-        UsageError: the version of SGLang has no flag for an option.
-    """
-    words = [
-        "--model-path", options.target,
-        "--speculative-algorithm", options.algorithm,
-        "--speculative-draft-model-path", str(options.draft),
-        "--speculative-num-steps", str(options.speculative.num_steps),
-        "--speculative-eagle-topk", str(options.speculative.topk),
-        "--speculative-num-draft-tokens", str(options.speculative.num_draft_tokens),
-        "--dtype", options.dtype,
-        "--host", options.host,
-        "--port", str(options.port),
-    ]  # fmt: skip
+    """The flags for SGLang's own parser; raises UsageError if its version has no flag for an option."""
+    words = []
+    for name, value in _settings(options).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     if options.tp_size > 1:
         words += ["--tp-size", str(options.tp_size)]
     if options.trust_remote_code:
@@ -230,6 +255,42 @@ def serve_flags(options: ServeOptions) -> list[str]:
     if options.device == "cpu":
         words += [flag("--device cpu", options.sglang_version), "cpu", *CPU_FLAGS]
     return [*words, *options.extra]
+
+
+def _settings(options: ServeOptions) -> dict[str, Any]:
+    """The settings that every command has, by their name in SGLang."""
+    return {
+        "model_path": options.target,
+        "speculative_algorithm": options.algorithm,
+        "speculative_draft_model_path": str(options.draft),
+        "speculative_num_steps": options.speculative.num_steps,
+        "speculative_eagle_topk": options.speculative.topk,
+        "speculative_num_draft_tokens": options.speculative.num_draft_tokens,
+        "dtype": options.dtype,
+        "host": options.host,
+        "port": options.port,
+    }
+
+
+def parsed_settings(options: ServeOptions) -> dict[str, Any]:
+    """Dry run: the settings that matter to a draft, as SGLang's own parser reads them from the command.
+
+    Raises:
+        UsageError: SGLang cannot be imported, refuses the command, or reads another value than was meant.
+    """
+    try:
+        parsed = parse_flags(serve_flags(options), "the command")
+    except ImportError as error:
+        raise UsageError(f"SGLang cannot be imported ({error}); install it as docs/serving.md says") from None
+    settings = {**_settings(options), "tp_size": options.tp_size, "trust_remote_code": options.trust_remote_code}
+    for name, expected in settings.items():
+        value = getattr(parsed, name)
+        _require(
+            value == expected,
+            f"SGLang reads {name} as {value!r}, and {expected!r} was meant: look after -- for a flag that it takes for "
+            "this one",
+        )
+    return settings
 
 
 def serve_environment(options: ServeOptions) -> dict[str, str]:
@@ -250,45 +311,8 @@ def shell_line(options: ServeOptions) -> str:
     return " ".join([*assignments, shlex.join(serve_command(options, python))])
 
 
-def parsed_settings(options: ServeOptions) -> dict[str, Any]:
-    """Dry run: the settings that matter to a draft, as SGLang's own parser reads them from the command.
-
-    Raises:
-        UsageError: SGLang cannot be imported, refuses the command, or reads another value than was meant.
-    """
-    try:
-        parsed = parse_flags(serve_flags(options), "the command")
-    except ImportError as error:
-        raise UsageError(f"SGLang cannot be imported ({error}); install it as docs/serving.md says") from None
-    expected = {
-        "model_path": options.target,
-        "speculative_algorithm": options.algorithm,
-        "speculative_draft_model_path": str(options.draft),
-        "speculative_num_steps": options.speculative.num_steps,
-        "speculative_eagle_topk": options.speculative.topk,
-        "speculative_num_draft_tokens": options.speculative.num_draft_tokens,
-        "dtype": options.dtype,
-        "tp_size": options.tp_size,
-        "host": options.host,
-        "port": options.port,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    settings = {name: getattr(parsed, name) for name in expected}
-    for name, value in settings.items():
-        if value != expected[name]:
-            raise UsageError(
-                f"SGLang reads {name} as {value!r}, and {expected[name]!r} was meant: look after -- for a flag that it "
-                "takes for this one"
-            )
-    return settings
-
-
 def sglang_command(model_dir: Path) -> str:
-    """The line that serves the checkpoint in ``model_dir`` on an accelerator, with its recorded settings.
-
-    Raises:
-        UserError: it is not a checkpoint of this project.
-    """
+    """The line that serves the checkpoint in ``model_dir`` on an accelerator, with its recorded settings."""
     # The version installed for training does not matter: no flag of this line differs between versions.
     return shell_line(from_checkpoint(model_dir, {"sglang_version": NEWEST}))
 

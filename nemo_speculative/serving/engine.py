@@ -5,45 +5,33 @@ subprocess, which is this module run as a program:
 
     python -m nemo_speculative.serving.engine DESCRIPTOR FLAG …       (the flags of sglang.launch_server)
 
-It reads ``{"prompts", "max_new_tokens"}`` from standard input and writes one JSON object per line to the open file
-DESCRIPTOR: ``{}`` when it is ready, then ``{"text", "tokens", "verifications"}`` for each prompt, or ``{"error"}``.
+DESCRIPTOR is one end of a :func:`multiprocessing.Pipe`; its messages are JSON.  The program receives ``{"prompts",
+"max_new_tokens"}`` and sends ``{}`` when it is ready, then ``{"text", "tokens", "verifications"}`` for each prompt, or
+``{"error"}``.
 """
 
 import json
 import os
-import select
 import sys
-import tempfile
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nemo_speculative.decoding.tau import acceptance_length
 from nemo_speculative.serving.command import ServeOptions, serve_environment, serve_flags
 from nemo_speculative.serving.server import STOP_SECONDS, SGLangProcess
 from nemo_speculative.utils.errors import UserError
 
-READ_BYTES = 1 << 16
 
-
-@dataclass(frozen=True)
-class EngineAnswer:
+class EngineAnswer(NamedTuple):
     """Text and counts of one answer."""
 
     text: str
     tokens: int
     verifications: int
     """Zero where the prefill alone finished the answer."""
-
-    @property
-    def statistics(self) -> str:
-        """The counts in words; acceptance length is SGLang's: tokens, the prefill's included, per verification."""
-        tau = acceptance_length(self.tokens, self.verifications)
-        length = f", acceptance length {tau:.2f}" if tau else ""
-        return f"{self.tokens} tokens in {self.verifications} verifications{length}"
 
 
 def engine_answers(
@@ -59,69 +47,40 @@ def engine_answers(
         ServerError: the engine did not start, died, or does not answer.
         UserError: the chat template rejects a prompt.
     """
-    reading, writing = os.pipe()
-    with tempfile.TemporaryFile("w+") as request, os.fdopen(reading, "rb", buffering=0):
-        json.dump({"prompts": prompts, "max_new_tokens": max_new_tokens}, request)
-        request.flush()
-        request.seek(0)
-        command = [sys.executable, "-m", __name__, str(writing), *serve_flags(options)]
-        try:
-            process = SGLangProcess(command, serve_environment(options), log, stdin=request, pass_fds=(writing,))
-        finally:
-            os.close(writing)  # the subprocess holds the only copy, so that its death ends the file
+    connection, remote = Pipe()
+    with connection:
+        with remote:  # the subprocess holds the only copy, so that its death closes the pipe
+            command = [sys.executable, "-m", __name__, str(remote.fileno()), *serve_flags(options)]
+            process = SGLangProcess(command, serve_environment(options), log, pass_fds=(remote.fileno(),))
         with process:
-            lines = _Lines(reading)
-            _next_object(lines, process, timeout, "ready")
+            with suppress(BrokenPipeError):  # a subprocess that died is reported below
+                connection.send_bytes(json.dumps({"prompts": prompts, "max_new_tokens": max_new_tokens}).encode())
+            _receive(connection, process, timeout, "ready")
             for _ in prompts:
-                yield EngineAnswer(**_next_object(lines, process, timeout, "done with its answer"))
-            with suppress(TimeoutError):
-                lines.next(STOP_SECONDS)  # end of file: the engine has ended its own processes
+                yield EngineAnswer(**_receive(connection, process, timeout, "done with its answer"))
+            connection.poll(STOP_SECONDS)  # until it is closed: the engine has ended its own processes
 
 
-class _Lines:
-    """Lines of a pipe, read with a timeout."""
-
-    def __init__(self, descriptor: int):
-        self._descriptor, self._buffer = descriptor, b""
-
-    def next(self, timeout: float) -> bytes:
-        """The next complete line; empty at the end of the file.
-
-        Raises:
-            TimeoutError: it did not come within ``timeout`` seconds.
-        """
-        deadline = time.monotonic() + timeout
-        while b"\n" not in self._buffer:
-            if not select.select([self._descriptor], [], [], max(deadline - time.monotonic(), 0))[0]:
-                raise TimeoutError
-            if not (read := os.read(self._descriptor, READ_BYTES)):
-                return b""  # drops a line that the writer's death cut off
-            self._buffer += read
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-
-def _next_object(lines: _Lines, process: SGLangProcess, timeout: float, state: str) -> dict[str, Any]:
-    """The subprocess's next object; ``state`` says in errors what was waited for."""
+def _receive(connection: Connection, process: SGLangProcess, timeout: float, state: str) -> dict[str, Any]:
+    """The subprocess's next message; ``state`` says in errors what was waited for."""
     try:
-        line = lines.next(timeout)
-    except TimeoutError:
-        raise process.failure(f"SGLang was not {state} after {timeout:g} s") from None
-    if not line:
-        raise process.exit_error(f"before it was {state}")
-    content = json.loads(line)
-    if "error" in content:
-        raise UserError(content["error"])
-    return content
+        if not connection.poll(timeout):
+            raise process.failure(f"SGLang was not {state} after {timeout:g} s")
+        message = json.loads(connection.recv_bytes())
+    except (EOFError, OSError):  # closed, or cut off in the middle of a message
+        raise process.exit_error(f"before it was {state}") from None
+    if "error" in message:
+        raise UserError(message["error"])
+    return message
 
 
 def main(descriptor: str, *flags: str) -> None:
-    """The program that runs the engine."""
+    """Runs the engine; the program of this module."""
     os.set_inheritable(int(descriptor), False)
-    request = json.load(sys.stdin)
-    with os.fdopen(int(descriptor), "w", buffering=1) as out:
-        for line in _run_engine(list(flags), request["prompts"], request["max_new_tokens"]):
-            out.write(json.dumps(line) + "\n")
+    with Connection(int(descriptor)) as connection:
+        request = json.loads(connection.recv_bytes())
+        for message in _run_engine(list(flags), request["prompts"], request["max_new_tokens"]):
+            connection.send_bytes(json.dumps(message).encode())
 
 
 def _run_engine(flags: list[str], prompts: list[str], max_new_tokens: int) -> Iterator[dict[str, Any]]:
@@ -138,7 +97,6 @@ def _run_engine(flags: list[str], prompts: list[str], max_new_tokens: int) -> It
             ids = prompt_ids(engine.tokenizer_manager.tokenizer, [{"role": "user", "content": prompt}], "--prompt")
             result = engine.generate(input_ids=ids, sampling_params=sampling)
             info = result["meta_info"]
-            # Left out where the prefill alone finished the answer.
             verifications = info.get("spec_verify_ct", 0)
             yield {"text": result["text"], "tokens": info["completion_tokens"], "verifications": verifications}
     except UserError as error:

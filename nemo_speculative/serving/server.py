@@ -1,17 +1,19 @@
 """SGLang as a subprocess: started, polled until healthy, smoke-tested, stopped with all its children."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from nemo_speculative.utils.errors import UsageError, UserError, describe_error
 from nemo_speculative.utils.network import bind_socket
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
 
 STOP_SECONDS = 20.0
 LAST_LINES = 30
@@ -40,27 +42,26 @@ class SGLangProcess:
         command: the program and its arguments.
         environment: variables to set in addition to those of this process.
         log: the file that receives all its output.
-        popen: further arguments of :class:`subprocess.Popen`.
+        pass_fds: file descriptors that it inherits.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, **popen: Any):
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, pass_fds: Sequence[int] = ()):
         self.log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
                 env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a process group of its own, so that all of it can be ended
-                **{"stdin": subprocess.DEVNULL, **popen},
+                pass_fds=pass_fds,
             )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def exit_error(self, when: str) -> ServerError:
@@ -74,31 +75,19 @@ class SGLangProcess:
 
     def stop(self) -> None:
         """Terminates the process, which ends its children; then kills what is left of its process group."""
-        # Not the group: SGLang takes a child that exits first for a crash, and spends seconds on diagnosing it.
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-class SmokeTest(NamedTuple):
-    """Counts of the first answer of a server."""
-
-    tokens: int
-    verifications: int
+        try:
+            # Not the group: SGLang takes a child that exits first for a crash, and spends seconds on diagnosing it.
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        finally:  # also when a Ctrl-C ends the wait
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 class Server(SGLangProcess):
-    """A running server; leaving the ``with`` block ends it and every process that it started.
-
-    Args:
-        command: the program and its arguments.
-        environment: variables to set in addition to those of this process.
-        host, port: the address that it will listen on.
-        log: the file that receives all its output.
-    """
+    """A running server that listens on ``host`` and ``port``; see :class:`SGLangProcess`."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], host: str, port: int, log: Path):
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -106,69 +95,55 @@ class Server(SGLangProcess):
         super().__init__(command, environment, log)
 
     def wait_until_healthy(self, timeout: float) -> None:
-        """Returns when ``/health`` answers.
-
-        Raises:
-            ServerError: the server ended, or did not answer within ``timeout`` seconds.
-        """
+        """Returns when ``/health`` answers; raises ServerError if the server ended, or after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
-        while not self._healthy():
+        while True:
+            with suppress(UserError):  # not reachable yet
+                if self._request("GET", "/health", timeout=HEALTH_SECONDS).status == HTTP_OK:
+                    return
             if self._process.poll() is not None:
                 raise self.exit_error("before it was ready")
             if time.monotonic() > deadline:
                 raise self.failure(f"SGLang was not ready after {timeout:g} s")
             time.sleep(POLL_SECONDS)
 
-    def smoke_test(self, timeout: float, api_key: str | None = None) -> SmokeTest:
+    def smoke_test(self, timeout: float, api_key: str | None = None) -> tuple[int, int]:
         """Generates a few tokens, because a healthy server may have loaded no draft.
+
+        Returns:
+            The tokens and the verifications of the answer.
 
         Raises:
             ServerError: no token came within ``timeout`` seconds, or no draft was verified for them.
         """
-        # Slow to import, and not needed to print a command.
-        from nemo_speculative.utils.http import Client, Unauthorized, Unreachable
-
         try:
-            with Client(self.url, api_key, timeout=timeout) as client:
-                response = client.request("POST", "/generate", json=SMOKE_REQUEST)
+            response = self._request("POST", "/generate", api_key, timeout=timeout, json=SMOKE_REQUEST)
             if response.status != HTTP_OK:
                 raise ValueError(f"HTTP {response.status}")
             info = response.json()["meta_info"]
-            result = SmokeTest(info["completion_tokens"], info.get("spec_verify_ct", 0))
-        except (Unreachable, Unauthorized, ValueError, KeyError, TypeError) as error:
+            tokens, verifications = info["completion_tokens"], info.get("spec_verify_ct", 0)
+        except (UserError, ValueError, KeyError, TypeError) as error:
             raise self.failure(f"SGLang is up but does not answer /generate ({describe_error(error)})") from None
-        if result.tokens < 1:
+        if tokens < 1:
             raise self.failure("SGLang is up but answers with no token")
-        if result.verifications < 1:
-            raise self.failure(
-                f"SGLang answered with {result.tokens} tokens and verified no draft: it serves without it"
-            )
-        return result
+        if verifications < 1:
+            raise self.failure(f"SGLang answered with {tokens} tokens and verified no draft: it serves without it")
+        return tokens, verifications
 
-    def wait(self) -> None:
-        """Blocks until the server ends by itself, which is an error.
-
-        Raises:
-            ServerError: always.
-        """
-        self._process.wait()
+    def wait(self) -> NoReturn:
+        """Blocks until the server ends by itself, which raises a ServerError."""
         raise self.exit_error("while it served")
 
-    def _healthy(self) -> bool:
-        from nemo_speculative.utils.http import Client, Unauthorized, Unreachable
+    def _request(
+        self, method: str, path: str, api_key: str | None = None, *, timeout: float, **body: Any
+    ) -> "BaseHTTPResponse":
+        from nemo_speculative.utils.http import Client  # slow to import, and not needed to print a command
 
-        try:
-            with Client(self.url, timeout=HEALTH_SECONDS) as client:
-                return client.request("GET", "/health").status == HTTP_OK
-        except (Unreachable, Unauthorized):
-            return False
+        with Client(self.url, api_key, timeout=timeout) as client:
+            return client.request(method, path, **body)
 
 
 def require_free(host: str, port: int, description: str | None = None) -> None:
-    """Refuses an address that cannot be listened on; errors call it ``description``, by default serve_sglang's flags.
-
-    Raises:
-        UsageError: the port is busy, or the host is not one of this machine's.
-    """
+    """Raises UsageError if it is not possible to listen on the address, which the error calls ``description``."""
     with bind_socket(host, port, description or f"--host {host} --port {port}", UsageError):
         pass

@@ -3,15 +3,10 @@
 from typing import Any
 
 from nemo_speculative.utils.errors import UsageError, UserError
-from nemo_speculative.utils.sglang import installed_version
 
 OLDEST, NEWEST = "0.5.9", "0.5.23"
 EXPORTER_KEY = "exporter.sglang_version"
-SINCE = {
-    "fc_norm": "0.5.14",
-    "norm_output": "0.5.14",
-    "norm_before_fc": "0.5.17",
-}
+SINCE = {"fc_norm": "0.5.14", "norm_output": "0.5.14", "norm_before_fc": "0.5.17"}
 """The first of these versions that applies a switch of the draft."""
 SEVERAL_LAYERS = "0.5.14"
 """The first version that serves EAGLE-3 drafts of more than one layer."""
@@ -25,28 +20,15 @@ FLAGS = {
 
 
 def flag(option: str, sglang: str) -> str:
-    """The flag that version ``sglang`` has for ``option``, one of :data:`FLAGS`.
-
-    Raises:
-        UsageError: it has none.
-    """
+    """The flag of version ``sglang`` for ``option``, one of :data:`FLAGS`; raises UsageError if it has none."""
     known = [name for since, name in FLAGS[option].items() if parse_version(since) <= parse_version(sglang)]
     if not known:
         raise UsageError(f"{option} takes SGLang {next(iter(FLAGS[option]))} or later, and this is for {sglang}")
     return known[-1]
 
 
-def default_version() -> str:
-    """The installed version, else the newest supported one."""
-    return installed_version() or NEWEST
-
-
 def require_supported(sglang: str) -> None:
-    """Refuses a version outside the supported range.
-
-    Raises:
-        UsageError: it is outside.
-    """
+    """Raises UsageError for a version outside the supported range."""
     if not parse_version(OLDEST) <= parse_version(sglang, "--sglang-version") <= parse_version(NEWEST):
         raise UsageError(
             f"SGLang {sglang} is not supported, only {OLDEST} to {NEWEST}: install one of these, or name the one that "
@@ -83,11 +65,7 @@ def check_servable(shape: Any, sglang: str, key: str = EXPORTER_KEY) -> None:
 
 
 def parse_version(sglang: str, key: str = EXPORTER_KEY) -> tuple[int, ...]:
-    """``0.5.23`` as a tuple of numbers; errors name the option ``key``.
-
-    Raises:
-        UserError: it is not a version.
-    """
+    """``0.5.23`` as a tuple of numbers; raises UserError, which names the option ``key``, if it is not a version."""
     try:
         return tuple(int(part) for part in sglang.split(".")[:3])
     except ValueError:

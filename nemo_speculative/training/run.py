@@ -23,9 +23,15 @@ from nemo_speculative.distributed.parallelism import (
     on_first_rank,
     process_group,
 )
-from nemo_speculative.evaluation.acceptance import Evaluation, cheapest, describe_widths, evaluate_draft, measure_widths
+from nemo_speculative.evaluation.acceptance import (
+    QUESTIONS,
+    Evaluation,
+    cheapest,
+    describe_widths,
+    evaluate_draft,
+    measure_widths,
+)
 from nemo_speculative.evaluation.acceptance import describe as describe_evaluation
-from nemo_speculative.evaluation.checkpoint import QUESTIONS
 from nemo_speculative.serving.command import sglang_command
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget

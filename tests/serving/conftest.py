@@ -96,7 +96,7 @@ class Engine:
         if os.environ.get("FAKE_SGLANG") == "hang after ready":
             signal.pause()
         if os.environ.get("FAKE_SGLANG") == "die in an answer":
-            os.write(int(sys.argv[1]), b'{"text": "half of')
+            os.write(int(sys.argv[1]), (99).to_bytes(4, "big") + b'{"text": "half of')
             os.kill(os.getpid(), signal.SIGKILL)
         tokens = sampling_params["max_new_tokens"]
         info = {"completion_tokens": tokens} | ({"spec_verify_ct": 4} if tokens > 1 else {})

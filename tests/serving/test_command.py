@@ -53,9 +53,9 @@ def test_the_command_has_the_recorded_settings(capsys, run_dir, without_sglang):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [".", "checkpoints/step_3", "checkpoints/step_3/model", "checkpoints/best"])
-def test_run_step_and_model_directories_are_accepted(capsys, run_dir, model_dir, given):
-    words = printed(capsys, "--draft", str(run_dir / given))
+@pytest.mark.parametrize("arguments", [".", "checkpoints/step_3", "checkpoints/step_3/model", "checkpoints/best"])
+def test_run_step_and_model_directories_are_accepted(capsys, run_dir, model_dir, arguments):
+    words = printed(capsys, "--draft", str(run_dir / arguments))
     assert Path(value(words, "--speculative-draft-model-path")).resolve() == model_dir.resolve()
 
 
@@ -91,9 +91,9 @@ def test_options_override_recorded_settings(capsys, run_dir):
     assert "--trust-remote-code" in words
 
 
-@pytest.mark.parametrize(("given", "tokens"), [(["--num-steps", "2"], "3"), (["--topk", "4"], "21")])
-def test_the_number_of_draft_tokens_is_derived_from_steps_and_topk(capsys, run_dir, given, tokens):
-    assert value(printed(capsys, "--draft", str(run_dir), *given), "--speculative-num-draft-tokens") == tokens
+@pytest.mark.parametrize(("arguments", "tokens"), [(["--num-steps", "2"], "3"), (["--topk", "4"], "21")])
+def test_the_number_of_draft_tokens_is_derived_from_steps_and_topk(capsys, run_dir, arguments, tokens):
+    assert value(printed(capsys, "--draft", str(run_dir), *arguments), "--speculative-num-draft-tokens") == tokens
 
 
 def test_words_after_two_dashes_are_passed_to_sglang(capsys, run_dir):
@@ -117,43 +117,45 @@ def test_a_flag_has_the_name_that_the_version_knows(capsys, run_dir, version, gr
 
 
 def test_rejection_sampling_needs_a_version_that_has_it(capsys, run_dir):
-    given = ["--draft", str(run_dir), "--rejection-sampling"]
-    assert "--speculative-use-rejection-sampling" in printed(capsys, *given, "--sglang-version", "0.5.14")
-    assert "--rejection-sampling takes SGLang 0.5.14 or later" in refused(capsys, *given, "--sglang-version", "0.5.13")
-    assert "add --topk 1" in refused(capsys, *given, "--topk", "2")
-    assert "--device cpu" in refused(capsys, *given, "--device", "cpu")
+    arguments = ["--draft", str(run_dir), "--rejection-sampling"]
+    assert "--speculative-use-rejection-sampling" in printed(capsys, *arguments, "--sglang-version", "0.5.14")
+    assert "--rejection-sampling takes SGLang 0.5.14 or later" in refused(
+        capsys, *arguments, "--sglang-version", "0.5.13"
+    )
+    assert "add --topk 1" in refused(capsys, *arguments, "--topk", "2")
+    assert "--device cpu" in refused(capsys, *arguments, "--device", "cpu")
 
 
 def test_rejection_sampling_needs_the_whole_vocabulary(capsys, run_dir, write_draft):
     write_draft(draft_vocab_size=12)
-    said = refused(capsys, "--draft", str(run_dir), "--rejection-sampling")
-    assert "12 of the target's 16 tokens" in said and "draft.vocab_size=full" in said
+    error = refused(capsys, "--draft", str(run_dir), "--rejection-sampling")
+    assert "12 of the target's 16 tokens" in error and "draft.vocab_size=full" in error
     write_draft(draft_vocab_size=None)  # the target's own head
     assert "--speculative-use-rejection-sampling" in printed(capsys, "--draft", str(run_dir), "--rejection-sampling")
 
 
 @pytest.mark.parametrize(
-    ("changed", "version", "named"),
+    ("changed", "version", "message"),
     [
         ({"fc_norm": True}, "0.5.13", "draft.fc_norm=true cannot be served by SGLang 0.5.13; 0.5.14 and later can"),
         ({"norm_before_fc": True}, "0.5.14", "draft.norm_before_fc=true cannot be served by SGLang 0.5.14"),
         ({"num_layers": 2}, "0.5.9", "draft.num_layers=2 cannot be served by SGLang 0.5.9"),
     ],
 )
-def test_a_draft_that_the_version_cannot_serve_is_refused(capsys, run_dir, write_draft, changed, version, named):
+def test_a_draft_that_the_version_cannot_serve_is_refused(capsys, run_dir, write_draft, changed, version, message):
     write_draft(**changed)
-    said = refused(capsys, "--draft", str(run_dir), "--print-only", "--sglang-version", version)
-    assert named in said and "set --sglang-version" in said
+    error = refused(capsys, "--draft", str(run_dir), "--print-only", "--sglang-version", version)
+    assert message in error and "set --sglang-version" in error
     printed(capsys, "--draft", str(run_dir), "--sglang-version", "0.5.17")
 
 
 @pytest.mark.parametrize(
-    ("version", "named"),
+    ("version", "message"),
     [("0.5.8", "SGLang 0.5.8 is not supported, only 0.5.9 to 0.5.23"), ("0.5.24", "0.5.24 is not supported"),
      ("1.0.0", "1.0.0 is not supported"), ("latest", "--sglang-version is 'latest'")],
 )  # fmt: skip
-def test_an_unsupported_version_is_refused(capsys, run_dir, version, named):
-    assert named in refused(capsys, "--draft", str(run_dir), "--print-only", "--sglang-version", version)
+def test_an_unsupported_version_is_refused(capsys, run_dir, version, message):
+    assert message in refused(capsys, "--draft", str(run_dir), "--print-only", "--sglang-version", version)
 
 
 def test_the_installed_version_is_the_default(capsys, run_dir, fake_sglang, monkeypatch):
@@ -171,10 +173,10 @@ def test_the_command_that_training_prints_does_not_depend_on_the_installed_versi
 
 
 def test_another_version_than_the_installed_one_is_only_printed(capsys, run_dir, fake_sglang):
-    given = ["--draft", str(run_dir), "--sglang-version", "0.5.14"]
-    assert "0.5.23 is installed here" in refused(capsys, *given)
-    assert "0.5.23 is installed here" in refused(capsys, *given, "--dry-run")
-    printed(capsys, *given)
+    arguments = ["--draft", str(run_dir), "--sglang-version", "0.5.14"]
+    assert "0.5.23 is installed here" in refused(capsys, *arguments)
+    assert "0.5.23 is installed here" in refused(capsys, *arguments, "--dry-run")
+    printed(capsys, *arguments)
 
 
 def test_the_cpu_line_sets_its_environment_variables(capsys, run_dir, monkeypatch):
@@ -217,7 +219,7 @@ def test_printing_imports_no_heavy_library(model_dir, target, action):
 
 
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("arguments", "message"),
     [
         (["--num-steps", "0"], "--num-steps is 0"),
         (["--num-steps", "-2"], "--num-steps is -2"),
@@ -244,8 +246,8 @@ def test_printing_imports_no_heavy_library(model_dir, target, action):
         (["--", "--speculative-algorithm=EAGLE"], "--speculative-algorithm after --"),
     ],
 )
-def test_a_contradiction_is_refused(capsys, run_dir, given, named):
-    assert named in refused(capsys, "--draft", str(run_dir), *given)
+def test_a_contradiction_is_refused(capsys, run_dir, arguments, message):
+    assert message in refused(capsys, "--draft", str(run_dir), *arguments)
 
 
 def test_a_missing_option_is_refused(capsys):

@@ -47,9 +47,9 @@ def install(tmp_path):
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
 
-    def run(*given: str, fails: str = "nothing") -> tuple[subprocess.CompletedProcess, list[str]]:
+    def run(*arguments: str, fails: str = "nothing") -> tuple[subprocess.CompletedProcess, list[str]]:
         environment = {**os.environ, "PYTHON3": str(python), "CALLS": str(calls), "FAILS": fails}
-        done = subprocess.run([SCRIPT, *given], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([SCRIPT, *arguments], env=environment, capture_output=True, text=True, cwd=tmp_path)
         return done, calls.read_text().splitlines() if calls.exists() else []
 
     return run
@@ -85,15 +85,15 @@ def test_a_recipe_runs_the_script_on_what_it_copied(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_a_recipe_starts_our_program_as_nobody_special(recipe, capsys):
+def test_a_recipe_starts_the_program_without_root_rights(recipe, capsys):
     steps = dict(instructions(recipe))
-    python, dash_m, module, *given = json.loads(steps["ENTRYPOINT"])
+    python, dash_m, module, *arguments = json.loads(steps["ENTRYPOINT"])
     assert (python, dash_m) == ("/opt/sglang/bin/python", "-m") and importlib.util.find_spec(module)
     assert int(steps["USER"]) > 0
     with pytest.raises(SystemExit):
-        main([*given, *json.loads(steps["CMD"])])
-    # It listens where the one who runs it says, not where the recipe does.
-    assert "--host" not in given and "127.0.0.1" in capsys.readouterr().out
+        main([*arguments, *json.loads(steps["CMD"])])
+    # The address is chosen by the user, not by the recipe.
+    assert "--host" not in arguments and "127.0.0.1" in capsys.readouterr().out
 
 
 def test_the_pins_are_those_of_the_newest_version():
@@ -114,7 +114,7 @@ def test_the_steps(install, tmp_path, kind, packages):
     pip = "-m pip install --quiet --disable-pip-version-check"
     assert calls[0] == "-m venv my environment"
     assert calls[1:-2] == [
-        f"{pip} {given}" for given in [*packages, f"--no-deps --no-build-isolation --editable {ROOT}"]
+        f"{pip} {options}" for options in [*packages, f"--no-deps --no-build-isolation --editable {ROOT}"]
     ]
     assert calls[-2].startswith(f"{CONTAINERS}/random_draft.py ")
     draft = calls[-2].split()[-1]
@@ -128,9 +128,9 @@ def test_a_step_that_fails_is_the_last(install):
     assert "sglang==" in calls[-1]
 
 
-@pytest.mark.parametrize("given", [(), ("cpu",), ("rocm", "environment"), ("cpu", "environment", "more")])
-def test_a_wrong_command_line_is_one_line(install, given):
-    done, calls = install(*given)
+@pytest.mark.parametrize("arguments", [(), ("cpu",), ("rocm", "environment"), ("cpu", "environment", "more")])
+def test_a_wrong_command_line_is_one_line(install, arguments):
+    done, calls = install(*arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n"), calls) == (2, "", 1, [])
     assert "cpu|cuda DIRECTORY" in done.stderr
 

@@ -9,8 +9,8 @@ from nemo_speculative.serve_sglang import main
 pytestmark = pytest.mark.usefixtures("fake_sglang")
 
 
-def run(capsys, *given: str) -> tuple[int, str, str]:
-    return main(["--dry-run", *given]), *capsys.readouterr()
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    return main(["--dry-run", *arguments]), *capsys.readouterr()
 
 
 def test_the_parsed_settings_are_shown(capsys, run_dir, monkeypatch):

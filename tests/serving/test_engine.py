@@ -11,9 +11,9 @@ pytestmark = pytest.mark.usefixtures("fake_sglang")
 def ask(capsys, run_dir, tmp_path):
     """Runs serve_sglang on a CPU; returns exit code, standard output, standard error and the log."""
 
-    def run(*given: str) -> tuple[int, str, str, str]:
+    def run(*arguments: str) -> tuple[int, str, str, str]:
         log = tmp_path / "log"
-        code = main(["--draft", str(run_dir), "--device", "cpu", "--log", str(log), *given])
+        code = main(["--draft", str(run_dir), "--device", "cpu", "--log", str(log), *arguments])
         out, err = capsys.readouterr()
         return code, out, err, log.read_text() if log.exists() else ""
 

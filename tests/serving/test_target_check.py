@@ -21,8 +21,8 @@ from tests.serving.conftest import SHAPE
 def printed(capsys, run_dir, target):
     """Runs --print-only with ``target``; returns the exit code and the output."""
 
-    def run(*given: str) -> tuple[int, str]:
-        code = main(["--draft", str(run_dir), "--target", str(target), "--print-only", *given])
+    def run(*arguments: str) -> tuple[int, str]:
+        code = main(["--draft", str(run_dir), "--target", str(target), "--print-only", *arguments])
         out, err = capsys.readouterr()
         assert (out if code else err) == ""
         assert (out + err).count("\n") == 1
@@ -45,7 +45,7 @@ def test_the_trained_target_is_accepted(printed):
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"),
+    ("changed", "message"),
     [
         ({"hidden_size": 12}, "hidden_size is 12, expected 8"),
         ({"vocab_size": 24}, "vocab_size is 24, expected 16"),
@@ -54,24 +54,24 @@ def test_the_trained_target_is_accepted(printed):
         ({"hidden_size": 12, "vocab_size": 24}, "hidden_size is 12, expected 8; vocab_size is 24, expected 16"),
     ],
 )
-def test_a_model_of_another_shape_is_refused(printed, edit_target, target, changed, named):
+def test_a_model_of_another_shape_is_refused(printed, edit_target, target, changed, message):
     edit_target(**changed)
-    for given in ((), ("--target-variant",)):
-        code, said = printed(*given)
-        assert code == 2 and named in said and f"--target {target}" in said and "recorded as org/target" in said
+    for arguments in ((), ("--target-variant",)):
+        code, output = printed(*arguments)
+        assert code == 2 and message in output and f"--target {target}" in output and "recorded as org/target" in output
 
 
 def test_other_weights_are_refused_without_target_variant(printed, target):
     save_file({"weights": torch.zeros(4)}, target / "model.safetensors")
-    code, said = printed()
-    assert code == 2 and "fingerprint" in said and "--target-variant" in said
+    code, output = printed()
+    assert code == 2 and "fingerprint" in output and "--target-variant" in output
     assert printed("--target-variant")[0] == 0
 
 
 def test_another_architecture_of_the_same_shape_is_refused(printed, edit_target):
     edit_target(model_type="mistral", architectures=["MistralForCausalLM"])
-    code, said = printed()
-    assert code == 2 and "fingerprint" in said
+    code, output = printed()
+    assert code == 2 and "fingerprint" in output
 
 
 def test_an_eagle1_draft_needs_no_aux_layers(printed, edit_target, model_dir, target):
@@ -79,11 +79,11 @@ def test_an_eagle1_draft_needs_no_aux_layers(printed, edit_target, model_dir, ta
     shape = EagleShape(**{field.name: getattr(SHAPE, field.name) for field in fields(EagleShape)})
     provenance = Provenance("org/target", target_fingerprint(target), "bfloat16", SpeculativeSettings(5, 1, 6), step=3)
     write_servable(model_dir, EagleDraft, EagleDraft(shape).state_dict(), shape, provenance, torch.float32, {})
-    code, said = printed()
-    assert code == 0 and "--speculative-algorithm EAGLE " in said
+    code, output = printed()
+    assert code == 0 and "--speculative-algorithm EAGLE " in output
 
 
 def test_a_directory_without_a_model_is_refused(printed, target):
     (target / "config.json").unlink()
-    code, said = printed()
-    assert code == 2 and f"{target}: not a usable model configuration" in said
+    code, output = printed()
+    assert code == 2 and f"{target}: not a usable model configuration" in output

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from nemo_speculative.evaluation.server_benchmark.measure import BenchMetrics, Conversation, converse, measure
+from nemo_speculative.evaluation.server_benchmark.results import BenchMetrics
+from nemo_speculative.evaluation.server_benchmark.run import Conversation, converse, measure
 from nemo_speculative.evaluation.server_benchmark.servers import split
 from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite
 from nemo_speculative.serving.client import Client

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from math import log2
 
-from nemo_speculative.evaluation.server_benchmark.results_log import BenchResult
+from nemo_speculative.evaluation.server_benchmark.results import BenchResult
 from nemo_speculative.utils import svg
 from nemo_speculative.utils.tables import markdown_table
 
@@ -20,36 +20,10 @@ FULL_COLOR = 1.6
 """log2 of the speed-up, or slow-down, that gets the full color."""
 
 
-def table(results: Iterable[BenchResult]) -> str:
-    """Markdown table of the results with metrics, sorted by suite, temperature and concurrency, then fastest first.
-
-    Times are in milliseconds, and medians unless a percentile is named.
-    """
-    measured = _sorted(results)
-    return markdown_table(COLUMNS, [_row(result, baseline_of(result, measured)) for result in measured])
-
-
-def _sorted(results: Iterable[BenchResult]) -> list[BenchResult]:
-    def order(result: BenchResult) -> tuple[str, float, int, str, float]:
-        point = result.point
-        return point.suite, point.temperature, point.concurrency, point.comparison_key, -_speed(result)
-
-    return sorted((result for result in results if result.metrics), key=order)
-
-
-def baseline_of(result: BenchResult, results: Iterable[BenchResult]) -> BenchResult | None:
-    """The result without speculation that ``result`` is compared with; None if there is none."""
-    key = result.point.comparison_key
-    return next((b for b in results if b.metrics and b.point.draft is None and b.point.comparison_key == key), None)
-
-
 def best(results: Iterable[BenchResult], concurrency: int, temperature: float) -> BenchResult | None:
     """The draft's result with the most tokens/s at that concurrency and temperature."""
-    candidates = [
-        r
-        for r in results
-        if r.metrics and r.point.draft and (r.point.concurrency, r.point.temperature) == (concurrency, temperature)
-    ]
+    drafts = [r for r in results if r.metrics and r.point.draft]
+    candidates = [r for r in drafts if (r.point.concurrency, r.point.temperature) == (concurrency, temperature)]
     return max(candidates, key=_speed, default=None)
 
 
@@ -57,7 +31,28 @@ def _speed(result: BenchResult) -> float:
     return result.metrics.output_tokens_per_second if result.metrics else 0.0
 
 
-def _row(result: BenchResult, baseline: BenchResult | None) -> tuple[str, ...]:
+def _with_speed_ups(results: Iterable[BenchResult]) -> list[tuple[BenchResult, float | None]]:
+    """The results with metrics, sorted, with their speed-up over the baseline at the same point; None without one."""
+
+    def order(result: BenchResult) -> tuple[str, float, int, str, float]:
+        point = result.point
+        return point.suite, point.temperature, point.concurrency, point.comparison_key, -_speed(result)
+
+    measured = sorted((result for result in results if result.metrics), key=order)
+    baselines = {r.point.comparison_key: _speed(r) for r in measured if r.point.draft is None}
+    speeds = [(result, baselines.get(result.point.comparison_key)) for result in measured]
+    return [(result, _speed(result) / baseline if baseline else None) for result, baseline in speeds]
+
+
+def table(results: Iterable[BenchResult]) -> str:
+    """Markdown table of the results with metrics, sorted by suite, temperature and concurrency, then fastest first.
+
+    Times are in milliseconds, and medians unless a percentile is named.
+    """
+    return markdown_table(COLUMNS, [_row(result, speed_up) for result, speed_up in _with_speed_ups(results)])
+
+
+def _row(result: BenchResult, speed_up: float | None) -> tuple[str, ...]:
     point, metrics = result.point, result.metrics
     assert metrics is not None
     return (
@@ -66,21 +61,17 @@ def _row(result: BenchResult, baseline: BenchResult | None) -> tuple[str, ...]:
         f"{point.temperature:g}",
         str(point.concurrency),
         f"{metrics.output_tokens_per_second:.1f}",
-        _number(_speed(result) / _speed(baseline) if baseline else None, "x"),
-        _number(metrics.tau),
+        "-" if speed_up is None else f"{speed_up:.2f}x",
+        "-" if metrics.tau is None else f"{metrics.tau:.2f}",
         " ".join(f"{share:.2f}" for share in metrics.acceptance_per_position) or "-",
-        _milliseconds(metrics.time_to_first_token, ("p50",)),
-        _milliseconds(metrics.inter_token_latency, ("p50", "p95", "p99")),
-        _milliseconds(metrics.latency, ("p50",)),
-        _number(metrics.accuracy),
+        _milliseconds(metrics.time_to_first_token, "p50"),
+        _milliseconds(metrics.inter_token_latency, "p50", "p95", "p99"),
+        _milliseconds(metrics.latency, "p50"),
+        "-" if metrics.accuracy is None else f"{metrics.accuracy:.2f}",
     )
 
 
-def _number(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:.2f}{unit}"
-
-
-def _milliseconds(percentiles: dict[str, float], names: Sequence[str]) -> str:
+def _milliseconds(percentiles: dict[str, float], *names: str) -> str:
     return "/".join(f"{1000 * percentiles[name]:.1f}" for name in names) if percentiles else "-"
 
 
@@ -89,55 +80,44 @@ def heat_map(results: Iterable[BenchResult]) -> str:
 
     A field shows the speed-up over the baseline and tokens/s; without a baseline it is white.
     """
-    measured = _sorted(results)
-    panels = [list(group) for _, group in groupby(measured, key=lambda r: (r.point.suite, r.point.temperature))]
     parts, top, width = [], 0, 0
-    for panel in panels:
-        text, right, bottom = _panel(panel, measured, top)
+    for _, panel in groupby(_with_speed_ups(results), key=lambda r: (r[0].point.suite, r[0].point.temperature)):
+        text, right, top = _panel(list(panel), top)
         parts.append(text)
-        top, width = bottom, max(width, right)
+        width = max(width, right)
     size = f'width="{width}" height="{top}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {top}">'
     return "\n".join([head, f"<style>{svg.STYLE}</style>", f'<rect {size} fill="#fff"/>', *parts, "</svg>", ""])
 
 
-def _panel(panel: Sequence[BenchResult], measured: Sequence[BenchResult], top: int) -> tuple[str, int, int]:
+def _panel(panel: Sequence[tuple[BenchResult, float | None]], top: int) -> tuple[str, int, int]:
     """One panel's text, and its right and bottom edges."""
-    columns = sorted({result.point.concurrency for result in panel})
-    settings = sorted({result.point.setting for result in panel}, key=_setting_order)
-    title = f"{panel[0].point.suite}, temperature {panel[0].point.temperature:g}: speed-up and tokens/s"
-    parts = [
-        svg.text(12, top + 22, title, "title"),
-        svg.text(12, top + TOP - 8, "steps-topk-tokens", "small"),
-    ]
-    parts += [
-        svg.text(LEFT + WIDTH * (i + 0.5), top + TOP - 8, f"{n} at once", "middle") for i, n in enumerate(columns)
-    ]
-    parts += [svg.text(12, top + TOP + HEIGHT * (j + 0.6), setting) for j, setting in enumerate(settings)]
-    for result in panel:
+    points = [result.point for result, _ in panel]
+    columns = sorted({point.concurrency for point in points})
+    # The baseline first, then by steps, top-k and tokens.
+    numbers = {point.setting: list(point.draft["speculative"].values()) if point.draft else [] for point in points}
+    settings = sorted(numbers, key=lambda setting: numbers[setting])
+    title = f"{points[0].suite}, temperature {points[0].temperature:g}: speed-up and tokens/s"
+    parts = [svg.text(12, top + 22, title, "title"), svg.text(12, top + TOP - 8, "steps-topk-tokens", "small")]
+    for i, concurrency in enumerate(columns):
+        parts.append(svg.text(LEFT + WIDTH * (i + 0.5), top + TOP - 8, f"{concurrency} at once", "middle"))
+    for j, setting in enumerate(settings):
+        parts.append(svg.text(12, top + TOP + HEIGHT * (j + 0.6), setting))
+    for result, speed_up in panel:
         x = LEFT + WIDTH * columns.index(result.point.concurrency)
         y = top + TOP + HEIGHT * settings.index(result.point.setting)
-        baseline = baseline_of(result, measured)
-        parts.append(_field(x, y, _speed(result), _speed(result) / _speed(baseline) if baseline else None))
+        fill, shown = ("#fff", "-") if speed_up is None else (_color(speed_up), f"{speed_up:.2f}x")
+        parts += [
+            f'<rect x="{x}" y="{y}" width="{WIDTH - 2}" height="{HEIGHT - 2}" fill="{fill}" stroke="#ddd"/>',
+            svg.text(x + WIDTH / 2, y + HEIGHT * 0.45, shown, "middle"),
+            svg.text(x + WIDTH / 2, y + HEIGHT * 0.82, f"{_speed(result):.1f}", "small middle"),
+        ]
     right = max(LEFT + WIDTH * len(columns), LETTER * len(title)) + 16
     return "\n".join(parts), right, top + TOP + HEIGHT * len(settings) + 16
-
-
-def _field(x: int, y: int, speed: float, speed_up: float | None) -> str:
-    lines, fill = [(f"{speed:.1f}", 0.6, "middle")], "#fff"
-    if speed_up is not None:
-        lines, fill = [(f"{speed_up:.2f}x", 0.45, "middle"), (f"{speed:.1f}", 0.82, "small middle")], _color(speed_up)
-    box = f'<rect x="{x}" y="{y}" width="{WIDTH - 2}" height="{HEIGHT - 2}" fill="{fill}" stroke="#ddd"/>'
-    return box + "".join(svg.text(x + WIDTH / 2, y + HEIGHT * down, text, classes) for text, down, classes in lines)
 
 
 def _color(speed_up: float) -> str:
     share = min(abs(log2(speed_up)) / FULL_COLOR, 1.0)
     end = svg.GOOD if speed_up > 1 else svg.BAD
     # At most three quarters of the way, so that dark letters stay readable.
-    mixed = [round(a + (b - a) * share * 0.75) for a, b in zip(NEUTRAL, end, strict=True)]
-    return "#{:02x}{:02x}{:02x}".format(*mixed)
-
-
-def _setting_order(setting: str) -> list[int]:
-    return [] if setting == "baseline" else [int(number) for number in setting.split("-")]
+    return "#{:02x}{:02x}{:02x}".format(*(round(a + (b - a) * share * 0.75) for a, b in zip(NEUTRAL, end, strict=True)))

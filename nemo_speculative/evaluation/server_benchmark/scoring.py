@@ -1,6 +1,5 @@
 """Scorers, which decide whether an answer is right by the published rule of its suite; code runs in a sandbox."""
 
-import contextlib
 import os
 import re
 import secrets
@@ -10,11 +9,11 @@ import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 from nemo_speculative.evaluation.server_benchmark import code_limits
@@ -43,11 +42,8 @@ class Scorer(ABC):
 
     columns: ClassVar[tuple[str, ...]]
     """Columns of a suite's row that it reads."""
-
-    @property
-    def note(self) -> str:
-        """A note for the user, printed before a benchmark; empty for none."""
-        return ""
+    note = ""
+    """A note for the user, printed before a benchmark; empty for none."""
 
     @abstractmethod
     def right(self, answer: str, row: Mapping[str, Any]) -> bool:
@@ -71,10 +67,9 @@ def last_number(text: str) -> Decimal | None:
     """The number after the last ``####``, otherwise the last number, without thousands separators."""
     _, marker, after = text.rpartition("####")
     numbers = (NUMBER.findall(after)[:1] if marker else []) or NUMBER.findall(text)[-1:]
-    try:
-        return Decimal(numbers[0].replace(",", "")) if numbers else None
-    except InvalidOperation:
-        return None
+    with suppress(InvalidOperation, IndexError):
+        return Decimal(numbers[0].replace(",", ""))
+    return None
 
 
 class Boxed(Scorer):
@@ -114,12 +109,10 @@ def normalized(expression: str) -> str:
 def _value(text: str) -> Fraction | None:
     """The number written as ``3``, ``.5``, ``1/2`` or ``\\frac{1}{2}``; None: it is not one."""
     plain = FRACTION.sub(r"\1\2/\3", text)
-    if not PLAIN.match(plain):  # Fraction also accepts exponents, and 1e999999999 would fill the memory
-        return None
-    try:
-        return Fraction(plain)
-    except (ValueError, ZeroDivisionError):
-        return None
+    if PLAIN.match(plain):  # Fraction also accepts exponents, and 1e999999999 would fill the memory
+        with suppress(ValueError, ZeroDivisionError):
+            return Fraction(plain)
+    return None
 
 
 @dataclass(frozen=True)
@@ -138,11 +131,9 @@ class Sandbox:
     def passes(self, program: str) -> bool:
         """Whether ``program``, in Python with the standard library, reaches its end without an exception."""
         passed = secrets.choice(EXIT_CODES)
-        # Isolated (-I): neither our packages nor our environment, which may hold tokens.
-        command = [sys.executable, "-I", "-S", "-B", code_limits.__file__]
         with tempfile.TemporaryDirectory(prefix="nemo-sandbox-") as directory:
             process = subprocess.Popen(
-                [*command, str(self.seconds), str(self.memory_mb), str(passed)],
+                [*_limited_python(), str(self.seconds), str(self.memory_mb), str(passed)],
                 cwd=directory,
                 env={"HOME": directory, "PATH": ""},
                 stdin=subprocess.PIPE,
@@ -150,33 +141,30 @@ class Sandbox:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
+            with suppress(subprocess.TimeoutExpired, BrokenPipeError):
                 process.communicate(program.encode(errors="replace"), timeout=self.seconds)
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             return process.wait() == passed
+
+
+def _limited_python() -> list[str]:
+    # Isolated (-I): neither our packages nor our environment, which may hold tokens.
+    return [sys.executable, "-I", "-S", "-B", code_limits.__file__]
 
 
 @cache
 def network_guard() -> str:
     """The mechanism that blocks the network for sandboxed code on this machine."""
-    probe = [sys.executable, "-I", "-S", "-B", str(Path(code_limits.__file__)), "--guard"]
-    return subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([*_limited_python(), "--guard"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 class _RunsTests(Scorer):
-    """Runs an answer's code followed by tests.
-
-    Args:
-        seconds, memory_mb: Limits of :class:`Sandbox`.
-    """
+    """Runs an answer's code followed by tests, under the limits of :class:`Sandbox`."""
 
     def __init__(self, seconds: float, memory_mb: int):
         self._sandbox = Sandbox(seconds, memory_mb)
-
-    @property
-    def note(self) -> str:
-        return f"the answers' code runs without network, by {network_guard()}"
+        self.note = f"the answers' code runs without network, by {network_guard()}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._sandbox})"

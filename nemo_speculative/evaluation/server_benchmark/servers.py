@@ -2,8 +2,6 @@
 
 import asyncio
 import hashlib
-import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,24 +10,24 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from nemo_speculative.checkpoint.metadata import find_model
 from nemo_speculative.config.schema import BenchmarkJob
-from nemo_speculative.evaluation.server_benchmark.results_log import accelerator, setting_name
+from nemo_speculative.evaluation.server_benchmark.results import accelerator, digest, setting_name
 from nemo_speculative.serving.client import Client
-from nemo_speculative.serving.command import ServeOptions, from_checkpoint, serve_command, serve_environment
+from nemo_speculative.serving.command import (
+    ServeOptions,
+    check_target,
+    from_checkpoint,
+    serve_command,
+    serve_environment,
+)
 from nemo_speculative.serving.server import Server, require_free
-from nemo_speculative.serving.target_check import check_target
 from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.utils.errors import UsageError, UserError
 from nemo_speculative.utils.http import api_key
 
-VERSION_PROGRAM = "from importlib.metadata import version; print(version('sglang'))"
-NUM_PROGRAM_WORDS = 3
-"""python -m sglang.launch_server"""
-SPECULATIVE = "--speculative-"
 REPORTED = ("model_path", "version", "dtype", "tp_size", "dp_size", "attention_backend", "quantization")
 """Settings of a running server that metrics depend on, in addition to the speculative ones."""
 VOLATILE = frozenset({
@@ -44,54 +42,13 @@ class BenchServer:
     """A server with one speculative setting."""
 
     server: dict[str, Any]
-    """Identity that it shares with its baseline; see :attr:`.results_log.BenchPoint.server`."""
+    """Identity that it shares with its baseline; see :attr:`.results.BenchPoint.server`."""
     draft: dict[str, Any] | None
     """The draft and its settings; None: a baseline."""
     target: str
     """Directory or hub name of its target, which holds the tokenizer."""
     running: Callable[[], AbstractContextManager[str]]
     """The server's URL for a block in which it runs.  Raises ServerError if it does not start."""
-
-
-@contextmanager
-def _launched(options: ServeOptions, job: BenchmarkJob, python: str, baseline: bool) -> Iterator[str]:
-    """Starts a server, and stops it at the end of the block."""
-    require_free(options.host, options.port, f"server.port={options.port}")
-    command = serve_command(options, python)
-    if baseline:
-        command, _ = split(command)
-    name = f"server-{setting_name(None if baseline else options.speculative)}"
-    log = next(file for n in count(1) if not (file := Path(job.results) / f"{name}-{n}.log").exists())
-    server = Server(command, serve_environment(options), options.host, options.port, log)
-    try:
-        server.wait_until_healthy(job.server.timeout)
-        yield server.url
-    finally:
-        with uninterrupted():
-            server.stop()
-
-
-@contextmanager
-def _already_running(url: str) -> Iterator[str]:
-    yield url
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delays Ctrl-C and SIGTERM until the block is done: a half-finished stop would leave processes running."""
-    received: list[int] = []
-
-    def delay(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, delay) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        signal.raise_signal(received[0])
 
 
 def servers_of(job: BenchmarkJob) -> list[BenchServer]:
@@ -109,30 +66,48 @@ def servers_of(job: BenchmarkJob) -> list[BenchServer]:
 
 def _launched_servers(job: BenchmarkJob) -> list[BenchServer]:
     python = job.server.python or sys.executable
-    version, model = sglang_version(python), find_model(job.checkpoint or "")
+    version, model = _sglang_version(python), find_model(job.checkpoint or "")
     with (model / "model.safetensors").open("rb") as weights:
-        digest = hashlib.file_digest(weights, "sha256").hexdigest()[:16]
+        weights_digest = hashlib.file_digest(weights, "sha256").hexdigest()[:16]
     Path(job.results).mkdir(parents=True, exist_ok=True)
     servers: list[BenchServer] = []
     for setting in job.sweep or [[]]:
         options = _options(job, setting, version)
-        common, speculative = split(serve_command(options, python)[NUM_PROGRAM_WORDS:])
+        command = serve_command(options, python)
+        common, speculative = split(command)
+        _, _, _, *flags = common  # python -m sglang.launch_server
         identity = {
-            "target": _fingerprint(options.target), "sglang": version, "flags": without(common, "--port"),
+            "target": _fingerprint(options.target), "sglang": version, "flags": without(flags, "--port"),
             "accelerator": accelerator(),
         }  # fmt: skip
-        flags = without(speculative, "--speculative-draft-model-path")
-        draft = {"weights": digest, "speculative": asdict(options.speculative), "flags": flags}
-        for of_server in [None, draft] if job.baseline and not servers else [draft]:
-            running = partial(_launched, options, job, python, of_server is None)
-            servers.append(BenchServer(identity, of_server, options.target, running))
+        draft = {
+            "weights": weights_digest, "speculative": asdict(options.speculative),
+            "flags": without(speculative, "--speculative-draft-model-path"),
+        }  # fmt: skip
+        if job.baseline and not servers:
+            running = partial(_launched, options, job, common, setting_name(None))
+            servers.append(BenchServer(identity, None, options.target, running))
+        running = partial(_launched, options, job, command, setting_name(options.speculative))
+        servers.append(BenchServer(identity, draft, options.target, running))
     return servers
+
+
+@contextmanager
+def _launched(options: ServeOptions, job: BenchmarkJob, command: Sequence[str], setting: str) -> Iterator[str]:
+    """Starts a server, and stops it at the end of the block."""
+    require_free(options.host, options.port, f"server.port={options.port}")
+    logs = (Path(job.results) / f"server-{setting}-{n}.log" for n in count(1))
+    log = next(file for file in logs if not file.exists())
+    with Server(command, serve_environment(options), options.host, options.port, log) as server:
+        server.wait_until_healthy(job.server.timeout)
+        yield server.url
 
 
 def _options(job: BenchmarkJob, setting: Sequence[int], version: str) -> ServeOptions:
     server = job.server
-    single = {"num_steps": job.num_steps, "topk": job.topk, "num_draft_tokens": job.num_draft_tokens}
-    speculative = dict(zip(single, setting, strict=False)) if setting else single
+    speculative = {"num_steps": job.num_steps, "topk": job.topk, "num_draft_tokens": job.num_draft_tokens}
+    if setting:
+        speculative = dict(zip(speculative, setting, strict=False))
     overrides = {
         "target": job.target, "dtype": server.dtype, "device": server.device, "tp_size": server.tp_size,
         "port": server.port, "trust_remote_code": server.trust_remote_code, "extra": tuple(server.flags),
@@ -156,14 +131,10 @@ def _fingerprint(target: str) -> str:
     return target_fingerprint(Path(target)) if (Path(target) / "config.json").is_file() else target
 
 
-def sglang_version(python: str) -> str:
-    """The version of SGLang in the environment of ``python``.
-
-    Raises:
-        UsageError: SGLang is not installed there.
-    """
+def _sglang_version(python: str) -> str:
+    """The version of SGLang in the environment of ``python``; raises UsageError if it is not installed there."""
     try:
-        program = [python, "-c", VERSION_PROGRAM]
+        program = [python, "-c", "from importlib.metadata import version; print(version('sglang'))"]
         return subprocess.run(program, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         raise UsageError(
@@ -179,7 +150,7 @@ def split(command: Sequence[str]) -> tuple[list[str], list[str]]:
     words = common
     for word in command:
         if word.startswith("--"):
-            words = speculative if word.startswith(SPECULATIVE) else common
+            words = speculative if word.startswith("--speculative-") else common
         words.append(word)
     return common, speculative
 
@@ -197,12 +168,18 @@ def _running_servers(job: BenchmarkJob) -> list[BenchServer]:
         )
     urls = [url for url in (job.baseline_url, job.url) if url is not None]
     infos = [asyncio.run(_server_info(url)) for url in urls]
-    if job.baseline_url and infos[0].get("speculative_algorithm"):
+    base, own = infos[0], infos[-1]
+    if job.baseline_url and base.get("speculative_algorithm"):
         raise UserError(f"baseline_url: {job.baseline_url} speculates; expected a server without a draft")
-    _require_equal(urls, infos)
+    for name in REPORTED:
+        if base.get(name) != own.get(name):
+            raise UserError(
+                f"baseline_url: {name} of {urls[0]} is {base.get(name)}, expected {own.get(name)} as of {urls[-1]}; "
+                "start both with the same flags but for the draft"
+            )
     identity = {
-        "urls": [job.baseline_url, job.url], **{name: infos[-1].get(name) for name in REPORTED},
-        "target": _fingerprint(str(infos[-1].get("model_path"))), "settings": [settings_digest(info) for info in infos],
+        "urls": [job.baseline_url, job.url], **{name: own.get(name) for name in REPORTED},
+        "target": _fingerprint(str(own.get("model_path"))), "settings": [settings_digest(info) for info in infos],
     }  # fmt: skip
     return [
         BenchServer(
@@ -215,26 +192,19 @@ def _running_servers(job: BenchmarkJob) -> list[BenchServer]:
     ]
 
 
-def _require_equal(urls: Sequence[str], infos: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses a baseline that differs in more than the missing draft."""
-    for name in REPORTED:
-        base, own = infos[0].get(name), infos[-1].get(name)
-        if base != own:
-            raise UserError(
-                f"baseline_url: {name} of {urls[0]} is {base}, expected {own} as of {urls[-1]}; start both "
-                "with the same flags but for the draft"
-            )
-
-
-def settings_digest(info: Mapping[str, Any]) -> str:
-    """Digest of the fields of ``/server_info`` that are the same when the server is started again."""
-    settings = {name: value for name, value in info.items() if name not in VOLATILE and not name.endswith("port")}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+@contextmanager
+def _already_running(url: str) -> Iterator[str]:
+    yield url
 
 
 async def _server_info(url: str) -> dict[str, Any]:
     async with Client(url, api_key()) as client:
         return await client.server_info()
+
+
+def settings_digest(info: Mapping[str, Any]) -> str:
+    """Digest of the fields of ``/server_info`` that are the same when the server is started again."""
+    return digest({name: value for name, value in info.items() if name not in VOLATILE and not name.endswith("port")})
 
 
 def _draft(info: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -6,27 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any, Protocol
+from typing import Any
 
 from hydra.utils import instantiate
 
 from nemo_speculative.config.schema import SuiteConfig
 from nemo_speculative.evaluation.server_benchmark.scoring import Scorer
-from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.errors import UserError, describe_error
 
 Row = Mapping[str, Any]
-
-
-class Reader(Protocol):
-    """Converts rows of a suite's file to prompts."""
-
-    def turns(self, row: Row, origin: str) -> list[str]:
-        """The user's messages, one per turn.
-
-        Raises:
-            UserError: the row has another shape; the message starts with ``origin``.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,22 +55,20 @@ class Turns:
         self._columns = list(columns)
 
     def turns(self, row: Row, origin: str) -> list[str]:
+        """The user's messages, one per turn; raises UserError, which names ``origin``, for a row of another shape."""
         name = next((name for name in self._columns if name in row), None)
         if name is None:
             raise _other_shape(origin, row, " or ".join(self._columns))
         values = row[name] if isinstance(row[name], list) else [row[name]]
-        turns: list[Any] = [v.get("content") if isinstance(v, dict) else v for v in values if _of_user(v)]
+        messages = [value if isinstance(value, dict) else {"role": "user", "content": value} for value in values]
+        turns: list[Any] = [message.get("content") for message in messages if message.get("role") == "user"]
         if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
             raise UserError(f"{origin}: {name!r} is {row[name]!r:.60}, expected a text, a list of texts, or messages")
         return turns
 
 
-def _of_user(turn: Any) -> bool:
-    return not isinstance(turn, dict) or turn.get("role") == "user"
-
-
 class Template:
-    """One turn, formatted from a row's columns; the items of a list are put on lines of their own.
+    """Reads one turn, formatted from a row's columns; the items of a list are put on lines of their own.
 
     Args:
         template: Text with column names in braces; literal braces are doubled.
@@ -93,12 +79,18 @@ class Template:
         self._columns = [name for _, name, _, _ in Formatter().parse(template) if name]
 
     def turns(self, row: Row, origin: str) -> list[str]:
-        if not all(name in row for name in self._columns):
-            raise _other_shape(origin, row, ", ".join(self._columns))
+        """The only turn; raises UserError, which names ``origin``, if a column is missing."""
+        _require_columns(origin, row, self._columns)
         values = {name: row[name] for name in self._columns}
         for name, value in values.items():
             values[name] = "\n".join(map(str, value)) if isinstance(value, list) else value
         return [self._template.format(**values).strip()]
+
+
+def _require_columns(origin: str, row: Row, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in row]
+    if missing:
+        raise _other_shape(origin, row, ", ".join(missing))
 
 
 def _other_shape(origin: str, row: Row, expected: str) -> UserError:
@@ -113,7 +105,7 @@ def load_suite(config: SuiteConfig) -> Suite:
     Raises:
         UserError: the prompts cannot be loaded, or a row has another shape than the suite.
     """
-    reader: Reader = instantiate(config.reader)
+    reader: Turns | Template = instantiate(config.reader)
     scorer: Scorer | None = instantiate(config.scorer) if config.scorer else None
     prompts: list[Prompt] = []
     rows = _hub_rows(config) if config.path is None else _file_rows(Path(config.path).expanduser())
@@ -121,9 +113,7 @@ def load_suite(config: SuiteConfig) -> Suite:
         if len(prompts) == config.num_prompts:
             break
         prompts.append(Prompt(tuple(reader.turns(row, origin)), row))
-        missing = [name for name in (scorer.columns if scorer else ()) if name not in row]
-        if missing:
-            raise _other_shape(origin, row, ", ".join(missing))
+        _require_columns(origin, row, scorer.columns if scorer else ())
     if not prompts:
         raise UserError(f"suite.path: {config.path or config.repository} is empty; expected one JSON object a line")
     return Suite(config.name, tuple(prompts), config.max_new_tokens, scorer)
@@ -134,18 +124,16 @@ def _file_rows(file: Path) -> Iterator[tuple[Row, str]]:
         raise UserError(f"suite.path: {file} does not exist or is not a file; expected a JSONL file")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _object(line, f"{file}:{number}"), f"{file}:{number}"
-
-
-def _object(line: bytes, origin: str) -> Row:
-    try:
-        row = json.loads(line.decode())
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UserError(f"{origin}: cannot be read ({error}); expected one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{origin}: found a {type(row).__name__}, expected a JSON object")
-    return row
+            if not line.strip():
+                continue
+            origin = f"{file}:{number}"
+            try:
+                row = json.loads(line.decode())
+            except ValueError as error:  # not UTF-8, or not JSON
+                raise UserError(f"{origin}: cannot be read ({error}); expected one JSON object a line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{origin}: found a {type(row).__name__}, expected a JSON object")
+            yield row, origin
 
 
 def _hub_rows(config: SuiteConfig) -> Iterator[tuple[Row, str]]:
@@ -154,9 +142,8 @@ def _hub_rows(config: SuiteConfig) -> Iterator[tuple[Row, str]]:
 
         table = datasets.load_dataset(config.repository, config.subset, split=config.split)
     except Exception as error:  # the hub raises many unrelated classes
-        message = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"suite.repository: {config.repository} cannot be loaded ({type(error).__name__}: {message:.100}); give a "
-            "file of it with suite.path=FILE"
+            f"suite.repository: {config.repository} cannot be loaded ({describe_error(error, 100)}); give a file of it "
+            "with suite.path=FILE"
         ) from None
     return ((row, f"{config.repository}:{config.split}:{number}") for number, row in enumerate(table))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nemo_speculative.evaluation.server_benchmark.measure import converse, measure
+from nemo_speculative.evaluation.server_benchmark.run import converse, measure
 from nemo_speculative.evaluation.server_benchmark.scoring import Scorer
 from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite
 from nemo_speculative.serving.client import Answer

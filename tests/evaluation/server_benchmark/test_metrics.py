@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nemo_speculative.decoding.tau import acceptance_length, acceptance_per_position
-from nemo_speculative.evaluation.server_benchmark.measure import BenchMetrics, percentiles
+from nemo_speculative.evaluation.server_benchmark.results import BenchMetrics, percentiles
 from nemo_speculative.serving.client import Answer
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from nemo_speculative.evaluation.server_benchmark.report import COLUMNS, best, heat_map, table
-from nemo_speculative.evaluation.server_benchmark.results_log import BenchResult
-from tests.evaluation.server_benchmark.test_results_log import DRAFT, METRICS, POINT
+from nemo_speculative.evaluation.server_benchmark.results import BenchResult
+from tests.evaluation.server_benchmark.test_results import DRAFT, METRICS, POINT
 
 
 def measured(setting, concurrency, speed, temperature=0.0, suite="mt_bench") -> BenchResult:

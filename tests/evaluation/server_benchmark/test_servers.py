@@ -1,11 +1,6 @@
 """Details of starting servers that whole benchmarks do not cover."""
 
-import os
-import signal
-
-import pytest
-
-from nemo_speculative.evaluation.server_benchmark.servers import settings_digest, split, uninterrupted, without
+from nemo_speculative.evaluation.server_benchmark.servers import settings_digest, split, without
 from nemo_speculative.serving.command import from_checkpoint, serve_command
 
 
@@ -28,17 +23,3 @@ def test_the_digest_of_a_servers_settings_survives_a_restart():
     again = {**info, "port": 2, "nccl_port": 7, "startup_time": 2.5, "random_seed": 4, "internal_states": [{"load": 1}]}
     assert settings_digest(again) == settings_digest(info)
     assert settings_digest({**info, "max_running_requests": 4}) != settings_digest(info)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_is_delayed_until_the_block_is_done(number):
-    before = signal.signal(number, signal.default_int_handler)
-    done = []
-    try:
-        with pytest.raises(KeyboardInterrupt), uninterrupted():
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)
-            done.append("the block")
-        assert done == ["the block"] and signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, before)

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_speculative.evaluation.server_benchmark.measure import BenchMetrics
-from nemo_speculative.evaluation.server_benchmark.results_log import FILE, BenchPoint, BenchResult, ResultsLog
+from nemo_speculative.evaluation.server_benchmark.results import FILE, BenchMetrics, BenchPoint, BenchResult, ResultsLog
 from nemo_speculative.serving.client import Answer
 from nemo_speculative.utils.errors import UserError
 

@@ -1,14 +1,15 @@
-"""The points of a benchmark and the file that their results are appended to."""
+"""The points of a benchmark, their metrics, and the file that their results are appended to."""
 
 import hashlib
 import json
+import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import torch
 
 from nemo_speculative import __version__
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.evaluation.server_benchmark.measure import BenchMetrics
+from nemo_speculative.decoding.tau import acceptance_length, acceptance_per_position
+from nemo_speculative.serving.client import Answer
 from nemo_speculative.utils.append_log import AppendLog, read_lines
 from nemo_speculative.utils.errors import UserError
 
 FILE = "cells.jsonl"
+PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
 class BenchPoint:
-    """One point of a benchmark (a "cell" on disk): everything that its metrics depend on, and nothing else."""
+    """A point of a benchmark (a "cell" on disk): everything that its metrics depend on, and nothing else."""
 
     suite: str
     suite_digest: str
@@ -40,12 +43,12 @@ class BenchPoint:
     @property
     def key(self) -> str:
         """Digest of all fields; equal for equal points in every run."""
-        return _digest(asdict(self))
+        return digest(asdict(self))
 
     @property
     def comparison_key(self) -> str:
         """Digest of all fields but the draft; equal for the points that are compared with each other."""
-        return _digest({**asdict(self), "draft": None})
+        return digest({**asdict(self), "draft": None})
 
     @property
     def speculative(self) -> SpeculativeSettings | None:
@@ -72,6 +75,65 @@ def setting_name(settings: SpeculativeSettings | None) -> str:
 
 
 @dataclass(frozen=True)
+class BenchMetrics:
+    """The metrics of one point."""
+
+    answers: int
+    """Answers, one per turn."""
+    refused: int
+    """Turns that the server refused, as too long for its context; no other metric includes them."""
+    stopped: float
+    """Share of the answers that ended with a stop token."""
+    completion_tokens: int
+    verifications: int
+    tau: float | None
+    """Σ completion tokens / Σ verifications: each token weighs the same.  The prefill's token of each answer counts, as
+    in SGLang's ``spec_accept_length``.  None: nothing was verified."""
+    histogram: list[int]
+    """Number of verifications that accepted 0, 1, 2, … draft tokens."""
+    acceptance_per_position: list[float]
+    """Share of the verifications that accepted a draft token at depth i + 1."""
+    seconds: float
+    """Seconds from the first request to the last token."""
+    output_tokens_per_second: float
+    time_to_first_token: dict[str, float]
+    """Seconds by percentile, like the next two."""
+    inter_token_latency: dict[str, float]
+    latency: dict[str, float]
+    accuracy: float | None
+    """Share of the conversations whose last answer is right; None: the suite has no scorer."""
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], seconds: float, refused: int, accuracy: float | None) -> "BenchMetrics":
+        tokens = sum(answer.completion_tokens for answer in answers)
+        verifications = sum(answer.verifications for answer in answers)
+        histogram = [sum(counts) for counts in zip_longest(*(a.histogram for a in answers), fillvalue=0)]
+        return cls(
+            answers=len(answers),
+            refused=refused,
+            stopped=sum(answer.stopped for answer in answers) / len(answers),
+            completion_tokens=tokens,
+            verifications=verifications,
+            tau=acceptance_length(tokens, verifications),
+            histogram=histogram,
+            acceptance_per_position=acceptance_per_position(histogram),
+            seconds=seconds,
+            output_tokens_per_second=tokens / seconds,
+            time_to_first_token=percentiles([answer.time_to_first_token for answer in answers]),
+            inter_token_latency=percentiles([gap for answer in answers for gap in answer.inter_token_latencies]),
+            latency=percentiles([answer.latency for answer in answers]),
+            accuracy=accuracy,
+        )
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Nearest-rank percentiles: the smallest value that p percent of ``values`` do not exceed; empty for no values."""
+    ordered = sorted(values)
+    ranks = {f"p{p}": max(math.ceil(p / 100 * len(ordered)), 1) - 1 for p in PERCENTILES}
+    return {name: ordered[rank] for name, rank in ranks.items()} if ordered else {}
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """The metrics of a point, or the reason why it failed."""
 
@@ -83,10 +145,7 @@ class BenchResult:
 class ResultsLog:
     """The results in a directory, one JSON object per line; the last line of a point counts.
 
-    Each result is on disk when :meth:`append` returns.  A torn last line is ignored, so its point is measured again.
-
-    Raises:
-        UserError: a line is not the result of a benchmark.
+    A torn last line is ignored, so its point is measured again.
     """
 
     def __init__(self, directory: Path):
@@ -97,23 +156,23 @@ class ResultsLog:
     def __iter__(self) -> Iterator[BenchResult]:
         return iter(self._results.values())
 
-    def has(self, point: BenchPoint) -> bool:
-        """Whether the point has metrics; a point that failed is measured again."""
-        result = self._results.get(point.key)
-        return result is not None and result.metrics is not None
-
     def get(self, point: BenchPoint) -> BenchResult | None:
         return self._results.get(point.key)
 
+    def has(self, point: BenchPoint) -> bool:
+        """Whether the point has metrics; a point that failed is measured again."""
+        result = self.get(point)
+        return result is not None and result.metrics is not None
+
     def append(self, result: BenchResult) -> None:
-        """Adds ``result`` and writes it through to the disk."""
+        """Adds ``result``, which is on disk when this returns."""
         line = {
             "key": result.point.key,
             "cell": asdict(result.point),
             "figures": asdict(result.metrics) if result.metrics else None,
             "error": result.error,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
+            "machine": {"host": platform.node(), "cores": os.cpu_count(), "accelerator": accelerator()},
             "version": __version__,
         }
         # First, so that an interruption right after the line is written does not leave it out of the table.
@@ -134,16 +193,11 @@ class ResultsLog:
                 ) from None
 
 
-@cache
-def machine() -> dict[str, Any]:
-    """The machine that runs the benchmark."""
-    return {"host": platform.node(), "cores": os.cpu_count(), "accelerator": accelerator()}
-
-
 def accelerator() -> str:
     """The accelerator's name, or cpu."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _digest(values: dict[str, Any]) -> str:
+def digest(values: dict[str, Any]) -> str:
+    """Digest of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
