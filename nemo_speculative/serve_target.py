@@ -77,8 +77,8 @@ def serve(job: ServeTargetJob, target: Target, token: str | None, listener: sock
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     AnnouncingServer(config).run([listener])
-    if server.unanswered:
-        raise UserError(f"drain={job.drain}: {server.unanswered} requests were not answered in these seconds")
+    if server.cancelled:
+        raise UserError(f"drain={job.drain}: {server.cancelled} requests were not answered in these seconds")
     print("stopped; every accepted request was answered", flush=True)
 
 

@@ -30,7 +30,7 @@ from benchmarks.training_step.implementations.own import Ours
 from benchmarks.training_step.setup import write_setup
 from benchmarks.training_step.table import machine
 from nemo_speculative.algorithms.common import attention, ttt
-from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
+from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import TransformersTarget
 
 PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
@@ -39,7 +39,7 @@ WARMUP = 2
 REST = "draft: projections, MLP, norms"
 PHASES: dict[str, tuple[Any, str]] = {
     "target: layers": (TransformersTarget, "compute_hidden_states"),
-    "target: head, for the labels": (EmbeddingAndHead, "logits"),
+    "target: head, for the labels": (Target, "logits"),
     "draft: attention, forward": (attention._PieceAttention, "forward"),
     "draft: attention, backward": (attention._PieceAttention, "backward"),
     "draft: head and loss, with gradients": (ttt, "chunked_linear_loss"),

@@ -20,7 +20,7 @@ from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.schema import ConvertJob, ModelConfig
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.targets.embedding_and_head import text_config
+from nemo_speculative.targets.describe import text_config
 from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.utils.errors import UserError

@@ -12,8 +12,7 @@ from nemo_speculative.data.chat_template import tokenizer_digest
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.decoder import Decoder, num_in_flight
 from nemo_speculative.generate_data.rollout import Completion, Request
-from nemo_speculative.targets.describe import stop_ids_of
-from nemo_speculative.targets.embedding_and_head import load_tokenizer, text_config
+from nemo_speculative.targets.describe import load_tokenizer, stop_ids_of, text_config
 from nemo_speculative.targets.fingerprint import target_fingerprint
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.devices import choose_device

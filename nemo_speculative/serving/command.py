@@ -228,7 +228,7 @@ def _target_sizes(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
         nested = any(isinstance(value, dict) and "hidden_size" in value for value in config.values())
         if not nested and all(type(config.get(key)) is int for key in SIZES):
             return {key: config[key] for key in SIZES}
-    from nemo_speculative.targets.embedding_and_head import text_config
+    from nemo_speculative.targets.describe import text_config
 
     resolved = text_config(directory, trust_remote_code)
     return {key: getattr(resolved, key) for key in SIZES}

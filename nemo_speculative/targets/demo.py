@@ -12,7 +12,6 @@ Notable choices:
 import hashlib
 import json
 import random
-import shutil
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nemo_speculative.config.schema import TinyModelConfig
 from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.data.stdlib import stdlib_conversations
+from nemo_speculative.utils.files import atomic_directory
+from nemo_speculative.utils.locks import dir_lock
 from nemo_speculative.utils.progress import Progress, quiet_transformers
 
 SPECIAL = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -35,8 +36,6 @@ TEMPLATE = (
     "{% else %}{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SAMPLE_QUESTIONS = 3
-NOT_IN_CACHE_KEY = {"cache_dir", "path", "revision", "dtype", "trust_remote_code"}
 RECIPE_VERSION = 1
 """Part of the cache key; increase it when the conversations or the training change."""
 
@@ -44,23 +43,33 @@ RECIPE_VERSION = 1
 def prepare_tiny(config: TinyModelConfig) -> Path:
     """The directory of the embedded target, trained on first use and cached by all settings that affect it."""
     directory = directory_of(config)
-    if directory.exists():
-        print(f"embedded target: {directory} (made before)", flush=True)
-        return directory
+    if not directory.exists():
+        # Another process that needs the target waits for this one, then finds it.
+        with dir_lock(directory.parent, "model.cache_dir", wait=True):
+            if not directory.exists():
+                _make(config, directory)
+                return directory
+    print(f"embedded target: {directory} (made before)", flush=True)
+    return directory
+
+
+def _make(config: TinyModelConfig, directory: Path) -> None:
     training, held_out = stdlib_conversations(held_out=False), stdlib_conversations(held_out=True)
     print(f"embedded target: made once, on {len(training)} conversations from the standard library", flush=True)
-    tokenizer = make_tokenizer(config)
-    model = train_tiny(config, _rows(tokenizer, training, config.row_tokens, config.seed))
-    held_out_loss = _held_out_loss(model, _rows(tokenizer, held_out, config.row_tokens, config.seed))
-    print(f"embedded target: held-out loss {held_out_loss:.3f} nats/token", flush=True)
-    _print_samples(model, tokenizer, held_out)
-    _save(model, tokenizer, directory)
-    return directory
+    tokenizer = train_tokenizer(training, config.vocab_size)
+    model = train_tiny(config, _rows(tokenizer, training, config))
+    _print_quality(model, tokenizer, held_out, _rows(tokenizer, held_out, config))
+    quiet_transformers()
+    with atomic_directory(directory) as partial_directory:
+        model.save_pretrained(partial_directory)
+        tokenizer.save_pretrained(partial_directory)
 
 
 def directory_of(config: TinyModelConfig) -> Path:
     """The cache directory of the target with this configuration, Python version and chat template."""
-    settings = {k: v for k, v in asdict(config).items() if k not in NOT_IN_CACHE_KEY}
+    settings = asdict(config)
+    for name in ("cache_dir", "path", "revision", "dtype", "trust_remote_code"):
+        del settings[name]
     # This module's former name: targets that earlier versions trained are found.
     settings["_target_"] = "nemo_speculative.targets.tiny.prepare_tiny"
     recipe = json.dumps([settings, TEMPLATE, RECIPE_VERSION, sys.version_info[:2]], sort_keys=True, default=str)
@@ -83,21 +92,17 @@ def train_tokenizer(conversations: list[Conversation], vocab_size: int) -> PreTr
     )
     bpe.train_from_iterator((m["content"] for c in conversations for m in c.messages), trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|begin|>",
-        eos_token="<|end|>",
-        pad_token="<|end|>",
-        extra_special_tokens=SPECIAL[2:],
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|end|>",
+        extra_special_tokens=SPECIAL[2:], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def _rows(tokenizer, conversations: list[Conversation], length: int, seed: int) -> torch.Tensor:
-    """All conversations, shuffled once and cut into rows: int64 [rows, length]."""
-    order = list(conversations)
-    random.Random(seed).shuffle(order)
+def _rows(tokenizer: Any, conversations: list[Conversation], config: TinyModelConfig) -> torch.Tensor:
+    """All conversations, shuffled once and cut into rows: int64 [rows, row_tokens]."""
+    order, length = list(conversations), config.row_tokens
+    random.Random(config.seed).shuffle(order)
     texts = tokenizer.apply_chat_template([c.messages for c in order], tokenize=False)
     ids = [i for text in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in text]
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
@@ -106,29 +111,11 @@ def _rows(tokenizer, conversations: list[Conversation], length: int, seed: int) 
 def llama_config(config: TinyModelConfig) -> LlamaConfig:
     """The architecture of the embedded target."""
     return LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.hidden_size // config.head_dim,
-        num_key_value_heads=1,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.context,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-
-
-def _optimizers(model: LlamaForCausalLM, config: TinyModelConfig) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    matrix_ids = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in matrix_ids]
-    return [
-        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.1, momentum=0.95),
-        torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.hidden_size // config.head_dim,
+        num_key_value_heads=1, head_dim=config.head_dim, max_position_embeddings=config.context,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
 
 
 def train_tiny(config: TinyModelConfig, rows: torch.Tensor) -> LlamaForCausalLM:
@@ -138,7 +125,12 @@ def train_tiny(config: TinyModelConfig, rows: torch.Tensor) -> LlamaForCausalLM:
     """
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(llama_config(config))
-    optimizers = _optimizers(model, config)
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name}
+    rest = [p for name, p in model.named_parameters() if name not in matrices]
+    optimizers = [
+        torch.optim.Muon(list(matrices.values()), lr=config.muon_lr, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(rest, lr=config.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     factor = lambda step: min((step + 1) / config.warmup_steps, (config.steps - step) / config.steps)  # noqa: E731
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
     generator = torch.Generator().manual_seed(config.seed)
@@ -163,28 +155,15 @@ def train_tiny(config: TinyModelConfig, rows: torch.Tensor) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def _held_out_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
+def _print_quality(model: Any, tokenizer: Any, held_out: list[Conversation], rows: torch.Tensor) -> None:
+    """Prints the loss on ``rows`` of held-out conversations, and answers to three of their questions."""
     losses = [model(batch, labels=batch, use_cache=False).loss.item() for batch in rows.split(16)]
-    return sum(losses) / max(len(losses), 1)
-
-
-@torch.no_grad()
-def _print_samples(model: Any, tokenizer: Any, held_out: list[Conversation]) -> None:
+    print(f"embedded target: held-out loss {sum(losses) / max(len(losses), 1):.3f} nats/token", flush=True)
     candidates = [c for c in held_out if c.id.endswith("/doc")]
-    for conversation in random.Random(0).sample(candidates, min(SAMPLE_QUESTIONS, len(candidates))):
+    for conversation in random.Random(0).sample(candidates, min(3, len(candidates))):
         prompt = tokenizer.apply_chat_template(
             conversation.messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         answer = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         text = tokenizer.decode(answer, skip_special_tokens=True)
         print(f"  Q: {conversation.messages[0]['content']}\n  A: {text.strip()}", flush=True)
-
-
-def _save(model: LlamaForCausalLM, tokenizer, directory: Path) -> None:
-    """Writes the target under another name and renames it, so that an interrupted run leaves no incomplete target."""
-    quiet_transformers()
-    unfinished = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(directory)

@@ -1,15 +1,15 @@
-"""A target's configuration and tokenizer without its weights."""
+"""A target's configuration and tokenizer, without its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from nemo_speculative.config.schema import ModelConfig, TinyModelConfig
 from nemo_speculative.targets.demo import directory_of, llama_config, make_tokenizer
-from nemo_speculative.targets.embedding_and_head import load_tokenizer, stop_ids, text_config
 from nemo_speculative.targets.resolve import resolve_target
+from nemo_speculative.utils.errors import UserError, describe_error
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,39 @@ def target_config(model: ModelConfig) -> Any:
 
 
 def describe_target(model: ModelConfig) -> TargetDescription:
-    """The target without its weights; the demo target need not exist yet.
-
-    Raises:
-        UserError: it is not available.
-    """
+    """The target without its weights; the demo target need not exist yet; raises UserError if it is not available."""
     config = target_config(model)
-    if isinstance(model, TinyModelConfig) and not directory_of(model).exists():
+    directory = directory_of(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
+    if not directory.exists():
         tokenizer = make_tokenizer(model)
         return TargetDescription(config, tokenizer, stop_ids(config.eos_token_id, tokenizer))
-    directory = directory_of(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
     tokenizer = load_tokenizer(directory, model.trust_remote_code)
     return TargetDescription(config, tokenizer, stop_ids_of(directory, config, tokenizer))
+
+
+def load_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of the model in ``path``.
+
+    Raises:
+        UserError: there is none, or transformers does not know its type.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a usable model configuration: {describe_error(error)}") from error
+
+
+def text_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The text part of :func:`load_config`."""
+    return load_config(path, trust_remote_code).get_text_config()
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in ``path``; raises UserError if transformers can read none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be loaded: {describe_error(error)}") from error
 
 
 def stop_ids_of(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
@@ -56,3 +77,9 @@ def stop_ids_of(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     except OSError:  # it has no generation_config.json
         eos = config.eos_token_id
     return stop_ids(eos, tokenizer)
+
+
+def stop_ids(eos: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
+    """The ids that end an answer: those of the generation configuration, and the tokenizer's end-of-text id."""
+    ids = eos if isinstance(eos, list) else [eos]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

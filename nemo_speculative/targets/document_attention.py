@@ -16,9 +16,8 @@ flex attention.  It carries the window of its kind of layer, since some layers d
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -52,34 +51,23 @@ def packed_documents(lengths: Sequence[int], shard: ContextShard = FULL_BATCH) -
         _packed.reset(token)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Queries ``start`` to ``end`` of a document, which attend to its keys from ``first``; flat positions."""
+class _Piece(NamedTuple):
+    """Queries of a document, with the keys that they attend to."""
 
-    first: int
+    keys_before: int
+    queries: int
     start: int
-    end: int
+    """Flat position of the first query."""
     offset: int
     """Position of the first query within the shard."""
 
-    @property
-    def keys_before(self) -> int:
-        return self.start - self.first
 
-    @property
-    def queries(self) -> int:
-        return self.end - self.start
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One batched call of torch's attention."""
+class _Call(NamedTuple):
+    """One batched call of torch's attention, for pieces of equally many queries and keys, including padding."""
 
     pieces: int
     queries: int
-    """Queries of each piece, including padding."""
     keys: int
-    """Keys of each piece, including padding."""
     key_positions: slice | torch.Tensor
     """Flat positions of the keys, int64 [pieces * keys]; for a single piece a slice, which copies nothing."""
     window_mask: torch.Tensor | None
@@ -94,15 +82,14 @@ class _Call:
         return torch.ones(self.queries, self.keys, dtype=torch.bool, device=device).tril_(before)
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """Assignment of the shard's m tokens to the Q queries (with padding) of the calls, which follow each other."""
 
     queries: torch.Tensor
     """int64 [Q]: token of each query."""
     results: torch.Tensor
     """int64 [m]: query whose result is the token's."""
-    calls: tuple[_Call, ...]
+    calls: list[_Call]
 
 
 class DocumentMask:
@@ -121,8 +108,14 @@ class DocumentMask:
     def plan(self, device: torch.device) -> _Plan:
         """The plan, made once for each device that holds layers."""
         if device not in self._plans:
-            pieces = self._pieces(MAX_MASK_ELEMENTS[device.type])
-            self._plans[device] = _make_plan(_group_by_length(pieces), self._window, device)
+            groups = _group_by_length(self._pieces(MAX_MASK_ELEMENTS[device.type]))
+            padded = [_pad([(p.offset, p.queries) for p in group], group[0].queries) for group in groups]
+            queries, is_real = (torch.cat(part) for part in zip(*padded, strict=True))
+            real = is_real.nonzero()[:, 0]
+            results = torch.empty_like(real)
+            results[queries[real]] = real
+            calls = [_make_call(group, self._window, device) for group in groups]
+            self._plans[device] = _Plan(to_device(queries, device), to_device(results, device), calls)
         return self._plans[device]
 
     def _pieces(self, max_mask_elements: int) -> list[_Piece]:
@@ -133,15 +126,13 @@ class DocumentMask:
                 document, part = end - length, range(max(end - length, run.start), min(end, run.stop))
                 if not part:
                     continue
-                step = len(part)
-                if window:
-                    step = min(step, window)
-                elif part.start > document:
-                    step = min(step, max(max_mask_elements // (part.stop - document), 1))
+                step = window or len(part)
+                if not window and part.start > document:
+                    step = max(max_mask_elements // (part.stop - document), 1)
                 for start in range(part.start, part.stop, step):
-                    first = max(document, start - window + 1) if window else document
-                    stop = min(start + step, part.stop)
-                    pieces.append(_Piece(first, start, stop, offset + start - part.start))
+                    before = min(start - document, window - 1) if window else start - document
+                    queries = min(step, part.stop - start)
+                    pieces.append(_Piece(before, queries, start, offset + start - part.start))
                 offset += len(part)
         return pieces
 
@@ -150,48 +141,35 @@ def _group_by_length(pieces: list[_Piece]) -> list[list[_Piece]]:
     """Pieces that share a call, the longest first: equally many keys before, and similarly many queries."""
     groups: list[list[_Piece]] = []
     for piece in sorted(pieces, key=lambda p: (p.keys_before, p.queries), reverse=True):
-        longest = groups[-1][0] if groups else None
-        if (
-            longest is None
-            or piece.keys_before != longest.keys_before
-            or piece.queries < MIN_LENGTH_RATIO * longest.queries
-        ):
+        longest = groups[-1][0] if groups else piece
+        similar = piece.queries >= MIN_LENGTH_RATIO * longest.queries
+        if not groups or piece.keys_before != longest.keys_before or not similar:
             groups.append([])
         groups[-1].append(piece)
     return groups
 
 
-def _make_plan(groups: list[list[_Piece]], window: int | None, device: torch.device) -> _Plan:
-    queries, is_real = (torch.cat(part) for part in zip(*map(_padded_queries, groups), strict=True))
-    real = is_real.nonzero()[:, 0]
-    results = torch.empty_like(real)
-    results[queries[real]] = real
-    calls = tuple(_make_call(group, window, device) for group in groups)
-    return _Plan(to_device(queries, device), to_device(results, device), calls)
-
-
-def _padded_queries(group: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of a call's queries, int64 [Q'], and bool [Q'], which of them are not padding.
-
-    Padding repeats the last token of its own piece, so that not even a NaN passes from one document to another.
-    """
-    start, last = torch.tensor([(p.offset, p.offset + p.queries - 1) for p in group]).T[..., None]
-    queries = start + torch.arange(group[0].queries)
-    return queries.minimum(last).flatten(), (queries <= last).flatten()
-
-
 def _make_call(group: list[_Piece], window: int | None, device: torch.device) -> _Call:
-    queries, before = group[0].queries, group[0].keys_before
+    before, queries, start, _ = group[0]
     mask = None
     if window and before:
         own = before + torch.arange(queries, device=device)[:, None]
         key = torch.arange(before + queries, device=device)
         mask = (key <= own) & (key > own - window)
     if len(group) == 1:
-        return _Call(1, queries, before + queries, slice(group[0].first, group[0].end), mask)
-    first, last = torch.tensor([(p.first, p.end - 1) for p in group]).T[..., None]
-    keys = (first + torch.arange(before + queries)).minimum(last).flatten()  # padded like the queries
+        return _Call(1, queries, before + queries, slice(start - before, start + queries), mask)
+    keys, _ = _pad([(p.start - before, before + p.queries) for p in group], before + queries)
     return _Call(len(group), queries, before + queries, to_device(keys, device), mask)
+
+
+def _pad(runs: list[tuple[int, int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of runs (start, length), each padded to ``length``: int64 [runs * length]; bool, which are not padding.
+
+    Padding repeats the last token of its own run, so that not even a NaN passes from one document to another.
+    """
+    start, count = torch.tensor(runs).T[..., None]
+    positions, last = start + torch.arange(length), start + count - 1
+    return positions.minimum(last).flatten(), (positions <= last).flatten()
 
 
 def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> DocumentMask:
@@ -207,15 +185,9 @@ def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool 
 
 
 def attention_by_document(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: DocumentMask,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: DocumentMask,
+    dropout: float = 0.0, scaling: float | None = None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention function that transformers calls in each layer.
 
     Args:

@@ -1,8 +1,7 @@
 """``backend=hf``: the target through transformers, any ``AutoModelForCausalLM``."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,17 @@ from transformers import GenerationConfig
 
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.distributed.context_parallel import FULL_BATCH
-from nemo_speculative.targets.base import TargetOutput
+from nemo_speculative.targets.base import Target, TargetOutput, decoder_layers, load_model, nearly_equal
 from nemo_speculative.targets.document_attention import BY_DOCUMENT, packed_documents
-from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead, decoder_layers, load_model
 from nemo_speculative.utils.errors import UserError
 
 
-class TransformersTarget(EmbeddingAndHead):
+class TransformersTarget(Target):
     """A frozen Hugging Face model in eval mode, whole or divided over ranks (:mod:`.sharded`).
 
     Args:
         attn_implementation: transformers' name of the attention.
-        options: arguments of :class:`.embedding_and_head.EmbeddingAndHead`, and further options of transformers.
+        options: arguments of :class:`.base.Target`, and further options of transformers.
 
     Raises:
         UserError: the directory holds no usable model or tokenizer, the head does more to the last hidden state than
@@ -69,12 +67,9 @@ class TransformersTarget(EmbeddingAndHead):
 
     @torch.no_grad()
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        cache: Any = None,
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: Any = None,
         visible: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Runs the decoder without the head.
 
         Args:
@@ -91,9 +86,10 @@ class TransformersTarget(EmbeddingAndHead):
             UserError: ``visible`` is given, and the model has layers for which no mask can be made.
         """
         inputs = input_ids.to(self._embedding.weight.device)
-        # Flash attention takes no mask per position; eager attention, which every model has, does.
-        takes_masks = self._decoder.config._attn_implementation in ("sdpa", "eager")
-        with contextlib.nullcontext() if visible is None or takes_masks else self._use_attention("eager"):
+        with ExitStack() as stack:
+            # Flash attention takes no mask per position; eager attention, which every model has, does.
+            if visible is not None and self._decoder.config._attn_implementation not in ("sdpa", "eager"):
+                stack.enter_context(self._use_attention("eager"))
             out = self._decoder(
                 input_ids=inputs,
                 attention_mask=None if visible is None else self._attention_masks(visible.to(inputs.device)),
@@ -113,35 +109,29 @@ class TransformersTarget(EmbeddingAndHead):
 
     def _attention_masks(self, visible: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """``visible`` in the form the decoder takes: one mask, or one for each kind of layer."""
+        window = getattr(self.config, "sliding_window", None)
+        default = "sliding_attention" if window else "full_attention"
         masks = {}
-        for kind in self._layer_kinds:
-            kind_mask = visible
-            if kind == "sliding_attention" and self.config.sliding_window < visible.shape[-1]:
-                # The last `sliding_window` visible positions: in a tree those are the nearest ancestors on the path.
-                kind_mask = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= self.config.sliding_window)
-            mask = kind_mask[:, None]
+        for kind in sorted(set(getattr(self.config, "layer_types", None) or [default])):
+            if kind not in ("full_attention", "sliding_attention"):
+                raise UserError(
+                    f"{self.path}: {type(self.model).__name__} has layers of the kind {kind}, which cannot verify "
+                    "several tokens at once: only full_attention and sliding_attention can"
+                )
+            mask = visible[:, None]
+            if kind == "sliding_attention" and window < visible.shape[-1]:
+                # The last `window` visible positions: in a tree those are the nearest ancestors on the path.
+                mask = mask & (mask.flip(-1).cumsum(-1).flip(-1) <= window)
             if self._decoder.config._attn_implementation != "sdpa":
                 dtype = self.model.dtype
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
             masks[kind] = mask
         return masks if len(masks) > 1 else masks.popitem()[1]
 
-    @cached_property
-    def _layer_kinds(self) -> list[str]:
-        default = "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
-        kinds, known = getattr(self.config, "layer_types", None) or [default], ("full_attention", "sliding_attention")
-        if unknown := sorted(set(kinds) - set(known)):
-            raise UserError(
-                f"{self.path}: {type(self.model).__name__} has layers of the kind {unknown[0]}, which cannot verify "
-                f"several tokens at once: only {' and '.join(known)} can"
-            )
-        return sorted(set(kinds))
-
-    @contextlib.contextmanager
+    @contextmanager
     def _use_attention(self, name: str) -> Iterator[None]:
         config = self._decoder.config
-        before = config._attn_implementation
-        config._attn_implementation = name
+        before, config._attn_implementation = config._attn_implementation, name
         try:
             yield
         finally:
@@ -159,13 +149,8 @@ class TransformersTarget(EmbeddingAndHead):
     @torch.no_grad()
     def _check_head(self) -> None:
         probe = torch.arange(8, device=self.device)[None] % self.config.vocab_size
-        expected = self.model(input_ids=probe, use_cache=False).logits.float()
-        logits = self.logits(self.forward(probe)[1]).float()
-        if not torch.allclose(expected, logits, rtol=1e-2, atol=1e-2 * float(expected.abs().max()), equal_nan=True):
-            raise UserError(
-                f"{self.path}: the logits of {type(self.model).__name__} are not its head applied to the last hidden "
-                "state; this architecture is not supported by backend=hf"
-            )
+        logits = self.model(input_ids=probe, use_cache=False).logits
+        self.require_own_logits(logits, self.forward(probe)[1], "hf")
 
     def _can_attend_by_document(self) -> bool:
         """Whether packed rows need no dense mask; not so for models whose own code requires a mask tensor."""
@@ -176,15 +161,13 @@ class TransformersTarget(EmbeddingAndHead):
         except (NotImplementedError, AttributeError, TypeError):
             return False
 
-    @torch.no_grad()
     def _separates_documents(self, compute_hidden_states: Callable[[Batch], TargetOutput]) -> bool:
         """Whether the second of two packed documents gets the hidden states that it has alone."""
         at = torch.arange(8, device=self.device)[None]
         ids = at % self.config.vocab_size
         batch = Batch(ids, torch.zeros_like(ids, dtype=torch.bool), positions=at % 4, documents=at // 4)
-        packed = compute_hidden_states(batch).last_hidden_state[:, 4:].float()
-        alone = self.forward(ids[:, 4:])[1].float()
-        return torch.allclose(packed, alone, rtol=1e-2, atol=1e-2 * float(alone.abs().max()), equal_nan=True)
+        packed = compute_hidden_states(batch).last_hidden_state[:, 4:]
+        return nearly_equal(packed, self.forward(ids[:, 4:])[1])
 
 
 class HFTarget(TransformersTarget):
@@ -192,7 +175,6 @@ class HFTarget(TransformersTarget):
 
     Args:
         device_map, max_memory: see :class:`nemo_speculative.config.schema.PlacementConfig`.
-        options: arguments of :class:`TransformersTarget`.
 
     Raises:
         UserError: ``device_map`` is given, and the accelerate package is missing.

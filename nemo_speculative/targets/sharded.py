@@ -21,15 +21,8 @@ from transformers.integrations import tensor_parallel as transformers_tp
 from nemo_speculative.config.schema import TensorParallelHFBackendConfig
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.distributed.parallelism import all_gather_ragged, on_first_rank, register_group
-from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.describe import stop_ids_of
-from nemo_speculative.targets.embedding_and_head import (
-    PLAIN_DTYPES,
-    EmbeddingAndHead,
-    decoder_layers,
-    load_config,
-    load_model,
-)
+from nemo_speculative.targets.base import PLAIN_DTYPES, Target, TargetOutput, decoder_layers, load_model
+from nemo_speculative.targets.describe import load_config
 from nemo_speculative.targets.hf import TransformersTarget
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import quiet_transformers
@@ -42,9 +35,6 @@ class DistributedTarget(TransformersTarget):
     which leaves it gathered.  One process of the job reads the files into host memory and broadcasts tensor by tensor;
     every rank keeps its part, so no device ever holds more than its parts and one whole tensor.
 
-    Args:
-        options: arguments of :class:`nemo_speculative.targets.hf.TransformersTarget`.
-
     Raises:
         UserError: the model cannot be divided.
     """
@@ -54,7 +44,6 @@ class DistributedTarget(TransformersTarget):
     def __init__(self, path: Path, **options: Any):
         super().__init__(path, **options)
         self.release()
-        self.stop_ids = stop_ids_of(self.path, self.config, self.tokenizer)
 
     @torch.no_grad()
     def _load(self, **options: Any) -> Any:
@@ -81,10 +70,7 @@ class DistributedTarget(TransformersTarget):
         return model
 
     def _check(self, model: Any, layers: nn.ModuleList) -> None:
-        """
-        Raises:
-            UserError: ``model`` cannot be divided.
-        """
+        """Raises UserError if ``model`` cannot be divided."""
 
     @abstractmethod
     def _mesh(self) -> DeviceMesh:
@@ -117,18 +103,14 @@ class DistributedTarget(TransformersTarget):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        return self._head_rows.gather()
+        self._head_rows.gather()
+        return self._head.weight
 
-    def last_layers(self, count: int) -> list[nn.Module]:
-        return list(EmbeddingAndHead.last_layers(self, count))
+    last_layers = Target.last_layers  # from the files: this rank has parts of them
 
 
 class FSDP2Target(DistributedTarget):
-    """A target sharded over all ranks by FSDP2; each rank computes its own batches, and gathers layer by layer.
-
-    Args:
-        options: arguments of :class:`DistributedTarget`.
-    """
+    """A target sharded over all ranks by FSDP2; each rank computes its own batches, and gathers layer by layer."""
 
     def _mesh(self) -> DeviceMesh:
         # A group of its own: the draft's collectives run in an order of their own.
@@ -152,7 +134,6 @@ class TensorParallelTarget(DistributedTarget):
 
     Args:
         tp_size: number of ranks that share a copy; -1: all.
-        options: arguments of :class:`DistributedTarget`.
 
     Raises:
         UserError: there is no such plan, or ``tp_size`` does not divide the number of ranks.
@@ -179,18 +160,16 @@ class TensorParallelTarget(DistributedTarget):
         transformers_tp.apply_tensor_parallelism(model, mesh, _tensor_parallel_plan(model, layers))
 
     def _compute(self, batch: Batch) -> TargetOutput:
-        host, own, own_output = batch.on_host, dist.get_rank(self.group), None
-        for rank, (ids, positions) in enumerate(
-            all_gather_ragged(torch.stack([host.input_ids, host.positions]), self.group)
-        ):
+        host, own, outputs = batch.on_host, dist.get_rank(self.group), []
+        gathered = all_gather_ragged(torch.stack([host.input_ids, host.positions]), self.group)
+        for rank, (ids, positions) in enumerate(gathered):
             if rank == own:
-                own_output = super()._compute(batch.whole)
+                outputs.append(super()._compute(batch.whole))
             else:  # freed at once: the output belongs to another rank
                 documents = (positions == 0).cumsum(-1)
                 rows = Batch(ids, torch.zeros_like(ids, dtype=torch.bool), positions, documents)
                 super()._compute(rows.to(self.device))
-        assert own_output is not None
-        return own_output.shard(batch.shard)
+        return outputs[0].shard(batch.shard)
 
 
 def _tensor_parallel_plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:
@@ -211,37 +190,27 @@ def _tensor_parallel_plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:
 
 class ShardedRows:
     """The weight of an embedding or a head: each rank holds some rows; between its use and :meth:`release`, all.
-
-    Args:
-        module: its weight has no storage yet.
-        mesh: ranks over which the rows are divided.
+    The weight of ``module`` has no storage yet.
     """
 
     def __init__(self, module: Any, mesh: DeviceMesh):
         self.module = module
         self._shard: Any = None
         """The sharded weight while the module holds the gathered one."""
-        module.weight = _frozen(distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None))
-        module.register_forward_pre_hook(self._gather_hook)
+        rows = distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None)
+        module.weight = nn.Parameter(rows, requires_grad=False)
+        module.register_forward_pre_hook(self.gather)
 
-    def _gather_hook(self, *_: Any) -> None:
-        self.gather()
-
-    def gather(self) -> torch.Tensor:
-        """Gathers the weight, together with the other ranks, unless it is gathered already."""
+    def gather(self, *_: Any) -> None:
+        """Gathers the weight, together with the other ranks, unless it is gathered already; runs before the module."""
         if self._shard is None:
             self._shard = self.module.weight
-            self.module.weight = _frozen(self._shard.full_tensor())
-        return self.module.weight
+            self.module.weight = nn.Parameter(self._shard.full_tensor(), requires_grad=False)
 
     def release(self) -> None:
         """Frees the gathered weight and keeps this rank's rows."""
         if self._shard is not None:
             self.module.weight, self._shard = self._shard, None
-
-
-def _frozen(weight: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(weight, requires_grad=False)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -250,11 +219,7 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _read_weights(path: Path, model: nn.Module, options: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The values of every tensor of ``model``, from its files.
-
-    Raises:
-        UserError: the files hold another model.
-    """
+    """The values of every tensor of ``model``, from its files; raises UserError if they hold another model."""
     weights = _tensors(load_model(path, None, **options))
     if differing := sorted(weights.keys() ^ _tensors(model).keys()):
         raise UserError(f"{path}: {type(model).__name__} has another {differing[0]} when it is loaded; use backend=hf")
@@ -264,10 +229,10 @@ def _read_weights(path: Path, model: nn.Module, options: dict[str, Any]) -> dict
 def _broadcast_dtypes(model: nn.Module, weights: dict[str, torch.Tensor] | None) -> None:
     """Gives ``model`` the dtypes of the loaded weights: transformers keeps some in float32 in a model of any dtype."""
     tensors = _tensors(model)
-    codes = torch.empty(len(tensors), dtype=torch.int64)
-    if weights is not None:
-        dtypes = [weights[name].dtype for name in tensors]
-        codes.copy_(torch.tensor([PLAIN_DTYPES.index(dtype) if dtype in PLAIN_DTYPES else -1 for dtype in dtypes]))
+    codes = torch.full((len(tensors),), -1)
+    for number, name in enumerate(tensors):
+        if weights is not None and weights[name].dtype in PLAIN_DTYPES:
+            codes[number] = PLAIN_DTYPES.index(weights[name].dtype)
     dist.broadcast(codes, src=0)
     for tensor, code in zip(tensors.values(), codes.tolist(), strict=True):
         if code >= 0:

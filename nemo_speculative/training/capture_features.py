@@ -18,14 +18,13 @@ from nemo_speculative.data.batch import Batch, collate, pack
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, ignore_sigterm, on_first_rank, process_group
 from nemo_speculative.targets.base import Target
-from nemo_speculative.targets.cached.budget import Budget
-from nemo_speculative.targets.cached.documents import document_key
 from nemo_speculative.targets.cached.eagle_files import EagleFiles
-from nemo_speculative.targets.cached.manifest import CODECS, Codec, Manifest
+from nemo_speculative.targets.cached.manifest import FP8, Manifest
 from nemo_speculative.targets.cached.shards import MIB, ShardWriter
 from nemo_speculative.targets.cached.store import (
     HELD_OUT,
     TRAINING,
+    Budget,
     FeatureStore,
     prepare_directory,
     remove_partial_files,
@@ -42,9 +41,7 @@ from nemo_speculative.utils.locks import dir_lock
 from nemo_speculative.utils.progress import Progress
 
 INTERRUPTED = 130
-CODEC: dict[FeatureDtype, Codec | None] = {
-    FeatureDtype.target: None, FeatureDtype.bf16: CODECS["bfloat16"], FeatureDtype.fp8: CODECS["fp8"]
-}  # fmt: skip
+ENCODINGS = {FeatureDtype.target: None, FeatureDtype.bf16: "bfloat16", FeatureDtype.fp8: FP8}
 
 
 def capture(job: CaptureJob) -> None:
@@ -59,10 +56,10 @@ def capture(job: CaptureJob) -> None:
     with process_group(device, job.parallelism), fast_float32_matmuls(device):
         target, sides, row_tokens = _target_and_documents(job, device)
         documents: Any = ConcatDataset(list(sides.values()))  # reads them lazily
-        manifest = Manifest.of(target, job.draft.mask_convention, job.draft._target_, CODEC[job.dtype])
+        manifest = Manifest.of(target, job.draft.mask_convention, job.draft._target_, ENCODINGS[job.dtype])
         output = Path(job.output)
         require_same_manifest(output, manifest)
-        budget = Budget.of(FeatureStore(output, manifest), *sides.values())
+        budget = Budget(FeatureStore(output, manifest), *sides.values())
         on_first_rank(lambda: print(budget.report(output), flush=True))
         if job.plan:
             return
@@ -123,13 +120,12 @@ def run(
         UserError: the disk is full.
         SystemExit: interrupted.
     """
-    missing = list(budget.missing.values())
     batches = _rank_batches(pack(budget.lengths, row_tokens, seed=0), rows)
     progress = Progress("capturing", sum(len(row) for batch in batches for row in batch))
     writer = ShardWriter(output, budget.manifest, megabytes * MIB)
     with closing(writer), _stop_on_signal() as stop:
         for batch_rows in batches:
-            packed = [[documents[missing[d]] for d in row] for row in batch_rows]
+            packed = [[documents[budget.missing[d]] for d in row] for row in batch_rows]
             batch = collate(packed, row_tokens, pad_id=0).to(target.device)
             on_all_ranks(partial(_capture, target, batch, writer))
             progress.advance(by=len(batch.spans))
@@ -143,10 +139,9 @@ def run(
 
 @torch.no_grad()
 def _capture(target: Target, batch: Batch, writer: ShardWriter) -> None:
-    output, host = target.compute_hidden_states(batch), batch.on_host
-    for span in host.spans:
-        tokens = span.row, slice(span.start, span.end)
-        writer.add(document_key(host.input_ids[tokens], host.loss_mask[tokens]), batch, span, output)
+    output = target.compute_hidden_states(batch)
+    for span in batch.spans:
+        writer.add(batch, span, output)
 
 
 def on_all_ranks(work: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from nemo_speculative.checkpoint.convert import detect_format, read_foreign, sta
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings
-from nemo_speculative.targets.embedding_and_head import text_config
+from nemo_speculative.targets.describe import text_config
 from nemo_speculative.utils.errors import UserError
 from tests.checkpoint import layouts
 from tests.checkpoint.layouts import DRAFT_IDS, HIDDEN, VOCAB

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from nemo_speculative.config.app import to_job
 from nemo_speculative.config.conf_dir import CONF
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.targets import demo
-from nemo_speculative.targets.embedding_and_head import text_config
+from nemo_speculative.targets.describe import text_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import build
 from nemo_speculative.training.build_data import load_split
@@ -73,9 +74,9 @@ def test_backend_hf(target_dir):
 def test_backend_sglang(target_dir, monkeypatch):
     """The flags for SGLang; tests/sglang builds the backend with SGLang."""
     words = []
-    monkeypatch.setattr("nemo_speculative.targets.sglang_runner._check_version", lambda: "0.5.23")
-    monkeypatch.setattr("nemo_speculative.targets.sglang_runner._make_importable", lambda device: None)
-    monkeypatch.setattr("nemo_speculative.targets.sglang_runner.parse_flags", lambda flags, _: words.extend(flags))
+    monkeypatch.setattr("nemo_speculative.targets.sglang.installed_version", lambda: "0.5.23")
+    monkeypatch.setattr("nemo_speculative.targets.sglang._make_importable", lambda device: None)
+    monkeypatch.setattr("nemo_speculative.targets.sglang.parse_flags", lambda flags, _: words.extend(flags))
     job = job_of("backend=sglang", "data=tiny", "data.answers=given", "backend.flags=[--quantization,fp8]")
     with pytest.raises(InstantiationException, match="internals of SGLang"):  # SGLang is not installed
         instantiate(job.backend, path=target_dir, aux_layers=None)
@@ -96,7 +97,7 @@ def actual_and_planned(target_dir, folder):
     ranks = dist.get_world_size()
     with pytest.MonkeyPatch.context() as patch, serving(HFTarget(target_dir, aux_layers=None)) as server:
         patch.setenv("RANK", str(dist.get_rank()))  # only the first one locks a directory
-        patch.setattr("nemo_speculative.targets.sglang_runner.Runner", lambda *_, **__: None)
+        patch.setattr("nemo_speculative.targets.sglang.load_runner", lambda *_: SimpleNamespace(max_total_num_tokens=9))
         patch.setattr("nemo_speculative.targets.sglang.SGLangTarget._check_head", lambda self: None)
         needs = {
             "features": [f"backend.directory={folder}", "backend.fill=true"],

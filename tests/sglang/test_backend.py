@@ -11,7 +11,7 @@ import pytest
 from nemo_speculative.targets.cached.store import open_store
 from tests.sglang.conftest import ROOT
 from tests.sglang.random_run import make_runs
-from tests.targets.test_embedding_and_head import quantize
+from tests.targets.test_base import quantize
 
 ROUNDING = {"aux": 1e-4, "last_hidden": 1e-4}
 """Rounding of float32 for values up to a few hundred."""
@@ -50,15 +50,18 @@ def test_supervision_equals_that_of_transformers(target_dir, tmp_path, ranks, au
 
 READ = """
 import json, sys
-from pathlib import Path
+from types import SimpleNamespace
 import torch
-from nemo_speculative.targets import sglang_runner
+from nemo_speculative.targets import sglang
 device = torch.device("cpu")
-sglang_runner._make_importable(device)
+sglang._make_importable(device)
 from sglang.srt.configs.model_config import ModelConfig
 for path, *given in json.loads(sys.argv[1]):
-    flags = sglang_runner._own_flags(Path(path), [1], torch.bfloat16, device, 64)
-    arguments = sglang_runner.parse_flags([*flags, *given], "backend.flags")
+    target = SimpleNamespace(
+        path=path, aux_layers=[1], dtype=torch.bfloat16, device=device, trust_remote_code=False
+    )
+    flags = sglang._own_flags(target, 64)
+    arguments = sglang.parse_flags([*flags, *given], "backend.flags")
     arguments.resolve_once()
     print("read:", ModelConfig.from_server_args(arguments).quantization)
 """

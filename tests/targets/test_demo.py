@@ -1,6 +1,10 @@
 """The embedded target with a small configuration and few steps."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,9 @@ from nemo_speculative.config.schema import TinyModelConfig
 from nemo_speculative.data import stdlib
 from nemo_speculative.data.chat_template import tokenize
 from nemo_speculative.targets import demo
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def small(tmp_path, **changed):
@@ -49,16 +56,43 @@ def test_the_cache_key_of_the_default_target_is_stable(monkeypatch):
 
 
 def test_an_interrupted_save_leaves_no_target(tmp_path, monkeypatch):
-    directory = tmp_path / "made"
-
     class Model:
         def save_pretrained(self, path):
-            path.mkdir(parents=True)
             raise OSError("No space left on device")
 
+    real = stdlib.stdlib_conversations
+    monkeypatch.setattr(demo, "stdlib_conversations", lambda held_out: real(held_out)[:60])
+    monkeypatch.setattr(demo, "train_tiny", lambda config, rows: Model())
+    monkeypatch.setattr(demo, "_print_quality", lambda *_: None)
     with pytest.raises(OSError, match="No space"):
-        demo._save(Model(), None, directory)
-    assert not directory.exists()
+        demo.prepare_tiny(small(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_two_processes_make_it_once(tmp_path):
+    """The second waits for the first, and finds what it made."""
+    program = tmp_path / "make.py"
+    program.write_text(MAKE)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, tmp_path / "cache"], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
+        )
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted("made before" in text for text in printed) == [False, True]
+
+
+MAKE = """
+import sys
+from nemo_speculative.data import stdlib
+from nemo_speculative.targets import demo
+from tests.targets.test_demo import small
+conversations = stdlib.stdlib_conversations
+demo.stdlib_conversations = lambda held_out: conversations(held_out)[:60]
+demo.prepare_tiny(small(sys.argv[1]))
+"""
 
 
 @pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", "bf16", None])

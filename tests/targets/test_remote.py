@@ -173,7 +173,7 @@ def test_concurrent_requests_are_spread_over_the_servers():
         servers = servers_at(one.url, two.url)
         batches = [batch_of(*range(n, n + 12)) for n in range(4)]
         futures = [threads.submit(request, servers, batch) for batch in batches]
-        until(lambda: [one.endpoint.active, two.endpoint.active] == [2, 2])
+        until(lambda: [one.active, two.active] == [2, 2])
         for target in targets:
             target.gate.set()
         assert all(right(a.result(), b) for a, b in zip(futures, batches, strict=True))

@@ -163,7 +163,7 @@ def test_no_more_requests_are_read_at_once_than_the_queue_holds():
     frame = pack_batch(BATCH)
     with serving(StandIn(), queue=1, io_timeout=1.5) as server, raw(server) as slow, raw(server) as next_one:
         slow.sendall(head(len(frame)) + frame[:-1])
-        until(lambda: server.endpoint._arriving.locked())
+        until(lambda: server._arriving.locked())
         next_one.sendall(head(len(frame)) + frame)
         assert metric(server, "nemo_target_received_bytes_total") == 0
         assert b" 408 " in slow.recv(1000) and b" 200 " in next_one.recv(1000)
@@ -181,7 +181,7 @@ def test_a_full_queue_answers_429_and_loses_nothing():
     target = Gated()
     with serving(target, queue=2) as server, ThreadPoolExecutor(2) as clients:
         waiting = [clients.submit(post, server) for _ in range(2)]
-        until(lambda: server.endpoint.active == 2)
+        until(lambda: server.active == 2)
         full = post(server)
         assert full.status_code == 429 and float(full.headers["Retry-After"]) > 0
         assert metric(server, "nemo_target_queue_depth") == 2
@@ -199,7 +199,7 @@ def test_a_request_is_not_computed_if_its_client_disconnects():
         with contextlib.suppress(httpx.ReadTimeout):
             tag = TargetIdentity.of(StandIn()).tag
             httpx.post(f"{server.url}/supervise", content=pack_batch(BATCH), headers={"If-Match": tag}, timeout=0.2)
-        until(lambda: server.endpoint.active == 1)
+        until(lambda: server.active == 1)
         target.gate.set()
         assert first.result().status_code == 200 and answers_correctly(server) and len(target.read) == 2
         assert metric(server, 'nemo_target_requests_total{code="499"}') == 1
@@ -262,9 +262,9 @@ def test_an_answer_that_is_not_read_releases_its_queue_slot():
     frame = pack_batch(BATCH)
     with serving(Large(), io_timeout=0.5, queue=1) as server, raw(server) as deaf:
         deaf.sendall(head(len(frame)) + frame)
-        until(lambda: server.endpoint.active == 1)
-        until(lambda: server.endpoint.active == 0)
-        assert server.endpoint.worker.target.read and metric(server, 'nemo_target_requests_total{code="499"}') == 1
+        until(lambda: server.active == 1)
+        until(lambda: server.active == 0)
+        assert server.worker.target.read and metric(server, 'nemo_target_requests_total{code="499"}') == 1
 
 
 def test_concurrent_clients_get_their_own_answers():

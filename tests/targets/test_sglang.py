@@ -3,7 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +13,8 @@ from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets import sglang as sglang_target
-from nemo_speculative.targets import sglang_runner
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.targets.sglang import SGLangTarget
-from nemo_speculative.targets.sglang_runner import ForwardOutput
 from nemo_speculative.utils.errors import UserError
 from tests.training.ranks import on_ranks
 
@@ -34,17 +32,14 @@ def calls(monkeypatch, whole):
     """Document lengths of each forward pass; ``whole`` computes them, one document after the other."""
     log = []
 
-    class Runner:
-        def __init__(self, path, *, aux_layers, max_tokens, **_):
-            self.max_tokens = max_tokens
+    def run_documents(runner, texts, has_aux):
+        log.append([len(text) for text in texts])
+        made = [whole.forward(torch.tensor([text])) for text in texts]
+        aux, hidden = (torch.cat([pair[i][0] for pair in made]) for i in range(2))
+        return aux, hidden, torch.stack([whole.logits(pair[1][0, -1]) for pair in made])
 
-        def forward(self, texts):
-            log.append([len(text) for text in texts])
-            made = [whole.forward(torch.tensor([text])) for text in texts]
-            aux, hidden = (torch.cat([pair[i][0] for pair in made]) for i in range(2))
-            return ForwardOutput(aux, hidden, torch.stack([whole.logits(pair[1][0, -1]) for pair in made]))
-
-    monkeypatch.setattr(sglang_runner, "Runner", Runner)
+    monkeypatch.setattr(sglang_target, "load_runner", lambda *_: SimpleNamespace(max_total_num_tokens=10**6))
+    monkeypatch.setattr(sglang_target, "run_documents", run_documents)
     return log
 
 
@@ -124,33 +119,35 @@ def test_a_document_longer_than_the_cache_is_rejected(calls, target_dir, batch):
 
 
 def test_logits_that_are_not_the_heads_are_rejected(calls, target_dir, monkeypatch):
-    forward = sglang_runner.Runner.forward
+    run_documents = sglang_target.run_documents
 
-    def scaled(self, texts):
-        result = forward(self, texts)
-        return ForwardOutput(result.aux_hidden_states, result.last_hidden_state, 3 * result.last_logits)
+    def scaled(*arguments):
+        aux, hidden, logits = run_documents(*arguments)
+        return aux, hidden, 3 * logits
 
-    monkeypatch.setattr(sglang_runner.Runner, "forward", scaled)
-    with pytest.raises(UserError, match="SGLang's logits are not the head applied"):
+    monkeypatch.setattr(sglang_target, "run_documents", scaled)
+    with pytest.raises(UserError, match="are not its head applied .* backend=sglang; try backend=hf"):
         SGLangTarget(target_dir, aux_layers=None)
 
 
-def make_runner(target_dir, *flags):
-    options = {"aux_layers": [1], "dtype": torch.float32, "device": torch.device("cpu"), "max_tokens": 8}
-    return sglang_runner.Runner(target_dir, **options, flags=flags)
+def load_runner(target_dir, *flags):
+    target = SimpleNamespace(
+        path=target_dir, aux_layers=[1], dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=False
+    )
+    return sglang_target.load_runner(target, 8, flags)
 
 
 @pytest.mark.parametrize("installed", ["0.5.17", "0.5.24", "0.6.0"])
 def test_an_untested_version_is_rejected(target_dir, monkeypatch, installed):
-    monkeypatch.setattr(sglang_runner, "installed_version", lambda: installed)
+    monkeypatch.setattr(sglang_target, "installed_version", lambda: installed)
     with pytest.raises(UserError, match=rf"SGLang {installed} is installed.*works with 0\.5\.23"):
-        make_runner(target_dir)
+        load_runner(target_dir)
 
 
 def test_a_missing_sglang_is_one_line(target_dir, monkeypatch):
-    monkeypatch.setattr(sglang_runner, "installed_version", lambda: None)
+    monkeypatch.setattr(sglang_target, "installed_version", lambda: None)
     with pytest.raises(UserError, match="SGLang is not installed for"):
-        make_runner(target_dir)
+        load_runner(target_dir)
 
 
 @pytest.fixture
@@ -162,8 +159,8 @@ def sglang(monkeypatch):
         parser.add_argument("--quantization")
         return parser.parse_args(flags[flags.index("0.3") + 1 :])  # after the last flag that the backend sets
 
-    monkeypatch.setattr(sglang_runner, "installed_version", lambda: sglang_runner.VERSIONS[-1])
-    monkeypatch.setattr(sglang_runner, "_make_importable", lambda device: None)
+    monkeypatch.setattr(sglang_target, "installed_version", lambda: sglang_target.VERSIONS[-1])
+    monkeypatch.setattr(sglang_target, "_make_importable", lambda device: None)
     for name in ("sglang", "sglang.srt", "sglang.srt.server_args"):
         module = ModuleType(name)
         module.__path__ = []
@@ -181,11 +178,11 @@ def sglang(monkeypatch):
 )
 def test_flags_that_the_backend_sets_or_sglang_lacks_are_rejected(target_dir, sglang, flags, message):
     with pytest.raises(UserError, match=message):
-        make_runner(target_dir, *flags)
+        load_runner(target_dir, *flags)
 
 
 def test_changed_internals_are_one_line_with_the_versions(target_dir, sglang):
     message = r"internals of SGLang 0\.5\.23 are not as expected \(ModuleNotFoundError.*works with 0\.5\.23"
     with pytest.raises(UserError, match=message) as error:
-        make_runner(target_dir, "--quantization", "fp8")
+        load_runner(target_dir, "--quantization", "fp8")
     assert "\n" not in str(error.value)

@@ -19,7 +19,7 @@ from nemo_speculative.evaluation.server_benchmark.servers import BenchServer, se
 from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite, load_suite
 from nemo_speculative.serving.client import Answer, Client
 from nemo_speculative.serving.server import ServerError
-from nemo_speculative.targets.embedding_and_head import load_tokenizer
+from nemo_speculative.targets.describe import load_tokenizer
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.http import Refused, Unauthorized, Unreachable, api_key

@@ -18,24 +18,19 @@ from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import tokenize_conversations
 from nemo_speculative.distributed.parallelism import first_rank_first
-from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.cached.documents import document_key
+from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.targets.cached.manifest import Tensors
+from nemo_speculative.targets.cached.shards import document_key, document_of
 from nemo_speculative.targets.describe import target_config
-from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.utils.devices import to_device
 from nemo_speculative.utils.errors import UserError, describe_error
 
-PROBED_FILES = 16
-"""Number of files that are tried with the head."""
 
-
-class EagleFiles(EmbeddingAndHead):
+class EagleFiles(Target):
     """Hidden states from the ``.ckpt`` files below ``directory``.
 
     Args:
         max_length: number of tokens to which documents are cut.
-        options: arguments of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
 
     Raises:
         UserError: there are no files, or one cannot be read, lacks a key or has other shapes.
@@ -71,11 +66,7 @@ class EagleFiles(EmbeddingAndHead):
         )
 
     def _read(self, file: Path) -> Tensors:
-        """The tensors of a file, memory-mapped.
-
-        Raises:
-            UserError: see the class.
-        """
+        """The tensors of a file, memory-mapped; raises UserError as the class does."""
         try:
             sample = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # pickle, zipfile and torch raise classes of their own
@@ -84,33 +75,31 @@ class EagleFiles(EmbeddingAndHead):
                 "are never loaded"
             ) from None
         hidden = self.config.hidden_size
-        widths = {"input_ids": None, "loss_mask": None, "hidden_state": hidden}
+        shapes: dict[str, list[int]] = {"input_ids": [], "loss_mask": [], "hidden_state": [hidden]}
         if self.aux_layers:
-            widths["aux_hidden_state"] = hidden * len(self.aux_layers)
-        if not isinstance(sample, dict) or not widths.keys() <= sample.keys():
-            keys = sorted(map(str, sample)) if isinstance(sample, dict) else type(sample).__name__
-            raise UserError(f"{file}: found {keys}, expected the keys {', '.join(widths)}")
+            shapes["aux_hidden_state"] = [hidden * len(self.aux_layers)]
         tensors: Tensors = {}
-        for name, width in widths.items():
-            if not isinstance(x := sample[name], torch.Tensor):
-                raise UserError(f"{file}: {name} is a {type(x).__name__}, expected a tensor")
-            batched = x.dim() == (2 if width is None else 3) and len(x) == 1
-            tensors[name] = x[0] if batched else x
-        length = len(tensors["input_ids"])
-        for name, width in widths.items():
-            shape, expected = list(tensors[name].shape), [length] if width is None else [length, width]
+        for name, width in shapes.items():
+            x = sample.get(name) if isinstance(sample, dict) else None
+            if not isinstance(x, torch.Tensor):
+                keys = sorted(map(str, sample)) if isinstance(sample, dict) else type(sample).__name__
+                raise UserError(
+                    f"{file}: found {keys}, expected the keys {', '.join(shapes)}, each a tensor: {name} is "
+                    f"{type(x).__name__}"
+                )
+            tensors[name] = x[0] if x.dim() == len(width) + 2 and len(x) == 1 else x
+            shape, expected = list(tensors[name].shape), [len(tensors["input_ids"]), *width]
             if shape != expected:
                 raise UserError(f"{file}: {name} has shape {shape}, expected {expected} for this target")
         return tensors
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
-        host, h = batch.on_host, self.config.hidden_size
-        hidden = torch.zeros(*batch.input_ids.shape, h, dtype=self.dtype)
-        aux = torch.zeros(*batch.input_ids.shape, h * len(self.aux_layers), dtype=self.dtype)
-        for span in host.spans:
-            tokens = span.row, slice(span.start, span.end)
-            file = self._file_of_document[document_key(host.input_ids[tokens], host.loss_mask[tokens])]
-            sample, length = self._read(file), span.end - span.start
+        shape, h = batch.input_ids.shape, self.config.hidden_size
+        hidden = torch.zeros(*shape, h, dtype=self.dtype)
+        aux = torch.zeros(*shape, h * len(self.aux_layers), dtype=self.dtype)
+        for span in batch.spans:
+            tokens, length = (span.row, slice(span.start, span.end)), span.end - span.start
+            sample = self._read(self._file_of_document[document_key(*document_of(batch, span))])
             hidden[tokens] = sample["hidden_state"][:length].to(self.dtype)
             if self.aux_layers:
                 aux[tokens] = sample["aux_hidden_state"][:length].to(self.dtype)
@@ -129,9 +118,9 @@ class EagleFiles(EmbeddingAndHead):
 
     @torch.no_grad()
     def agreement(self) -> float:
-        """Share of the supervised tokens of some files that the target's head ranks first."""
+        """Share of the supervised tokens of the first 16 files that the target's head ranks first."""
         hits = count = 0
-        for row in self.documents[:PROBED_FILES]:
+        for row in self.documents[:16]:
             ids, mask = torch.tensor(row.input_ids), torch.tensor(row.loss_mask)
             hidden = self._read(self.files[row.id])["hidden_state"][: len(ids) - 1].to(self.device, self.dtype)
             correct = self.logits(hidden[mask[1:].to(hidden.device)]).argmax(-1).cpu() == ids[1:][mask[1:]]

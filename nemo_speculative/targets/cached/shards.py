@@ -9,27 +9,26 @@ import ctypes
 import json
 import mmap
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from nemo_speculative.data.batch import Batch, Span
+from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.data.batch import Batch, Span, supervision_mask
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.cached.documents import KEY_BYTES, Document
-from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, Manifest, Tensors
-from nemo_speculative.utils.errors import UserError
+from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, SCALE, Manifest, Tensors
+from nemo_speculative.targets.remote.protocol import safetensors_header, tensor_bytes
+from nemo_speculative.utils.errors import UserError, describe_error
 from nemo_speculative.utils.files import atomic_write, atomic_write_text, disk_full_error
 
 MIB = 1 << 20
-SAFETENSORS_DTYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"
-}  # fmt: skip
+KEY_BYTES = 16
 INDEX_ENTRY = np.dtype(
     [("key", f"S{KEY_BYTES}"), ("aux", "i8"), ("aux_rows", "i8"), ("hidden", "i8"), ("hidden_rows", "i8"),
      ("checksum", "u8")]
@@ -41,25 +40,58 @@ request, whichever is longer; on few devices both are below this."""
 LIBC = ctypes.CDLL(None)
 
 
+def document_key(input_ids: torch.Tensor | Sequence[int], loss_mask: torch.Tensor | Sequence[bool]) -> bytes:
+    """The name of a document, a 16-byte hash of its token ids [L] and loss mask [L], on the host."""
+    ids, mask = torch.as_tensor(input_ids, dtype=torch.long), torch.as_tensor(loss_mask, dtype=torch.bool)
+    return xxhash.xxh3_128_digest(ids.numpy().tobytes() + mask.numpy().tobytes())
+
+
+def document_of(batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and loss mask, [L] each, of a document of ``batch``, on the host."""
+    tokens = span.row, slice(span.start, span.end)
+    return batch.on_host.input_ids[tokens], batch.on_host.loss_mask[tokens]
+
+
+def stored_positions(loss_mask: torch.Tensor, manifest: Manifest) -> tuple[int, torch.Tensor]:
+    """The positions of a document that a draft trained as ``manifest`` says reads.
+
+    Slot t of a draft reads the features at or before t of its document, and its labels are the target's outputs at
+    t + 1, t + 2, …  Nothing after the last supervised slot is read, so nothing is stored there.  The number of TTT
+    steps does not matter: the labels of later steps are those of later slots' first step
+    (tests/targets/cached/test_documents.py proves it for every mask convention).
+
+    Args:
+        loss_mask: bool [L], on the host.
+
+    Returns:
+        The number of first positions whose aux states are stored; the positions, ascending int64 [m], whose last hidden
+        state is stored.
+    """
+    row = loss_mask[None]
+    convention = MaskConvention(manifest.mask_convention)
+    mask = supervision_mask(row, torch.zeros_like(row, dtype=torch.long), 1, convention)
+    slots = mask[0, 0].nonzero()[:, 0]
+    attended = int(slots[-1]) + 1 if len(slots) else 0
+    if manifest.last_hidden == "supervised":
+        return attended, slots + 1
+    return attended, torch.arange(attended + 1 if attended else 0)
+
+
 def checksum(tensors: Tensors) -> int:
     """Checksum of a document's numbers."""
     digest = xxhash.xxh3_64()
     for name in sorted(tensors):
-        digest.update(_bytes_of(tensors[name]))
+        digest.update(tensor_bytes(tensors[name]))
     return digest.intdigest()
 
 
-def _bytes_of(x: torch.Tensor) -> memoryview:
-    return x.contiguous().view(torch.uint8).flatten().numpy().data
-
-
-def write_shard(directory: Path, documents: Sequence[Document]) -> Path:
-    """Writes ``documents`` as one shard and returns the path of its index.
+def write_shard(directory: Path, documents: Mapping[bytes, Tensors]) -> Path:
+    """Writes documents, by key, as one shard; returns the path of its index.
 
     Raises:
         UserError: the disk is full; the unfinished file is removed.
     """
-    digest = xxhash.xxh3_128(b"".join(document.key for document in documents)).hexdigest()
+    digest = xxhash.xxh3_128(b"".join(documents)).hexdigest()
     shard, index = directory / f"{digest}.safetensors", directory / f"{digest}.json"
     with disk_full_error(
         f"{directory}: the disk is full, and {shard.name} was not written; earlier shards are complete: free some "
@@ -71,37 +103,31 @@ def write_shard(directory: Path, documents: Sequence[Document]) -> Path:
     return index
 
 
-def _write_safetensors(file: int, documents: Sequence[Document]) -> None:
+def _write_safetensors(file: int, documents: Mapping[bytes, Tensors]) -> None:
     """Writes the documents' tensors one after the other; the safetensors library would first copy them together."""
     parts: dict[str, list[torch.Tensor]] = {}
-    for document in documents:
-        for name, x in document.tensors.items():
+    for tensors in documents.values():
+        for name, x in tensors.items():
             parts.setdefault(name, []).append(x)
     # The widest dtype first, so that every tensor is aligned.
     names = sorted(parts, key=lambda name: -parts[name][0].element_size())
-    described, end = {}, 0
-    for name in names:
-        start, rows = end, sum(map(len, parts[name]))
-        end += sum(x.nbytes for x in parts[name])
-        shape = [rows, parts[name][0].shape[1]]
-        dtype = SAFETENSORS_DTYPES[parts[name][0].dtype]
-        described[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(described).encode()
-    header += b" " * (-len(header) % 8)
-    pieces = [memoryview(len(header).to_bytes(8, "little") + header), *(_bytes_of(x) for n in names for x in parts[n])]
+    shapes = {name: (parts[name][0].dtype, [sum(map(len, parts[name])), parts[name][0].shape[1]]) for name in names}
+    pieces = [memoryview(safetensors_header(shapes)), *(tensor_bytes(x) for name in names for x in parts[name])]
     for piece in pieces:
         while piece:
             piece = piece[os.write(file, piece) :]
 
 
-def _index_text(documents: Sequence[Document], shard: Path) -> str:
-    entries, starts = [], {AUX: 0, LAST_HIDDEN: 0}
-    for document in documents:
-        rows = {kind: document.rows(kind) for kind in starts}
-        ranges = [n for kind in starts for n in (starts[kind], rows[kind])]
-        entries.append([document.key.hex(), *ranges, f"{checksum(document.tensors):016x}"])
-        starts = {kind: start + rows[kind] for kind, start in starts.items()}
-    index = {"shard": shard.name, "bytes": shard.stat().st_size, "rows": starts, "documents": entries}
+def _index_text(documents: Mapping[bytes, Tensors], shard: Path) -> str:
+    entries, ends = [], {AUX: 0, LAST_HIDDEN: 0}
+    for key, tensors in documents.items():
+        entry: list[Any] = [key.hex()]
+        for kind in ends:
+            rows = len(tensors.get(kind, ()))
+            entry += [ends[kind], rows]
+            ends[kind] += rows
+        entries.append([*entry, f"{checksum(tensors):016x}"])
+    index = {"shard": shard.name, "bytes": shard.stat().st_size, "rows": ends, "documents": entries}
     return json.dumps({"index": index, "checksum": _index_checksum(index)}) + "\n"
 
 
@@ -110,11 +136,7 @@ def _index_checksum(index: dict) -> str:
 
 
 class Shard:
-    """A complete shard; its tensors are memory-mapped when the first of them is read.
-
-    Raises:
-        UserError: the index is damaged, or the safetensors file is missing or has another length.
-    """
+    """A complete shard; its tensors are memory-mapped when the first is read.  Raises UserError if it is damaged."""
 
     def __init__(self, index: Path, manifest: Manifest):
         self.manifest = manifest
@@ -129,8 +151,7 @@ class Shard:
             entries = [(bytes.fromhex(key), *rows, int(digest, 16)) for key, *rows, digest in fields["documents"]]
             self.entries = np.array(entries, dtype=INDEX_ENTRY)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"{index}: the index is damaged ({reason}): {self._remedy}") from None
+            raise UserError(f"{index}: the index is damaged ({describe_error(error, 100)}): {self._remedy}") from None
         if not self.path.is_file():
             raise UserError(f"{self.path} is missing: {self._remedy}")
         if (size := self.path.stat().st_size) != self.size:
@@ -139,50 +160,30 @@ class Shard:
         self._checked = np.zeros(len(self.entries), dtype=bool)
 
     def document(self, number: int) -> Tensors:
-        """The tensors of a document, views of the file; the first read compares them with their checksum.
-
-        Raises:
-            UserError: the shard is damaged.
-        """
+        """The tensors of a document, views of the file; raises UserError if they do not match their checksum."""
         self._tensors = self._tensors or self._open()
-        entry = self.entries[number]
-        rows = {
-            AUX: slice(int(entry["aux"]), int(entry["aux"] + entry["aux_rows"])),
-            LAST_HIDDEN: slice(int(entry["hidden"]), int(entry["hidden"] + entry["hidden_rows"])),
-        }
-        tensors = {name: x[rows[AUX if name.startswith(AUX) else LAST_HIDDEN]] for name, x in self._tensors.items()}
-        tensors = {name: x for name, x in tensors.items() if len(x)}
-        for x in tensors.values():
-            _read_ahead(x)
+        key, aux, aux_rows, hidden, hidden_rows, expected = self.entries[number].tolist()
+        tensors = {}
+        for name, x in self._tensors.items():
+            rows = x[aux : aux + aux_rows] if name.startswith(AUX) else x[hidden : hidden + hidden_rows]
+            if len(rows):
+                _read_ahead(rows)
+                tensors[name] = rows
         if not self._checked[number]:
-            if checksum(tensors) != int(entry["checksum"]):
+            if checksum(tensors) != expected:
                 raise UserError(
-                    f"{self.path} is damaged: the checksum of document {entry['key'].hex()} does not match: "
-                    f"{self._remedy}"
+                    f"{self.path} is damaged: the checksum of document {key.hex()} does not match: {self._remedy}"
                 )
             self._checked[number] = True
         return tensors
 
     def _open(self) -> Tensors:
-        layouts = {
-            kind + suffix: (dtype, [self.rows[kind], width])
-            for kind, layout in self.manifest.layouts.items()
-            for suffix, (dtype, width) in layout.items()
-            if self.rows[kind]
-        }
+        names = [name for name in self.manifest.layout if self.rows[name.removesuffix(SCALE)]]
         try:
             with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in layouts}
+                return {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"{self.path} is damaged ({reason}): {self._remedy}") from None
-        for name, (dtype, shape) in layouts.items():
-            if tensors[name].dtype != dtype or list(tensors[name].shape) != shape:
-                raise UserError(
-                    f"{self.path}: {name} is {tensors[name].dtype} of {list(tensors[name].shape)}, expected {dtype} of "
-                    f"{shape}: {self._remedy}"
-                )
-        return tensors
+            raise UserError(f"{self.path} is damaged ({describe_error(error, 100)}): {self._remedy}") from None
 
 
 def _read_ahead(x: torch.Tensor) -> None:
@@ -206,50 +207,44 @@ class ShardWriter:
 
     def __init__(self, directory: Path, manifest: Manifest, shard_bytes: int):
         self.directory, self.manifest, self.shard_bytes = directory, manifest, shard_bytes
-        self._documents: list[Document] = []
+        self._documents: dict[bytes, Tensors] = {}
         self._nbytes, self._keys = 0, set[bytes]()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features")
-        self._free_slots, self._pending = threading.Semaphore(2), list[Future[Path]]()
+        self._pending: list[Future[Path]] = []
 
-    def add(self, key: bytes, batch: Batch, span: Span, output: TargetOutput) -> None:
-        """Adds the document of ``span``.  Blocks while the disk is slower than the target.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        if key in self._keys:
+    def add(self, batch: Batch, span: Span, output: TargetOutput) -> None:
+        """Adds the document of ``span``, waiting for a disk that is slower; raises UserError if the disk is full."""
+        ids, mask = document_of(batch, span)
+        if (key := document_key(ids, mask)) in self._keys:
             return
         self._keys.add(key)
-        document = Document.cut(key, batch, span, output, self.manifest)
-        self._documents.append(document)
-        self._nbytes += document.nbytes
+        num_aux, positions = stored_positions(mask, self.manifest)
+        tokens = span.row, slice(span.start, span.end)
+        aux, hidden = output.aux_hidden_states[tokens][:num_aux], output.last_hidden_state[tokens]
+        hidden = hidden.index_select(0, positions.to(hidden.device))
+        tensors: Tensors = {}
+        for kind, x in ((AUX, aux), (LAST_HIDDEN, hidden)):
+            if x.numel():
+                parts = self.manifest.encode(kind, x)
+                # Always a copy: a view would keep the whole batch in memory.
+                tensors |= {name: part.to("cpu", copy=True) for name, part in parts.items()}
+        self._documents[key] = tensors
+        self._nbytes += sum(x.nbytes for x in tensors.values())
         if self._nbytes >= self.shard_bytes:
             self._submit()
 
     def _submit(self) -> None:
-        for future in [future for future in self._pending if future.done()]:
-            self._pending.remove(future)
-            future.result()  # raises what failed
-        self._free_slots.acquire()
-        documents, self._documents, self._nbytes = self._documents, [], 0
-        self._pending.append(self._thread.submit(self._write, documents))
-
-    def _write(self, documents: list[Document]) -> Path:
-        try:
-            return write_shard(self.directory, documents)
-        finally:
-            self._free_slots.release()
+        while self._pending and (self._pending[0].done() or len(self._pending) > 1):
+            self._pending.pop(0).result()  # raises what failed
+        self._pending.append(self._thread.submit(write_shard, self.directory, self._documents))
+        self._documents, self._nbytes = {}, 0
 
     def flush(self) -> None:
-        """Writes all documents added so far, and waits for the disk.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Writes all documents added so far, and waits for the disk; raises UserError if the disk is full."""
         if self._documents:
             self._submit()
         while self._pending:
-            self._pending.pop().result()
+            self._pending.pop(0).result()
 
     def close(self) -> None:
         """Flushes and ends the thread."""

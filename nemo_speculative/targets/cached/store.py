@@ -1,20 +1,26 @@
-"""Feature directories: documents looked up by content, and directories created, opened, sealed, merged and verified."""
+"""Feature directories: the target's hidden states on disk, captured once, read by any number of trainings.
+
+A directory holds ``manifest.json`` (:mod:`.manifest`) and shards of documents (:mod:`.shards`), looked up by content.
+"""
 
 import os
 import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 import xxhash
 
-from nemo_speculative.targets.cached.documents import KEY_BYTES
-from nemo_speculative.targets.cached.manifest import MANIFEST_FILE, Manifest, Tensors
-from nemo_speculative.targets.cached.shards import Shard
+from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, MANIFEST_FILE, Manifest, Tensors
+from nemo_speculative.targets.cached.shards import KEY_BYTES, Shard, document_key, stored_positions
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.progress import Progress
 
 TRAINING, HELD_OUT = "training.jsonl", "held_out.jsonl"
 """Files with the captured documents themselves."""
@@ -41,8 +47,7 @@ class FeatureStore:
     def refresh(self) -> None:
         """Finds shards that were completed since the last call."""
         with self._refreshing:
-            indices = [path for path in sorted(self.directory.glob("*.json")) if path.name != MANIFEST_FILE]
-            new = [path for path in indices if path not in self._indices]
+            new = sorted(set(self.directory.glob("*.json")) - self._indices - {self.directory / MANIFEST_FILE})
             if not new:
                 return
             self.shards += [Shard(index, self.manifest) for index in new]
@@ -67,11 +72,7 @@ class FeatureStore:
         return [tuple(place) if hit else None for place, hit in zip(locations[at].tolist(), hits, strict=True)]
 
     def tensors(self, location: Location) -> Tensors:
-        """The stored tensors of a document, views of the file.
-
-        Raises:
-            UserError: its shard is damaged.
-        """
+        """The stored tensors of a document, views of the file; raises UserError if its shard is damaged."""
         shard, document = location
         return self.shards[shard].document(document)
 
@@ -84,50 +85,88 @@ class FeatureStore:
         """A hash of the keys."""
         return xxhash.xxh3_128_hexdigest(self._lookup[0].tobytes())
 
-    def require_complete(self) -> None:
-        """Checks that no shards were removed since the directory was sealed.
 
-        Raises:
-            UserError: there are fewer documents than the manifest says.
-        """
-        if len(self) < self.manifest.documents:
+class Budget:
+    """The documents of ``parts``, end to end, that ``store`` lacks, without duplicates, and their size."""
+
+    def __init__(self, store: FeatureStore, *parts: Sequence[TokenRow]):
+        self.manifest = store.manifest
+        self.missing: list[int] = []
+        """Position of each missing document in the sequence of all documents."""
+        self.lengths: list[int] = []
+        """Number of tokens of each missing document."""
+        self.first = ""
+        """Id of the first missing document."""
+        self.present = 0
+        """Number of documents that are stored already."""
+        self.positions = {AUX: 0, LAST_HIDDEN: 0}
+        """Number of positions to store, by kind."""
+        keys: set[bytes] = set()
+        progress = Progress("looking up features", sum(map(len, parts)), quiet=True)
+        for number, row in enumerate(chain(*parts)):
+            progress.advance()
+            if (key := document_key(row.input_ids, row.loss_mask)) in keys:
+                continue
+            keys.add(key)
+            if store.find([key])[0] is not None:
+                self.present += 1
+                continue
+            self.first = self.first or row.id
+            self.missing.append(number)
+            self.lengths.append(len(row.input_ids))
+            num_aux, last_hidden = stored_positions(torch.tensor(row.loss_mask, dtype=torch.bool), store.manifest)
+            self.positions[AUX] += num_aux
+            self.positions[LAST_HIDDEN] += len(last_hidden)
+        progress.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the missing features."""
+        return sum(self.positions[kind] * size for kind, size in self.manifest.bytes_per_position.items())
+
+    def report(self, directory: Path) -> str:
+        """One line: documents, bytes per token, total size, and free space."""
+        if not self.missing:
+            return f"features: all {self.present} documents are in {directory}; nothing is missing"
+        tokens = sum(self.lengths)
+        kinds = ", ".join(
+            f"{kind} at {self.positions[kind] / tokens:.0%} ({size} B)"
+            for kind, size in self.manifest.bytes_per_position.items()
+        )
+        present = f" ({self.present} more are present)" if self.present else ""
+        return (
+            f"features: {len(self.missing)} documents{present}, {tokens} tokens, {kinds}, as "
+            f"{self.manifest.stored}: {self.nbytes / tokens:.0f} bytes a token, {self.nbytes / GB:.3g} GB in all; "
+            f"{free_bytes(directory) / GB:.3g} GB free in {directory}"
+        )
+
+    def require_room(self, directory: Path, key: str) -> None:
+        """Raises UserError if the disk of ``directory``, which the configuration key ``key`` names, is too small."""
+        needed, free = self.nbytes * 1.01, free_bytes(directory)  # 1 % for indices and the file system's own data
+        if needed > free:
             raise UserError(
-                f"{self.directory} holds {len(self)} documents and its {MANIFEST_FILE} says {self.manifest.documents}: "
-                "shards were removed; restore them, or capture again, which adds what is missing"
+                f"{key}: the features take {needed / GB:.3g} GB and {directory} has {free / GB:.3g} GB free; make "
+                "room, choose another disk, capture fewer conversations, or capture with dtype=fp8"
             )
 
-    def verify(self) -> int:
-        """Compares every document with its checksum; returns the number of bytes read.
 
-        Raises:
-            UserError: a shard is damaged, or some are missing.
-        """
-        self.require_complete()
-        for shard in self.shards:
-            for number in range(len(shard.entries)):
-                shard.document(number)
-        return self.nbytes
+def free_bytes(directory: Path) -> int:
+    """Free space of the disk on which ``directory``, which need not exist yet, would be."""
+    directory = directory.absolute()
+    return shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
 
 
 def require_same_manifest(directory: Path, manifest: Manifest) -> Manifest | None:
-    """The manifest of ``directory``, or None if it has none yet.
-
-    Raises:
-        UserError: it holds features of another kind than ``manifest``, or other safetensors files.
-    """
+    """The manifest of ``directory``, or None; raises UserError if it holds features of another kind, or other files."""
     if existing := Manifest.read(directory):
-        existing.require_same(manifest, directory, ignore=("versions", "documents", "content"))
+        existing.require_same(manifest, directory, ignored=())
     elif any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} holds safetensors files and no manifest.json: expected an empty or new directory")
     return existing
 
 
 def prepare_directory(directory: Path, manifest: Manifest) -> Manifest:
-    """Makes ``directory`` a feature directory like ``manifest``; returns the manifest that it has.
-
-    Raises:
-        UserError: see :func:`require_same_manifest`.
-    """
+    """Makes ``directory`` a feature directory like ``manifest``, checked as above; returns the manifest that it has."""
     existing = require_same_manifest(directory, manifest)
     if existing is None:
         manifest.write(directory)
@@ -151,16 +190,16 @@ def open_store(directory: str | Path, key: str) -> FeatureStore:
     if manifest is None:
         raise UserError(f"{key}: {directory} has no manifest.json; expected the output of recipes/capture_features.py")
     store = FeatureStore(Path(directory), manifest)
-    store.require_complete()
+    if len(store) < manifest.documents:
+        raise UserError(
+            f"{directory} holds {len(store)} documents and its {MANIFEST_FILE} says {manifest.documents}: shards were "
+            "removed; restore them, or capture again, which adds what is missing"
+        )
     return store
 
 
 def seal(directory: Path) -> str:
-    """Writes the number of documents and their hash into the manifest; returns a summary line.
-
-    Raises:
-        UserError: a shard is damaged or missing.
-    """
+    """Writes the number of documents and their hash into the manifest; returns a summary line."""
     manifest = Manifest.read(directory)
     assert manifest, "the directory was prepared"
     store = FeatureStore(directory, manifest)
@@ -172,11 +211,7 @@ def seal(directory: Path) -> str:
 
 
 def merge(sources: Sequence[str], output: str) -> str:
-    """Links the shards of ``sources`` into ``output``, or copies them to another disk; returns a summary line.
-
-    Raises:
-        UserError: a source holds no features or others than the first, or a shard is damaged or missing.
-    """
+    """Links the shards of ``sources`` into ``output``, or copies them to another disk; returns a summary line."""
     stores = [open_store(source, "merge") for source in sources]
     into = Path(output)
     with dir_lock(into, "output"):
@@ -216,5 +251,7 @@ def verify(directory: str) -> str:
         UserError: a shard is damaged or missing.
     """
     store = open_store(directory, "output")
-    size = store.verify()
-    return f"{directory}: {len(store)} documents, {size / GB:.3g} GB, every checksum is right"
+    for shard in store.shards:
+        for number in range(len(shard.entries)):
+            shard.document(number)
+    return f"{directory}: {len(store)} documents, {store.nbytes / GB:.3g} GB, every checksum is right"

@@ -11,12 +11,11 @@ from nemo_speculative.config.schema import READ_AHEAD, MaskConvention
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.distributed.parallelism import is_first_rank
-from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.cached.budget import Budget
-from nemo_speculative.targets.cached.documents import StoredPositions, document_key
+from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, Manifest, Tensors
-from nemo_speculative.targets.cached.shards import MIB, ShardWriter
+from nemo_speculative.targets.cached.shards import MIB, ShardWriter, document_key, document_of, stored_positions
 from nemo_speculative.targets.cached.store import (
+    Budget,
     FeatureStore,
     Location,
     open_store,
@@ -24,21 +23,19 @@ from nemo_speculative.targets.cached.store import (
     remove_partial_files,
     seal,
 )
-from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.devices import to_device
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import JobLock
 
 
-class FeaturesTarget(EmbeddingAndHead):
+class FeaturesTarget(Target):
     """Hidden states from the feature directory ``directory``; positions that no loss reads are zeros.
 
     Args:
         mask_convention, draft: those of the training; features for others are refused.
         fill: whether the model itself computes missing documents when they are first needed, and stores them.
         shard_mb: size in MiB of the shards that ``fill`` writes.
-        options: arguments of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
 
     Raises:
         UserError: the directory holds no features or those of another target, or a shard is damaged or missing.
@@ -72,7 +69,7 @@ class FeaturesTarget(EmbeddingAndHead):
         """
         if self._filler:
             self._filler.lock.join()  # the first rank holds it by now, and keeps other trainings out
-        budget = Budget.of(self.store, *documents)
+        budget = Budget(self.store, *documents)
         if not budget.missing:
             return
         if self._filler is None:
@@ -92,30 +89,31 @@ class FeaturesTarget(EmbeddingAndHead):
             UserError: a document is not stored, or its shard is damaged.
         """
         host = batch.on_host
-        keys = [document_key(*_document(host, span)) for span in host.spans]
+        keys = [document_key(*document_of(host, span)) for span in host.spans]
         locations = self._filler.find(keys, host) if self._filler else self.store.find(keys)
         if None not in locations:
             return self._read(host, [location for location in locations if location])
         if self._filler:
-            return self._filler.compute_hidden_states(batch, keys)
+            return self._filler.compute_hidden_states(batch, locations)
         span = host.spans[locations.index(None)]
         raise UserError(f"backend.directory: document {span.id} is not in {self.directory}; capture it first")
 
     def _read(self, batch: Batch, locations: list[Location]) -> TargetOutput:
         """Lays the encoded tensors out in the batch's rows, takes this rank's shard of them, and decodes that."""
         rows: Tensors = {
-            kind + suffix: torch.zeros(*batch.input_ids.shape, width, dtype=dtype)
-            for kind, layout in self.store.manifest.layouts.items()
-            for suffix, (dtype, width) in layout.items()
+            name: torch.zeros(*batch.input_ids.shape, width, dtype=dtype)
+            for name, (dtype, width) in self.store.manifest.layout.items()
         }
-        stored = [self.store.tensors(location) for location in locations]
-        for span, tensors in zip(batch.spans, stored, strict=True):
-            self._copy_document(batch, span, tensors, rows)
-        shard = {name: batch.shard.local(x) for name, x in rows.items()}
-        return TargetOutput(self._decode(AUX, shard, batch), self._decode(LAST_HIDDEN, shard, batch))
+        for span, location in zip(batch.spans, locations, strict=True):
+            self._copy_document(batch, span, self.store.tensors(location), rows)
+        shard = {name: to_device(batch.shard.local(x), self.device) for name, x in rows.items()}
+        hidden = self.store.manifest.decode(LAST_HIDDEN, shard, self.dtype)
+        return TargetOutput(
+            self.store.manifest.decode(AUX, shard, self.dtype) if AUX in shard else hidden[..., :0], hidden
+        )
 
     def _copy_document(self, batch: Batch, span: Span, tensors: Tensors, rows: Tensors) -> None:
-        hidden = StoredPositions.of(_document(batch, span)[1], self.store.manifest).last_hidden
+        _, hidden = stored_positions(document_of(batch, span)[1], self.store.manifest)
         for name, x in tensors.items():
             into = rows[name][span.row, span.start : span.end]
             if name.startswith(AUX):
@@ -125,14 +123,6 @@ class FeaturesTarget(EmbeddingAndHead):
             else:
                 # As bytes: index_copy_ does not know float8.
                 into.view(torch.uint8).index_copy_(0, hidden, x.view(torch.uint8))
-
-    def _decode(self, kind: str, rows: Tensors, batch: Batch) -> torch.Tensor:
-        manifest, dtype = self.store.manifest, self.dtype
-        layout = manifest.layouts.get(kind)
-        if layout is None:
-            return torch.zeros(*batch.shard.local(batch.input_ids).shape, 0, dtype=dtype, device=self.device)
-        parts = {suffix: to_device(rows[kind + suffix], self.device) for suffix in layout}
-        return manifest.codec.decode(parts, manifest.hidden_size, dtype)
 
     def close(self) -> None:
         if self._filler:
@@ -165,19 +155,19 @@ class _Filler:
                 locations = self.store.find(keys)
             return locations
 
-    def compute_hidden_states(self, batch: Batch, keys: list[bytes]) -> TargetOutput:
+    def compute_hidden_states(self, batch: Batch, locations: list[Location | None]) -> TargetOutput:
         """This rank's shard of a batch, which the model computes as a whole.
 
-        One of the ranks that share the batch stores the missing documents; the others find them on disk later.
+        One of the ranks that share the batch stores the documents without a location; the others find them later.
         """
         with self._mutex:
             self._target = self._target or HFTarget(self.path, **self.options)
             with torch.no_grad():
                 output = self._target.compute_hidden_states(batch.whole)
             if batch.shard.is_first:
-                for key, span, location in zip(keys, batch.on_host.spans, self.store.find(keys), strict=True):
+                for span, location in zip(batch.on_host.spans, locations, strict=True):
                     if location is None:
-                        self.writer.add(key, batch, span, output)
+                        self.writer.add(batch, span, output)
             return output.shard(batch.shard)
 
     def close(self) -> None:
@@ -187,9 +177,3 @@ class _Filler:
                 self.writer.close()
             finally:
                 self.lock.leave(lambda: print(seal(self.store.directory), flush=True))
-
-
-def _document(batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and loss mask, [L] each, of a document of a batch on the host."""
-    tokens = span.row, slice(span.start, span.end)
-    return batch.input_ids[tokens], batch.loss_mask[tokens]

@@ -11,8 +11,7 @@ import torch
 import urllib3
 
 from nemo_speculative.data.batch import Batch
-from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
+from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.targets.remote.protocol import (
     TOKEN_VARIABLE,
     FrameError,
@@ -25,7 +24,6 @@ from nemo_speculative.utils.devices import to_device
 from nemo_speculative.utils.errors import PeerLostError, UserError, describe_error
 from nemo_speculative.utils.http import POLL_SECONDS, BalancedServer, Client, LoadBalancer, Unreachable
 
-CHUNK_BYTES = 1 << 20
 REFUSALS = {
     400: "",
     412: "; start the server with this run's model.path, model.dtype and aux layers",
@@ -33,9 +31,11 @@ REFUSALS = {
     422: "",
 }
 """Statuses that any attempt at any server of the same target would get, and what to do about them."""
+FAILURES = (Unreachable, FrameError, urllib3.exceptions.HTTPError)
+"""Errors after which another server may succeed."""
 
 
-class RemoteTarget(EmbeddingAndHead):
+class RemoteTarget(Target):
     """Hidden states from target servers that run the model in ``path``.
 
     A batch goes to the server with the fewest requests of this rank, and to another one if that fails.  Several threads
@@ -44,23 +44,15 @@ class RemoteTarget(EmbeddingAndHead):
     Args:
         urls, timeout, connect_timeout, attempts, backoff_seconds: see
             :class:`nemo_speculative.config.schema.RemoteBackendConfig`.
-        options: arguments of :class:`nemo_speculative.targets.embedding_and_head.EmbeddingAndHead`.
 
     Raises:
         UserError: a server cannot be reached, refuses the token, or runs another target.
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        urls: Sequence[str],
-        timeout: float = 300.0,
-        connect_timeout: float = 5.0,
-        attempts: int = 4,
-        backoff_seconds: float = 5.0,
-        **options: Any,
-    ):
+        self, path: Path, *, urls: Sequence[str], timeout: float = 300.0, connect_timeout: float = 5.0,
+        attempts: int = 4, backoff_seconds: float = 5.0, **options: Any,
+    ):  # fmt: skip
         super().__init__(path, **options)
         self.requests_ahead = len(urls)
         self.identity = TargetIdentity.of(self)
@@ -90,18 +82,10 @@ class ServerBusy(Exception):
         self.seconds = seconds
 
 
-class RequestFailed(Exception):
-    """The server gave no usable answer."""
-
-
 class ServerConnection(BalancedServer):
-    """One target server.
+    """One target server; ``timeout``: seconds to wait for an answer.
 
-    Args:
-        timeout: seconds to wait for an answer.
-
-    Raises:
-        UserError: see :func:`nemo_speculative.targets.remote.protocol.bearer_token`.
+    Its methods raise ServerBusy, UserError for a refusal, or one of ``FAILURES`` without a usable answer.
     """
 
     def __init__(self, url: str, timeout: float, connect_timeout: float):
@@ -111,51 +95,36 @@ class ServerConnection(BalancedServer):
             expected="a target server", token_variable=TOKEN_VARIABLE,
         )  # fmt: skip
 
-    def info(self) -> dict[str, Any]:
-        """The server's /info.
-
-        Raises:
-            ServerBusy, RequestFailed, UserError: there is none.
-        """
-        try:
-            with self._open("GET", "/info") as response:
-                return response.json()
-        except (ValueError, urllib3.exceptions.HTTPError):
-            raise RequestFailed("what it answers is not a target server's /info") from None
+    def identity(self) -> TargetIdentity:
+        """The identity of the server's target."""
+        with self._open("GET", "/info") as response:
+            try:
+                info = response.json()
+                return TargetIdentity(info["fingerprint"], info["dtype"], info["aux_layers"])
+            except (ValueError, KeyError, TypeError):
+                raise FrameError("what it answers is not a target server's /info") from None
 
     def fetch_hidden_states(self, request: bytes, identity: TargetIdentity, into: torch.Tensor) -> None:
-        """Sends ``request`` and fills ``into``, uint8 [n], with the answer.
-
-        Raises:
-            ServerBusy, RequestFailed, UserError: no answer, one of another length, or a refusal.
-        """
+        """Sends ``request`` and fills ``into``, uint8 [n], with the answer."""
         frame, at = into.numpy().data, 0
-        try:
-            with self._open("POST", "/supervise", body=request, headers={"If-Match": identity.tag}) as response:
-                if (length := response.headers.get("Content-Length")) != str(len(frame)):
-                    raise RequestFailed(f"its answer has {length} bytes: expected {len(frame)}")
-                for chunk in response.stream(CHUNK_BYTES):
-                    frame[at : at + len(chunk)] = chunk
-                    at += len(chunk)
-        except urllib3.exceptions.HTTPError as error:
-            raise RequestFailed(describe_error(error)) from None
+        with self._open("POST", "/supervise", body=request, headers={"If-Match": identity.tag}) as response:
+            if (length := response.headers.get("Content-Length")) != str(len(frame)):
+                raise FrameError(f"its answer has {length} bytes: expected {len(frame)}")
+            for chunk in response.stream(1 << 20):
+                frame[at : at + len(chunk)] = chunk
+                at += len(chunk)
 
     def _open(self, method: str, path: str, **options: Any) -> urllib3.BaseHTTPResponse:
         """A response of status 200 whose body is not read yet."""
-        try:
-            response = self._client.request(method, path, preload_content=False, **options)
-            if response.status == 200:
-                return response
-            message = " ".join(response.data.decode(errors="replace").split())[:300]
-        except Unreachable as error:
-            raise RequestFailed(error.reason) from None
-        except urllib3.exceptions.HTTPError as error:
-            raise RequestFailed(describe_error(error)) from None
+        response = self._client.request(method, path, preload_content=False, **options)
+        if response.status == 200:
+            return response
+        message = " ".join(response.data.decode(errors="replace").split())[:300]
         if response.status in REFUSALS:
             raise UserError(f"backend.urls: {self.url} refuses: {message}{REFUSALS[response.status]}")
         if response.status == 429:
             raise ServerBusy(float(response.headers.get("Retry-After", 1)))
-        raise RequestFailed(f"status {response.status}: {message}")
+        raise FrameError(f"status {response.status}: {message}")
 
 
 class ServerPool(LoadBalancer[ServerConnection]):
@@ -176,21 +145,16 @@ class ServerPool(LoadBalancer[ServerConnection]):
         return time.monotonic() >= server.retry_at
 
     def check(self, identity: TargetIdentity) -> None:
-        """Checks that every server runs the target of ``identity``.
-
-        Raises:
-            UserError: one cannot be reached, or runs another target.
-        """
+        """Raises UserError if a server cannot be reached, or runs another target than that of ``identity``."""
         for server in self.servers:
             try:
-                info = server.info()
-                remote = TargetIdentity(*(info[name] for name in ("fingerprint", "dtype", "aux_layers")))
-            except (ServerBusy, RequestFailed, KeyError, TypeError) as error:
+                difference = identity.difference(server.identity())
+            except (ServerBusy, *FAILURES) as error:
                 raise UserError(
-                    f"backend.urls: {server.url} does not answer as a target server ({error}); start one there "
-                    "(python -m nemo_speculative.serve_target), or leave it out"
+                    f"backend.urls: {server.url} does not answer as a target server ({_reason(error)}); start one "
+                    "there (python -m nemo_speculative.serve_target), or leave it out"
                 ) from None
-            if difference := identity.difference(remote):
+            if difference:
                 raise UserError(
                     f"backend.urls: {server.url} runs another target: {difference}; start it with this run's "
                     f"model.path, model.dtype and aux_layers={identity.aux_layers}"
@@ -214,16 +178,16 @@ class ServerPool(LoadBalancer[ServerConnection]):
             try:
                 server.fetch_hidden_states(request, identity, frame)
                 output = layout.read(frame)
-                self._record(server, failure=None)
+                self.succeeded(server)
                 return output
             except ServerBusy as busy:
                 self.pause(server, busy.seconds)
-                reason = str(busy)
+                reason = _reason(busy)
                 # Counted from the first busy answer in a row: a failure may have taken long.
                 busy_since = busy_since or time.monotonic()
-            except (RequestFailed, FrameError) as error:
-                self._record(server, failure=error)
-                reason = str(error)
+            except FAILURES as error:
+                reason = _reason(error)
+                self.failed(server, reason)
                 failures[server] += 1
                 busy_since = None
             finally:
@@ -236,14 +200,19 @@ class ServerPool(LoadBalancer[ServerConnection]):
                     f"{reason}; restart them and resume with resume=auto"
                 )
 
-    def _record(self, server: ServerConnection, failure: Exception | None) -> None:
-        """Records the outcome of a request; the change between success and failure is printed."""
-        if failure and server.health_error is None:
-            news = f"fails ({failure}); trying another one, if there is any"
-            print(f"target server {server.url} {news}", file=sys.stderr, flush=True)
-        elif not failure and server.health_error is not None:
+    def succeeded(self, server: ServerConnection) -> None:
+        if server.health_error is not None:
             print(f"target server {server.url} answers again", file=sys.stderr, flush=True)
-        if failure:
-            self.failed(server, failure)
-        else:
-            self.succeeded(server)
+        super().succeeded(server)
+
+    def failed(self, server: ServerConnection, error: Exception | str) -> None:
+        if server.health_error is None:
+            notice = f"target server {server.url} fails ({error}); trying another one, if there is any"
+            print(notice, file=sys.stderr, flush=True)
+        super().failed(server, error)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Unreachable):
+        return error.reason
+    return describe_error(error) if isinstance(error, urllib3.exceptions.HTTPError) else str(error)

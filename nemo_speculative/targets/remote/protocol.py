@@ -7,8 +7,10 @@ token.
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -17,9 +19,11 @@ from safetensors.torch import load, save
 
 from nemo_speculative.data.batch import Batch, Span
 from nemo_speculative.targets.base import Target, TargetOutput
-from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.errors import UserError, describe_error
 
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"
+}  # fmt: skip
 MAX_TOKEN_BYTES = 8 + 1 + 8 + 3 * 8
 """Largest size of a token in a request: id, mask and position, and a span if it is a document of its own."""
 MAX_HEADER_BYTES = 1024
@@ -29,22 +33,19 @@ TOKEN_VARIABLE = "NEMO_TARGET_TOKEN"
 
 
 def bearer_token() -> str | None:
-    """The bearer token from the environment, or None without one.
-
-    Raises:
-        UserError: it is empty, which would admit everyone, or holds characters that no HTTP header can carry.
-    """
+    """The bearer token from the environment, or None; raises UserError for one that no HTTP header can carry."""
     if (token := os.environ.get(TOKEN_VARIABLE)) is None:
         return None
-    if not (token := token.strip()):
-        raise UserError(f"{TOKEN_VARIABLE} is empty: give it a value, or unset it to work without a token")
-    if not re.fullmatch("[!-~]+", token):  # the token itself is secret, so the error does not show it
-        raise UserError(f"{TOKEN_VARIABLE} has a space, a line break or no ASCII in it: expected letters and digits")
+    if not re.fullmatch("[!-~]+", token := token.strip()):  # it is secret, so the error does not show it
+        raise UserError(
+            f"{TOKEN_VARIABLE} is empty, or has a space, a line break or no ASCII in it: expected letters and digits; "
+            "unset it to work without a token"
+        )
     return token
 
 
 class FrameError(ValueError):
-    """Bytes that are not a valid frame."""
+    """An answer or request that is not as the protocol says."""
 
 
 @dataclass(frozen=True)
@@ -72,59 +73,40 @@ class TargetIdentity:
 
 def pack_batch(batch: Batch) -> bytes:
     """The request for ``batch``; the ids of its conversations are not sent."""
-    batch = batch.on_host
+    tensors = {name: getattr(batch.on_host, name).contiguous() for name in ("input_ids", "loss_mask", "positions")}
     spans = [(span.row, span.start, span.end) for span in batch.spans]
-    return save(
-        {
-            "input_ids": batch.input_ids.cpu().contiguous(),
-            "loss_mask": batch.loss_mask.cpu().contiguous(),
-            "positions": batch.positions.cpu().contiguous(),
-            "spans": torch.tensor(spans, dtype=torch.long).reshape(-1, 3),
-        }
-    )
+    return save(tensors | {"spans": torch.tensor(spans, dtype=torch.long).reshape(-1, 3)})
 
 
 def unpack_batch(frame: bytes, vocab_size: int) -> Batch:
-    """The batch of a request.
-
-    Raises:
-        FrameError: it is not a batch that a target of ``vocab_size`` ids can read.
-    """
+    """The batch of a request; raises FrameError if it is not a batch that a target of ``vocab_size`` ids can read."""
     try:
         tensors = load(frame)
     except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError) as error:
-        raise FrameError(f"not a safetensors frame ({' '.join(str(error).split())[:100]})") from None
-    names = ("input_ids", "loss_mask", "positions", "spans")
-    if set(tensors) != set(names):
-        raise FrameError(f"it holds {', '.join(sorted(tensors))}: expected {', '.join(names)}")
-    ids, mask, positions, spans = (tensors[name] for name in names)
-    if ids.dim() != 2 or not ids.numel() or not ids.shape == mask.shape == positions.shape:
-        raise FrameError(f"input_ids have shape {list(ids.shape)}: expected [B, L], as loss_mask and positions")
-    if (ids.dtype, mask.dtype, positions.dtype) != (torch.long, torch.bool, torch.long):
-        raise FrameError(f"dtypes {ids.dtype}, {mask.dtype}, {positions.dtype}: expected int64, bool, int64")
+        raise FrameError(f"not a safetensors frame ({describe_error(error, 100)})") from None
+    dtypes = {"input_ids": torch.long, "loss_mask": torch.bool, "positions": torch.long, "spans": torch.long}
+    if set(tensors) != set(dtypes):
+        raise FrameError(f"it holds {', '.join(sorted(tensors))}: expected {', '.join(dtypes)}")
+    ids, mask, positions, spans = (tensors[name] for name in dtypes)
+    if ids.dim() != 2 or not ids.numel() or not ids.shape == mask.shape == positions.shape or spans.shape[1:] != (3,):
+        shapes = {name: list(tensors[name].shape) for name in dtypes}
+        raise FrameError(f"the shapes are {shapes}: expected [B, L], and [S, 3] for spans")
+    if differing := [name for name, dtype in dtypes.items() if tensors[name].dtype != dtype]:
+        name = differing[0]
+        raise FrameError(f"dtypes differ: {name} is {tensors[name].dtype}, expected {dtypes[name]}")
     # An id out of range would abort the CUDA context, and with it the whole server.
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise FrameError(f"input_ids range from {int(ids.min())} to {int(ids.max())}: expected 0 to {vocab_size - 1}")
     starts = positions == 0
     if not starts[:, 0].all() or not (starts[:, 1:] | (positions.diff() == 1)).all():
         raise FrameError("positions do not count from 0 in every document")
-    return Batch(ids, mask, positions, starts.cumsum(1) - 1, _unpack_spans(spans, starts))
-
-
-def _unpack_spans(spans: torch.Tensor, document_starts: torch.Tensor) -> tuple[Span, ...]:
-    """The spans, each of which must be one document; ``document_starts``: bool [B, L]."""
-    rows, length = document_starts.shape
-    if spans.dtype != torch.long or spans.dim() != 2 or spans.shape[1] != 3:
-        raise FrameError(f"spans are {spans.dtype} of shape {list(spans.shape)}: expected int64 of [S, 3]")
-    row, start, end = spans.unbind(1)
-    inside = (row >= 0) & (row < rows) & (start >= 0) & (start < end) & (end <= length)
-    if not inside.all() or not document_starts[row, start].all():
-        raise FrameError(f"spans name what is no document of {rows} rows of {length} tokens")
-    edges = torch.cat([document_starts.flatten().nonzero()[:, 0], torch.tensor([document_starts.numel()])])
-    starts, ends = row * length + start, row * length + end
-    if not (edges[torch.searchsorted(edges, starts, right=True)] == ends).all() or not (starts.diff() > 0).all():
-        raise FrameError("spans name more or less than one document each, or are not in the order of the rows")
-    return tuple(Span("", 0, *bounds) for bounds in spans.tolist())
+    edges = [*starts.flatten().nonzero()[:, 0].tolist(), ids.numel()]
+    length = ids.shape[1]
+    documents = iter([[*divmod(start, length), (end - 1) % length + 1] for start, end in pairwise(edges)])
+    # The search for each span starts after the document of the one before.
+    if not all(span in documents for span in spans.tolist()):
+        raise FrameError(f"spans name what is no document of rows of {length} tokens, or are not in their order")
+    return Batch(ids, mask, positions, starts.cumsum(1) - 1, tuple(Span("", 0, *span) for span in spans.tolist()))
 
 
 @dataclass(frozen=True)
@@ -146,31 +128,17 @@ class OutputLayout:
 
     @cached_property
     def header(self) -> bytes:
-        """The first bytes of the frame, padded so that the tensors are aligned."""
-        dtype, between, end = SAFETENSORS_DTYPES[self.dtype], prod(self.aux_shape) * self.dtype.itemsize, self.nbytes
-        described = {
-            "aux": {"dtype": dtype, "shape": self.aux_shape, "data_offsets": [0, between]},
-            "last_hidden": {"dtype": dtype, "shape": self.last_hidden_shape, "data_offsets": [between, end]},
-        }
-        text = json.dumps(described).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensors, without the header."""
-        return (prod(self.aux_shape) + prod(self.last_hidden_shape)) * self.dtype.itemsize
+        """The first bytes of the frame."""
+        shapes = {"aux": self.aux_shape, "last_hidden": self.last_hidden_shape}
+        return safetensors_header({name: (self.dtype, shape) for name, shape in shapes.items()})
 
     def allocate(self, pinned: bool) -> torch.Tensor:
         """A host buffer for a frame, uint8 [bytes]."""
-        return torch.empty(len(self.header) + self.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        numbers = prod(self.aux_shape) + prod(self.last_hidden_shape)
+        return torch.empty(len(self.header) + numbers * self.dtype.itemsize, dtype=torch.uint8, pin_memory=pinned)
 
     def read(self, frame: torch.Tensor) -> TargetOutput:
-        """The output in ``frame``, which :meth:`allocate` made; views of it.
-
-        Raises:
-            FrameError: the frame has another layout.
-        """
+        """The output in ``frame``, which :meth:`allocate` made; views of it.  Raises FrameError for another layout."""
         size = len(self.header)
         if (header := bytes(frame[:size].numpy())) != self.header:
             raise FrameError(f"the answer starts with {header[8:200]!r}: expected {self.header[8:].decode().strip()}")
@@ -180,7 +148,22 @@ class OutputLayout:
 
 def pack_output(output: TargetOutput) -> list[memoryview]:
     """The answer as consecutive pieces: the header, and views of the tensors, which are on the CPU."""
-    aux, hidden = output.aux_hidden_states.contiguous(), output.last_hidden_state.contiguous()
+    aux, hidden = output.aux_hidden_states.detach(), output.last_hidden_state.detach()
     layout = OutputLayout(hidden.dtype, tuple(aux.shape), tuple(hidden.shape))
-    tensors = [x.detach().view(torch.uint8).flatten().numpy().data for x in (aux, hidden)]
-    return [memoryview(layout.header), *tensors]
+    return [memoryview(layout.header), tensor_bytes(aux), tensor_bytes(hidden)]
+
+
+def tensor_bytes(x: torch.Tensor) -> memoryview:
+    """The numbers of a tensor on the CPU as bytes; a view if it is contiguous."""
+    return x.contiguous().view(torch.uint8).flatten().numpy().data
+
+
+def safetensors_header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+    """The first bytes of a safetensors file of ``tensors``, dtype and shape by name; their numbers follow in order."""
+    described, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        described[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)  # aligns the tensors
+    return len(text).to_bytes(8, "little") + text

@@ -67,6 +67,8 @@ class ServerLimits:
 class TargetServer:
     """The server; :attr:`app` is the ASGI application: POST /supervise, GET /info, /metrics and /health.
 
+    It is itself the ASGI application of /supervise, because a request keeps its queue slot until its answer is sent.
+
     Args:
         token: bearer token that requests must carry, except for /health; None: no token.
         backend: configuration of the target, for /info.
@@ -75,12 +77,25 @@ class TargetServer:
     def __init__(
         self, target: Target, limits: ServerLimits, token: str | None = None, backend: BackendConfig | None = None
     ):
-        self.metrics, self.info = ServerMetrics(), describe(target, limits, backend)
-        self.endpoint = HiddenStatesEndpoint(target, limits, self.metrics)
+        self.limits, self.identity, self.vocab_size = limits, TargetIdentity.of(target), target.config.vocab_size
+        self.metrics = ServerMetrics()
+        self.worker = TargetWorker(target, self.metrics)
+        self.active = self.cancelled = 0
+        """Requests in the queue now, and accepted requests that were cut off by the shutdown."""
+        self._arriving = asyncio.Semaphore(limits.queue)
+        versions = {"nemo_speculative": __version__, "torch": torch.__version__}
+        info = asdict(self.identity) | {
+            "hidden_size": target.config.hidden_size,
+            "max_tokens": limits.max_tokens,
+            "target": type(target).__name__,
+            "backend": asdict(backend) if backend else None,
+            "device": str(target.device),
+            "versions": versions | {"transformers": transformers.__version__},
+        }
         self.app = Starlette(
             routes=[
-                Route("/supervise", self.endpoint, methods=["POST"], max_body_size=limits.max_bytes),
-                Route("/info", lambda _request: JSONResponse(self.info)),
+                Route("/supervise", self, methods=["POST"], max_body_size=limits.max_bytes),
+                Route("/info", lambda _request: JSONResponse(info)),
                 Route("/metrics", lambda _request: PlainTextResponse(generate_latest(self.metrics.registry))),
                 Route("/health", self._health),
             ],
@@ -88,26 +103,92 @@ class TargetServer:
         )
 
     def _health(self, _request: Request) -> PlainTextResponse:
-        error = self.endpoint.worker.health_error
+        error = self.worker.health_error
         return PlainTextResponse(f"{error or 'ok'}\n", 503 if error else 200)
 
-    @property
-    def unanswered(self) -> int:
-        """Number of accepted requests that were cut off by the shutdown."""
-        return self.endpoint.cancelled
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(Request(scope, receive), send)
+            self.metrics.requests.labels(200).inc()
+        except HTTPException as refusal:
+            self.metrics.requests.labels(refusal.status_code).inc()
+            raise
+        except (ClientDisconnect, TimeoutError):
+            # The client is gone; 499 is nginx's status for that.
+            self.metrics.requests.labels(499).inc()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def _answer(self, request: Request, send: Send) -> None:
+        # The body is read before any refusal: closing a connection with unread bytes would lose the answer.
+        async with self._arriving:  # further requests stay in their sockets
+            batch = await self._read_batch(request)
+        with self._queue_slot():
+            pieces = pack_output(await self._compute(batch, request.receive))
+            length = sum(piece.nbytes for piece in pieces)
+            headers = {"Content-Length": str(length), "ETag": self.identity.tag}
+            response = StreamingResponse(_chunks(pieces), headers=headers, media_type="application/octet-stream")
+            async with asyncio.timeout(self.limits.io_timeout):
+                await response(request.scope, request.receive, send)
+            self.metrics.sent.inc(length)
+
+    async def _read_batch(self, request: Request) -> Batch:
+        try:
+            async with asyncio.timeout(self.limits.io_timeout):
+                body = await request.body()
+        except TimeoutError:
+            raise HTTPException(408, f"the request did not arrive within {self.limits.io_timeout:g} s") from None
+        self.metrics.received.inc(len(body))
+        if (tag := request.headers.get("if-match", "")) != self.identity.tag:
+            raise HTTPException(412, f"this target is {self.identity.tag}, the requested one is {tag or 'not named'}")
+        try:
+            batch = unpack_batch(body, self.vocab_size)
+        except FrameError as error:
+            raise HTTPException(400, str(error)) from None
+        if batch.num_tokens > self.limits.max_tokens:
+            raise HTTPException(413, f"{batch.num_tokens} tokens: this server takes {self.limits.max_tokens} at once")
+        return batch
+
+    @contextmanager
+    def _queue_slot(self) -> Iterator[None]:
+        """A slot in the queue; no lock is needed, because only the event loop's thread gets here."""
+        if self.active >= self.limits.queue:
+            raise HTTPException(429, "the queue is full", {"Retry-After": str(RETRY_AFTER_SECONDS)})
+        self.active += 1
+        self.metrics.queued.set(self.active)
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self.metrics.queued.set(self.active)
+
+    async def _compute(self, batch: Batch, receive: Receive) -> TargetOutput:
+        """Waits for the worker; the batch is not computed if the client disconnects before its turn."""
+        output = asyncio.wrap_future(self.worker.submit(batch))
+        disconnected = asyncio.ensure_future(receive())  # nothing else follows the body
+        try:
+            await asyncio.wait((output, disconnected), return_when=asyncio.FIRST_COMPLETED)
+            if not output.done():
+                raise ClientDisconnect
+            return output.result()
+        except (ClientDisconnect, asyncio.CancelledError):
+            raise
+        except UserError as error:
+            raise HTTPException(422, f"the target refuses the batch: {error}") from None
+        except Exception as error:
+            message = f"the target failed: {describe_error(error)}"
+            print_error(message)
+            raise HTTPException(500, message) from error
+        finally:
+            disconnected.cancel()
+            output.cancel()
 
 
-def describe(target: Target, limits: ServerLimits, backend: BackendConfig | None) -> dict[str, Any]:
-    """Content of /info."""
-    versions = {"nemo_speculative": __version__, "torch": torch.__version__}
-    return asdict(TargetIdentity.of(target)) | {
-        "hidden_size": target.config.hidden_size,
-        "max_tokens": limits.max_tokens,
-        "target": type(target).__name__,
-        "backend": asdict(backend) if backend else None,
-        "device": str(target.device),
-        "versions": versions | {"transformers": transformers.__version__},
-    }
+async def _chunks(pieces: list[memoryview]) -> AsyncIterator[memoryview]:
+    for piece in pieces:
+        for start in range(0, piece.nbytes, CHUNK_BYTES):
+            yield piece[start : start + CHUNK_BYTES]
 
 
 class ServerMetrics:
@@ -182,9 +263,10 @@ class TargetWorker:
             future, batch = self._jobs.get()
             if not future.set_running_or_notify_cancel():
                 continue
-            self._running_since = time.monotonic()
+            self._running_since = started = time.monotonic()
             try:
-                output = self._compute(batch)
+                output = self.target.compute_hidden_states(batch.to(self.target.device))
+                result = TargetOutput(output.aux_hidden_states.cpu(), output.last_hidden_state.cpu())
             except UserError as error:  # caused by the batch, not by the target
                 future.set_exception(error)
             except Exception as error:
@@ -192,111 +274,7 @@ class TargetWorker:
                 future.set_exception(error)
             else:
                 self._failures = 0
-                future.set_result(output)
+                self.metrics.seconds.inc(time.monotonic() - started)
+                self.metrics.tokens.inc(batch.num_tokens)
+                future.set_result(result)
             self._running_since = None
-
-    def _compute(self, batch: Batch) -> TargetOutput:
-        started = time.perf_counter()
-        output = self.target.compute_hidden_states(batch.to(self.target.device))
-        output = TargetOutput(output.aux_hidden_states.cpu(), output.last_hidden_state.cpu())
-        self.metrics.seconds.inc(time.perf_counter() - started)
-        self.metrics.tokens.inc(batch.num_tokens)
-        return output
-
-
-class HiddenStatesEndpoint:
-    """POST /supervise.  An ASGI application, because a request keeps its queue slot until its answer is sent."""
-
-    def __init__(self, target: Target, limits: ServerLimits, metrics: ServerMetrics):
-        self.limits, self.metrics, self.worker = limits, metrics, TargetWorker(target, metrics)
-        self.identity, self.vocab_size = TargetIdentity.of(target), target.config.vocab_size
-        self.active = self.cancelled = 0
-        """Requests in the queue now, and requests cut off by a shutdown."""
-        self._arriving = asyncio.Semaphore(limits.queue)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self._answer(Request(scope, receive), send)
-            self.metrics.requests.labels(200).inc()
-        except HTTPException as refusal:
-            self.metrics.requests.labels(refusal.status_code).inc()
-            raise
-        except (ClientDisconnect, TimeoutError):
-            # The client is gone; 499 is nginx's status for that.
-            self.metrics.requests.labels(499).inc()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-
-    async def _answer(self, request: Request, send: Send) -> None:
-        # The body is read before any refusal: closing a connection with unread bytes would lose the answer.
-        async with self._arriving:  # further requests stay in their sockets
-            batch = self._unpack(await self._read_body(request), request)
-        with self._queue_slot():
-            pieces = pack_output(await self._compute(batch, request.receive))
-            length = sum(piece.nbytes for piece in pieces)
-            headers = {"Content-Length": str(length), "ETag": self.identity.tag}
-            response = StreamingResponse(_chunks(pieces), headers=headers, media_type="application/octet-stream")
-            async with asyncio.timeout(self.limits.io_timeout):
-                await response(request.scope, request.receive, send)
-            self.metrics.sent.inc(length)
-
-    async def _read_body(self, request: Request) -> bytes:
-        try:
-            async with asyncio.timeout(self.limits.io_timeout):
-                body = await request.body()
-        except TimeoutError:
-            raise HTTPException(408, f"the request did not arrive within {self.limits.io_timeout:g} s") from None
-        self.metrics.received.inc(len(body))
-        return body
-
-    def _unpack(self, body: bytes, request: Request) -> Batch:
-        if (tag := request.headers.get("if-match", "")) != self.identity.tag:
-            raise HTTPException(412, f"this target is {self.identity.tag}, the requested one is {tag or 'not named'}")
-        try:
-            batch = unpack_batch(body, self.vocab_size)
-        except FrameError as error:
-            raise HTTPException(400, str(error)) from None
-        if batch.num_tokens > self.limits.max_tokens:
-            raise HTTPException(413, f"{batch.num_tokens} tokens: this server takes {self.limits.max_tokens} at once")
-        return batch
-
-    @contextmanager
-    def _queue_slot(self) -> Iterator[None]:
-        """A slot in the queue; no lock is needed, because only the event loop's thread gets here."""
-        if self.active >= self.limits.queue:
-            raise HTTPException(429, "the queue is full", {"Retry-After": str(RETRY_AFTER_SECONDS)})
-        self.active += 1
-        self.metrics.queued.set(self.active)
-        try:
-            yield
-        finally:
-            self.active -= 1
-            self.metrics.queued.set(self.active)
-
-    async def _compute(self, batch: Batch, receive: Receive) -> TargetOutput:
-        """Waits for the worker; the batch is not computed if the client disconnects before its turn."""
-        output = asyncio.wrap_future(self.worker.submit(batch))
-        disconnected = asyncio.ensure_future(receive())  # nothing else follows the body
-        try:
-            await asyncio.wait((output, disconnected), return_when=asyncio.FIRST_COMPLETED)
-            if not output.done():
-                raise ClientDisconnect
-            return output.result()
-        except (ClientDisconnect, asyncio.CancelledError):
-            raise
-        except UserError as error:
-            raise HTTPException(422, f"the target refuses the batch: {error}") from None
-        except Exception as error:
-            message = f"the target failed: {describe_error(error)}"
-            print_error(message)
-            raise HTTPException(500, message) from error
-        finally:
-            disconnected.cancel()
-            output.cancel()
-
-
-async def _chunks(pieces: list[memoryview]) -> AsyncIterator[memoryview]:
-    for piece in pieces:
-        for start in range(0, piece.nbytes, CHUNK_BYTES):
-            yield piece[start : start + CHUNK_BYTES]

@@ -14,9 +14,8 @@ from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig, 
 from nemo_speculative.data.batch import collate, pack
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.vocab_mapping import VocabMapping
-from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.store import FeatureStore, prepare_directory, seal
+from nemo_speculative.targets.cached.store import Budget, FeatureStore, prepare_directory, seal
 from nemo_speculative.targets.cached.target import FeaturesTarget
 from nemo_speculative.training.capture_features import run
 
@@ -76,12 +75,12 @@ def batches_of(documents, seed=0, rows=2, row_tokens=ROW):
     ]
 
 
-def capture_into(directory: Path, target, documents, algorithm, *, codec=None, megabytes=1, seal_it=True):
+def capture_into(directory: Path, target, documents, algorithm, *, encoding=None, megabytes=1, seal_it=True):
     """Captures ``documents`` into ``directory`` and returns it."""
-    manifest = Manifest.of(target, algorithm.config.mask_convention, algorithm.name, codec)
+    manifest = Manifest.of(target, algorithm.config.mask_convention, algorithm.name, encoding)
     directory.mkdir(parents=True, exist_ok=True)
     manifest = prepare_directory(directory, manifest)
-    budget = Budget.of(FeatureStore(directory, manifest), documents)
+    budget = Budget(FeatureStore(directory, manifest), documents)
     run(target, documents, budget, directory, row_tokens=ROW, rows=3, megabytes=megabytes)
     if seal_it:
         seal(directory)

@@ -10,8 +10,8 @@ import torch
 from nemo_speculative.config.schema import MaskConvention
 from nemo_speculative.data.batch import supervision_mask
 from nemo_speculative.targets.base import TargetOutput
-from nemo_speculative.targets.cached.documents import StoredPositions, document_key
 from nemo_speculative.targets.cached.manifest import Manifest
+from nemo_speculative.targets.cached.shards import document_key, stored_positions
 from tests.targets.cached.cases import assert_same, batches_of, eagle1, eagle3, loss_of
 
 CONVENTIONS = list(MaskConvention)
@@ -31,14 +31,14 @@ def read_by_hand(mask, steps, convention):
 
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
 def test_all_steps_read_the_positions_of_the_first(convention):
-    draw, manifest = random.Random(0), SimpleNamespace(convention=convention, last_hidden="supervised")
+    draw, manifest = random.Random(0), SimpleNamespace(mask_convention=convention.value, last_hidden="supervised")
     for length in (1, 2, 3, 5, 12):
         for _ in range(60):
             mask = torch.tensor([draw.random() < 0.6 for _ in range(length)])
-            positions = StoredPositions.of(mask, manifest)
+            num_aux, last_hidden = stored_positions(mask, manifest)
             for steps in (1, 2, 4, 7):
                 features, labels = read_by_hand(mask, steps, convention)
-                assert set(range(positions.num_aux)) == features and set(positions.last_hidden.tolist()) == labels
+                assert set(range(num_aux)) == features and set(last_hidden.tolist()) == labels
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda c: c.value)
@@ -57,10 +57,10 @@ def test_losses_and_gradients_do_not_depend_on_positions_that_are_not_stored(mak
         )
         for span in batch.spans:
             place = slice(span.start, span.end)
-            positions = StoredPositions.of(batch.loss_mask[span.row, place], manifest)
-            kept = positions.last_hidden + span.start
+            num_aux, last_hidden = stored_positions(batch.loss_mask[span.row, place], manifest)
+            kept = last_hidden + span.start
             hidden[span.row, kept] = output.last_hidden_state[span.row, kept]
-            front = slice(span.start, span.start + positions.num_aux)
+            front = slice(span.start, span.start + num_aux)
             aux[span.row, front] = output.aux_hidden_states[span.row, front]
         return TargetOutput(aux, hidden)
 
@@ -75,7 +75,7 @@ def test_labels_may_be_nan_where_nothing_is_stored(target, documents):
         hidden = torch.full_like(output.last_hidden_state, float("nan"))
         for span in batch.spans:
             place = slice(span.start, span.end)
-            kept = StoredPositions.of(batch.loss_mask[span.row, place], manifest).last_hidden + span.start
+            kept = stored_positions(batch.loss_mask[span.row, place], manifest)[1] + span.start
             hidden[span.row, kept] = output.last_hidden_state[span.row, kept]
         return TargetOutput(output.aux_hidden_states, hidden)
 

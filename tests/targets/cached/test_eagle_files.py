@@ -93,7 +93,7 @@ def test_code_in_a_pickle_is_not_run(target_dir, online_of, documents, tmp_path)
         ({"hidden_state": torch.zeros(4, 16)}, r"hidden_state has shape \[4, 16\], expected \[4, 32\]"),
         ({"hidden_state": torch.zeros(3, 32)}, r"hidden_state has shape \[3, 32\], expected \[4, 32\]"),
         ({"loss_mask": torch.ones(3)}, r"loss_mask has shape \[3\], expected \[4\]"),
-        ({"loss_mask": [1, 1, 1, 1]}, "loss_mask is a list, expected a tensor"),
+        ({"loss_mask": [1, 1, 1, 1]}, "each a tensor: loss_mask is list"),
     ],
 )
 def test_other_contents_are_rejected_naming_the_file(target_dir, tmp_path, content, message):

@@ -9,9 +9,8 @@ import torch
 from nemo_speculative.data.batch import collate, pack
 from nemo_speculative.distributed.context_parallel import ContextGroup
 from nemo_speculative.targets.cached import shards
-from nemo_speculative.targets.cached.budget import Budget
 from nemo_speculative.targets.cached.manifest import Manifest
-from nemo_speculative.targets.cached.store import FeatureStore, verify
+from nemo_speculative.targets.cached.store import Budget, FeatureStore, verify
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.locks import dir_lock
@@ -103,7 +102,7 @@ def test_context_parallel_ranks_store_each_document_once_and_whole(
     # Counts documents rather than files: shards of the same documents in the same order have the same name.
     written: list[bytes] = []
     keep = shards.write_shard
-    monkeypatch.setattr(shards, "write_shard", lambda at, some: written.extend(d.key for d in some) or keep(at, some))
+    monkeypatch.setattr(shards, "write_shard", lambda at, some: written.extend(some) or keep(at, some))
     for batch in first:
         expected = online.compute_hidden_states(batch)
         for rank, part in shared_by(ranks, batch):
@@ -178,7 +177,7 @@ def test_the_directory_is_locked_until_the_last_rank_closes(algorithm, documents
 
 def test_a_disk_that_is_too_small_is_rejected_at_the_start(algorithm, documents, target_dir, tmp_path, monkeypatch):
     mixed = reading(target_dir, tmp_path / "f", algorithm, fill=True)
-    monkeypatch.setattr("nemo_speculative.targets.cached.budget.free_bytes", lambda directory: 1000)
+    monkeypatch.setattr("nemo_speculative.targets.cached.store.free_bytes", lambda directory: 1000)
     with pytest.raises(UserError, match=r"backend.directory: the features take .* GB free; make room"):
         mixed.expect(documents)
     mixed.close()
@@ -187,13 +186,13 @@ def test_a_disk_that_is_too_small_is_rejected_at_the_start(algorithm, documents,
 def test_the_budget_is_exact_to_the_byte(algorithm, online, documents, tmp_path):
     manifest = Manifest.of(online, algorithm.config.mask_convention, algorithm.name)
     (tmp_path / "f").mkdir()
-    budget = Budget.of(FeatureStore(tmp_path / "f", manifest), documents, documents)
+    budget = Budget(FeatureStore(tmp_path / "f", manifest), documents, documents)
     capture_into(tmp_path / "f", online, documents, algorithm)
     store = FeatureStore(tmp_path / "f", Manifest.read(tmp_path / "f"))
     keys = [bytes(entry["key"]) for entry in store.shards[0].entries]
     stored = [store.tensors(place) for place in store.find(keys)]
     assert budget.nbytes == sum(x.numel() * x.element_size() for tensors in stored for x in tensors.values())
-    assert Budget.of(store, documents).report(tmp_path / "f") == (
+    assert Budget(store, documents).report(tmp_path / "f") == (
         f"features: all {len(documents)} documents are in {tmp_path / 'f'}; nothing is missing"
     )
-    assert len(budget.missing) == len(documents) and budget.tokens == sum(len(d.input_ids) for d in documents)
+    assert len(budget.missing) == len(documents) and sum(budget.lengths) == sum(len(d.input_ids) for d in documents)

@@ -196,7 +196,7 @@ def test_an_interrupted_capture_is_resumed_by_the_same_command(many, tmp_path):
     code, _ = interrupted(program, many, features, signal.SIGKILL, already=0)
     assert code == -signal.SIGKILL
     first = FeatureStore(features, Manifest.read(features))
-    first.verify()
+    verify(str(features))
     code, message = interrupted(program, many, features, signal.SIGTERM, already=len(first.shards))
     assert code == 130 and f"({len(first)} more are present)" in message and "the same command resumes" in message
     second = FeatureStore(features, Manifest.read(features))

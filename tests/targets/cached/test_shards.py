@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_speculative.targets.cached import shards
-from nemo_speculative.targets.cached.documents import Document, document_key
-from nemo_speculative.targets.cached.manifest import CODECS, Manifest
-from nemo_speculative.targets.cached.shards import checksum, write_shard
+from nemo_speculative.targets.cached.manifest import ENCODINGS, FP8, Manifest
+from nemo_speculative.targets.cached.shards import checksum, document_key, write_shard
 from nemo_speculative.targets.cached.store import FeatureStore, merge, verify
 from nemo_speculative.training.capture_features import on_all_ranks
 from nemo_speculative.utils.errors import UserError, describe_error
@@ -32,35 +31,35 @@ def manifest(stored="float32", aux_layers=(1, 2)):
 
 
 def documents(count=5, stored="float32", first=0):
-    """Documents with different numbers of rows; the second has none."""
-    codec, made = CODECS[stored], []
+    """Documents by key, with different numbers of rows; the second has none."""
+    encoded_as, made = manifest(stored), {}
     for n in range(first, first + count):
         random = torch.Generator().manual_seed(n)
         aux, hidden = (torch.randn(rows, w, generator=random) for rows, w in ((n * 3 % 7, 2 * HIDDEN), (n % 4, HIDDEN)))
         if n == 1:
             aux, hidden = aux[:0], hidden[:0]
-        parts = {"aux": codec.encode(aux, HIDDEN), "last_hidden": codec.encode(hidden, HIDDEN)}
-        tensors = {kind + suffix: x for kind, result in parts.items() for suffix, x in result.items() if len(x)}
-        made.append(Document(document_key([n], [True]), tensors))
+        parts = encoded_as.encode("aux", aux) | encoded_as.encode("last_hidden", hidden)
+        tensors = {name: x for name, x in parts.items() if len(x)}
+        made[document_key([n], [True])] = tensors
     return made
 
 
-@pytest.mark.parametrize("stored", list(CODECS))
+@pytest.mark.parametrize("stored", list(ENCODINGS))
 def test_documents_are_read_as_they_were_written(tmp_path, stored):
     parts = [documents(5, stored), documents(4, stored, first=5)]
     for part in parts:
         write_shard(tmp_path, part)
-    store, all_of_them = FeatureStore(tmp_path, manifest(stored)), [*parts[1], *parts[0]]
-    for document, place in zip(all_of_them, store.find([d.key for d in all_of_them]), strict=True):
+    store, all_of_them = FeatureStore(tmp_path, manifest(stored)), parts[1] | parts[0]
+    for tensors, place in zip(all_of_them.values(), store.find(list(all_of_them)), strict=True):
         result = store.tensors(place)
-        assert result.keys() == document.tensors.keys()
-        assert all(torch.equal(result[n].view(torch.uint8), x.view(torch.uint8)) for n, x in document.tensors.items())
+        assert result.keys() == tensors.keys()
+        assert all(torch.equal(result[n].view(torch.uint8), x.view(torch.uint8)) for n, x in tensors.items())
     assert store.find([b"0123456789abcdef"]) == [None] and len(store) == 9
 
 
 def large_document(aux_rows, hidden_rows):
     tensors = {"aux": torch.randn(aux_rows, 2 * HIDDEN), "last_hidden": torch.randn(hidden_rows, HIDDEN)}
-    return Document(document_key([99], [True]), tensors)
+    return {document_key([99], [True]): tensors}
 
 
 def test_a_whole_document_is_read_ahead_before_it_is_touched(tmp_path, monkeypatch):
@@ -74,7 +73,7 @@ def test_a_whole_document_is_read_ahead_before_it_is_touched(tmp_path, monkeypat
 
     monkeypatch.setattr(shards, "LIBC", Spy())
     monkeypatch.setattr(shards, "checksum", lambda tensors: (computed.append(None), checksum(tensors))[1])
-    write_shard(tmp_path, [*documents(3), large_document(5000, 900)])
+    write_shard(tmp_path, documents(3) | large_document(5000, 900))
     computed.clear()
     result = FeatureStore(tmp_path, manifest()).tensors((0, 3))
     *before, touched = computed
@@ -113,7 +112,7 @@ def test_a_document_larger_than_a_device_request_is_read_ahead_as_a_whole(tmp_pa
         read.append(result)
         return checksum(tensors)
 
-    index = write_shard(tmp_path, [large_document(700_000, 100)])
+    index = write_shard(tmp_path, large_document(700_000, 100))
     dropped(index.with_suffix(".safetensors"))
     monkeypatch.setattr(shards, "checksum", wait_and_hash)
     FeatureStore(tmp_path, manifest()).tensors((0, 0))
@@ -125,14 +124,14 @@ def test_a_shard_is_a_safetensors_file(tmp_path):
     index = write_shard(tmp_path, made)
     tensors = load_file(index.with_suffix(".safetensors"))
     for name in ("aux", "last_hidden"):
-        assert torch.equal(tensors[name], torch.cat([d.tensors[name] for d in made if name in d.tensors]))
+        assert torch.equal(tensors[name], torch.cat([d[name] for d in made.values() if name in d]))
 
 
 def test_float8_scales_each_state_separately():
     x = torch.randn(50, 3 * HIDDEN) * torch.tensor([1e-3, 1.0, 300.0]).repeat_interleave(HIDDEN)
     x[7] = 0
-    codec = CODECS["fp8"]
-    back = codec.decode(codec.encode(x, HIDDEN), HIDDEN, torch.float32)
+    fp8 = manifest(FP8)
+    back = fp8.decode("aux", fp8.encode("aux", x), torch.float32)
     of_state = x.unflatten(-1, (3, HIDDEN)).abs().amax(-1, keepdim=True)
     # e4m3 has three bits of mantissa: 1/16 of a number; near 0 2**-10 of the range of 448.
     worst = (x.abs() / 16).unflatten(-1, (3, HIDDEN)) + of_state / 448 * 2**-9
@@ -282,7 +281,7 @@ def test_directories_are_merged_and_read_as_one(tmp_path, target, target_dir):
 
 def test_directories_of_another_kind_are_not_merged(tmp_path, target):
     plain = capture_into(tmp_path / "a", target, make_documents(3), eagle3())
-    small = capture_into(tmp_path / "b", target, make_documents(3), eagle3(), codec=CODECS["fp8"])
+    small = capture_into(tmp_path / "b", target, make_documents(3), eagle3(), encoding=FP8)
     with pytest.raises(UserError, match=f"stored is float32 in {tmp_path / 'c'} and fp8 here"):
         merge([str(plain), str(small)], str(tmp_path / "c"))
     with pytest.raises(UserError, match=r"merge: .* has no manifest\.json"):

@@ -11,8 +11,7 @@ import torch
 from nemo_speculative.config.schema import MaskConvention
 from nemo_speculative.data.batch import collate
 from nemo_speculative.distributed.context_parallel import ContextGroup
-from nemo_speculative.targets.cached.documents import StoredPositions
-from nemo_speculative.targets.cached.manifest import CODECS
+from nemo_speculative.targets.cached.shards import stored_positions
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import PREFIX_TEMPLATE, make_target, make_tokenizer
@@ -56,8 +55,8 @@ def test_stored_states_are_those_that_the_target_computed(algorithm, online, cap
         result, expected = features.compute_hidden_states(batch), online.compute_hidden_states(batch)
         for span in batch.spans:
             place = slice(span.start, span.end)
-            positions = StoredPositions.of(batch.loss_mask[span.row, place], features.store.manifest)
-            front, labels = slice(span.start, span.start + positions.num_aux), positions.last_hidden + span.start
+            num_aux, last_hidden = stored_positions(batch.loss_mask[span.row, place], features.store.manifest)
+            front, labels = slice(span.start, span.start + num_aux), last_hidden + span.start
             torch.testing.assert_close(
                 result.aux_hidden_states[span.row, front],
                 expected.aux_hidden_states[span.row, front],
@@ -85,7 +84,7 @@ def test_stored_states_are_those_that_the_target_computed(algorithm, online, cap
 @pytest.mark.parametrize(("stored", "tolerance"), [("bfloat16", 0.05), ("fp8", 0.3)])
 def test_smaller_encodings_only_lose_precision(algorithm, online, documents, target_dir, tmp_path, stored, tolerance):
     plain = capture_into(tmp_path / "plain", online, documents, algorithm)
-    small = capture_into(tmp_path / "small", online, documents, algorithm, codec=CODECS[stored])
+    small = capture_into(tmp_path / "small", online, documents, algorithm, encoding=stored)
     assert bytes_of(small) < bytes_of(plain) * {"bfloat16": 0.55, "fp8": 0.4}[stored]
     batches = batches_of(documents, seed=2)
     features = reading(target_dir, small, algorithm)
@@ -113,7 +112,7 @@ def test_a_bfloat16_target_is_read_back_bit_for_bit(target_dir, documents, tmp_p
     capture_into(tmp_path / "f", target, documents[:1], algorithm)
     features = reading(target_dir, tmp_path / "f", algorithm, dtype=torch.bfloat16)
     batch = collate([documents[:1]], 96, pad_id=1)
-    front = StoredPositions.of(batch.loss_mask[0, : len(documents[0].input_ids)], features.store.manifest).num_aux
+    front, _ = stored_positions(batch.loss_mask[0, : len(documents[0].input_ids)], features.store.manifest)
     result, expected = (
         features.compute_hidden_states(batch).aux_hidden_states,
         target.compute_hidden_states(batch).aux_hidden_states,

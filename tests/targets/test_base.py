@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from nemo_speculative.targets.embedding_and_head import EmbeddingAndHead
+from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_target, make_tokenizer
@@ -45,7 +45,7 @@ def directory(request, tmp_path):
 
 
 def test_embedding_and_head_are_those_of_the_whole_model(directory):
-    partial = EmbeddingAndHead(directory, aux_layers=None)
+    partial = Target(directory, aux_layers=None)
     whole = HFTarget(directory, aux_layers=None, attn_implementation="eager")
     ids = torch.arange(20)[None]
     hidden = torch.randn(5, partial.config.hidden_size)
@@ -62,7 +62,7 @@ def test_embedding_and_head_are_those_of_the_whole_model(directory):
 
 
 def test_no_layer_is_loaded(directory, caplog):
-    loaded = EmbeddingAndHead(directory, aux_layers=None).model
+    loaded = Target(directory, aux_layers=None).model
     assert not any("layers" in name for name, _ in loaded.named_parameters())
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     assert not caplog.records, "transformers' report of missing layers is silenced"
@@ -70,7 +70,7 @@ def test_no_layer_is_loaded(directory, caplog):
 
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_the_last_layers_are_read_on_request(directory, count):
-    result = EmbeddingAndHead(directory, aux_layers=None).last_layers(count)
+    result = Target(directory, aux_layers=None).last_layers(count)
     expected = HFTarget(directory, aux_layers=None, attn_implementation="eager").last_layers(count)
     assert len(result) == len(expected) == min(count, 7)
     for one, two in zip(result, expected, strict=True):
@@ -80,7 +80,7 @@ def test_the_last_layers_are_read_on_request(directory, count):
 
 
 def test_the_dtype_is_the_requested_one(directory):
-    partial = EmbeddingAndHead(directory, aux_layers=None, dtype=torch.bfloat16)
+    partial = Target(directory, aux_layers=None, dtype=torch.bfloat16)
     assert partial.embed(torch.tensor([3])).dtype == partial.logits(torch.zeros(1, 32, dtype=torch.bfloat16)).dtype
     assert partial.head_weight.dtype == torch.bfloat16
 
@@ -91,12 +91,12 @@ def test_a_layer_whose_weights_have_other_names_is_rejected(tmp_path):
     weights = load_file(file)
     renamed = {name.replace("layers.7.mlp.up_proj", "layers.7.mlp.other"): w for name, w in weights.items()}
     save_file(renamed, file, metadata={"format": "pt"})
-    partial = EmbeddingAndHead(tmp_path, aux_layers=None)
+    partial = Target(tmp_path, aux_layers=None)
     with pytest.raises(UserError, match=r"layers\.7\.mlp\.up_proj\.weight .*init_from_target\.layer"):
         partial.last_layers(1)
 
 
-@pytest.mark.parametrize("make", [EmbeddingAndHead, HFTarget])
+@pytest.mark.parametrize("make", [Target, HFTarget])
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
 def test_files_without_embedding_norm_or_head_are_rejected(tmp_path, make, name):
     """transformers would initialize it randomly, and only warn."""
@@ -132,7 +132,7 @@ def quantize(directory, method):
 @pytest.mark.parametrize("method", ["fp8", "awq"])
 def test_embedding_and_head_of_a_quantized_target_are_plain(tmp_path, target_dir, method):
     quantize(tmp_path, method)
-    partial, plain = EmbeddingAndHead(tmp_path, aux_layers=None), EmbeddingAndHead(target_dir, aux_layers=None)
+    partial, plain = Target(tmp_path, aux_layers=None), Target(target_dir, aux_layers=None)
     assert torch.equal(partial.head_weight, plain.head_weight)
     assert torch.equal(partial.embed(torch.arange(9)), plain.embed(torch.arange(9)))
     # The scale of float8 numbers is another tensor; copying them as they are would be silently wrong.
@@ -146,4 +146,4 @@ def test_experts_that_transformers_fuses_are_rejected_by_name(tmp_path):
     AutoModelForCausalLM.from_config(Qwen2MoeConfig(**COMMON, **experts)).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="init_from_target"):
-        EmbeddingAndHead(tmp_path, aux_layers=None).last_layers(1)
+        Target(tmp_path, aux_layers=None).last_layers(1)
