@@ -1,6 +1,5 @@
 """The frozen target of a training: its interface, its output, and the parts of it that a draft itself uses."""
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ class Target:
         self._embedding = self.model.get_input_embeddings()
 
     def _load(self, **options: Any) -> Any:
-        return load_model(self.path, self.device, num_layers=0, **options)
+        return load_model(self.path, self.device, has_layers=False, **options)
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
         """The hidden states of this rank's tokens, ``batch.shard``."""
@@ -146,9 +145,7 @@ class Target:
     @torch.no_grad()
     def last_layers(self, count: int) -> Sequence[nn.Module]:
         """The last ``count`` decoder layers, or all if there are fewer, read from the files onto the CPU.
-
-        Raises:
-            UserError: the files store a layer's weights under other names, or quantized.
+        Raises UserError if they store its weights under other names, or quantized.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.trust_remote_code)
@@ -162,20 +159,20 @@ def nearly_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(actual, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()), equal_nan=True)
 
 
-def load_model(path: Path, device: torch.device | None, num_layers: int | None = None, **options: Any) -> Any:
+def load_model(path: Path, device: torch.device | None, has_layers: bool = True, **options: Any) -> Any:
     """The model in ``path``, frozen and in eval mode.
 
     Args:
         device: None leaves the placement to ``options``.
-        num_layers: number of decoder layers to load; None: all.
+        has_layers: whether to load the decoder layers.
 
     Raises:
         UserError: transformers cannot load it, or its files lack weights.
     """
     quiet_transformers()
     with ExitStack() as stack:
-        if num_layers is not None:
-            options["config"] = _truncate(load_config(path, options.get("trust_remote_code", False)), num_layers)
+        if not has_layers:
+            options["config"] = _without_layers(load_config(path, options.get("trust_remote_code", False)))
             # transformers would report every layer that is left out.
             stack.callback(logging.set_verbosity, logging.get_verbosity())
             logging.set_verbosity_error()
@@ -191,17 +188,14 @@ def load_model(path: Path, device: torch.device | None, num_layers: int | None =
     return (model.to(device) if device else model).eval().requires_grad_(False)
 
 
-def _truncate(config: Any, num_layers: int) -> Any:
-    """The configuration of the same model with only its first layers."""
-    config = copy.deepcopy(config)
+def _without_layers(config: Any) -> Any:
     text = config.get_text_config()
-    text.num_hidden_layers = num_layers
-    if not num_layers:
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = []
+    for part in (config, text):
         # It describes the layers; a quantizer would also expect quantized embeddings, which the files lack.
-        for part in (config, text):
-            vars(part).pop("quantization_config", None)
-    if kinds := getattr(text, "layer_types", None):
-        text.layer_types = kinds[:num_layers]
+        vars(part).pop("quantization_config", None)
     return config
 
 

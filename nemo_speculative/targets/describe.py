@@ -24,21 +24,17 @@ class TargetDescription:
 
 
 def target_config(model: ModelConfig) -> Any:
-    """The text part of the target's configuration; the demo target need not exist yet.
-
-    Raises:
-        UserError: it is not available.
-    """
+    """The text part of the target's configuration, also of a demo target that does not exist yet."""
     if isinstance(model, TinyModelConfig):
         return llama_config(model)
     return text_config(resolve_target(model, weights=False), model.trust_remote_code)
 
 
 def describe_target(model: ModelConfig) -> TargetDescription:
-    """The target without its weights; the demo target need not exist yet; raises UserError if it is not available."""
+    """The target without its weights, also a demo target that does not exist yet; raises UserError without one."""
     config = target_config(model)
     directory = directory_of(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
-    if not directory.exists():
+    if isinstance(model, TinyModelConfig) and not directory.exists():
         tokenizer = make_tokenizer(model)
         return TargetDescription(config, tokenizer, stop_ids(config.eos_token_id, tokenizer))
     tokenizer = load_tokenizer(directory, model.trust_remote_code)
@@ -46,11 +42,7 @@ def describe_target(model: ModelConfig) -> TargetDescription:
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of the model in ``path``.
-
-    Raises:
-        UserError: there is none, or transformers does not know its type.
-    """
+    """The configuration of the model in ``path``; raises UserError if transformers can read none."""
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

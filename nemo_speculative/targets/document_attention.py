@@ -38,12 +38,7 @@ _packed: ContextVar[tuple[tuple[int, ...], ContextShard]] = ContextVar("document
 
 @contextmanager
 def packed_documents(lengths: Sequence[int], shard: ContextShard = FULL_BATCH) -> Iterator[None]:
-    """Sets the documents for forward passes of models with this attention.
-
-    Args:
-        lengths: tokens of every document, row after row, including padding's.
-        shard: the tokens that the model reads.
-    """
+    """Sets the documents for forward passes, see :class:`DocumentMask`; the model reads the tokens of ``shard``."""
     token = _packed.set((tuple(lengths), shard))
     try:
         yield
@@ -173,11 +168,7 @@ def _pad(runs: list[tuple[int, int]], length: int) -> tuple[torch.Tensor, torch.
 
 
 def document_mask(*, config: Any, local_size: int | None = None, use_vmap: bool = False, **_: Any) -> DocumentMask:
-    """Mask function that transformers calls for each kind of layer.
-
-    Raises:
-        NotImplementedError: the layers attend to something else than their document, or a window of it.
-    """
+    """Mask function that transformers calls for each kind of layer; raises NotImplementedError for other masks."""
     if use_vmap or (local_size is not None and local_size != getattr(config, "sliding_window", None)):
         raise NotImplementedError("attention by document knows causality and sliding windows alone")
     lengths, shard = _packed.get()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ class TransformersTarget(Target):
         self.layers = decoder_layers(self._decoder, self.config.num_hidden_layers)
         self._captured: dict[int, torch.Tensor] = {}
         for layer in self.aux_layers:
-            self.layers[layer].register_forward_hook(self._capture_hook(layer))
-        self._check_head()
+            self.layers[layer].register_forward_hook(partial(self._capture, layer))
+        probe = torch.arange(8, device=self.device)[None] % self.config.vocab_size
+        with torch.no_grad():
+            self.require_own_logits(self.model(input_ids=probe, use_cache=False).logits, self.forward(probe)[1], "hf")
         self._by_document = self._can_attend_by_document()
         if not self._separates_documents(self.compute_hidden_states):
             raise UserError(
@@ -47,10 +50,7 @@ class TransformersTarget(Target):
             )
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
-        """
-        Raises:
-            UserError: context-parallel ranks share the batch, and the model does not attend document by document.
-        """
+        """Raises UserError if context-parallel ranks share the batch, and the model does not attend by document."""
         if self._by_document:
             return self._compute_by_document(batch)
         if batch.shard is not FULL_BATCH:
@@ -70,7 +70,7 @@ class TransformersTarget(Target):
         self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, cache: Any = None,
         visible: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Runs the decoder without the head.
+        """Runs the decoder without the head; raises UserError if no mask can be made of ``visible`` for its layers.
 
         Args:
             input_ids: int64 [B, L].
@@ -81,9 +81,6 @@ class TransformersTarget(Target):
 
         Returns:
             aux [B, L, A * h] and last hidden state [B, L, h], on ``device``.
-
-        Raises:
-            UserError: ``visible`` is given, and the model has layers for which no mask can be made.
         """
         inputs = input_ids.to(self._embedding.weight.device)
         with ExitStack() as stack:
@@ -101,15 +98,12 @@ class TransformersTarget(Target):
         aux = [self._captured.pop(layer).to(self.device) for layer in self.aux_layers]
         return torch.cat(aux, dim=-1) if aux else hidden[..., :0], hidden
 
-    def _capture_hook(self, layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._captured[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def _capture(self, layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._captured[layer] = output[0] if isinstance(output, tuple) else output
 
     def _attention_masks(self, visible: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """``visible`` in the form the decoder takes: one mask, or one for each kind of layer."""
-        window = getattr(self.config, "sliding_window", None)
+        window: Any = getattr(self.config, "sliding_window", None)
         default = "sliding_attention" if window else "full_attention"
         masks = {}
         for kind in sorted(set(getattr(self.config, "layer_types", None) or [default])):

@@ -40,6 +40,8 @@ class DistributedTarget(TransformersTarget):
     """
 
     collective = True
+    group: dist.ProcessGroup
+    """The ranks that share one copy of the model."""
 
     def __init__(self, path: Path, **options: Any):
         super().__init__(path, **options)
@@ -60,7 +62,7 @@ class DistributedTarget(TransformersTarget):
         self._check(model, layers)
         weights = on_first_rank(lambda: _read_weights(self.path, model, options))
         _broadcast_dtypes(model, weights)
-        mesh = self._mesh()
+        mesh = DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))  # the name is transformers'
         self._embedding_rows = ShardedRows(model.get_input_embeddings(), mesh)
         self._head_rows = ShardedRows(model.get_output_embeddings(), mesh)
         self._divide(model, layers, mesh)
@@ -71,10 +73,6 @@ class DistributedTarget(TransformersTarget):
 
     def _check(self, model: Any, layers: nn.ModuleList) -> None:
         """Raises UserError if ``model`` cannot be divided."""
-
-    @abstractmethod
-    def _mesh(self) -> DeviceMesh:
-        """The ranks that share one copy of the model, as a one-dimensional mesh."""
 
     @abstractmethod
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
@@ -112,9 +110,10 @@ class DistributedTarget(TransformersTarget):
 class FSDP2Target(DistributedTarget):
     """A target sharded over all ranks by FSDP2; each rank computes its own batches, and gathers layer by layer."""
 
-    def _mesh(self) -> DeviceMesh:
+    def __init__(self, path: Path, **options: Any):
         # A group of its own: the draft's collectives run in an order of their own.
-        return DeviceMesh.from_group(register_group(dist.new_group()), self.device.type)
+        self.group = register_group(dist.new_group())
+        super().__init__(path, **options)
 
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         # Frees the embedding before the layers are gathered.
@@ -153,9 +152,6 @@ class TensorParallelTarget(DistributedTarget):
                 "backend=hf_fsdp2"
             )
 
-    def _mesh(self) -> DeviceMesh:
-        return DeviceMesh.from_group(self.group, self.device.type, mesh_dim_names=("tp",))
-
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         transformers_tp.apply_tensor_parallelism(model, mesh, _tensor_parallel_plan(model, layers))
 
@@ -190,6 +186,7 @@ def _tensor_parallel_plan(model: Any, layers: nn.ModuleList) -> dict[str, str]:
 
 class ShardedRows:
     """The weight of an embedding or a head: each rank holds some rows; between its use and :meth:`release`, all.
+
     The weight of ``module`` has no storage yet.
     """
 

@@ -264,7 +264,7 @@ def test_an_answer_that_is_not_read_releases_its_queue_slot():
         deaf.sendall(head(len(frame)) + frame)
         until(lambda: server.active == 1)
         until(lambda: server.active == 0)
-        assert server.worker.target.read and metric(server, 'nemo_target_requests_total{code="499"}') == 1
+        assert server.target.read and metric(server, 'nemo_target_requests_total{code="499"}') == 1
 
 
 def test_concurrent_clients_get_their_own_answers():

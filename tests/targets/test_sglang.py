@@ -126,7 +126,7 @@ def test_logits_that_are_not_the_heads_are_rejected(calls, target_dir, monkeypat
         return aux, hidden, 3 * logits
 
     monkeypatch.setattr(sglang_target, "run_documents", scaled)
-    with pytest.raises(UserError, match="are not its head applied .* backend=sglang; try backend=hf"):
+    with pytest.raises(UserError, match=r"are not its head applied .* backend=sglang; try backend=hf"):
         SGLangTarget(target_dir, aux_layers=None)
 
 

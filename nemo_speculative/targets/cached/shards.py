@@ -8,11 +8,11 @@ that has one is complete.
 import ctypes
 import json
 import mmap
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -53,15 +53,12 @@ def document_of(batch: Batch, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stored_positions(loss_mask: torch.Tensor, manifest: Manifest) -> tuple[int, torch.Tensor]:
-    """The positions of a document that a draft trained as ``manifest`` says reads.
+    """The positions of a document (``loss_mask``: bool [L]) that a draft trained as ``manifest`` says reads.
 
     Slot t of a draft reads the features at or before t of its document, and its labels are the target's outputs at
     t + 1, t + 2, …  Nothing after the last supervised slot is read, so nothing is stored there.  The number of TTT
     steps does not matter: the labels of later steps are those of later slots' first step
     (tests/targets/cached/test_documents.py proves it for every mask convention).
-
-    Args:
-        loss_mask: bool [L], on the host.
 
     Returns:
         The number of first positions whose aux states are stored; the positions, ascending int64 [m], whose last hidden
@@ -86,11 +83,7 @@ def checksum(tensors: Tensors) -> int:
 
 
 def write_shard(directory: Path, documents: Mapping[bytes, Tensors]) -> Path:
-    """Writes documents, by key, as one shard; returns the path of its index.
-
-    Raises:
-        UserError: the disk is full; the unfinished file is removed.
-    """
+    """Writes documents, by key, as one shard; returns the path of its index.  Raises UserError if the disk is full."""
     digest = xxhash.xxh3_128(b"".join(documents)).hexdigest()
     shard, index = directory / f"{digest}.safetensors", directory / f"{digest}.json"
     with disk_full_error(
@@ -98,12 +91,12 @@ def write_shard(directory: Path, documents: Mapping[bytes, Tensors]) -> Path:
         "space and run the same command again to resume"
     ):
         with atomic_write(shard) as file:
-            _write_safetensors(file.fileno(), documents)
+            _write_safetensors(file, documents)
         atomic_write_text(index, _index_text(documents, shard))
     return index
 
 
-def _write_safetensors(file: int, documents: Mapping[bytes, Tensors]) -> None:
+def _write_safetensors(file: BinaryIO, documents: Mapping[bytes, Tensors]) -> None:
     """Writes the documents' tensors one after the other; the safetensors library would first copy them together."""
     parts: dict[str, list[torch.Tensor]] = {}
     for tensors in documents.values():
@@ -112,10 +105,9 @@ def _write_safetensors(file: int, documents: Mapping[bytes, Tensors]) -> None:
     # The widest dtype first, so that every tensor is aligned.
     names = sorted(parts, key=lambda name: -parts[name][0].element_size())
     shapes = {name: (parts[name][0].dtype, [sum(map(len, parts[name])), parts[name][0].shape[1]]) for name in names}
-    pieces = [memoryview(safetensors_header(shapes)), *(tensor_bytes(x) for name in names for x in parts[name])]
-    for piece in pieces:
-        while piece:
-            piece = piece[os.write(file, piece) :]
+    file.write(safetensors_header(shapes))
+    for x in chain.from_iterable(parts[name] for name in names):
+        file.write(tensor_bytes(x))
 
 
 def _index_text(documents: Mapping[bytes, Tensors], shard: Path) -> str:

@@ -30,11 +30,7 @@ Location = tuple[int, int]
 
 
 class FeatureStore:
-    """The shards of ``directory``; several threads may read.
-
-    Raises:
-        UserError: a shard or its index is damaged or missing.
-    """
+    """The shards of ``directory``; several threads may read.  Raises UserError if a shard is damaged or missing."""
 
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory, self.manifest = directory, manifest
@@ -42,6 +38,7 @@ class FeatureStore:
         self._indices: set[Path] = set()
         self._refreshing = threading.Lock()
         self._lookup = np.zeros(0, f"S{KEY_BYTES}"), np.zeros((0, 2), np.int64)
+        """The keys of all documents, sorted, and the location of each."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -181,11 +178,7 @@ def remove_partial_files(directory: Path) -> None:
 
 
 def open_store(directory: str | Path, key: str) -> FeatureStore:
-    """The store of a sealed ``directory``; ``key`` is the configuration key that names it.
-
-    Raises:
-        UserError: it holds no features, or shards are damaged or missing.
-    """
+    """The store of ``directory``, named by the configuration key ``key``; raises UserError if it is not complete."""
     manifest = Manifest.read(Path(directory))
     if manifest is None:
         raise UserError(f"{key}: {directory} has no manifest.json; expected the output of recipes/capture_features.py")
@@ -245,11 +238,7 @@ def _append_new_lines(source: Path, to: Path) -> None:
 
 
 def verify(directory: str) -> str:
-    """Compares every document of ``directory`` with its checksum; returns a summary line.
-
-    Raises:
-        UserError: a shard is damaged or missing.
-    """
+    """Compares every document of ``directory`` with its checksum, see :func:`open_store`; returns a summary line."""
     store = open_store(directory, "output")
     for shard in store.shards:
         for number in range(len(shard.entries)):

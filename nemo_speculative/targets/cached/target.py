@@ -62,11 +62,7 @@ class FeaturesTarget(Target):
             self.store.manifest.require_same(manifest, self.directory)
 
     def expect(self, *documents: Sequence[TokenRow]) -> None:
-        """Checks that all documents are stored, or with ``fill`` that there is room for the missing ones.
-
-        Raises:
-            UserError: documents are missing, or the disk is too small for them.
-        """
+        """Checks that all documents are stored, or with ``fill`` that the disk has room for the missing ones."""
         if self._filler:
             self._filler.lock.join()  # the first rank holds it by now, and keeps other trainings out
         budget = Budget(self.store, *documents)
@@ -84,10 +80,7 @@ class FeaturesTarget(Target):
             budget.require_room(self.directory, "backend.directory")
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
-        """
-        Raises:
-            UserError: a document is not stored, or its shard is damaged.
-        """
+        """Raises UserError if a document is not stored, or its shard is damaged."""
         host = batch.on_host
         keys = [document_key(*document_of(host, span)) for span in host.spans]
         locations = self._filler.find(keys, host) if self._filler else self.store.find(keys)
@@ -130,11 +123,7 @@ class FeaturesTarget(Target):
 
 
 class _Filler:
-    """Computes missing documents with the model itself, loaded when the first is missing, and stores them.
-
-    Args:
-        lock: lock of the directory, held by every rank that writes there.
-    """
+    """Computes missing documents with the model itself, loaded when the first is missing, and stores them."""
 
     def __init__(self, store: FeatureStore, shard_mb: int, path: Path, options: dict[str, Any], lock: JobLock):
         self.store, self.path, self.options, self.lock = store, path, options, lock

@@ -61,11 +61,7 @@ class RemoteTarget(Target):
         self.servers.check(self.identity)
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
-        """
-        Raises:
-            PeerLostError: no server answers.
-            UserError: a server refuses the batch.
-        """
+        """Raises PeerLostError if no server answers, UserError if one refuses the batch."""
         layout = OutputLayout.of(batch, self.config.hidden_size, self.identity)
         output = self.servers.request(pack_batch(batch), self.identity, layout, pinned=self.device.type == "cuda")
         output = output.shard(batch.shard)

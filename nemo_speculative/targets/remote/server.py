@@ -5,11 +5,9 @@ Targets are not thread-safe: one thread runs the target, and further requests wa
 
 import asyncio
 import hmac
-import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,11 +75,13 @@ class TargetServer:
     def __init__(
         self, target: Target, limits: ServerLimits, token: str | None = None, backend: BackendConfig | None = None
     ):
-        self.limits, self.identity, self.vocab_size = limits, TargetIdentity.of(target), target.config.vocab_size
+        self.target, self.limits, self.identity = target, limits, TargetIdentity.of(target)
         self.metrics = ServerMetrics()
-        self.worker = TargetWorker(target, self.metrics)
         self.active = self.cancelled = 0
         """Requests in the queue now, and accepted requests that were cut off by the shutdown."""
+        self._failures = 0
+        self._running_since: float | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="target")
         self._arriving = asyncio.Semaphore(limits.queue)
         versions = {"nemo_speculative": __version__, "torch": torch.__version__}
         info = asdict(self.identity) | {
@@ -103,8 +103,12 @@ class TargetServer:
         )
 
     def _health(self, _request: Request) -> PlainTextResponse:
-        error = self.worker.health_error
-        return PlainTextResponse(f"{error or 'ok'}\n", 503 if error else 200)
+        since = self._running_since
+        if since is not None and (seconds := time.monotonic() - since) > UNHEALTHY_SECONDS:
+            return PlainTextResponse(f"the target has been at one batch for {seconds:.0f} s\n", 503)
+        if self._failures >= UNHEALTHY_FAILURES:
+            return PlainTextResponse(f"the target failed {self._failures} times in a row\n", 503)
+        return PlainTextResponse("ok\n")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -125,7 +129,7 @@ class TargetServer:
         async with self._arriving:  # further requests stay in their sockets
             batch = await self._read_batch(request)
         with self._queue_slot():
-            pieces = pack_output(await self._compute(batch, request.receive))
+            pieces = pack_output(await self._result(batch, request.receive))
             length = sum(piece.nbytes for piece in pieces)
             headers = {"Content-Length": str(length), "ETag": self.identity.tag}
             response = StreamingResponse(_chunks(pieces), headers=headers, media_type="application/octet-stream")
@@ -143,7 +147,7 @@ class TargetServer:
         if (tag := request.headers.get("if-match", "")) != self.identity.tag:
             raise HTTPException(412, f"this target is {self.identity.tag}, the requested one is {tag or 'not named'}")
         try:
-            batch = unpack_batch(body, self.vocab_size)
+            batch = unpack_batch(body, self.target.config.vocab_size)
         except FrameError as error:
             raise HTTPException(400, str(error)) from None
         if batch.num_tokens > self.limits.max_tokens:
@@ -163,9 +167,9 @@ class TargetServer:
             self.active -= 1
             self.metrics.queued.set(self.active)
 
-    async def _compute(self, batch: Batch, receive: Receive) -> TargetOutput:
-        """Waits for the worker; the batch is not computed if the client disconnects before its turn."""
-        output = asyncio.wrap_future(self.worker.submit(batch))
+    async def _result(self, batch: Batch, receive: Receive) -> TargetOutput:
+        """Waits for the thread; the batch is not computed if the client disconnects before its turn."""
+        output = asyncio.wrap_future(self._thread.submit(self._compute, batch))
         disconnected = asyncio.ensure_future(receive())  # nothing else follows the body
         try:
             await asyncio.wait((output, disconnected), return_when=asyncio.FIRST_COMPLETED)
@@ -183,6 +187,24 @@ class TargetServer:
         finally:
             disconnected.cancel()
             output.cancel()
+
+    def _compute(self, batch: Batch) -> TargetOutput:
+        """The output for a batch, on the CPU; runs in the thread."""
+        self._running_since = started = time.monotonic()
+        try:
+            output = self.target.compute_hidden_states(batch.to(self.target.device))
+            output = TargetOutput(output.aux_hidden_states.cpu(), output.last_hidden_state.cpu())
+        except UserError:  # caused by the batch, not by the target
+            raise
+        except Exception:
+            self._failures += 1
+            raise
+        finally:
+            self._running_since = None
+        self._failures = 0
+        self.metrics.seconds.inc(time.monotonic() - started)
+        self.metrics.tokens.inc(batch.num_tokens)
+        return output
 
 
 async def _chunks(pieces: list[memoryview]) -> AsyncIterator[memoryview]:
@@ -227,54 +249,3 @@ class BearerTokenMiddleware:
                 while more and dropped <= self.limits.max_bytes:
                     message = await receive()
                     dropped, more = dropped + len(message.get("body", b"")), message.get("more_body", False)
-
-
-class TargetWorker:
-    """The thread that runs the target, one batch at a time.
-
-    It is a daemon, so that the process can exit while a forward pass hangs.
-    """
-
-    def __init__(self, target: Target, metrics: ServerMetrics):
-        self.target, self.metrics = target, metrics
-        self._failures = 0
-        self._running_since: float | None = None
-        self._jobs: queue.SimpleQueue[tuple[Future[TargetOutput], Batch]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="target", daemon=True).start()
-
-    def submit(self, batch: Batch) -> Future[TargetOutput]:
-        """Queues a batch; the future holds its output on the CPU.  A canceled future is not computed."""
-        future: Future[TargetOutput] = Future()
-        self._jobs.put((future, batch))
-        return future
-
-    @property
-    def health_error(self) -> str | None:
-        """Why the target counts as unhealthy, or None."""
-        since = self._running_since
-        if since is not None and (seconds := time.monotonic() - since) > UNHEALTHY_SECONDS:
-            return f"the target has been at one batch for {seconds:.0f} s"
-        if self._failures >= UNHEALTHY_FAILURES:
-            return f"the target failed {self._failures} times in a row"
-        return None
-
-    def _run(self) -> None:
-        while True:
-            future, batch = self._jobs.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            self._running_since = started = time.monotonic()
-            try:
-                output = self.target.compute_hidden_states(batch.to(self.target.device))
-                result = TargetOutput(output.aux_hidden_states.cpu(), output.last_hidden_state.cpu())
-            except UserError as error:  # caused by the batch, not by the target
-                future.set_exception(error)
-            except Exception as error:
-                self._failures += 1
-                future.set_exception(error)
-            else:
-                self._failures = 0
-                self.metrics.seconds.inc(time.monotonic() - started)
-                self.metrics.tokens.inc(batch.num_tokens)
-                future.set_result(result)
-            self._running_since = None

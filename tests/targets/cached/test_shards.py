@@ -233,15 +233,15 @@ def test_a_capture_adds_only_missing_documents(features, target, target_dir, mon
 def test_a_full_disk_ends_in_one_line_and_keeps_complete_shards(tmp_path, target, monkeypatch):
     documents, written = make_documents(60), []
     monkeypatch.setattr("nemo_speculative.training.capture_features.MIB", 1)
-    whole = os.write
+    whole = shards._write_safetensors
 
-    def write(file, piece):
+    def write(file, documents):
+        whole(file, documents)
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return whole(file, piece)
 
     publish = shards.write_shard
-    monkeypatch.setattr(shards.os, "write", write)
+    monkeypatch.setattr(shards, "_write_safetensors", write)
     monkeypatch.setattr(
         "nemo_speculative.targets.cached.shards.write_shard", lambda *a: written.append(publish(*a)) or written[-1]
     )
