@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
 import torch.distributed as dist
 from torch.distributed import run as torchrun
@@ -36,7 +36,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     RendezvousTimeoutError,
     rendezvous_handler_registry,
-)
+)  # fmt: skip
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UsageError, UserError, print_error
@@ -49,6 +49,7 @@ COMPLETE_ROUNDS, CLOSED, STOPPED = "full", "closed", "stopped"
 """Store keys: the number of complete rounds; whether there will be no more; whether a node received a stop signal."""
 ARRIVED, CONFIRMED, WORKERS = "nodes", "stays", "workers"
 """Store keys of a round: nodes that arrived, nodes that confirmed it, and the address of the workers' store."""
+STOPPING = "a node received a signal to stop"
 POLL_SECONDS = 0.05
 
 
@@ -65,24 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Launcher:
-    """torchrun's agent on this node.
-
-    Args:
-        no_restart_file: file that workers create when a restart would not help; it does not exist yet.
-    """
+    """torchrun's agent on this node; workers create the file when a restart would not help."""
 
     def __init__(self, args: argparse.Namespace, no_restart_file: Path):
         self._args, self._no_restart_file = args, no_restart_file
         self._rendezvous: FixedNodes | None = None
-        self._got_sigterm = False
 
     def run(self) -> int:
-        """Runs until the workers have ended; returns the exit status.
-
-        Raises:
-            PeerLostError: the nodes did not find each other, or one of them is gone.
-            UserError: a worker failed.
-        """
+        """Runs until the workers have ended; returns the exit status.  Raises UserError if a worker or node failed."""
         bind_collectives_to(self._args.interface)
         os.environ.update({FRESH_STORE: "1", NO_RESTART_FILE: str(self._no_restart_file)})
         rendezvous_handler_registry.register(BACKEND, self._create_rendezvous)
@@ -98,7 +89,7 @@ class Launcher:
                 raise self._failure(error) from None
             # A run that is not in its training loop has nothing to save: SIGTERM kills it.
             status = 128 + signal.SIGTERM
-        stopped = self._got_sigterm or (self._rendezvous and self._rendezvous.stopped)
+        stopped = status or (self._rendezvous and self._rendezvous.stopped)
         return self._args.stopped_status if stopped and self._args.stopped_status is not None else status
 
     def _failure(self, error: Exception) -> UserError:
@@ -123,7 +114,6 @@ class Launcher:
 
     def _on_sigterm(self, number: int, _: object) -> None:
         """Passes the signal on to the workers; without workers there is nothing to save."""
-        self._got_sigterm = True
         if self._rendezvous:
             self._rendezvous.stop()
         tasks = Path("/proc/self/task").iterdir()
@@ -148,12 +138,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def resolve_arguments(args: argparse.Namespace) -> None:
-    """Checks torchrun's arguments and sets those that this launcher decides.
-
-    Raises:
-        UserError: arguments are invalid or contradict each other.
-    """
-    args.nnodes = _fixed_number(args.nnodes)
+    """Sets those of torchrun's arguments that this launcher decides; raises UserError if the given ones are invalid."""
+    nodes, _, most = args.nnodes.partition(":")
+    if not nodes.isdecimal() or int(nodes) < 1 or (most or nodes) != nodes:
+        raise UsageError(f"--nnodes is {args.nnodes}: expected one number, above 0; the nodes of a job are fixed")
     try:
         torchrun.determine_local_world_size(args.nproc_per_node)
     except ValueError as error:
@@ -163,21 +151,20 @@ def resolve_arguments(args: argparse.Namespace) -> None:
             f"--rdzv-backend {args.rdzv_backend} --rdzv-endpoint {args.rdzv_endpoint}: not supported by this launcher, "
             "whose nodes meet at --master-addr and --master-port; leave them out"
         )
-    single_node = args.standalone or args.nnodes == "1"
-    if not args.standalone and not 0 <= args.node_rank < int(args.nnodes):
-        last = int(args.nnodes) - 1
-        raise UsageError(f"--node-rank is {args.node_rank}: expected 0 to {last}, because --nnodes is {args.nnodes}")
+    if not args.standalone and not 0 <= args.node_rank < int(nodes):
+        last = int(nodes) - 1
+        raise UsageError(f"--node-rank is {args.node_rank}: expected 0 to {last}, because --nnodes is {nodes}")
+    single_node = args.standalone or nodes == "1"
     if not single_node and not args.interface:
         raise UsageError("--interface is not given: with several nodes name the network they share, e.g. eth0")
-    if single_node:
-        args.nnodes, args.node_rank = "1", 0
     args.interface = args.interface or LOOPBACK
     args.local_addr = ipv4_address(args.interface, "--interface")
-    host, port = (
-        (args.local_addr, args.master_port or 0)
-        if single_node
-        else (args.master_addr, args.master_port or DEFAULT_PORT)
-    )
+    if single_node:
+        args.nnodes, args.node_rank = "1", 0
+        host, port = args.local_addr, args.master_port or 0
+    else:
+        args.nnodes = nodes
+        host, port = args.master_addr, args.master_port or DEFAULT_PORT
     if args.node_rank == 0:
         _check_master(host, args)
     args.rdzv_backend, args.rdzv_endpoint = BACKEND, f"{host}:{port}"
@@ -187,15 +174,8 @@ def resolve_arguments(args: argparse.Namespace) -> None:
     args.standalone, args.node_rank = False, 0
 
 
-def _fixed_number(nodes: str) -> str:
-    fewest, _, most = nodes.partition(":")
-    if not fewest.isdecimal() or int(fewest) < 1 or (most or fewest) != fewest:
-        raise UsageError(f"--nnodes is {nodes}: expected one number, above 0; the nodes of a job are fixed")
-    return fewest
-
-
 def _check_master(host: str, args: argparse.Namespace) -> None:
-    """Checks that the other nodes will connect to the address on which this one listens, if that can be determined."""
+    """Raises UsageError if the other nodes would connect to another address than the one on which this one listens."""
     with contextlib.suppress(OSError):  # a host name that only the other nodes can resolve
         address = socket.gethostbyname(host)
         if address != args.local_addr and not address.startswith("127."):
@@ -217,25 +197,27 @@ class FixedNodes(RendezvousHandler):
         no_restart_file: file that workers create when a restart would not help; this node then does not return.
     """
 
+    use_agent_store = True  # workers connect to the store that this node's agent names, and do not listen themselves
+
     def __init__(self, parameters: RendezvousParameters, no_restart_file: Path):
-        self._parameters, self._no_restart_file, self._round = parameters, no_restart_file, 0
+        self._address, self._run_id = cast(str, parameters.local_addr), parameters.run_id
+        self._no_restart_file, self._round = no_restart_file, 0
         self._node, self._nodes = cast(int, parameters.get_as_int("rank")), parameters.max_nodes
         self._timeout = timedelta(seconds=cast(int, parameters.get_as_int("timeout")))
         host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=DEFAULT_PORT)
         store = self._serve_store(port) if self._node == 0 else self._connect(host, port)
-        self._agents = dist.PrefixStore(self.get_run_id(), store)
+        self._agents = dist.PrefixStore(self._run_id, store)
         self._workers: dist.TCPStore | None = None
         self.stopped = False
         """Whether a node received a signal to stop, as known to this node."""
 
     def _serve_store(self, port: int) -> dist.TCPStore:
         """A store that listens on this node's own address; torch by itself would listen on all."""
-        address = cast(str, self._parameters.local_addr)
-        with bind_socket(address, port, f"--master-port {port} of {address}") as listener:
+        with bind_socket(self._address, port, f"--master-port {port} of {self._address}") as listener:
             listener.listen()
             actual_port = listener.getsockname()[1]
             return dist.TCPStore(
-                address, actual_port, is_master=True, timeout=self._timeout, wait_for_workers=False,
+                self._address, actual_port, is_master=True, timeout=self._timeout, wait_for_workers=False,
                 master_listen_fd=listener.detach(),
             )  # fmt: skip
 
@@ -248,21 +230,15 @@ class FixedNodes(RendezvousHandler):
                     return dist.TCPStore(host, port, timeout=self._timeout)
             except OSError as error:
                 if time.monotonic() > deadline:
-                    seconds, reason = self._timeout.seconds, error.strerror or error
-                    raise RendezvousTimeoutError(
-                        f"nothing listens at {host}:{port} after {seconds} s: {reason}"
-                    ) from None
+                    waited = f"nothing listens at {host}:{port} after {self._timeout.seconds} s"
+                    raise RendezvousTimeoutError(f"{waited}: {error.strerror or error}") from None
             time.sleep(POLL_SECONDS)
 
     def _round_store(self, number: int) -> dist.PrefixStore:
         return dist.PrefixStore(f"round{number}", self._agents)
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """
-        Raises:
-            RendezvousError: a node or worker has given up, a node is stopping, or not all arrived in time.
-            torch.distributed.DistError: node 0 is gone.
-        """
+        """Raises RendezvousError if a node gave up, stops or did not arrive in time, DistError if node 0 is gone."""
         deadline = time.monotonic() + self._timeout.total_seconds()
         while not self._all_confirm(store := self._arrive(), deadline):
             pass  # a node waits in the next round, so that this one cannot be completed
@@ -275,7 +251,8 @@ class FixedNodes(RendezvousHandler):
             raise RendezvousClosedError("another node has given up; see its own log")
         if self._no_restart_file.exists():
             raise RendezvousClosedError("a worker has given up")
-        self._refuse_if_stopped()
+        if self.check_stopped():
+            raise RendezvousClosedError(STOPPING)
         self._round = self._agents.add(COMPLETE_ROUNDS, 0)
         store = self._round_store(self._round)
         # A node whose launcher died and was restarted may arrive twice.
@@ -283,14 +260,15 @@ class FixedNodes(RendezvousHandler):
             self._agents.add(COMPLETE_ROUNDS, 1)
         if self._node == 0:
             self._workers = self._serve_store(0)
-            store.set(WORKERS, f"{self._parameters.local_addr}:{self._workers.port}")
+            store.set(WORKERS, f"{self._address}:{self._workers.port}")
         return store
 
     def _all_confirm(self, store: dist.PrefixStore, deadline: float) -> bool:
         """Waits until every node knows that all have arrived: one that arrived may have died since."""
         keys = [f"{CONFIRMED}/{node}" for node in range(self._nodes)]
         while not store.check(keys):
-            self._refuse_if_stopped()
+            if self.check_stopped():
+                raise RendezvousClosedError(STOPPING)
             if self._agents.add(COMPLETE_ROUNDS, 0) > self._round:
                 store.set(keys[self._node], "")
             if self.num_nodes_waiting():
@@ -300,10 +278,6 @@ class FixedNodes(RendezvousHandler):
                 raise RendezvousTimeoutError(f"missing after {self._timeout.seconds} s: node {', '.join(missing)}")
             time.sleep(POLL_SECONDS)
         return True
-
-    def _refuse_if_stopped(self) -> None:
-        if self.check_stopped():
-            raise RendezvousClosedError("a node received a signal to stop")
 
     def _nodes_without(self, store: dist.PrefixStore, key: str) -> list[str]:
         return [str(node) for node in range(self._nodes) if not store.check([f"{key}/{node}"])]
@@ -322,38 +296,31 @@ class FixedNodes(RendezvousHandler):
     def stop(self) -> None:
         """Tells all nodes that this one received a signal to stop."""
         self.stopped = True
+        self._announce(STOPPED)
+
+    def _announce(self, key: str) -> None:
         with contextlib.suppress(dist.DistError):  # node 0 is gone
-            self._agents.set(STOPPED, "")
-
-    def get_backend(self) -> str:
-        return BACKEND
-
-    @property
-    def use_agent_store(self) -> bool:
-        """Workers connect to the store that this node's agent names, and do not listen themselves."""
-        return True
-
-    def get_run_id(self) -> str:
-        return self._parameters.run_id
+            self._agents.set(key, "")
 
     def is_closed(self) -> bool:
         return self._agents.check([CLOSED])
 
     def set_closed(self) -> None:
-        with contextlib.suppress(dist.DistError):  # node 0 is gone
-            self._agents.set(CLOSED, "")
+        self._announce(CLOSED)
 
     def shutdown(self) -> bool:
-        self.set_closed()
+        self._announce(CLOSED)
         return True
 
+    def get_backend(self) -> str:
+        return BACKEND
 
-def _exit(status: int) -> NoReturn:
-    """Exits without waiting for the threads of torch's stores, which sometimes abort a process that is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    def get_run_id(self) -> str:
+        return self._run_id
 
 
 if __name__ == "__main__":
-    _exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # without waiting for the threads of torch's stores, which sometimes abort a process that is done

@@ -18,14 +18,21 @@ if TYPE_CHECKING:  # a command for SGLang is printed without importing torch
 
     from nemo_speculative.algorithms.common.draft import Draft
 
-FIXED_FLAGS = {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
-
-
 CONTRACTS: dict[str, Contract] = {
     "LlamaForCausalLMEagle": EagleContract(),
     "LlamaForCausalLMEagle3": Eagle3Contract(),
 }
 """The known contracts, by architecture."""
+SIZES = {
+    "hidden_size": "hidden_size", "intermediate_size": "intermediate_size", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "num_layers": "num_hidden_layers",
+    "max_positions": "max_position_embeddings", "vocab_size": "vocab_size",
+}  # fmt: skip
+"""The whole numbers of a :class:`DraftShape` and their fields in ``config.json``."""
+CONSTANTS = {
+    "model_type": "llama", "hidden_act": "silu",
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
 
 
 def register(contract: Contract) -> None:
@@ -40,23 +47,17 @@ def contract_of(draft: "type[Draft]") -> Contract:
 
 def fields_of(contract: Contract, shape: Any, dtype: "torch.dtype") -> dict[str, Any]:
     """The contents of ``config.json`` that describe the network."""
+    return {"architectures": [contract.architecture], **llama_fields(shape, dtype), **contract.own_fields(shape)}
+
+
+def llama_fields(shape: DraftShape, dtype: "torch.dtype") -> dict[str, Any]:
+    """The fields that describe the draft's layers, under the names of transformers' LlamaConfig."""
     return {
-        "architectures": [contract.architecture],
-        "model_type": "llama",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "num_hidden_layers": shape.num_layers,
-        "hidden_act": "silu",
+        **CONSTANTS,
+        **{key: getattr(shape, name) for name, key in SIZES.items()},
         "rms_norm_eps": shape.rms_norm_eps,
-        "max_position_embeddings": shape.max_positions,
         "rope_parameters": dict(shape.rope_parameters),
-        "vocab_size": shape.vocab_size,
-        **FIXED_FLAGS,
         **_legacy_rope_fields(shape.rope_parameters),
-        **contract.own_fields(shape),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -71,49 +72,26 @@ def _legacy_rope_fields(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def shape_of(config: dict[str, Any], where: Path) -> tuple[Contract, DraftShape]:
-    """The network that a ``config.json`` describes.
-
-    Raises:
-        UserError: a field is missing, or has a value that SGLang would misread.
-    """
+    """The network that a ``config.json`` describes; raises UserError if SGLang would misread a field or lack it."""
     try:
-        contract = _contract_named(config["architectures"], where)
-        _check_fields(config, {"model_type": "llama", "hidden_act": "silu", **FIXED_FLAGS}, where)
-        shape = contract.shape(config, _numbers(config, where), where)
+        names = config["architectures"]
+        contract = CONTRACTS.get(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
+        if contract is None:
+            raise UserError(f"{where}: architectures is {names!r}, expected one of {', '.join(sorted(CONTRACTS))}")
+        _check_fields(config, CONSTANTS, where)
+        numbers = {name: number(config, key, where) for name, key in SIZES.items()}
+        numbers["rms_norm_eps"] = number(config, "rms_norm_eps", where, float)
+        rope = numbers["rope_parameters"] = config["rope_parameters"]
+        if not isinstance(rope, dict):
+            raise UserError(f"{where}: rope_parameters is {rope!r}, expected an object")
+        shape = contract.shape(config, numbers, where)
+        _check_fields(config, _legacy_rope_fields(rope) | contract.own_fields(shape), where)
     except KeyError as error:
         raise UserError(f"{where}: the field {error.args[0]} is missing") from None
-    _check_fields(config, _legacy_rope_fields(shape.rope_parameters) | contract.own_fields(shape), where)
     return contract, shape
-
-
-def _contract_named(architectures: Any, where: Path) -> Contract:
-    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
-    if not isinstance(name, str) or name not in CONTRACTS:
-        raise UserError(f"{where}: architectures is {architectures!r}, expected one of {', '.join(sorted(CONTRACTS))}")
-    return CONTRACTS[name]
-
-
-def _numbers(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    rope = config["rope_parameters"]
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters is {rope!r}, expected an object")
-    return {
-        "hidden_size": number(config, "hidden_size", where),
-        "intermediate_size": number(config, "intermediate_size", where),
-        "num_heads": number(config, "num_attention_heads", where),
-        "num_kv_heads": number(config, "num_key_value_heads", where),
-        "head_dim": number(config, "head_dim", where),
-        "num_layers": number(config, "num_hidden_layers", where),
-        "rms_norm_eps": number(config, "rms_norm_eps", where, float),
-        "max_positions": number(config, "max_position_embeddings", where),
-        "rope_parameters": rope,
-        "vocab_size": number(config, "vocab_size", where),
-    }
 
 
 def _check_fields(config: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
     for key, value in expected.items():
-        if key not in config:
-            raise UserError(f"{where}: the field {key} is missing")
         if config[key] != value:
             raise UserError(f"{where}: {key} is {config[key]!r}, expected {value!r}")

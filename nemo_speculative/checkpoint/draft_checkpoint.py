@@ -18,21 +18,27 @@ from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.shape import DraftShape
 from nemo_speculative.checkpoint.contract import Contract, contract_of, fields_of, shape_of
 from nemo_speculative.checkpoint.metadata import OWN_KEY, Provenance, find_model, provenance_of, read_config
-from nemo_speculative.checkpoint.run_dir import fsync
 from nemo_speculative.utils.errors import UserError
+from nemo_speculative.utils.files import fsync
 
+Tensors = dict[str, torch.Tensor]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Servable:
-    """A checkpoint in memory."""
+    """A draft in memory, from a checkpoint of this project or another's."""
 
     directory: Path
     contract: Contract
     shape: Any
     provenance: Provenance
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
+    """The weights under the names of the network, in the dtypes of the file."""
+    format: str = OWN_KEY
+    """Name of the format that it was read from."""
+    notes: tuple[str, ...] = ()
+    """One line for each assumption and each tensor left out."""
 
     @property
     def algorithm(self) -> str:
@@ -44,15 +50,20 @@ class Servable:
         """The target's layers whose outputs the draft reads."""
         return list(getattr(self.shape, "aux_layers", ()))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the draft's largest matrices."""
+        return self.tensors["fc.weight"].dtype
+
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Draft:
-        """The draft with its weights, in eval mode; ``dtype`` None keeps that of the file."""
-        draft = self.contract.draft(self.shape).to(dtype or self.tensors["fc.weight"].dtype)
+        """The network with these weights, in eval mode; ``dtype`` None keeps that of the file."""
+        draft = self.contract.draft(self.shape).to(dtype or self.dtype)
         draft.load_state_dict(self.tensors)
         return draft.to(device).eval().requires_grad_(False)
 
 
 def read_servable(path: str | Path) -> Servable:
-    """Reads and checks the checkpoint at ``path``: a run directory, a ``step_<N>`` directory or its ``model/``.
+    """The checkpoint at ``path``: a run directory, a ``step_<N>`` directory or its ``model/``.
 
     Raises:
         UserError: there is none, it is cut off, or it is not what SGLang expects.
@@ -60,16 +71,21 @@ def read_servable(path: str | Path) -> Servable:
     directory = find_model(path)
     config, weights = read_config(directory), directory / "model.safetensors"
     contract, shape = shape_of(config, directory / "config.json")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: cut off or not readable ({error})") from None
+    tensors = read_tensors(weights)
     check_tensors(contract, tensors, shape, weights)
     return Servable(directory, contract, shape, provenance_of(config, directory), tensors)
 
 
+def read_tensors(file: Path) -> Tensors:
+    """The tensors of a safetensors file; raises UserError if it is damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cut off or not readable ({error})") from None
+
+
 def write_servable(
-    directory: Path, draft: type[Draft], tensors: dict[str, torch.Tensor], shape: DraftShape, provenance: Provenance,
+    directory: Path, draft: type[Draft], tensors: Tensors, shape: DraftShape, provenance: Provenance,
     dtype: torch.dtype, special_ids: dict[str, Any],
 ) -> None:  # fmt: skip
     """Writes ``config.json`` and ``model.safetensors``, with the same checks as reading.
@@ -80,28 +96,21 @@ def write_servable(
 
     Raises:
         UserError: SGLang would misread it; nothing is written then.
-        OSError: the disk is full or not writable.
     """
-    cast = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in tensors.items()}
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     contract = contract_of(draft)
-    config = {
-        **fields_of(contract, shape, dtype),
-        **special_ids,
-        OWN_KEY: {**asdict(provenance), "version": __version__},
-    }
+    own = {**asdict(provenance), "version": __version__}
+    config = {**fields_of(contract, shape, dtype), **special_ids, OWN_KEY: own}
     check_tensors(contract, cast, shape_of(config, directory)[1], directory)
     write_model_files(directory, config, cast)
 
 
-def write_model_files(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Writes ``config.json`` and ``model.safetensors``, unchecked; both are on disk when it returns.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
+def write_model_files(directory: Path, config: dict[str, Any], tensors: Tensors) -> None:
+    """Writes ``config.json`` and ``model.safetensors``, unchecked; both are on disk when it returns."""
     directory.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # safetensors' own class for an error of the file system
         raise OSError(str(error)) from error
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -109,12 +118,8 @@ def write_model_files(directory: Path, config: dict[str, Any], tensors: dict[str
         fsync(directory / name)
 
 
-def check_tensors(contract: Contract, tensors: dict[str, torch.Tensor], shape: DraftShape, where: Path) -> None:
-    """Refuses tensors that are missing, surplus, of another shape or dtype, and inconsistent vocabulary maps.
-
-    Raises:
-        UserError: naming every offending tensor.
-    """
+def check_tensors(contract: Contract, tensors: Tensors, shape: DraftShape, where: Path) -> None:
+    """Raises UserError naming each tensor that is missing, surplus, malformed or an inconsistent vocabulary map."""
     with torch.device("meta"):
         expected = contract.draft(shape).state_dict()
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
@@ -132,9 +137,7 @@ def check_tensors(contract: Contract, tensors: dict[str, torch.Tensor], shape: D
         ids = torch.arange(len(d2t)) + d2t
         if ids[0] < 0 or ids[-1] >= len(t2d) or (ids.diff() <= 0).any():
             problems = ["d2t does not give ascending target ids as offsets (target id = j + d2t[j])"]
-        else:
-            mask = torch.zeros_like(t2d)
-            mask[ids] = True
-            problems = [] if torch.equal(mask, t2d) else ["t2d does not mark the ids of d2t"]
+        elif not torch.equal(ids, t2d.nonzero().flatten()):
+            problems = ["t2d does not mark the ids of d2t"]
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}")

@@ -29,35 +29,25 @@ class Provenance:
     step: int
     """Optimizer steps it was trained for."""
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Provenance":
-        known = {k: values[k] for k in ("target", "target_fingerprint", "target_dtype", "step")}
-        return cls(**known, speculative=SpeculativeSettings(**values["speculative"]))
-
 
 def find_model(path: str | Path) -> Path:
-    """The ``model/`` directory of a run directory (its best, else its latest checkpoint), a step directory or itself.
+    """The ``model/`` of a run directory (its best, else its latest checkpoint), of a step directory, or itself.
 
     Raises:
         UserError: the path is missing or holds no checkpoint.
     """
     root = Path(path).expanduser()
-    if not root.exists():
-        raise UserError(f"{root} does not exist; expected a run directory, a step_<N> directory or its model/")
     candidates = [root, root / "model"]
     candidates += [root / folder / link / "model" for link in ("best", "latest") for folder in ("checkpoints", ".")]
     for candidate in candidates:
         if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
             return candidate
-    raise UserError(f"{root} holds no checkpoint; expected a run directory, a step_<N> directory or its model/")
+    problem = "holds no checkpoint" if root.exists() else "does not exist"
+    raise UserError(f"{root} {problem}; expected a run directory, a step_<N> directory or its model/")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a model directory.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
+    """``config.json`` of a model directory; raises UserError if it is missing or no JSON object."""
     try:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -68,13 +58,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def provenance_of(config: dict[str, Any], directory: Path) -> Provenance:
-    """The provenance recorded in ``config``, the contents of ``directory``'s ``config.json``.
-
-    Raises:
-        UserError: it was not written by this project.
-    """
+    """The provenance in ``directory``'s ``config.json``; raises UserError if this project did not write it."""
     try:
-        return Provenance.from_dict(config[OWN_KEY])
+        values = config[OWN_KEY]
+        return Provenance(
+            **{name: values[name] for name in ("target", "target_fingerprint", "target_dtype", "step")},
+            speculative=SpeculativeSettings(**values["speculative"]),
+        )
     except (KeyError, TypeError):
         raise UserError(
             f"{directory}/config.json: no usable {OWN_KEY!r} section; expected a checkpoint written by this "
@@ -90,20 +80,16 @@ def update_speculative_settings(directory: Path, speculative: SpeculativeSetting
 
 
 def check_not_truncated(directory: Path) -> None:
-    """Refuses weights that are cut off, from the header of the file alone: 8 bytes of length, then JSON, then the data.
-
-    Raises:
-        UserError: the file has another size than its header states, or no readable header.
-    """
-    file = directory / "model.safetensors"
+    """Raises UserError if the weights' size is not what their header states: 8 bytes of length, JSON, then the data."""
+    file, problem = directory / "model.safetensors", "its header states another size"
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(header_size, size)))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + header_size + max(ends)
+        if size == 8 + header_size + max(ends):
+            return
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: cut off or not readable ({error})") from None
-    if size != expected:
-        raise UserError(f"{file}: cut off or not readable ({size} bytes, its header states {expected})")
+        problem = str(error)
+    raise UserError(f"{file}: cut off or not readable ({problem})")

@@ -31,8 +31,7 @@ from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data.chat_template import tokenize, tokenizer_digest
 from nemo_speculative.data.conversations import Conversation, Conversations, Indexed, TokenRow
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
-from nemo_speculative.utils.manifest import file_sizes, read_manifest, write_manifest
+from nemo_speculative.utils.files import dir_lock, file_sizes, read_manifest, write_manifest
 from nemo_speculative.utils.progress import Progress
 
 VERSION = 1

@@ -122,7 +122,7 @@ def evaluate_checkpoint(job: EvaluateJob) -> Evaluation:
     if job.draft_class:
         get_class(job.draft_class)  # importing it registers its architecture
     default = SpeculativeSettings(5, 1, 6)  # for a checkpoint of another project that records no settings
-    servable, _ = as_servable(Path(job.checkpoint), job.target, default, trust_remote_code=job.trust_remote_code)
+    servable = as_servable(Path(job.checkpoint), job.target, default, trust_remote_code=job.trust_remote_code)
     target = _target_of(servable, job)
     prompts = _prompts(job, servable, target)
     draft = servable.build(target.device, getattr(torch, servable.provenance.target_dtype))

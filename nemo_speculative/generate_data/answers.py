@@ -19,7 +19,7 @@ from nemo_speculative.generate_data.rollout import Keep, Limits, Rollout, TooLon
 from nemo_speculative.generate_data.shard_dir import ANSWERS, make_record, read_records
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.append_log import AppendLog
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from nemo_speculative.utils.progress import Progress
 
 RECIPE_VERSION = 3

@@ -29,7 +29,7 @@ from nemo_speculative.generate_data.shard_dir import (
     sort_records,
 )
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from nemo_speculative.utils.progress import Progress
 from nemo_speculative.utils.tables import text_table
 

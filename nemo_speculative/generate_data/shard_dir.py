@@ -18,7 +18,7 @@ import numpy as np
 from nemo_speculative.generate_data.prompt_file import PromptFile
 from nemo_speculative.utils.append_log import AppendLog, read_lines, rewrite
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.manifest import differing_keys, read_manifest, write_manifest
+from nemo_speculative.utils.files import differing_keys, read_manifest, write_manifest
 
 ANSWERS, LEFT_OUT, SET_ASIDE = "answers.jsonl", "left_out.jsonl", "set_aside.jsonl"
 MANIFEST = "manifest.json"

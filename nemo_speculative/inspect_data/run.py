@@ -17,9 +17,8 @@ from nemo_speculative.inspect_data.figures import figures
 from nemo_speculative.inspect_data.page import page
 from nemo_speculative.inspect_data.survey import Survey
 from nemo_speculative.targets.describe import describe_target
-from nemo_speculative.utils.files import atomic_write_text
+from nemo_speculative.utils.files import atomic_write_text, dir_lock
 from nemo_speculative.utils.http import api_key
-from nemo_speculative.utils.locks import dir_lock
 from nemo_speculative.utils.tables import text_table
 
 MAX_DIFFERENCES, MAX_TURNS = 3, 8

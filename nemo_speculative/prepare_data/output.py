@@ -15,8 +15,7 @@ from typing import Any
 
 from nemo_speculative.prepare_data.reasons import LeftOut
 from nemo_speculative.utils.append_log import AppendLog
-from nemo_speculative.utils.files import disk_full_error
-from nemo_speculative.utils.manifest import file_sizes, read_manifest, write_manifest
+from nemo_speculative.utils.files import disk_full_error, file_sizes, read_manifest, write_manifest
 
 TRAIN, HELD_OUT, LEFT_OUT = "train", "held_out", "left_out"
 FILES = (TRAIN, HELD_OUT, LEFT_OUT)

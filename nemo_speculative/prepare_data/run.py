@@ -35,7 +35,7 @@ from nemo_speculative.prepare_data.streams import (
     sources_of,
 )
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from nemo_speculative.utils.progress import Progress
 
 FORMAT = 2

@@ -25,8 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from nemo_speculative.config.schema import TinyModelConfig
 from nemo_speculative.data.conversations import Conversation
 from nemo_speculative.data.stdlib import stdlib_conversations
-from nemo_speculative.utils.files import atomic_directory
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import atomic_directory, dir_lock
 from nemo_speculative.utils.progress import Progress, quiet_transformers
 
 SPECIAL = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -36,8 +36,7 @@ from nemo_speculative.training.build_data import build_data, load_split
 from nemo_speculative.training.checks import check_target
 from nemo_speculative.utils.devices import choose_device
 from nemo_speculative.utils.errors import PeerLostError, UserError
-from nemo_speculative.utils.files import atomic_write
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import atomic_write, dir_lock
 from nemo_speculative.utils.progress import Progress
 
 INTERRUPTED = 130

@@ -5,8 +5,8 @@ from typing import Any
 
 from hydra.utils import get_class
 
-from nemo_speculative.checkpoint.adapters.base import ForeignDraft
 from nemo_speculative.checkpoint.convert import read_foreign
+from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.config.draft_config_file import with_numbers
 from nemo_speculative.config.schema import DraftConfig
 from nemo_speculative.utils.errors import UserError
@@ -17,7 +17,7 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def read_init_from(config: DraftConfig, target_config: Any) -> ForeignDraft | None:
+def read_init_from(config: DraftConfig, target_config: Any) -> Servable | None:
     """The draft that ``draft.init_from`` names, or None.
 
     Raises:
@@ -27,15 +27,15 @@ def read_init_from(config: DraftConfig, target_config: Any) -> ForeignDraft | No
         return None
     start = read_foreign(Path(config.init_from).expanduser(), target_config, getattr(config, "aux_layers", None))
     draft: type = get_class(config._target_)
-    if not issubclass(draft, start.draft):
+    if not issubclass(draft, stored := start.contract.draft):
         raise UserError(
-            f"draft.init_from: {start.directory} is a {start.draft.__name__}, and draft._target_ a {draft.__name__}; "
+            f"draft.init_from: {start.directory} is a {stored.__name__}, and draft._target_ a {draft.__name__}; "
             "choose the draft group of its algorithm"
         )
     return start
 
 
-def use_init_shape(config: DraftConfig, start: ForeignDraft) -> DraftConfig:
+def use_init_shape(config: DraftConfig, start: Servable) -> DraftConfig:
     """``config`` with the shape of ``start``.
 
     Raises:

@@ -4,9 +4,8 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nemo_speculative.utils.files import atomic_write
 
@@ -14,16 +13,12 @@ TAIL_BYTES = 1 << 16
 """Bytes read at once while the last newline is searched from the end of a file."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A complete line of a log."""
+class Line(NamedTuple):
+    """A complete line of a log: its number, from 1, its offset in bytes, and its bytes, newline included."""
 
     number: int
-    """Number of the line, from 1."""
     offset: int
-    """Offset of the line in the file, in bytes."""
     data: bytes
-    """The line's bytes, newline included."""
 
 
 def read_lines(file: Path) -> Iterator[Line]:
@@ -31,30 +26,28 @@ def read_lines(file: Path) -> Iterator[Line]:
 
     A missing file has no lines.  A last line without a newline, which a kill or a full disk cut off, is left out.
     """
-    if not file.is_file():
-        return
     # The end is found first: a torn line may be replaced by others while the lines before it are read.
     offset, end = 0, complete_size(file)
-    with file.open("rb") as lines:
-        for number, data in enumerate(lines, start=1):
-            if offset >= end:
-                return
-            yield Line(number, offset, data)
-            offset += len(data)
+    if end:
+        with file.open("rb") as lines:
+            for number, data in enumerate(lines, start=1):
+                if offset >= end:
+                    return
+                yield Line(number, offset, data)
+                offset += len(data)
 
 
 def complete_size(file: Path) -> int:
     """Bytes up to the end of the last complete line; 0 for a missing file."""
-    if not file.is_file():
-        return 0
-    with file.open("rb", buffering=0) as lines:
-        end = lines.seek(0, os.SEEK_END)
-        while end:
-            start = max(end - TAIL_BYTES, 0)
-            newline = os.pread(lines.fileno(), end - start, start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
+    if file.is_file():
+        with file.open("rb", buffering=0) as lines:
+            end = lines.seek(0, os.SEEK_END)
+            while end:
+                start = max(end - TAIL_BYTES, 0)
+                newline = os.pread(lines.fileno(), end - start, start).rfind(b"\n")
+                if newline >= 0:
+                    return start + newline + 1
+                end = start
     return 0
 
 
@@ -64,9 +57,6 @@ class AppendLog:
     Args:
         sync_seconds: lines older than this are on disk when an append returns; 0 writes each one through.
         size: bytes to keep, where a checkpoint vouches for no more; None keeps every complete line.
-
-    Raises:
-        OSError: the file cannot be opened for writing.
     """
 
     def __init__(self, file: Path, *, sync_seconds: float = 1.0, size: int | None = None):
@@ -78,50 +68,41 @@ class AppendLog:
         self._synced = time.monotonic()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Writes ``record`` as a line of JSON.
+        """Writes ``record`` as a line of JSON, see :meth:`append_line`."""
+        try:
+            line = json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a lone surrogate, which UTF-8 lacks, is escaped
+            line = json.dumps(record).encode()
+        self.append_line(line + b"\n")
+
+    def append_line(self, line: bytes) -> None:
+        """Writes ``line``, which ends with a newline.
 
         Raises:
             OSError: the disk is full; the file is as it was.
         """
-        self.append_line(encode(record))
-
-    def append_line(self, line: bytes) -> None:
-        """Writes ``line``, which ends with a newline; same errors as :meth:`append`."""
         try:
             written = 0
             while written < len(line):
                 written += self._out.write(line[written:])
             if time.monotonic() - self._synced >= self.sync_seconds:
-                self.sync()
+                self._sync()
         except OSError as error:
             self._out.truncate(self.size)
             raise OSError(error.errno, error.strerror, str(self.file)) from None
         self.size += len(line)
 
-    def sync(self) -> None:
-        """Waits until everything written is on disk."""
+    def _sync(self) -> None:
         os.fsync(self._out.fileno())
         self._synced = time.monotonic()
 
     def close(self) -> None:
         """Writes everything through to the disk and closes the file."""
-        self.sync()
+        self._sync()
         self._out.close()
 
 
-def encode(record: dict[str, Any]) -> bytes:
-    """``record`` as a line of JSON in UTF-8; a lone surrogate, which UTF-8 lacks, is escaped."""
-    try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(record).encode() + b"\n"
-
-
 def rewrite(file: Path, lines: Iterable[bytes]) -> None:
-    """Replaces the content of a log that no process writes, in one step.
-
-    Raises:
-        OSError: the disk is full; the file is as it was.
-    """
+    """Replaces the content of a log that no process writes, in one step; on a full disk it stays as it was."""
     with atomic_write(file) as out:
         out.writelines(lines)

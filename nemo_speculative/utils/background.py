@@ -9,24 +9,25 @@ Work = Callable[[Callable[[], None]], object]
 """Called with ``check_cancelled``, which it calls now and then, and which raises once the work is no longer needed."""
 
 
-class BackgroundTask:
+class _CancelledError(Exception):
+    pass
+
+
+class BackgroundTask(threading.Thread):
     """Work that runs in a thread; see :func:`background_task`."""
 
     def __init__(self, work: Work):
+        super().__init__(name="background", daemon=True)
         self.failure: BaseException | None = None
-        self._cancelled, self._awaited, self._lock = threading.Event(), False, threading.Lock()
-        self._thread = threading.Thread(target=self._run, args=(work,), name="background", daemon=True)
+        self._work, self._cancelled, self._awaited, self._mutex = work, threading.Event(), False, threading.Lock()
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def _run(self, work: Work) -> None:
+    def run(self) -> None:
         try:
-            work(self._check_cancelled)
+            self._work(self._check_cancelled)
         except _CancelledError:
             return
         except BaseException as error:
-            with self._lock:
+            with self._mutex:
                 self.failure = error
                 # A real signal also ends a sleep or a read; where SIGINT has another handler it is not sent.
                 if not self._awaited and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -37,27 +38,20 @@ class BackgroundTask:
             raise _CancelledError
 
     def wait(self) -> None:
-        """Waits until the work is done.
-
-        Raises:
-            BaseException: the work's own error.
-        """
-        with self._lock:
-            self._awaited = True
-        self._thread.join()
+        """Waits until the work is done, and raises its error."""
+        self.join()
         if self.failure:
             raise self.failure
 
     def cancel(self) -> None:
         """Ends the work at its next call of ``check_cancelled``."""
-        with self._lock:
-            self._awaited = True  # from now on the main thread is not interrupted
         self._cancelled.set()
-        self._thread.join()
+        self.join()
 
-
-class _CancelledError(Exception):
-    pass
+    def join(self, timeout: float | None = None) -> None:
+        with self._mutex:
+            self._awaited = True  # from now on the main thread is not interrupted
+        super().join(timeout)
 
 
 @contextmanager

@@ -15,11 +15,7 @@ LOCAL = "rank-local"
 
 
 def choose_device(name: str, key: str) -> torch.device:
-    """The device of this rank for ``name``: auto, cpu or cuda; ``key`` is its configuration key.
-
-    Raises:
-        UserError: another name, or cuda where there is no CUDA device.
-    """
+    """The device of this rank for ``name``, the value of ``key``: auto, cpu or cuda; UserError if there is none."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"{key} is {name!r}: expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -40,14 +36,11 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class StepTimes(NamedTuple):
-    """Times since the last :meth:`StepTimer.reset`."""
+    """Seconds since the last :meth:`StepTimer.reset`, the share of each section, and seconds of rank-local work."""
 
     wall: float
-    """Seconds."""
     shares: dict[str, float]
-    """Share of the wall time per section."""
     local: float
-    """Seconds of rank-local work (outside collectives)."""
 
 
 class StepTimer:
@@ -65,14 +58,15 @@ class StepTimer:
     def section(self, name: str) -> Iterator[None]:
         """Counts the time inside towards ``name``."""
         self.sections, self.current = self.sections + 1, name
-        yield from self._measure(name)
+        with self._measure(name):
+            yield
         self.sections, self.current = self.sections + 1, ""
 
-    @contextlib.contextmanager
-    def local(self) -> Iterator[None]:
+    def local(self) -> contextlib.AbstractContextManager[None]:
         """Counts the time inside, part of a section, as rank-local: it waits for no other rank."""
-        yield from self._measure(LOCAL)
+        return self._measure(LOCAL)
 
+    @contextlib.contextmanager
     def _measure(self, name: str) -> Iterator[None]:
         if self.cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

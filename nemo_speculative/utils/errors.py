@@ -3,15 +3,14 @@
 import sys
 
 NO_RESTART_FILE = "NEMO_HOPELESS"
-"""Environment variable of a launcher's workers: the file in which ranks list themselves whose failure a restart would
-only repeat."""
+"""Environment variable of a launcher's workers: the file in which ranks note failures that a restart would repeat."""
 
 
 class UserError(Exception):
     """Bad input.  One line: the key or file, what was found, what was expected, what to do.
 
-    Entry points print it without a traceback and exit with ``exit_code``.  Restarting does not help, except after a
-    :class:`PeerLostError`.
+    Entry points print it without a traceback and exit with ``exit_code``.  Only after a :class:`PeerLostError` may
+    restarting help.
     """
 
     exit_code = 1

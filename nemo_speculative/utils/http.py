@@ -19,20 +19,12 @@ from nemo_speculative.utils.errors import UserError, describe_error
 
 API_KEY = "SGLANG_API_KEY"
 """The environment variable of an SGLang server's token.  A configuration key would be written into Hydra's records."""
-CONNECT_SECONDS = 10.0
-POOL_SIZE = 16
-"""Idle connections that a blocking client keeps; more are opened where more threads ask."""
-UNAUTHORIZED = (401, 403)
 POLL_SECONDS = 0.05
 """Time between two calls of :meth:`LoadBalancer.acquire` while no server is available."""
 
 
 class Unreachable(UserError):
-    """The server cannot be reached, or the connection broke before its answer was complete.
-
-    Args:
-        reason: the cause without the server's name.
-    """
+    """The server cannot be reached, or the connection broke; ``reason`` is the cause without the server's name."""
 
     def __init__(self, message: str, reason: str = ""):
         super().__init__(message)
@@ -61,24 +53,16 @@ class _Client:
 
     Args:
         url: the server's address; a path in it is put before each request's.
-        token: sent as a bearer token; None: nothing is sent.
+        token: sent as a bearer token.
         timeout: seconds without data after which a request fails.
-        name: the server's name in error messages; None: its url.
-        expected: the kind of server that an error message asks for.
-        token_variable: the environment variable that an error message names for the token.
+        name, expected, token_variable: in error messages, the server (None: its url), the kind of server, and the
+            environment variable of the token.
     """
 
     def __init__(
-        self,
-        url: str,
-        token: str | None = None,
-        *,
-        timeout: float = 600.0,
-        connect_timeout: float = CONNECT_SECONDS,
-        name: str | None = None,
-        expected: str = "an SGLang server",
-        token_variable: str = API_KEY,
-    ):
+        self, url: str, token: str | None = None, *, timeout: float = 600.0, connect_timeout: float = 10.0,
+        name: str | None = None, expected: str = "an SGLang server", token_variable: str = API_KEY,
+    ):  # fmt: skip
         self.url = url.rstrip("/")
         self.name, self.expected, self.token_variable = name or self.url, expected, token_variable
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -89,7 +73,7 @@ class _Client:
         return kind(f"{self.name}: cannot be reached ({reason}); is {self.expected} running there?", reason)
 
     def _check_token(self, status: int) -> None:
-        if status in UNAUTHORIZED:
+        if status in (401, 403):
             raise Unauthorized(
                 f"{self.name}: refuses the token (HTTP {status}); set the variable {self.token_variable} to the "
                 "server's token"
@@ -101,42 +85,27 @@ class Client(_Client):
 
     def __init__(self, url: str, token: str | None = None, **options: Any):
         super().__init__(url, token, **options)
-        self._pool: urllib3.HTTPConnectionPool | None = None
-        self._path = ""
+        self._pool = urllib3.PoolManager(maxsize=16, retries=False)
 
     def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        self._pool.clear()
 
     def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        headers: dict[str, str] | None = None,
-        timeout: float | None = None,
+        self, method: str, path: str, *, headers: dict[str, str] | None = None, timeout: float | None = None,
         **body: Any,
-    ) -> urllib3.BaseHTTPResponse:
-        """The server's response with any status.
+    ) -> urllib3.BaseHTTPResponse:  # fmt: skip
+        """The server's response with any status; raises Unreachable or Unauthorized.
 
-        Args:
-            timeout: seconds, for this request only.
-            body: ``json=`` or ``body=``; ``preload_content=False`` leaves the response's body to be streamed.
-
-        Raises:
-            Unreachable: no complete response came.
-            Unauthorized: the server expects another token.
+        ``body``: ``json=`` or ``body=``; ``preload_content=False`` leaves the response's body to be streamed.
         """
         limits = urllib3.Timeout(connect=timeout or self._connect_timeout, read=timeout or self._timeout)
+        headers = self._headers | (headers or {})
         try:
-            if self._pool is None:
-                self._path = urllib3.util.parse_url(self.url).path or ""
-                self._pool = urllib3.connection_from_url(self.url, maxsize=POOL_SIZE, retries=False)
             response = self._pool.request(
-                method, self._path + path, headers=self._headers | (headers or {}), timeout=limits, **body
+                method, self.url + path, headers=headers, timeout=limits, redirect=False, **body
             )
         except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as error:
             raise self._unreachable(error, NotConnected) from None
@@ -147,7 +116,7 @@ class Client(_Client):
 
 
 class AsyncClient(_Client):
-    """An asynchronous client, see :class:`_Client`.  An ``async with`` block, or ``close``, closes its connections."""
+    """An asynchronous client, see :class:`_Client`."""
 
     def __init__(self, url: str, token: str | None = None, **options: Any):
         super().__init__(url, token, **options)
@@ -168,12 +137,7 @@ class AsyncClient(_Client):
         await self._http.aclose()
 
     async def request(self, method: str, path: str, **body: Any) -> httpx.Response:
-        """The server's response with its body and any status.  ``body``: as ``json=``.
-
-        Raises:
-            Unreachable: no complete response came.
-            Unauthorized: the server expects another token.
-        """
+        """The server's response with its body and any status, see :meth:`Client.request`; ``body``: ``json=``."""
         async with self.stream(method, path, **body) as response:
             await response.aread()
         return response
@@ -195,16 +159,11 @@ class BalancedServer:
     """The state of one server in a :class:`LoadBalancer`; subclasses add a client to it."""
 
     def __init__(self, url: str):
-        self.url = url
-        self.outstanding = 0
-        """Requests that were sent and not answered yet."""
-        self.failures = 0
-        """Consecutive failed requests."""
-        self.health_error: str | None = None
-        """The last failure; None: the last request succeeded."""
-        self.retry_at = 0.0
-        """Monotonic time before which it gets no request."""
-        self.last_acquired = 0
+        self.url, self.last_acquired = url, 0
+        self.outstanding = 0  # requests that were sent and not answered yet
+        self.failures = 0  # consecutive failed requests
+        self.health_error: str | None = None  # the last failure; None: the last request succeeded
+        self.retry_at = 0.0  # monotonic time before which it gets no request
 
 
 S = TypeVar("S", bound=BalancedServer)
@@ -221,27 +180,19 @@ class LoadBalancer(Generic[S]):
     """
 
     def __init__(
-        self,
-        servers: Sequence[S],
-        *,
-        max_outstanding: int | None = None,
-        first_backoff: float = 0.5,
+        self, servers: Sequence[S], *, max_outstanding: int | None = None, first_backoff: float = 0.5,
         max_backoff: float = 30.0,
-    ):
+    ):  # fmt: skip
         self.servers, self.max_outstanding = list(servers), max_outstanding
         self.first_backoff, self.max_backoff = first_backoff, max_backoff
         self._lock, self._count = threading.Lock(), 0
         self._random = random.Random()  # a training's global generator stays untouched
 
     def acquire(self, candidates: Collection[S] | None = None, avoid: S | None = None) -> S | None:
-        """The least loaded server, with a request added to its outstanding ones; equals take turns.
+        """The least loaded of the ``candidates`` (None: of all), with a request added; equals take turns.
 
-        Args:
-            candidates: the servers to choose from; None: all.
-            avoid: chosen only where no other is available.
-
-        Returns:
-            None where every candidate is full or backs off: call again after ``POLL_SECONDS``.
+        ``avoid`` is chosen only where no other is available.  None where every candidate is full or backs off: call
+        again after ``POLL_SECONDS``.
         """
         with self._lock:
             available = [s for s in (self.servers if candidates is None else candidates) if self.is_available(s)]

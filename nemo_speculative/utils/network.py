@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from nemo_speculative.utils.errors import UserError
 
 LOOPBACK = "lo"
-COLLECTIVES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-"""Environment variables that name the interface on which torch's collectives listen and connect."""
 FRESH_STORE = "NEMO_FRESH_STORE"
 """Environment variable of workers whose launcher gives them an empty store at every start, unlike torchrun."""
 SIOCGIFADDR = 0x8915
@@ -24,11 +22,8 @@ def bind_socket(
 ) -> Iterator[socket.socket]:
     """Yields a socket that is bound to the address but does not listen yet.
 
-    Args:
-        given_as: what the user calls the address, for the error.
-
     Raises:
-        UserError: the port is busy, or the host is not an address of this machine; of ``error_class``.
+        error_class: the port is busy, or the host is not an address of this machine, which the user named ``given_as``.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -50,24 +45,19 @@ def free_port() -> int:
 
 
 def ipv4_address(interface: str, given_as: str) -> str:
-    """The IPv4 address of a network interface; ``given_as`` is what the user calls it, for the error.
-
-    Raises:
-        UserError: this machine has no such interface, or the interface has no IPv4 address.
-    """
+    """The IPv4 address of a network interface, which the user named ``given_as``; raises UserError if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
             answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError:
-            interfaces = ", ".join(name for _, name in socket.if_nameindex())
+            known = ", ".join(name for _, name in socket.if_nameindex())
             raise UserError(
-                f"{given_as} {interface}: no interface of this machine with an IPv4 address; expected one of "
-                f"{interfaces}"
+                f"{given_as} {interface}: no interface of this machine with an IPv4 address; expected one of {known}"
             ) from None
     return socket.inet_ntoa(answer[20:24])
 
 
 def bind_collectives_to(interface: str) -> None:
     """Has this process and its children use ``interface`` for collectives, unless the environment names another."""
-    for variable in COLLECTIVES:
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, interface)

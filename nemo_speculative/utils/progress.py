@@ -9,9 +9,6 @@ import time
 from collections.abc import Callable
 
 BAR_WIDTH = 24
-REFRESH_SECONDS = {True: 0.5, False: 15.0}
-"""Seconds between two updates, by whether standard error is a terminal, where one line is redrawn."""
-QUIET_SECONDS = 3.0
 
 
 class Progress:
@@ -30,31 +27,25 @@ class Progress:
         """Counts ``by`` more; ``note`` is called only when the line is drawn, so it may cost a synchronization."""
         self.done += by
         now = time.monotonic()
-        if self.quiet and now - self.started < QUIET_SECONDS:
+        if self.quiet and now - self.started < 3.0:
             return
-        if now - self.drawn >= REFRESH_SECONDS[self.interactive]:
+        if now - self.drawn >= (0.5 if self.interactive else 15.0):
             self.drawn, self.quiet = now, False
-            self._draw(note(), now)
+            left = duration((now - self.started) / self.done * (self.total - self.done))
+            filled = BAR_WIDTH * self.done // max(self.total, 1)
+            bar = "#" * filled + "." * (BAR_WIDTH - filled)
+            line = f"{self.title} [{bar}] {self.done}/{self.total}  {left} left  {note()}"
+            self._print(line, end="" if self.interactive else "\n")
 
-    def _draw(self, note: str, now: float) -> None:
-        left = (now - self.started) / self.done * (self.total - self.done)
-        filled = BAR_WIDTH * self.done // max(self.total, 1)
-        bar = "#" * filled + "." * (BAR_WIDTH - filled)
-        line = f"{self.title} [{bar}] {self.done}/{self.total}  {duration(left)} left  {note}"
-        print(
-            f"\r\x1b[K{line}" if self.interactive else line,
-            end="" if self.interactive else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+    def _print(self, line: str, end: str) -> None:
+        """Prints ``line``, on a terminal in place of the last one."""
+        print(f"\r\x1b[K{line}" if self.interactive else line, end=end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the line with the time it took."""
-        if self.quiet:
-            return
-        clear = "\r\x1b[K" if self.interactive else ""
-        took = duration(time.monotonic() - self.started)
-        print(f"{clear}{self.title}: {self.done} of {self.total} in {took}", file=sys.stderr, flush=True)
+        if not self.quiet:
+            took = duration(time.monotonic() - self.started)
+            self._print(f"{self.title}: {self.done} of {self.total} in {took}", end="\n")
 
 
 def quiet_transformers() -> None:

@@ -24,18 +24,12 @@ def installed_version() -> str | None:
 
 
 def parse_flags(flags: list[str], description: str) -> Any:
-    """SGLang's ``ServerArgs`` from ``flags``, which errors call ``description``.
-
-    Raises:
-        ImportError: SGLang cannot be imported.
-        UsageError: its parser refuses them.
-    """
+    """SGLang's ``ServerArgs`` from ``flags``; raises UsageError, which calls them ``description``, or ImportError."""
     from sglang.srt.server_args import prepare_server_args
 
     stderr = io.StringIO()
     try:
-        # argparse prints its whole usage in front of the error.
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr):  # argparse prints its whole usage in front of the error
             return prepare_server_args(flags)
     except SystemExit:
         raise UsageError(f"SGLang refuses {description}: {stderr.getvalue().strip().splitlines()[-1]}") from None

@@ -9,9 +9,6 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-META_REGISTRATIONS = "torchvision._meta_registrations"
-CPU_ONLY = "+cpu"
-
 
 class _EmptyModuleFinder:
     """Import hook that gives torchvision an empty module in place of its operator registration, if that would fail.
@@ -21,7 +18,9 @@ class _EmptyModuleFinder:
     """
 
     def find_spec(self, name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name == META_REGISTRATIONS and registration_fails() else None  # type: ignore[arg-type]
+        if name == "torchvision._meta_registrations" and registration_fails():
+            return ModuleSpec(name, self)  # type: ignore[arg-type]
+        return None
 
     def create_module(self, _spec: ModuleSpec) -> None:
         """Returns None, for the default module."""
@@ -35,10 +34,9 @@ def registration_fails() -> bool:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        torch, torchvision = version("torch"), version("torchvision")
+        return version("torch").endswith("+cpu") and not version("torchvision").endswith("+cpu")
     except PackageNotFoundError:
         return False
-    return torch.endswith(CPU_ONLY) and not torchvision.endswith(CPU_ONLY)
 
 
 def install() -> None:

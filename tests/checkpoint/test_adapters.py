@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
+from nemo_speculative.checkpoint.adapters.formats import format_of
+from nemo_speculative.checkpoint.adapters.source import open_source
 from nemo_speculative.checkpoint.contract import contract_of
-from nemo_speculative.checkpoint.convert import detect_format, read_foreign, stated_target
+from nemo_speculative.checkpoint.convert import read_foreign
 from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings
@@ -46,6 +48,11 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
         elif file.name in ("pytorch_model.bin", "draft_model.pt"):
             tensors |= torch.load(file, weights_only=True)
     return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def stated_target(directory: Path) -> str | None:
+    source = open_source(directory)
+    return format_of(source).target(source)
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -81,9 +88,8 @@ def test_an_eagle3_draft_has_the_outputs_of_its_own_network(
 ):
     source = make(tmp_path / "draft")
     before = snapshot(source)
-    assert detect_format(source) == name
     result = read_foreign(source, target)
-    assert (result.format, result.draft, result.shape.aux_layers) == (name, Eagle3Draft, aux_layers)
+    assert (result.format, result.contract.draft, result.shape.aux_layers) == (name, Eagle3Draft, aux_layers)
     draft = result.build(dtype=torch.float64)
     embeddings, aux, last_hidden_state = inputs()
     logits, output = layouts.naive_eagle3(stored(source), embeddings, aux, theta, layer, outer)
@@ -113,7 +119,7 @@ def test_an_eagle1_draft_has_the_outputs_of_its_own_network(tmp_path, target, bi
     if not bias:
         change_tensors(source, lambda tensors: tensors.pop("fc.bias"))
     result = read_foreign(source, target)
-    assert (detect_format(source), result.draft, result.shape.num_layers) == ("EAGLE (SafeAILab)", EagleDraft, 1)
+    assert (result.format, result.contract.draft, result.shape.num_layers) == ("EAGLE (SafeAILab)", EagleDraft, 1)
     draft = result.build(dtype=torch.float64)
     embeddings, aux, last_hidden_state = inputs()
     expected = layouts.naive_eagle(stored(source), embeddings, last_hidden_state, 500000.0)
@@ -125,7 +131,7 @@ def test_an_eagle1_draft_has_the_outputs_of_its_own_network(tmp_path, target, bi
 def test_automodel_is_read_from_the_outer_and_the_inner_directory(tmp_path, target, inner):
     source = layouts.automodel(tmp_path / "epoch_1_step_70") / inner
     result = read_foreign(source, target)
-    assert (result.shape.aux_layers, result.step) == ((0, 2, 4), 70)
+    assert (result.shape.aux_layers, result.provenance.step) == ((0, 2, 4), 70)
     assert stated_target(source) == "org/target"
 
 
@@ -252,8 +258,7 @@ def test_this_projects_checkpoints_are_read(tmp_path, target):
     provenance = Provenance("org/target", "f00d", "float32", SpeculativeSettings(5, 1, 6), step=9)
     write_servable(tmp_path / "own/model", Eagle3Draft, plain.tensors, plain.shape, provenance, torch.float32, {})
     result = read_foreign(tmp_path / "own", target)
-    assert (detect_format(tmp_path / "own"), result.format) == ("nemo_speculative", "nemo_speculative")
-    assert (result.shape, result.step, result.provenance) == (plain.shape, 9, provenance)
+    assert (result.format, result.shape, result.provenance) == ("nemo_speculative", plain.shape, provenance)
     assert stated_target(tmp_path / "own") == "org/target"
     assert all(torch.equal(result.tensors[name], t) for name, t in plain.tensors.items())
     assert "[1, 2, 3]" in refusal(lambda: read_foreign(tmp_path / "own", target, [1, 2, 3]))
@@ -376,7 +381,6 @@ def test_a_draft_that_cannot_be_served_is_refused(tmp_path, target, make, config
 
 def test_automodels_eagle1_norms_are_refused(tmp_path, target):
     source = layouts.automodel_eagle(tmp_path / "draft")
-    assert detect_format(source) == "NeMo AutoModel"
     assert refusal(lambda: read_foreign(source, target)).endswith(
         "layers.0.input_layernorm.weight is unknown; norm.weight is unknown"
     )
@@ -457,8 +461,8 @@ def test_a_recipe_that_is_not_plain_yaml_is_refused(tmp_path, target):
 KNOWN = "nemo_speculative, speculators (vLLM), NeMo AutoModel, SpecForge, EAGLE (SafeAILab)"
 
 
-def test_an_unknown_format_is_refused_with_its_contents_and_the_known_formats(target_dir):
-    message = refusal(lambda: detect_format(target_dir))
+def test_an_unknown_format_is_refused_with_its_contents_and_the_known_formats(target_dir, target):
+    message = refusal(lambda: read_foreign(target_dir, target))
     assert message == (
         f"{target_dir}: no known draft: architectures is ['LlamaForCausalLM'], with lm_head.weight, "
         f"model.embed_tokens.weight, model.layers.0.input_layernorm.weight; expected one of {KNOWN}"
@@ -466,14 +470,14 @@ def test_an_unknown_format_is_refused_with_its_contents_and_the_known_formats(ta
 
 
 def test_a_directory_without_a_draft_is_refused(tmp_path):
-    message = refusal(lambda: detect_format(tmp_path))
+    message = refusal(lambda: open_source(tmp_path))
     assert message.startswith(f"{tmp_path} holds no draft; expected config.json and one of model.safetensors")
     assert (
-        refusal(lambda: detect_format(tmp_path / "no"))
+        refusal(lambda: open_source(tmp_path / "no"))
         == f"{tmp_path / 'no'} does not exist; expected the directory of a draft"
     )
 
 
 def test_automodels_training_shards_are_refused_by_name(tmp_path):
     (tmp_path / "epoch_0_step_5/model/.hf_metadata").mkdir(parents=True)
-    assert "holds NeMo AutoModel's shards only" in refusal(lambda: detect_format(tmp_path / "epoch_0_step_5"))
+    assert "holds NeMo AutoModel's shards only" in refusal(lambda: open_source(tmp_path / "epoch_0_step_5"))

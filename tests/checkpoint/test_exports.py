@@ -17,12 +17,10 @@ from nemo_speculative.algorithms.eagle.contract import EagleShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
-from nemo_speculative.checkpoint.adapters.base import Export
-from nemo_speculative.checkpoint.adapters.modeling_eagle_draft import DraftModel, Eagle3DraftModel, EagleDraftConfig
-from nemo_speculative.checkpoint.adapters.speculators import SpeculatorsExport
-from nemo_speculative.checkpoint.adapters.transformers_remote_code import MODELING_FILE, RemoteCodeExport, config_of
+from nemo_speculative.checkpoint.adapters.exports import MODELING_FILE, Export, RemoteCodeExport, SpeculatorsExport
+from nemo_speculative.checkpoint.adapters.modeling_eagle_draft import Eagle3DraftModel, EagleDraftConfig
 from nemo_speculative.checkpoint.contract import contract_of
-from nemo_speculative.checkpoint.convert import convert_draft, detect_format, read_foreign
+from nemo_speculative.checkpoint.convert import convert_draft, read_foreign
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.schema import ConvertJob, Dtype, ExporterConfig, FormConfig
@@ -146,7 +144,7 @@ class TestSpeculators:
         width = exported.shape.target_hidden_size
         target = SimpleNamespace(vocab_size=VOCAB, hidden_size=width, num_hidden_layers=8, max_position_embeddings=256)
         result = read_foreign(tmp_path / "out", target)
-        assert (detect_format(tmp_path / "out"), result.shape) == ("speculators (vLLM)", exported.shape)
+        assert (result.format, result.shape) == ("speculators (vLLM)", exported.shape)
         assert result.tensors.keys() == exported.tensors.keys()
         assert all(torch.equal(result.tensors[key], t) for key, t in exported.tensors.items())
 
@@ -236,20 +234,10 @@ class TestRemoteCode:
     def test_a_bfloat16_draft_turns_by_frequencies_in_float32(self):
         """In bfloat16 they would be wrong by radians within a few thousand positions."""
         exported = servable("llama3 rope", torch.bfloat16)
-        network = Eagle3DraftModel(EagleDraftConfig(**config_of(exported))).to(torch.bfloat16)
+        network = Eagle3DraftModel(EagleDraftConfig(**RemoteCodeExport().config(exported))).to(torch.bfloat16)
         like, positions = torch.zeros(1, dtype=torch.bfloat16), torch.arange(0, 2000, 13)[None]
-        for _ in range(2):  # created, then cached
-            expected = exported.build().rotary(positions, like.dtype)
-            assert all(torch.equal(*pair) for pair in zip(network.rotation(like, positions), expected, strict=True))
-            network = network.to(torch.bfloat16)
-
-    def test_what_the_two_networks_share_is_no_draft_by_itself(self):
-        shared = DraftModel(EagleDraftConfig(**config_of(servable("eagle1"))))
-        states = torch.zeros(1, 2, HIDDEN)
-        with pytest.raises(
-            NotImplementedError, match=r"^DraftModel has no first layer.* AutoModel.* EagleDraftModel or"
-        ):
-            shared(states, states)
+        expected = exported.build().rotary(positions, like.dtype)
+        assert all(torch.equal(*pair) for pair in zip(network.rotation(like, positions), expected, strict=True))
 
     def test_the_modelling_file_needs_torch_and_transformers_only(self):
         tree = ast.parse(MODELING_FILE.read_text())
@@ -293,14 +281,14 @@ class TestConvert:
         result, plain = read_servable(done.directory), read_foreign(source, text_config(target_dir))
         assert done.directory == tmp_path / "epoch_1_step_70-servable"
         assert (done.format, done.notes) == (plain.format, plain.notes)
-        assert (result.shape, result.contract.draft) == (plain.shape, plain.draft)
+        assert (result.shape, result.contract) == (plain.shape, plain.contract)
         assert all(torch.equal(result.tensors[name], t) for name, t in plain.tensors.items())
         assert result.provenance == Provenance(
             str(target_dir.resolve()),
             target_fingerprint(target_dir),
             "float32",
             SpeculativeSettings(5, 1, 6),
-            plain.step,
+            plain.provenance.step,
         )
         assert snapshot(source) == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_1_step_70", "epoch_1_step_70-servable"]
@@ -331,7 +319,7 @@ class TestConvert:
 
     def test_a_failed_conversion_leaves_no_files(self, tmp_path, target_dir):
         source = layouts.safeailab_eagle(tmp_path / "draft")
-        form = FormConfig(_target_="nemo_speculative.checkpoint.adapters.speculators.SpeculatorsExport")
+        form = FormConfig(_target_="nemo_speculative.checkpoint.adapters.exports.SpeculatorsExport")
         job = ConvertJob(checkpoint=str(source), target=str(target_dir), form=form)
         assert "speculators' format holds EAGLE-3 drafts" in refusal(lambda: convert_draft(job))
         form = FormConfig(_target_=f"{__name__}.Interrupted")
@@ -341,7 +329,7 @@ class TestConvert:
 
     def test_a_checkpoint_survives_the_round_trip_through_speculators(self, tmp_path, target_dir):
         first = convert_draft(ConvertJob(checkpoint=str(layouts.specforge(tmp_path / "a")), target=str(target_dir)))
-        form = FormConfig(_target_="nemo_speculative.checkpoint.adapters.speculators.SpeculatorsExport")
+        form = FormConfig(_target_="nemo_speculative.checkpoint.adapters.exports.SpeculatorsExport")
         second = convert_draft(ConvertJob(checkpoint=str(first.directory), form=form))  # its target is recorded
         third = convert_draft(ConvertJob(checkpoint=str(second.directory), output=str(tmp_path / "back")))
         assert (second.format, third.format) == ("nemo_speculative", "speculators (vLLM)")

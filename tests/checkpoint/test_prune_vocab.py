@@ -10,7 +10,12 @@ from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
-from nemo_speculative.checkpoint.prune_vocab import coverage_table, kept_entries, prune_checkpoint, pruned_tensors
+from nemo_speculative.checkpoint.prune_vocab import (
+    coverage_table,
+    most_frequent_entries,
+    prune_checkpoint,
+    pruned_tensors,
+)
 from nemo_speculative.config.schema import DataConfig, PruneJob, VocabularySize
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.data.vocab_mapping import build_vocab_mapping
@@ -62,9 +67,9 @@ def test_entries_are_chosen_by_coverage(checkpoint):
     counts = torch.zeros(300, dtype=torch.long)
     counts[:90] = torch.arange(90, 0, -1) ** 6
     servable = read_servable(checkpoint)
-    kept = kept_entries(servable, counts, VocabularySize(None, 0.99))
-    share = counts[:100][kept].sum() / counts.sum()
-    assert share >= 0.99 and len(kept) % 64 == 0
+    entries = most_frequent_entries(servable, counts, VocabularySize(None, 0.99))
+    share = counts[:100][entries].sum() / counts.sum()
+    assert share >= 0.99 and len(entries) % 64 == 0
 
 
 def test_the_table_counts_tokens_outside_the_draft_vocabulary(checkpoint):
@@ -91,14 +96,14 @@ def test_an_impossible_size_is_refused(tmp_path, checkpoint, data, size, message
 def test_a_draft_with_the_targets_head_cannot_be_pruned(tmp_path, target, target_dir):
     write(tmp_path / "model", EagleDraft(EagleDraft.shape_for(None, target.config)), str(target_dir))
     with pytest.raises(UserError, match="no vocabulary of its own"):
-        kept_entries(read_servable(tmp_path / "model"), torch.zeros(300), VocabularySize(4))
+        most_frequent_entries(read_servable(tmp_path / "model"), torch.zeros(300), VocabularySize(4))
 
 
 def test_logits_of_the_remaining_ids_are_unchanged(checkpoint, target):
-    servable, kept = read_servable(checkpoint), torch.tensor([3, 50, 99])
-    whole, state = servable.build().attach(target), pruned_tensors(servable, kept)
+    servable, entries = read_servable(checkpoint), torch.tensor([3, 50, 99])
+    whole, state = servable.build().attach(target), pruned_tensors(servable, entries)
     small = Eagle3Draft(Eagle3Shape.like_target(target.config, target.aux_layers, 3)).attach(target)
     small.load_state_dict(state)
     hidden = torch.randn(5, target.config.hidden_size)
-    torch.testing.assert_close(small.compute_logits(hidden), whole.compute_logits(hidden)[:, kept])
-    assert torch.equal(small.draft_ids, whole.draft_ids[kept])
+    torch.testing.assert_close(small.compute_logits(hidden), whole.compute_logits(hidden)[:, entries])
+    assert torch.equal(small.draft_ids, whole.draft_ids[entries])

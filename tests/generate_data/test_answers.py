@@ -12,7 +12,7 @@ from nemo_speculative.generate_data import answers
 from nemo_speculative.generate_data.answers import answer, unanswered
 from nemo_speculative.generate_data.decoder import Decoder
 from nemo_speculative.targets.hf import HFTarget
-from nemo_speculative.utils import locks
+from nemo_speculative.utils import files
 from nemo_speculative.utils.append_log import AppendLog
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import WORDS
@@ -213,7 +213,7 @@ def test_a_damaged_line_is_named_before_any_generation(target, mixed, prompts, t
 
 def test_two_concurrent_runs_generate_each_answer_once(target, mixed, prompts, tmp_path, monkeypatch):
     printed, waits = [], Event()
-    monkeypatch.setattr(locks, "print", lambda line, **_: (printed.append(line), waits.set()), raising=False)
+    monkeypatch.setattr(files, "print", lambda line, **_: (printed.append(line), waits.set()), raising=False)
     options = {"batch_size": 4, "cache_dir": str(tmp_path), **LIMITS}
     answer(target, mixed[3:5], **options)
     monkeypatch.setattr(answers, "AppendLog", lambda file: (waits.wait(60), AppendLog(file))[1])

@@ -14,7 +14,7 @@ from nemo_speculative.generate_data.merge import merge
 from nemo_speculative.generate_data.run import generate_data, require_success, summary_table
 from nemo_speculative.utils.append_log import AppendLog
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from tests.conftest import PREFIX_TEMPLATE, WORDS, make_target, make_tokenizer
 from tests.generate_data.conftest import conversation, read, write
 

@@ -13,7 +13,7 @@ from nemo_speculative.data.chat_template import tokenize
 from nemo_speculative.inspect_data.run import inspect
 from nemo_speculative.targets import demo
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from tests.conftest import make_tokenizer
 from tests.inspect_data.conftest import END, dialogue
 

@@ -23,7 +23,7 @@ from nemo_speculative.prepare_data import output, reasons, run
 from nemo_speculative.prepare_data.output import table
 from nemo_speculative.prepare_data.run import prepare
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from tests.conftest import make_tokenizer
 from tests.prepare_data.cases import EXPECTED, MIXED, chat, contents, job_for, naive_share, rows_of, write
 

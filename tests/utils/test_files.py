@@ -8,9 +8,18 @@ import signal
 import pytest
 
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.files import atomic_directory, atomic_write, atomic_write_text, disk_full_error
-from nemo_speculative.utils.locks import JobLock, dir_lock
-from nemo_speculative.utils.manifest import differing_keys, file_sizes, read_manifest, write_manifest
+from nemo_speculative.utils.files import (
+    JobLock,
+    atomic_directory,
+    atomic_write,
+    atomic_write_text,
+    differing_keys,
+    dir_lock,
+    disk_full_error,
+    file_sizes,
+    read_manifest,
+    write_manifest,
+)
 
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path):

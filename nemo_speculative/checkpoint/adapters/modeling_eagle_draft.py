@@ -13,10 +13,10 @@ The embedding, and for EAGLE-1 the head, are the target's: pass their outputs an
 import torch
 import transformers
 from torch import nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, rotate_half
 
 if int(transformers.__version__.split(".")[0]) < 5:  # older versions ignore rope_parameters and use another theta
     raise ImportError(f"this draft needs transformers 5 or later, found {transformers.__version__}")
@@ -41,27 +41,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, attention_mask):
-        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (y * cos + _rotate_half(y) * sin for y in (q, k))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)
+        q, k = (y * cos + rotate_half(y) * sin for y in (q, k))
         mask = None if attention_mask is None else attention_mask[:, None]
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
-
-    def _heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -73,7 +58,7 @@ class Layer(nn.Module):
             self.add_module(name, _norm(config))
         self.self_attn = Attention(config, width)
         self.post_attention_layernorm = _norm(config)
-        self.mlp = MLP(config)
+        self.mlp = LlamaMLP(config)
 
     def forward(self, x, residual, *rotation_and_mask):
         residual = residual + self.self_attn(x, *rotation_and_mask)
@@ -88,15 +73,10 @@ class DraftModel(PreTrainedModel):
     deeper_norm: str
     layers: nn.ModuleList
 
-    def __init__(self, config):
-        super().__init__(config)
-        # Not a submodule: its frequencies must stay float32, and loading would leave them uninitialized.
-        self._rotary: dict = {}
-
     @property
     def stack(self):
         """The layers, lowest first."""
-        return list(self.layers)
+        return [self.midlayer] if hasattr(self, "midlayer") else list(self.layers)
 
     def forward(self, inputs_embeds, features, position_ids=None, attention_mask=None):
         """Layer outputs of a whole sequence; there is no cache.
@@ -122,10 +102,7 @@ class DraftModel(PreTrainedModel):
 
     def _enter(self, embeddings, features):
         """The input of the first layer's attention, and its residual."""
-        raise NotImplementedError(
-            f"{type(self).__name__} has no first layer to enter: load the draft with AutoModel.from_pretrained, or "
-            "make an EagleDraftModel or an Eagle3DraftModel"
-        )
+        raise NotImplementedError
 
     def feed_back(self, output):
         """The feature of the next step: [..., h] → [..., h]."""
@@ -133,12 +110,11 @@ class DraftModel(PreTrainedModel):
 
     def rotation(self, like, position_ids):
         """cos and sin [B, 1, n, d] for ``position_ids``, in the dtype of ``like``."""
-        if like.device not in self._rotary:
-            known = ("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
-            numbers = {name: getattr(self.config, name) for name in known}
-            llama = LlamaConfig(**numbers, rope_parameters=dict(self.config.rope_parameters))
-            self._rotary[like.device] = LlamaRotaryEmbedding(llama).to(like.device)
-        cos, sin = self._rotary[like.device](like, position_ids)
+        known = ("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
+        numbers = {name: getattr(self.config, name) for name in known}
+        llama = LlamaConfig(**numbers, rope_parameters=dict(self.config.rope_parameters))
+        # Not a submodule: its frequencies must stay float32, and loading would leave them uninitialized.
+        cos, sin = LlamaRotaryEmbedding(llama).to(like.device)(like, position_ids)
         return cos[:, None], sin[:, None]
 
 
@@ -204,10 +180,6 @@ class Eagle3DraftModel(DraftModel):
         self.post_init()
 
     @property
-    def stack(self):
-        return [self.midlayer] if self.config.num_hidden_layers == 1 else list(self.layers)
-
-    @property
     def draft_ids(self):
         """int64 [V_d]: the target id of each logit, ascending."""
         if not self.config.draft_vocab_size:
@@ -239,8 +211,3 @@ class Eagle3DraftModel(DraftModel):
 
 def _norm(config, width=None):
     return nn.RMSNorm(width or config.hidden_size, eps=config.rms_norm_eps)
-
-
-def _rotate_half(x):
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((-high, low), dim=-1)

@@ -1,152 +1,187 @@
 """The EAGLE-1 and EAGLE-3 networks of any format, from its configuration and tensors.
 
 Every tensor must be used and none may be missing.  The vocabulary maps d2t and t2d are completed where a format leaves
-them out.
+them out.  Missing sizes have the defaults of transformers' LlamaConfig, which the projects that write the files use.
 """
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_speculative.algorithms.common.draft import Draft
+from nemo_speculative.algorithms.common.layers import Rotary
+from nemo_speculative.algorithms.common.shape import DEFAULT_THETA
 from nemo_speculative.algorithms.eagle.contract import EagleShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft
-from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Contract, Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
-from nemo_speculative.checkpoint.adapters.base import ForeignDraft, Reading, Tensors
-from nemo_speculative.checkpoint.adapters.llama_config import numbers_of
-from nemo_speculative.checkpoint.contract import contract_of
-from nemo_speculative.checkpoint.draft_checkpoint import check_tensors
-from nemo_speculative.utils.errors import UserError
+from nemo_speculative.checkpoint.adapters.source import Source
+from nemo_speculative.checkpoint.contract import SIZES, contract_of
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, Tensors, check_tensors
+from nemo_speculative.checkpoint.metadata import Provenance
+from nemo_speculative.config.speculative import SpeculativeSettings
+from nemo_speculative.utils.errors import UserError, describe_error
 
-SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
+LARGEST = 1 << 30
+UNBOUNDED = ("default", "linear", "llama3")
+"""RoPE types whose rotations do not depend on max_position_embeddings."""
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 EMBEDDING = re.compile(r"(?:model\.)?embed_tokens\.weight")
 ROTARY = re.compile(r".*rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
 """Buffers that old versions saved; they follow from rope_theta."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Eagle3Layout:
-    """The layout of an EAGLE-3 draft in the files of one format."""
-
-    config: dict[str, Any]
-    """Sizes under the names of a LlamaConfig; target_hidden_size and draft_vocab_size where they are stated."""
-    rename: Callable[[str], str]
-    """Maps a tensor's name in the network to its name in the file."""
-    aux_layers: Any
-    """The layers whose outputs the draft reads; None: not stated."""
-    switches: dict[str, Any] = field(default_factory=dict)
-    """fc_norm, norm_before_fc, norm_output."""
-    unused: Collection[str] = ()
-    """Tensors of the file, under its names, that a draft does not need."""
+def read_eagle(source: Source, name: str) -> Servable:
+    """The EAGLE-1 or EAGLE-2 draft of the format ``name``; raises as :func:`read_eagle3`."""
+    if source.aux_layers is not None:
+        raise UserError(f"aux_layers is {list(source.aux_layers)}; {source.directory} is EAGLE-1, which reads none")
+    shape, tensors = EagleShape(**_sizes(source, source.config)), source.tensors
+    _require_width(source, "hidden_size", shape.hidden_size)
+    if "fc.bias" not in tensors and "fc.weight" in tensors:
+        tensors["fc.bias"] = torch.zeros(shape.hidden_size, dtype=tensors["fc.weight"].dtype)
+        source.notes.append("fc has no bias in the file: zeros, which a server reads")
+    return _servable(source, name, EagleDraft, shape, lambda tensor: tensor)
 
 
-def switches_of(config: dict[str, Any], where: Path) -> dict[str, bool]:
-    """fc_norm, norm_before_fc and norm_output; false where they are not stated.
+def read_eagle3(
+    source: Source, name: str, config: dict[str, Any], rename: Callable[[str], str], aux_layers: Any, *,
+    unused: Collection[str] = (), step: int = 0,
+) -> Servable:  # fmt: skip
+    """The EAGLE-3 draft of the format ``name``.
 
-    Raises:
-        UserError: one is neither true nor false.
-    """
-    switches = {name: config.get(name) or False for name in SWITCHES}
-    for name, value in switches.items():
-        if value not in (True, False):
-            raise UserError(f"{where}: {name} is {value!r}, expected true or false")
-    return switches
-
-
-def read_eagle3(name: str, reading: Reading, layout: Eagle3Layout, stored: Tensors, step: int = 0) -> ForeignDraft:
-    """The EAGLE-3 draft of the format ``name`` from the tensors ``stored`` in its files.
+    Args:
+        config: sizes under the names of a LlamaConfig; target_hidden_size, draft_vocab_size and the switches of
+            EAGLE-3.1 where they are stated.
+        rename: maps a tensor's name in the network to its name in the file.
+        aux_layers: the layers whose outputs the draft reads, as stated; None: not stated.
+        unused: tensors of the file, under its names, that a draft does not need.
+        step: optimizer steps it was trained for, where they are stated.
 
     Raises:
         UserError: it is incomplete, contradicts itself or the target, or is another network.
     """
-    shape, file = _eagle3_shape(reading, layout, stored), reading.source.file
-    names = _file_names(Eagle3Draft, shape, layout.rename)
-    derived = _derived_maps(shape, stored.get(names["d2t"]), stored.get(names["t2d"]))
-    names = {name: file_name for name, file_name in names.items() if name not in derived}
-    tensors = _select(stored, names, layout.unused, file, reading.notes) | derived
-    _sort_vocabulary(tensors, reading.notes)
-    check_tensors(contract_of(Eagle3Draft), tensors, shape, file)
-    return ForeignDraft(name, reading.source.directory, Eagle3Draft, shape, tensors, tuple(reading.notes), step)
-
-
-def read_eagle(name: str, reading: Reading) -> ForeignDraft:
-    """The EAGLE-1 or EAGLE-2 draft of the format ``name``; all projects use the same tensor names.
-
-    Raises:
-        UserError: as :func:`read_eagle3`.
-    """
-    if reading.aux_layers is not None:
-        raise UserError(
-            f"aux_layers is {list(reading.aux_layers)}; {reading.source.directory} is EAGLE-1, which reads none"
-        )
-    config, stored = reading.source.config, dict(reading.source.tensors)
-    numbers = numbers_of(config, reading.target, reading.where, reading.notes)
-    shape = EagleShape(**numbers, num_layers=_num_layers(stored, config, reading.notes))
-    _check_width(reading, "hidden_size", shape.hidden_size)
-    if "fc.bias" not in stored and "fc.weight" in stored:
-        stored["fc.bias"] = torch.zeros(shape.hidden_size, dtype=stored["fc.weight"].dtype)
-        reading.notes.append("fc has no bias in the file: zeros, which a server reads")
-    names = _file_names(EagleDraft, shape, lambda name: name)
-    tensors = _select(stored, names, (), reading.source.file, reading.notes)
-    check_tensors(contract_of(EagleDraft), tensors, shape, reading.source.file)
-    return ForeignDraft(name, reading.source.directory, EagleDraft, shape, tensors, tuple(reading.notes))
-
-
-def _eagle3_shape(reading: Reading, layout: Eagle3Layout, stored: Tensors) -> Eagle3Shape:
-    numbers = numbers_of(layout.config, reading.target, reading.where, reading.notes)
-    _check_width(reading, "target_hidden_size", layout.config.get("target_hidden_size") or reading.target.hidden_size)
-    head = stored.get(layout.rename("lm_head.weight"))
-    entries = layout.config.get("draft_vocab_size") or (numbers["vocab_size"] if head is None else len(head))
-    if type(entries) is not int or not 0 < entries <= numbers["vocab_size"]:
-        raise UserError(
-            f"{reading.where}: draft_vocab_size is {entries!r}, expected a number from 1 to vocab_size, "
-            f"{numbers['vocab_size']}"
-        )
-    return Eagle3Shape(
-        **numbers,
-        num_layers=_num_layers(stored, layout.config, reading.notes),
+    sizes, width = _sizes(source, config), config.get("target_hidden_size") or source.target.hidden_size
+    _require_width(source, "target_hidden_size", width)
+    head, most = source.tensors.get(rename("lm_head.weight")), sizes["vocab_size"]
+    entries = config.get("draft_vocab_size") or (most if head is None else len(head))
+    valid = type(entries) is int and 0 < entries <= most
+    source.require(valid, "draft_vocab_size", entries, f"a number from 1 to vocab_size, {most}")
+    switches: dict[str, Any] = {switch: config.get(switch) or False for switch in Eagle3Contract.SWITCHES}
+    for switch, value in switches.items():
+        source.require(value in (True, False), switch, value, "true or false")
+    shape = Eagle3Shape(
+        **sizes,
+        **switches,
         draft_vocab_size=entries,
-        aux_layers=_aux_layers(reading, layout, stored.get(layout.rename("fc.weight"))),
-        target_hidden_size=reading.target.hidden_size,
-        **layout.switches,
+        aux_layers=_aux_layers(source, aux_layers, rename("fc.weight")),
+        target_hidden_size=width,
     )
+    return _servable(source, name, Eagle3Draft, shape, rename, unused, step)
 
 
-def _check_width(reading: Reading, key: str, width: int) -> None:
-    if width != reading.target.hidden_size:
-        raise UserError(
-            f"{reading.where}: {key} is {width}, expected the target's hidden size, {reading.target.hidden_size}; give "
-            "the target that it was trained for"
-        )
+def _require_width(source: Source, key: str, width: int) -> None:
+    own = source.target.hidden_size
+    expected = f"the target's hidden size, {own}; give the target that it was trained for"
+    source.require(width == own, key, width, expected)
 
 
-def _num_layers(stored: Tensors, config: dict[str, Any], notes: list[str]) -> int:
+def _sizes(source: Source, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a DraftShape from ``config``, where null counts as missing, and from the tensors' names."""
+    stated, llama = {key: value for key, value in config.items() if value is not None}, LlamaConfig()
+    whole = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    values = {key: getattr(llama, key) for key in (*whole, "rms_norm_eps", "hidden_act")} | stated
+    _require_whole(source, values, whole)
+    heads, vocab_size, positions = (values[key] for key in whole[2:])
+    values = {"num_key_value_heads": heads, "head_dim": values["hidden_size"] // heads} | values
+    _require_whole(source, values, ("num_key_value_heads", "head_dim"))
+    for key, holds, expected in (
+        ("num_key_value_heads", heads % values["num_key_value_heads"] == 0, f"a divisor of {heads}"),
+        ("head_dim", values["head_dim"] % 2 == 0, "an even number"),
+        ("hidden_act", values["hidden_act"] == "silu", "silu"),
+        ("rms_norm_eps", _is_positive(values["rms_norm_eps"]), "a number above 0"),
+        ("vocab_size", vocab_size == source.target.vocab_size, f"the target's {source.target.vocab_size}"),
+    ):
+        source.require(holds, key, values[key], expected)
+    rope = _rope(source, stated)
+    try:
+        with torch.device("meta"):
+            Rotary(rope, values["head_dim"], positions)
+    except Exception as error:  # each RoPE type of transformers raises other classes
+        reason = describe_error(error, 100)
+        raise UserError(f"{source.where}: rope parameters {rope} cannot be used by transformers ({reason})") from None
+    values["num_hidden_layers"] = _num_layers(source, config)
+    values["max_position_embeddings"] = _max_positions(source, positions, rope)
+    sizes = {name: values[key] for name, key in SIZES.items()}
+    return {**sizes, "rms_norm_eps": float(values["rms_norm_eps"]), "rope_parameters": rope}
+
+
+def _require_whole(source: Source, values: dict[str, Any], keys: Collection[str]) -> None:
+    for key in keys:
+        plausible = type(values[key]) is int and 0 < values[key] <= LARGEST
+        source.require(plausible, key, values[key], f"a number above 0, at most {LARGEST}")
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+def _rope(source: Source, stated: dict[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` of transformers 5, from that field or from ``rope_theta`` and ``rope_scaling``."""
+    key = "rope_parameters" if stated.get("rope_parameters") else "rope_scaling"
+    scaling = stated.get(key) or {}
+    flat = isinstance(scaling, dict) and not any(isinstance(value, dict) for value in scaling.values())
+    source.require(flat, key, scaling, "one set of parameters")
+    rope = {"rope_type": scaling.get("type", "default")} | {k: v for k, v in scaling.items() if k != "type"}
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    source.require(rope["rope_type"] in known, key, scaling, f"a rope_type among {', '.join(sorted(known))}")
+    source.require(rope.get("partial_rotary_factor", 1) == 1, key, scaling, "a rotation of the whole head")
+    if "rope_theta" not in rope:
+        rope["rope_theta"] = stated.get("rope_theta", DEFAULT_THETA)
+        if "rope_theta" not in stated:
+            source.notes.append(
+                f"rope_theta is not stated: {DEFAULT_THETA:g}, the default of its own project and of SGLang"
+            )
+    source.require(_is_positive(rope["rope_theta"]), "rope_theta", rope["rope_theta"], "a number above 0")
+    return rope
+
+
+def _max_positions(source: Source, stated: int, rope: dict[str, Any]) -> int:
+    """The number of positions, at least the target's: SGLang refuses fewer, and many drafts state their training's."""
+    longest = source.target.max_position_embeddings
+    if stated >= longest or rope["rope_type"] not in UNBOUNDED:
+        return stated
+    source.notes.append(
+        f"max_position_embeddings is {stated}: raised to the target's {longest}, which changes no rotation "
+        f"(rope_type {rope['rope_type']})"
+    )
+    return longest
+
+
+def _num_layers(source: Source, config: dict[str, Any]) -> int:
     """The number of layers that have tensors, because some projects state the target's number."""
-    number = max(len({match[1] for name in stored if (match := LAYER.search(name))}), 1)
-    if config.get("num_hidden_layers") not in (None, number):
-        notes.append(f"num_hidden_layers is {config['num_hidden_layers']}: the weights hold {number}, which counts")
+    stated = config.get("num_hidden_layers")
+    number = max(len({match[1] for name in source.tensors if (match := LAYER.search(name))}), 1)
+    if stated not in (None, number):
+        source.notes.append(f"num_hidden_layers is {stated}: the weights hold {number}, which counts")
     return number
 
 
-def _aux_layers(reading: Reading, layout: Eagle3Layout, fc: torch.Tensor | None) -> tuple[int, ...]:
+def _aux_layers(source: Source, stated: Any, fc_name: str) -> tuple[int, ...]:
     """The aux layers that the user gives, else the file, else EAGLE's default; checked against the width of fc."""
-    num_layers, width = reading.target.num_hidden_layers, reading.target.hidden_size
-    layers: Any = layout.aux_layers
-    origin = f"{reading.where}: its aux layers are"
-    if reading.aux_layers is not None:
-        layers, origin = list(reading.aux_layers), "aux_layers is"
-        if layout.aux_layers not in (None, layers):
-            reading.notes.append(f"aux layers are {layers}, as given, in place of its own {layout.aux_layers}")
-    elif layers is None:
-        layers, origin = [1, num_layers // 2 - 1, num_layers - 4], f"{reading.where}: aux layers are not stated, and "
-        origin += "EAGLE's default is"
-        reading.notes.append(
+    num_layers, width = source.target.num_hidden_layers, source.target.hidden_size
+    layers, origin = stated, f"{source.where}: its aux layers are"
+    if source.aux_layers is not None:
+        layers, origin = list(source.aux_layers), "aux_layers is"
+        if stated not in (None, layers):
+            source.notes.append(f"aux layers are {layers}, as given, in place of its own {stated}")
+    elif stated is None:
+        layers = [1, num_layers // 2 - 1, num_layers - 4]
+        origin = f"{source.where}: aux layers are not stated, and EAGLE's default is"
+        source.notes.append(
             f"aux layers are not stated: {layers}, EAGLE's [1, N//2 - 1, N - 4] for {num_layers} layers"
         )
     valid = isinstance(layers, list) and bool(layers) and all(type(layer) is int for layer in layers)
@@ -156,59 +191,53 @@ def _aux_layers(reading: Reading, layout: Eagle3Layout, fc: torch.Tensor | None)
             f"{origin} {layers}; expected ascending layers from 0 to {num_layers - 2} of a target of {num_layers}; say "
             "which they are with aux_layers"
         )
-    if fc is not None and (fc.dim() != 2 or fc.shape[1] != len(layers) * width):
+    fc = source.tensors.get(fc_name)
+    if fc is not None and fc.shape[1:] != (len(layers) * width,):
         raise UserError(
-            f"{reading.source.file}: {layout.rename('fc.weight')} is {list(fc.shape)}, which is not what the "
-            f"{len(layers)} aux layers {layers} of a target of {width} features make; say which with aux_layers"
+            f"{source.weights}: {fc_name} is {list(fc.shape)}, which is not what the {len(layers)} aux layers {layers} "
+            f"of a target of {width} features make; say which with aux_layers"
         )
     return tuple(layers)
 
 
-def _file_names(draft: type[Draft], shape: Any, rename: Callable[[str], str]) -> dict[str, str]:
-    """Maps each tensor name of the network to its name in the file."""
+def _servable(
+    source: Source, name: str, draft: type[Draft], shape: Any, rename: Callable[[str], str],
+    unused: Collection[str] = (), step: int = 0,
+) -> Servable:  # fmt: skip
+    """The draft from the source's tensors; raises UserError naming each that is missing, unknown or malformed."""
     with torch.device("meta"):
-        return {name: rename(name) for name in draft(shape).state_dict()}
+        file_names = {tensor: rename(tensor) for tensor in draft(shape).state_dict()}
+    tensors = {key: source.tensors[stored] for key, stored in file_names.items() if stored in source.tensors}
+    if "d2t" in file_names:
+        _complete_vocabulary(tensors, shape, source.notes)
+    surplus = source.tensors.keys() - set(file_names.values()) - set(unused)
+    for embedding in filter(EMBEDDING.fullmatch, surplus):
+        source.notes.append(f"{embedding} is left out: a server uses the target's")
+    missing = sorted(stored for key, stored in file_names.items() if key not in tensors)
+    unknown = sorted(key for key in surplus if not EMBEDDING.fullmatch(key) and not ROTARY.fullmatch(key))
+    if missing or unknown:
+        problems = [f"{key} is missing" for key in missing] + [f"{key} is unknown" for key in unknown]
+        raise UserError(f"{source.weights}: {'; '.join(problems)}")
+    contract = contract_of(draft)
+    check_tensors(contract, tensors, shape, source.weights)
+    unrecorded = Provenance("", "", "", SpeculativeSettings(1, 1, 2), step)
+    return Servable(source.directory, contract, shape, unrecorded, tensors, name, tuple(source.notes))
 
 
-def _select(
-    stored: Tensors, names: dict[str, str], unused: Collection[str], where: Path, notes: list[str]
-) -> Tensors:  # fmt: skip
-    """The tensors that ``names`` (network to file) lists, under the network's names.
+def _complete_vocabulary(tensors: Tensors, shape: Eagle3Shape, notes: list[str]) -> None:
+    """Adds d2t of the whole vocabulary and t2d where a file leaves them out, and sorts the draft vocabulary.
 
-    Raises:
-        UserError: naming every tensor that is missing and every one that is unknown.
+    Other tools count in t2d, so the ids and the head's rows must be in ascending order.
     """
-    surplus = stored.keys() - set(names.values()) - set(unused)
-    embedding = sorted(filter(EMBEDDING.fullmatch, surplus))
-    if embedding:
-        notes.append(f"{embedding[0]} is left out: a server uses the target's")
-    unknown = sorted(name for name in surplus - set(embedding) if not ROTARY.fullmatch(name))
-    problems = [f"{name} is missing" for name in sorted(set(names.values()) - stored.keys())]
-    problems += [f"{name} is unknown" for name in unknown]
-    if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}")
-    return {name: stored[file_name] for name, file_name in names.items()}
-
-
-def _derived_maps(shape: Eagle3Shape, d2t: torch.Tensor | None, t2d: torch.Tensor | None) -> Tensors:
-    """The vocabulary maps that a file may leave out: d2t of the whole vocabulary, and t2d where there is d2t."""
-    whole = shape.draft_vocab_size == shape.vocab_size
-    derived = {"d2t": torch.zeros(shape.vocab_size, dtype=torch.long)} if d2t is None and whole else {}
-    offsets = derived.get("d2t", d2t)
-    if t2d is None and offsets is not None and offsets.dtype == torch.long and offsets.dim() == 1:
-        ids = torch.arange(len(offsets)) + offsets
-        mask = torch.zeros(shape.vocab_size, dtype=torch.bool)
-        mask[ids[(ids >= 0) & (ids < len(mask))]] = True
-        derived["t2d"] = mask
-    return derived
-
-
-def _sort_vocabulary(tensors: Tensors, notes: list[str]) -> None:
-    """Sorts the draft vocabulary, and the head's rows with it: other tools count in t2d, which is ascending."""
-    d2t, head = tensors["d2t"], tensors["lm_head.weight"]
-    if d2t.dtype != torch.long or d2t.dim() != 1 or len(head) != len(d2t):
-        return  # check_tensors refuses them
-    ids, order = (torch.arange(len(d2t)) + d2t).sort()
-    if not torch.equal(order, torch.arange(len(order))):
-        tensors["d2t"], tensors["lm_head.weight"] = ids - torch.arange(len(ids)), head[order]
+    if shape.draft_vocab_size == shape.vocab_size:
+        tensors.setdefault("d2t", torch.zeros(shape.vocab_size, dtype=torch.long))
+    d2t, head = tensors.get("d2t"), tensors.get("lm_head.weight")
+    if d2t is None or d2t.dtype != torch.long or d2t.dim() != 1:
+        return  # refused later
+    positions = torch.arange(len(d2t))
+    ids, order = (positions + d2t).sort(stable=True)
+    if "t2d" not in tensors:
+        tensors["t2d"] = torch.isin(torch.arange(shape.vocab_size), ids)
+    if head is not None and len(head) == len(ids) and not torch.equal(order, positions):
+        tensors["d2t"], tensors["lm_head.weight"] = ids - positions, head[order]
         notes.append("the draft vocabulary was not in ascending order: lm_head's rows were sorted")

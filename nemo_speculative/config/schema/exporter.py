@@ -64,18 +64,18 @@ class ExporterConfig:
 class FormConfig:
     """The format that SGLang serves and every program of this project reads."""
 
-    _target_: str = "nemo_speculative.checkpoint.adapters.own.SGLangExport"
+    _target_: str = "nemo_speculative.checkpoint.adapters.exports.SGLangExport"
 
 
 @dataclass
 class SpeculatorsFormConfig(FormConfig):
     """The format of speculators, which vLLM serves (EAGLE-3)."""
 
-    _target_: str = "nemo_speculative.checkpoint.adapters.speculators.SpeculatorsExport"
+    _target_: str = "nemo_speculative.checkpoint.adapters.exports.SpeculatorsExport"
 
 
 @dataclass
 class TransformersFormConfig(FormConfig):
     """The format that transformers loads with the code next to the weights (trust_remote_code)."""
 
-    _target_: str = "nemo_speculative.checkpoint.adapters.transformers_remote_code.RemoteCodeExport"
+    _target_: str = "nemo_speculative.checkpoint.adapters.exports.RemoteCodeExport"

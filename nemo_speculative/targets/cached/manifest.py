@@ -16,7 +16,7 @@ from nemo_speculative.data.chat_template import rules_digest
 from nemo_speculative.targets.base import Target
 from nemo_speculative.targets.remote.protocol import TargetIdentity
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.manifest import differing_keys, read_manifest, write_manifest
+from nemo_speculative.utils.files import differing_keys, read_manifest, write_manifest
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1

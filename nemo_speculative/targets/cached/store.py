@@ -19,7 +19,7 @@ from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.targets.cached.manifest import AUX, LAST_HIDDEN, MANIFEST_FILE, Manifest, Tensors
 from nemo_speculative.targets.cached.shards import KEY_BYTES, Shard, document_key, stored_positions
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from nemo_speculative.utils.progress import Progress
 
 TRAINING, HELD_OUT = "training.jsonl", "held_out.jsonl"

@@ -26,7 +26,7 @@ from nemo_speculative.targets.cached.store import (
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.devices import to_device
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import JobLock
+from nemo_speculative.utils.files import JobLock
 
 
 class FeaturesTarget(Target):

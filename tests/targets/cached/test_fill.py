@@ -13,7 +13,7 @@ from nemo_speculative.targets.cached.manifest import Manifest
 from nemo_speculative.targets.cached.store import Budget, FeatureStore, verify
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from tests.targets.cached.cases import ROW, assert_same, capture_into, loss_of, reading
 
 ROUNDING = 2e-5

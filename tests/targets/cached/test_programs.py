@@ -11,7 +11,7 @@ from nemo_speculative.config.app import to_job
 from nemo_speculative.targets.cached.manifest import Manifest
 from nemo_speculative.targets.cached.store import FeatureStore, verify
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.locks import dir_lock
+from nemo_speculative.utils.files import dir_lock
 from tests.config.test_groups import composed
 from tests.integration.conftest import ENVIRONMENT, data_file, metrics, run, settings, train  # noqa: F401
 from tests.programs import Program
