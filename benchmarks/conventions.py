@@ -12,7 +12,7 @@ import torch
 
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.checkpoint.draft_checkpoint import read_servable
-from nemo_speculative.config.schema import MaskConvention, Normalization
+from nemo_speculative.config.schema import Eagle3DraftConfig, MaskConvention, Normalization
 from nemo_speculative.data.batch import Batch, collate, pack
 from nemo_speculative.data.conversations import ConversationFile, TokenRow
 from nemo_speculative.targets.hf import HFTarget
@@ -47,9 +47,8 @@ def make_batch(path: str) -> Batch:
 
 
 def _objective(target: HFTarget, convention: MaskConvention, normalization: Normalization) -> Eagle3Objective:
-    return Eagle3Objective(
-        target, num_steps=STEPS, step_decay=0.8, convention=convention, normalization=normalization, tau_steps=STEPS
-    )
+    config = Eagle3DraftConfig(ttt_steps=STEPS, mask_convention=convention, normalization=normalization)
+    return Eagle3Objective(target, config, seed=0, tau_steps=STEPS)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_speculative.algorithms.common.init_from_target import init_from_target
+from nemo_speculative.algorithms.common.draft import init_from_target
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from nemo_speculative.config.schema import Eagle3DraftConfig, InitFromTarget, TinyModelConfig
@@ -71,7 +71,7 @@ def trained(target: HFTarget, documents: list[TokenRow], offset: int | None, ste
     shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, target.config.vocab_size)
     draft = Eagle3Draft(shape).attach(target)
     init_from_target(draft, target, InitFromTarget())
-    objective = Eagle3Objective.build(target, config, seed=seed, tau_steps=UNROLLED)
+    objective = Eagle3Objective(target, config, seed=seed, tau_steps=UNROLLED)
     stream = PackedLoader(
         TokenizedDataset(target.config.vocab_size, documents), packed_length=ROW_TOKENS, global_batch_size=ROWS,
         micro_batch_size=ROWS, pad_id=1, seed=seed,

@@ -28,7 +28,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig
 
-from nemo_speculative.algorithms.common.draft import DraftShape
+from nemo_speculative.algorithms.common.contract import DraftShape
 from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.config.schema import (
     BackendConfig,

@@ -142,7 +142,7 @@ class Bench:
             for layer in draft.decoder_layers:
                 layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
         slots = TrainerConfig(ttt_chunk_slots=alive).slots(target.config.hidden_size, self.device.type)
-        self.objective = Eagle3Objective.build(target, config, seed=0, tau_steps=5, chunk_slots=slots)
+        self.objective = Eagle3Objective(target, config, seed=0, tau_steps=5, chunk_slots=slots)
         self.shape, self.job = shape, TrainJob(draft=config, trainer=TrainerConfig(ttt_chunk_slots=alive))
         self.job.model.dtype = self.job.trainer.dtype = Dtype(str(size.dtype).removeprefix("torch."))
         self.trainee = shard_draft(TTTModule(draft, self.objective), dims, size.dtype)

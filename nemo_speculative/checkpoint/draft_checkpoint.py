@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_speculative import __version__
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.shape import DraftShape
+from nemo_speculative.algorithms.common.contract import DraftShape
 from nemo_speculative.checkpoint.contract import Contract, contract_of, fields_of, shape_of
 from nemo_speculative.checkpoint.metadata import OWN_KEY, Provenance, find_model, provenance_of, read_config
 from nemo_speculative.utils.errors import UserError
@@ -132,7 +132,7 @@ def check_tensors(contract: Contract, tensors: Tensors, shape: DraftShape, where
             problems.append(f"{name} is {tensor.dtype}, expected {reference.dtype}")
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             problems.append(f"{name} holds NaN or infinity")
-    if not problems and contract.expected_ids(shape):
+    if not problems and "d2t" in expected:
         d2t, t2d = tensors["d2t"].cpu(), tensors["t2d"].cpu()
         ids = torch.arange(len(d2t)) + d2t
         if ids[0] < 0 or ids[-1] >= len(t2d) or (ids.diff() <= 0).any():

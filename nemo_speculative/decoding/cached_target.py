@@ -8,8 +8,8 @@ from weakref import WeakSet
 import torch
 from transformers import Cache
 
-from nemo_speculative.algorithms.common.kv_cache import KVCache
-from nemo_speculative.decoding.trees import Trees, trees
+from nemo_speculative.algorithms.common.drafting import KVCache
+from nemo_speculative.decoding.verify import Trees, trees
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 
@@ -23,10 +23,6 @@ class States:
     last_hidden_state: torch.Tensor
     """[B, n, h]."""
     counts: list[int]
-
-    def last(self) -> torch.Tensor:
-        """[B, 1, h]: the last hidden state at each row's last position."""
-        return last_of(self.last_hidden_state, self.counts)
 
     def at(self, paths: Sequence[Sequence[int]]) -> "States":
         """The states at the positions ``paths`` of each row."""
@@ -49,14 +45,6 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int) -> list[list[int]]:
     return [[*row, *[0] * (length - len(row))] for row in rows]
 
 
-def last_of(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Each row's last entry: [B, n, h], of which row b uses the first ``counts[b]`` → [B, 1, h]."""
-    if min(counts) == x.shape[1]:
-        return x[:, -1:]
-    index = torch.tensor(counts, device=x.device)[:, None, None] - 1
-    return x.gather(1, index.expand(-1, -1, x.shape[-1]))
-
-
 class _TransformersCache(Cache):
     """A :class:`KVCache` with the interface that transformers' models write to."""
 
@@ -77,7 +65,7 @@ class _TransformersCache(Cache):
 
 
 class CachedTarget:
-    """A target with a key-value cache of B sequences.
+    """A target with ``kv``, the key-value cache of B sequences.
 
     Raises:
         UserError: the model cannot verify trees.
@@ -86,45 +74,29 @@ class CachedTarget:
     def __init__(self, target: HFTarget, batch_size: int):
         _check_trees(target)
         self.target, self.context = target, target.config.max_position_embeddings
-        self._kv = KVCache(batch_size)
-        self._cache = _TransformersCache(self._kv)
+        self.kv = KVCache(batch_size)
+        self._cache = _TransformersCache(self.kv)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> States:
         """Reads the prompts, which may differ in length."""
         counts = [len(prompt) for prompt in prompts]
         ids = torch.tensor(pad_rows(prompts, max(counts)), device=self.target.device)
         aux, hidden = self.target.forward(ids, cache=self._cache)
-        self._kv.advance(counts)
+        self.kv.advance(counts)
         return States(aux, hidden, counts)
 
     def read(self, tree: Trees) -> States:
-        """The states at every node of the trees; the cache keeps nothing until :meth:`keep`."""
+        """The states at every node of the trees; the cache keeps those of the nodes that ``kv.keep`` names."""
         device, n = self.target.device, tree.tokens.shape[1]
-        tokens, depths = tree.tokens.to(device), tree.depths.to(device)
-        if self._kv.ragged:
-            positions = torch.tensor(self._kv.lengths, device=device)[:, None] + depths
-        else:
-            positions = (depths + self._kv.longest).expand_as(tokens)
-        if self._kv.longest + tree.levels >= self.context:  # only nodes that were cut off
+        tokens, ancestors = tree.tokens.to(device), tree.ancestors
+        positions = torch.tensor(self.kv.lengths, device=device)[:, None] + tree.depths.to(device)
+        if self.kv.longest + tree.levels >= self.context:  # only nodes that were cut off
             positions = positions.clamp(max=self.context - 1)
-        ancestors = tree.ancestors
-        if ancestors is None and self._kv.ragged:
+        if ancestors is None and self.kv.ragged:
             ancestors = torch.ones(1, n, n, dtype=torch.bool, device=device).tril()
-        visible = None if ancestors is None else self._kv.visible(ancestors)
+        visible = None if ancestors is None else self.kv.visible(ancestors)
         aux, hidden = self.target.forward(tokens, positions, self._cache, visible)
         return States(aux, hidden, [n] * len(tokens))
-
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Keeps the accepted nodes of each row, as if only they had been read."""
-        self._kv.keep(paths)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keeps the sequences ``rows``, in this order."""
-        self._kv.select(rows)
-
-    def join(self, other: "CachedTarget") -> None:
-        """Appends the sequences of ``other``, which has the same target."""
-        self._kv.join(other._kv)
 
 
 _CHECKED: WeakSet[HFTarget] = WeakSet()
@@ -140,17 +112,14 @@ def _check_trees(target: HFTarget) -> None:
     if target in _CHECKED:
         return
     _CHECKED.add(target)
-    ids = [i % target.config.vocab_size for i in range(8)]
-    tree = trees(
-        torch.tensor([ids[4:]], device=target.device), torch.tensor([[-1, 0, 0, 2]], device=target.device), levels=2
-    )
-    path = [0, 2, 3]
+    ids, path = [i % target.config.vocab_size for i in range(8)], [0, 2, 3]
+    tokens, parents = (torch.tensor([x], device=target.device) for x in (ids[4:], [-1, 0, 0, 2]))
     sequence = torch.tensor([[*ids[:4], *(ids[4 + i] for i in path)]], device=target.device)
     expected = target.forward(sequence)[1][:, 4:]
     try:
         cached = CachedTarget(target, 1)
         cached.prefill([ids[:4]])
-        states = cached.read(tree).at([path]).last_hidden_state
+        states = cached.read(trees(tokens, parents, levels=2)).at([path]).last_hidden_state
         same = torch.allclose(states.float(), expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
         same = False

@@ -1,57 +1,56 @@
 """Drafters, which propose draft tokens: a draft of the EAGLE family, n-grams of the text so far, or none."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import ClassVar
 
 import torch
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.drafting import DraftSession, RotaryTable, SessionCursor
+from nemo_speculative.algorithms.common.drafting import DraftCursor, DraftSession, RotaryTable
 from nemo_speculative.checkpoint.contract import contract_of
 from nemo_speculative.decoding.cached_target import States, pad_rows
-from nemo_speculative.decoding.tree_builder import TreeBuilder
-from nemo_speculative.decoding.trees import Trees, chains
-from nemo_speculative.decoding.verify import Verifier
+from nemo_speculative.decoding.tree_builder import DynamicTree, TreeBuilder
+from nemo_speculative.decoding.verify import Rejection, Trees, Verifier, chains
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 
 
-class Drafting(Protocol):
+class Drafting(ABC):
     """A drafter's state for one batch of sequences."""
 
+    @abstractmethod
     def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
-        """Trees of draft tokens that continue ``sequences``.
+        """Trees of draft tokens that continue ``sequences``, of whose tokens the target has not read the last one yet.
 
-        Args:
-            sequences: All tokens of each sequence; the target has not read the last one yet.
-            verified: The target's states at each sequence's positions that were verified since the last call.
+        ``verified`` has the target's states at each sequence's positions that were verified since the last call.
         """
-        ...
 
+    @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
         """Keeps the sequences ``rows``, in this order."""
-        ...
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Starts the drafting for a batch of sequences."""
 
+    stateful: ClassVar[bool] = True
+    """Whether it reads the target's states; rows can join a running batch only if not."""
+
+    @abstractmethod
     def start(self, batch_size: int, verifier: Verifier) -> Drafting:
-        """The drafting state of a new batch.
+        """The drafting state of a new batch, whose ``verifier`` chooses the draft tokens, and verifies them later.
 
-        Args:
-            verifier: Chooses the draft tokens, and verifies them later.
-
-        Raises:
-            UserError: this drafter does not support the verifier.
+        Raises UserError if this drafter does not support the verifier.
         """
-        ...
 
 
-class StatelessDrafter:
+class StatelessDrafter(Drafter, Drafting):
     """A drafter that needs only the tokens of the sequences; its trees are on the CPU."""
 
-    def start(self, batch_size: int, verifier: Verifier) -> Any:
+    stateful = False
+
+    def start(self, batch_size: int, verifier: Verifier) -> Drafting:
         return self
 
     def select(self, rows: Sequence[int]) -> None:
@@ -87,7 +86,7 @@ class NgramDrafter(StatelessDrafter):
         return []
 
 
-class EagleDrafter:
+class EagleDrafter(Drafter):
     """A draft that reads the target's features at verified positions, then its own outputs.
 
     Raises:
@@ -96,45 +95,44 @@ class EagleDrafter:
     """
 
     def __init__(self, draft: Draft, target: HFTarget, tree_builder: TreeBuilder):
-        self.session = contract_of(type(draft)).session
-        self.session.check_target(draft, target.aux_layers)
-        self.draft, self.tree_builder, self.ids = draft.attach(target), tree_builder, draft.draft_ids.to(target.device)
-        if tree_builder.max_children > len(self.ids):
+        aux_layers, entries = getattr(draft.shape, "aux_layers", None), len(draft.draft_ids)
+        if aux_layers is not None and aux_layers != tuple(target.aux_layers):
+            raise ValueError(f"the draft reads the layers {aux_layers}, the target gives {target.aux_layers}")
+        if tree_builder.max_children > entries:
             raise UserError(
-                f"topk is {tree_builder.max_children}: the draft vocabulary has {len(self.ids)} tokens; lower topk to "
+                f"topk is {tree_builder.max_children}: the draft vocabulary has {entries} tokens; lower topk to "
                 "that or less"
             )
-        self.table = RotaryTable(draft, target.device)
+        self.draft, self.tree_builder, self.table = draft.attach(target), tree_builder, RotaryTable(draft)
 
-    def start(self, batch_size: int, verifier: Verifier) -> "_EagleDrafting":
-        if verifier.samples_children and self.tree_builder.prunes_by_score:
+    def start(self, batch_size: int, verifier: Verifier) -> Drafting:
+        if isinstance(verifier, Rejection) and isinstance(self.tree_builder, DynamicTree):
             raise UserError(
                 "a dynamic tree (topk above 1) keeps draft tokens for their score, and then rejection sampling is not "
                 "lossless: set topk=1, or leave rejection sampling off"
             )
-        return _EagleDrafting(self, self.session(self.draft, batch_size, self.table), verifier)
+        session = contract_of(type(self.draft)).session(self.draft, batch_size, self.table)
+        return _EagleDrafting(session, self.tree_builder, verifier)
 
 
-class _EagleDrafting:
+class _EagleDrafting(Drafting):
     """The drafting of an :class:`EagleDrafter` for one batch of sequences."""
 
-    def __init__(self, drafter: EagleDrafter, session: DraftSession, verifier: Verifier):
-        self.drafter, self.session, self.verifier = drafter, session, verifier
+    def __init__(self, session: DraftSession, tree_builder: TreeBuilder, verifier: Verifier):
+        self.session, self.tree_builder, self.verifier = session, tree_builder, verifier
 
     def propose(self, sequences: Sequence[list[int]], verified: States) -> Trees:
-        starts, counts = self.session.cache.lengths, verified.counts
-        longest = max(counts)
+        session, counts, longest = self.session, verified.counts, max(verified.counts)
         # Position t reads the feature of t and the token after it.
-        spans = [x[start + 1 : start + 1 + n] for x, start, n in zip(sequences, starts, counts, strict=True)]
-        next_tokens = torch.tensor(pad_rows(spans, longest), device=self.session.device)
+        starts = [start + 1 for start in session.cache.lengths]
+        spans = [x[start : start + n] for x, start, n in zip(sequences, starts, counts, strict=True)]
+        next_tokens = torch.tensor(pad_rows(spans, longest), device=session.table.device)
         aux, last = verified.aux_hidden_states[:, :longest], verified.last_hidden_state[:, :longest]
-        output = self.session.prefill(next_tokens, aux, last, counts)
-        root = torch.tensor([tokens[-1:] for tokens in sequences], device=self.session.device)
-        lengths = self.session.cache.lengths
-        trees = self.drafter.tree_builder.build(
-            SessionCursor(self.session, root, output, self.drafter.ids), self.verifier
-        )
-        self.session.cache.crop(lengths)
+        output = session.prefill(next_tokens, aux, last, counts)
+        root = torch.tensor([tokens[-1:] for tokens in sequences], device=session.table.device)
+        lengths = session.cache.lengths
+        trees = self.tree_builder.build(DraftCursor(session, root, output), self.verifier)
+        session.cache.set_lengths(lengths)
         return trees
 
     def select(self, rows: Sequence[int]) -> None:

@@ -1,26 +1,17 @@
 """Batched speculative decoding: draft, verify, emit; the caches keep what was accepted."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from nemo_speculative.algorithms.common.drafting import last_of
 from nemo_speculative.decoding.cached_target import CachedTarget
-from nemo_speculative.decoding.drafters import Drafter, StatelessDrafter
+from nemo_speculative.decoding.drafters import Drafter
 from nemo_speculative.decoding.verify import Greedy, Verifier
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
-
-
-class Emission(NamedTuple):
-    """Tokens that a prefill or a verification added to one answer."""
-
-    sequence: int
-    """Index of the prompt."""
-    tokens: list[int]
-    finished: bool
-    """Whether the last of them is a stop token."""
 
 
 @dataclass
@@ -34,20 +25,15 @@ class Generation:
     finished: bool = False
     """Whether it ended with a stop token rather than at the length limit."""
 
-    def add(self, emission: Emission) -> None:
-        """Appends the next tokens."""
-        if self.tokens:
-            self.emitted.append(len(emission.tokens))
-        self.tokens += emission.tokens
-        self.finished = emission.finished
-
 
 class Row:
     """A sequence of a :class:`Batch`: a prompt and its answer, at most ``max_new_tokens`` long."""
 
-    def __init__(self, prompt: Sequence[int], max_new_tokens: int, number: int = 0):
-        self.number, self.tokens, self.num_prompt_tokens = number, list(prompt), len(prompt)
+    def __init__(self, prompt: Sequence[int], max_new_tokens: int):
+        self.tokens, self.num_prompt_tokens = list(prompt), len(prompt)
         self.remaining, self.stopped = max_new_tokens, False
+        self.emitted: list[int] = []
+        """Tokens emitted by the prefill and by each verification."""
 
     @property
     def answer(self) -> list[int]:
@@ -58,14 +44,16 @@ class Row:
         """Whether the answer reached a stop token or its length limit."""
         return self.stopped or not self.remaining
 
-    def extend(self, new: Sequence[int], stop_ids: Collection[int]) -> Emission:
-        """Appends ``new`` up to and including a stop token, or up to the length limit."""
+    def extend(self, new: Sequence[int], stop_ids: Collection[int]) -> None:
+        """Appends ``new`` up to and including a stop token, or up to the length limit; nothing if it is done."""
+        if self.done:
+            return
         stop = next((i for i, token in enumerate(new) if token in stop_ids), len(new))
-        tokens = list(new[: min(stop + 1, self.remaining)])
+        tokens = new[: min(stop + 1, self.remaining)]
         self.stopped = stop < len(tokens)
         self.remaining -= len(tokens)
         self.tokens += tokens
-        return Emission(self.number, tokens, self.stopped)
+        self.emitted.append(len(tokens))
 
 
 RowT = TypeVar("RowT", bound=Row)
@@ -86,7 +74,6 @@ class Batch(Generic[RowT]):
         stop_ids: Collection[int],
     ):  # fmt: skip
         self.target, self.drafter, self.verifier_of, self.stop_ids = target, drafter, verifier_of, stop_ids
-        self.stateful = not isinstance(drafter, StatelessDrafter)
         self.clear()
 
     def clear(self) -> None:
@@ -98,33 +85,35 @@ class Batch(Generic[RowT]):
         """Target states at the positions verified last; None for a stateless drafter, which does not read them."""
 
     @torch.inference_mode()
-    def admit(self, rows: Sequence[RowT]) -> list[Emission]:
+    def admit(self, rows: Sequence[RowT]) -> None:
         """Prefills ``rows``, samples the first token of each answer, and adds them to the batch."""
         verifier, model = self.verifier_of(rows), CachedTarget(self.target, len(rows))
         drafting = self.drafter.start(len(rows), verifier)
         states = model.prefill([row.tokens for row in rows])
-        new = verifier.sample(self.target.logits(states.last())).tolist()
-        emissions = self._extend(rows, new)
+        first = verifier.sample(self.target.logits(last_of(states.last_hidden_state, states.counts)))
+        for row, tokens in zip(rows, first.tolist(), strict=True):
+            row.extend(tokens, self.stop_ids)
         self.release()
         if self.rows:
-            assert not self.stateful, "rows join a running batch only if the drafter is stateless"
-            self._model.join(model)
+            assert not self.drafter.stateful, "rows join a running batch only if the drafter is stateless"
+            self._model.kv.join(model.kv)
         else:
-            self._model, self._drafting, self._states = model, drafting, states if self.stateful else None
+            self._model, self._drafting = model, drafting
+            self._states = states if self.drafter.stateful else None
         self.rows += rows
-        return emissions
 
     @torch.inference_mode()
-    def step(self) -> list[Emission]:
+    def step(self) -> None:
         """Drafts and verifies once: every unfinished row gets at least one token."""
         trees = self._drafting.propose([row.tokens for row in self.rows], self._states)
         trees = trees.cut([self._model.context - len(row.tokens) for row in self.rows])
         states = self._model.read(trees)
         results = self.verifier_of(self.rows).verify(trees, self.target.logits(states.last_hidden_state))
         paths = [result.path for result in results]
-        self._model.keep(paths)
-        self._states = states.at(paths) if self.stateful else None
-        return self._extend(self.rows, [result.tokens for result in results])
+        self._model.kv.keep(paths)
+        self._states = states.at(paths) if self.drafter.stateful else None
+        for row, result in zip(self.rows, results, strict=True):
+            row.extend(result.tokens, self.stop_ids)
 
     @torch.inference_mode()
     def release(self) -> None:
@@ -134,32 +123,16 @@ class Batch(Generic[RowT]):
             self.clear()
         elif len(active) < len(self.rows):
             self.rows = [self.rows[i] for i in active]
-            self._states = self._states.select(active) if self.stateful else None
-            self._model.select(active)
+            self._states = self._states.select(active) if self.drafter.stateful else None
+            self._model.kv.select(active)
             self._drafting.select(active)
 
-    def _extend(self, rows: Sequence[Row], new: Sequence[Sequence[int]]) -> list[Emission]:
-        return [row.extend(tokens, self.stop_ids) for row, tokens in zip(rows, new, strict=True) if not row.done]
 
-
-def generate(target: HFTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
-    """The answers of :func:`stream`, which takes the same ``options``, each as a whole."""
-    answers = [Generation() for _ in prompts]
-    for emission in stream(target, drafter, prompts, **options):
-        answers[emission.sequence].add(emission)
-    return answers
-
-
-def stream(
-    target: HFTarget,
-    drafter: Drafter,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Collection[int] | None = None,
-    verifier: Verifier | None = None,
-) -> Iterator[Emission]:
-    """The target's answers to ``prompts``, all decoded together, a few tokens of one sequence at a time.
+def generate(
+    target: HFTarget, drafter: Drafter, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    stop_ids: Collection[int] | None = None, verifier: Verifier | None = None,
+) -> list[Generation]:  # fmt: skip
+    """The target's answers to ``prompts``, all decoded together.
 
     With any drafter, greedy answers are those that the target gives without one, and sampled answers have the target's
     distribution.
@@ -181,17 +154,12 @@ def stream(
                 f"prompt {number} has {len(prompt)} tokens: expected 1 to {context - 1}, so that the target's context "
                 f"of {context} holds it and a token of the answer"
             )
-    rows = [Row(prompt, min(max_new_tokens, context - len(prompt)), i) for i, prompt in enumerate(prompts)]
+    rows = [Row(prompt, min(max_new_tokens, context - len(prompt))) for prompt in prompts]
     chosen = verifier or Greedy()
     batch = Batch[Row](target, drafter, lambda _: chosen, target.stop_ids if stop_ids is None else stop_ids)
-    return _decode(batch, rows)
-
-
-def _decode(batch: Batch[Row], rows: Sequence[Row]) -> Iterator[Emission]:
-    """The generator of :func:`stream`, whose own errors are raised by the call, not by the first emission."""
     if rows:
-        yield from batch.admit(rows)
-    batch.release()
-    while batch.rows:
-        yield from batch.step()
+        batch.admit(rows)
+    while any(not row.done for row in rows):
         batch.release()
+        batch.step()
+    return [Generation(row.answer, row.emitted[1:], row.stopped) for row in rows]

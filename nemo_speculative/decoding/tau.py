@@ -15,10 +15,8 @@ def acceptance_length(tokens: int, verifications: int) -> float | None:
 def acceptance_per_position(histogram: Sequence[int]) -> list[float]:
     """Share of the verifications that accepted a draft token at depth i + 1, for every depth that was reached.
 
-    Without the prefill's tokens, τ is 1 + the sum of these.
-
-    Args:
-        histogram: Number of verifications that accepted 0, 1, 2, … draft tokens.
+    Without the prefill's tokens, τ is 1 + the sum of these.  ``histogram`` has the number of verifications that
+    accepted 0, 1, 2, … draft tokens.
     """
     total = sum(histogram)
     return [sum(histogram[depth:]) / total for depth in range(1, len(histogram))] if total else []

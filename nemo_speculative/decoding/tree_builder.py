@@ -1,14 +1,13 @@
 """Tree builders: draft tokens as a chain, a fixed tree (EAGLE-1), or where the draft is most confident (EAGLE-2)."""
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar
 
 import torch
 
+from nemo_speculative.algorithms.common.drafting import DraftCursor
 from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree, smallest_tree
-from nemo_speculative.decoding.trees import DraftProbabilities, Trees, chains, trees
-from nemo_speculative.decoding.verify import Verifier
+from nemo_speculative.decoding.verify import Trees, Verifier, chains, trees
 from nemo_speculative.utils.errors import UserError
 
 NodePath = tuple[int, ...]
@@ -23,103 +22,25 @@ MC_SIM_7B_63: tuple[NodePath, ...] = (
 """The published static tree of EAGLE-1: each node as the child numbers on the path to it."""
 
 
-class DraftCursor(Protocol):
-    """A draft at the newest level of a tree, w nodes wide; it starts at the root."""
-
-    root: torch.Tensor
-    """int64 [B, 1], the root's token."""
-    ids: torch.Tensor
-    """int64 [V_d], the target's ids of the draft vocabulary."""
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """[B, w, V_d], for the children of each node of the level."""
-        ...
-
-    def advance(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> None:
-        """Runs the draft on the next level.
-
-        Args:
-            tokens: int64 [B, w'], the target's ids.
-            parents: int64 [B or 1, w'], index of each one's parent in the previous level; None: it has one node.
-        """
-        ...
-
-
-class TreeBuilder(Protocol):
-    """A strategy for building trees of draft tokens."""
-
-    prunes_by_score: ClassVar[bool]
-    """Whether it drops candidates for their score."""
-
-    @property
-    def max_children(self) -> int:
-        """The largest number of children of one node."""
-        ...
-
-    def build(self, cursor: DraftCursor, verifier: Verifier) -> Trees:
-        """The trees under the root at ``cursor``."""
-        ...
-
-
 @dataclass(frozen=True)
 class Chain:
     """A chain of ``num_steps`` draft tokens."""
 
     num_steps: int
-    prunes_by_score: ClassVar[bool] = False
     max_children: ClassVar[int] = 1
 
     def build(self, cursor: DraftCursor, verifier: Verifier) -> Trees:
-        tokens, q = [cursor.root], []
+        """The chains under the root at ``cursor``."""
+        tokens, qs = [cursor.root], []
         for step in range(self.num_steps):
             if step:
                 cursor.advance(tokens[-1], None)
-            children = verifier.children(cursor.logits, 1)
-            tokens.append(cursor.ids[children.indices[..., 0]])
-            if children.q is not None:
-                q.append(children.q)
-        draft_probs = DraftProbabilities(torch.cat((*q, torch.zeros_like(q[0])), dim=1), cursor.ids) if q else None
-        return chains(torch.cat(tokens, dim=1), draft_probs)
-
-
-class _Level(NamedTuple):
-    """One level of a static tree.  Inner nodes are those that have children."""
-
-    selected: list[int]
-    """Index of each of its nodes among the children of all inner nodes of the level above."""
-    max_children: int
-    """Number of children that are requested for each of those inner nodes."""
-    parent_nodes: list[int]
-    """Node numbers of those inner nodes."""
-    inner: list[int]
-    """Indices of this level's inner nodes."""
-    inner_parents: torch.Tensor
-    """int64 [1, inner]: index of their parents among the inner nodes of the level above."""
-
-
-@lru_cache(maxsize=16)
-def _layout(paths: tuple[NodePath, ...], device: torch.device) -> tuple[torch.Tensor, list[_Level]]:
-    """The parents [1, n] of a static tree's nodes, and its levels."""
-    nodes: list[NodePath] = [(), *sorted(paths, key=lambda path: (len(path), path))]
-    number = {path: n for n, path in enumerate(nodes)}
-    levels: list[_Level] = []
-    above: list[NodePath] = [()]
-    for depth in range(1, len(nodes[-1]) + 1):
-        level = [path for path in nodes if len(path) == depth]
-        inner = [path for path in level if (*path, 0) in number]
-        max_children = max(path[-1] for path in level) + 1
-        levels.append(
-            _Level(
-                selected=[above.index(path[:-1]) * max_children + path[-1] for path in level],
-                max_children=max_children,
-                parent_nodes=[number[path] for path in above],
-                inner=[level.index(path) for path in inner],
-                inner_parents=torch.tensor([[above.index(path[:-1]) for path in inner]], device=device),
-            )
-        )
-        above = inner
-    return torch.tensor([[-1, *(number[path[:-1]] for path in nodes[1:])]], device=device), levels
+            indices, q = verifier.children(cursor.logits, 1)
+            tokens.append(cursor.ids[indices[..., 0]])
+            if q is not None:
+                qs.append(q)
+        all_q = torch.cat((*qs, torch.zeros_like(qs[0])), dim=1) if qs else None
+        return chains(torch.cat(tokens, dim=1), all_q, cursor.ids)
 
 
 @dataclass(frozen=True)
@@ -131,7 +52,6 @@ class StaticTree:
     """
 
     paths: tuple[NodePath, ...] = MC_SIM_7B_63
-    prunes_by_score: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         known = {(), *self.paths}
@@ -145,27 +65,32 @@ class StaticTree:
 
     @property
     def max_children(self) -> int:
+        """The largest number of children of one node."""
         return max(path[-1] for path in self.paths) + 1
 
     def build(self, cursor: DraftCursor, verifier: Verifier) -> Trees:
-        parents, levels = _layout(self.paths, cursor.root.device)
-        tokens, q = [cursor.root], []
-        for depth, level in enumerate(levels):
-            if depth:
-                inner, inner_parents = levels[depth - 1][-2:]
-                cursor.advance(tokens[-1][:, inner], inner_parents)
-            children = verifier.children(cursor.logits, level.max_children)
-            tokens.append(cursor.ids[children.indices.flatten(1)[:, level.selected]])
-            q.append(children.q)
-        draft_probs = _by_node(q, levels, parents.shape[1], cursor.ids) if verifier.samples_children else None
-        return trees(torch.cat(tokens, dim=1), parents, len(levels), draft_probs)
-
-
-def _by_node(q: list[Any], levels: list[_Level], num_nodes: int, ids: torch.Tensor) -> DraftProbabilities:
-    out = q[0].new_zeros(len(q[0]), num_nodes, q[0].shape[-1])
-    for level, of_level in zip(levels, q, strict=True):
-        out[:, level.parent_nodes] = of_level
-    return DraftProbabilities(out, ids)
+        """The trees under the root at ``cursor``."""
+        nodes: list[NodePath] = [(), *sorted(self.paths, key=lambda path: (len(path), path))]
+        number, device = {path: n for n, path in enumerate(nodes)}, cursor.root.device
+        tokens, levels = [cursor.root], len(nodes[-1])
+        all_q = None
+        # The inner nodes, those that have children, of the level above: the draft has run on them.
+        above: list[NodePath] = [()]
+        for depth in range(1, levels + 1):
+            level = [path for path in nodes if len(path) == depth]
+            k = max(path[-1] for path in level) + 1
+            indices, q = verifier.children(cursor.logits, k)
+            tokens.append(cursor.ids[indices.flatten(1)[:, [above.index(path[:-1]) * k + path[-1] for path in level]]])
+            if q is not None:
+                all_q = q.new_zeros(len(q), len(nodes), q.shape[-1]) if all_q is None else all_q
+                all_q[:, [number[path] for path in above]] = q
+            if depth < levels:
+                inner = [path for path in level if (*path, 0) in number]
+                parents = torch.tensor([[above.index(path[:-1]) for path in inner]], device=device)
+                cursor.advance(tokens[-1][:, [level.index(path) for path in inner]], parents)
+                above = inner
+        parents = torch.tensor([[-1, *(number[path[:-1]] for path in nodes[1:])]], device=device)
+        return trees(torch.cat(tokens, dim=1), parents, levels, all_q, cursor.ids)
 
 
 @dataclass(frozen=True)
@@ -184,7 +109,6 @@ class DynamicTree:
     topk: int
     num_draft_tokens: int
     """Nodes in the tree, including the root."""
-    prunes_by_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         least, most = smallest_tree(self.topk), largest_tree(self.num_steps, self.topk)
@@ -196,13 +120,14 @@ class DynamicTree:
 
     @property
     def max_children(self) -> int:
+        """The largest number of children of one node."""
         return self.topk
 
     def build(self, cursor: DraftCursor, verifier: Verifier) -> Trees:
-        batch, device = len(cursor.root), cursor.root.device
+        """The trees under the root at ``cursor``."""
+        root, device = cursor.root, cursor.root.device
         # Candidates are numbered across levels; the root is -1.
-        expanded = torch.full((batch, 1), -1, device=device)
-        score = torch.zeros(batch, 1, device=device)
+        expanded, score = torch.full_like(root, -1), torch.zeros(root.shape, device=device)
         tokens: list[torch.Tensor] = []
         parents: list[torch.Tensor] = []
         scores: list[torch.Tensor] = []
@@ -212,24 +137,26 @@ class DynamicTree:
                 expanded = best + sum(s.shape[1] for s in scores[:-1])
                 cursor.advance(tokens[-1].gather(1, best), best // self.topk)
             log_q = cursor.logits.float().log_softmax(-1)
-            indices = verifier.children(log_q, self.topk).indices
+            indices, _ = verifier.children(log_q, self.topk)
             scores.append((score[..., None] + log_q.gather(-1, indices)).flatten(1))
             tokens.append(cursor.ids[indices].flatten(1))
             parents.append(expanded.repeat_interleave(self.topk, dim=1))
-        return self._rerank(cursor.root, *(torch.cat(x, dim=1) for x in (tokens, parents, scores)))
+        all_tokens, all_parents, all_scores = (torch.cat(x, dim=1) for x in (tokens, parents, scores))
 
-    def _rerank(self, root: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor) -> Trees:
-        """The best candidates as a tree.  No score exceeds its parent's, and the parent comes first among equals."""
-        best = _best(scores, self.num_draft_tokens - 1)[1].sort(dim=1).values
-        node = torch.arange(self.num_draft_tokens, device=root.device).expand(len(root), -1)
-        number = torch.zeros(len(root), scores.shape[1] + 1, dtype=torch.long, device=root.device)
+        # The best candidates as a tree.  No score exceeds its parent's, and the parent comes first among equals.
+        best = _best(all_scores, self.num_draft_tokens - 1)[1].sort(dim=1).values
+        node = torch.arange(self.num_draft_tokens, device=device).expand(len(root), -1)
+        number = torch.zeros(len(root), all_scores.shape[1] + 1, dtype=torch.long, device=device)
         number.scatter_(1, best + 1, node[:, 1:])
-        parent_nodes = number.gather(1, parents.gather(1, best) + 1)
+        parent_nodes = number.gather(1, all_parents.gather(1, best) + 1)
         return trees(
-            torch.cat((root, tokens.gather(1, best)), dim=1),
+            torch.cat((root, all_tokens.gather(1, best)), dim=1),
             torch.cat((node[:, :1] - 1, parent_nodes), dim=1),
             self.num_steps,
         )
+
+
+TreeBuilder = Chain | StaticTree | DynamicTree
 
 
 def _best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Sampling from the target and lossless verification of draft tokens.
+"""Trees of draft tokens, sampling from the target, and the lossless verification of draft tokens.
 
 A verifier also chooses a node's children, because each verification algorithm is exact for one way of choosing them
 only.  Nothing else attaches the distributions that :class:`Rejection` divides by to a tree.
@@ -8,14 +8,71 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import one_hot
 
-from nemo_speculative.decoding.trees import Trees
 from nemo_speculative.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trees:
+    """The trees of B sequences, n nodes each; fields that are the same for all of them have one row.
+
+    Node 0 is the root: the last sampled token, which the target has not read yet.  Parents come before children, and
+    the children of a node are in the order in which they are tried.
+    """
+
+    tokens: torch.Tensor
+    """int64 [B, n]."""
+    parents: torch.Tensor
+    """int64 [B or 1, n]; -1 for the root and for a node that was cut off."""
+    depths: torch.Tensor
+    """int64 [B or 1, n]: distance from the root, 0 at the root."""
+    ancestors: torch.Tensor | None
+    """bool [B or 1, n, n]: the nodes that each node attends to, itself included; None for chains: all before it."""
+    levels: int
+    """Depth of the deepest node."""
+    q: torch.Tensor | None = None
+    """float32 [B, n, V_d]: the distributions that the children of each node were drawn from; a leaf's is never read.
+    None: they were not drawn at random."""
+    ids: torch.Tensor | None = None
+    """int64 [V_d], the target's ids of the draft vocabulary; read with ``q`` only."""
+
+    def q_at(self, node: int, vocab_size: int) -> torch.Tensor:
+        """The distribution that the children of a node were drawn from, over the target's vocabulary: float32 [B, V]."""
+        assert self.q is not None and self.ids is not None
+        q = self.q[:, node]
+        return q.new_zeros(len(q), vocab_size).index_copy_(1, self.ids, q)
+
+    def cut(self, max_depths: Sequence[int]) -> "Trees":
+        """The same trees with the nodes of row b below depth ``max_depths[b]`` cut off."""
+        if min(max_depths) >= self.levels:
+            return self
+        deepest = torch.tensor(max_depths, device=self.tokens.device)[:, None]
+        return replace(self, parents=self.parents.masked_fill(self.depths > deepest, -1))
+
+
+def chains(tokens: torch.Tensor, q: torch.Tensor | None = None, ids: torch.Tensor | None = None) -> Trees:
+    """Chains: int64 [B, n], the root first."""
+    depths = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return Trees(tokens, depths - 1, depths, None, tokens.shape[1] - 1, q, ids)
+
+
+def trees(
+    tokens: torch.Tensor, parents: torch.Tensor, levels: int, q: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+) -> Trees:  # fmt: skip
+    """Trees of any structure, at most ``levels`` deep: tokens int64 [B, n], parents int64 [B or 1, n] (root: -1)."""
+    n = parents.shape[1]
+    eye = torch.eye(n, dtype=torch.bool, device=parents.device)
+    parent = parents.clamp(min=0)[..., None].expand(-1, -1, n)
+    ancestors = eye.expand(len(parents), n, n)
+    for _ in range(levels):
+        ancestors = eye | ancestors.gather(1, parent)
+    return Trees(tokens, parents, ancestors.sum(-1) - 1, ancestors, levels, q, ids)
 
 
 @dataclass(frozen=True)
@@ -48,9 +105,8 @@ class Sampling:
             return one_hot(logits.argmax(-1), logits.shape[-1]).float()
         # Subtracting the maximum keeps a tiny temperature from overflowing.
         p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
-        return p if self.top_p == 1 and self.top_k == 0 else self._filter(p)
-
-    def _filter(self, p: torch.Tensor) -> torch.Tensor:
+        if self.top_p == 1 and self.top_k == 0:
+            return p
         ordered, index = p.sort(dim=-1, descending=True, stable=True)
         if 0 < self.top_k < p.shape[-1]:
             ordered[..., self.top_k :] = 0
@@ -89,15 +145,6 @@ def inverse_transform(probabilities: torch.Tensor, uniform: torch.Tensor) -> tor
     return index.clamp(max=probabilities.shape[-1] - 1)
 
 
-class Children(NamedTuple):
-    """The children of w nodes of each sequence."""
-
-    indices: torch.Tensor
-    """int64 [B, w, k], into the draft vocabulary, in the order in which they are tried."""
-    q: torch.Tensor | None
-    """float32 [B, w, V_d], the distributions they were drawn from; None: they were not drawn at random."""
-
-
 class Accepted(NamedTuple):
     """The result of verifying one tree."""
 
@@ -108,37 +155,28 @@ class Accepted(NamedTuple):
 
 
 class Verifier(ABC):
-    """Chooses the children of draft nodes, and accepts those that keep the answer distributed as the target's own."""
+    """Chooses the children of draft nodes, and accepts those that keep the answer distributed as the target's own.
 
-    samples_children: ClassVar[bool]
-    """Whether children are drawn from the draft's distribution; none may then be dropped for its score."""
+    Samples a token of the target at every node, and accepts children while they equal those tokens.  That is exact for
+    children that depend only on the tokens before them (2406.16858, section 3; there q = 1): whichever they are, the
+    emitted tokens are the target's.  P(accept) = sum of p over the children, so the likeliest are best.
+    """
 
     @abstractmethod
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
         """One token of the target for each position: logits [..., V] → int64 [...]."""
 
-    @abstractmethod
-    def children(self, logits: torch.Tensor, k: int) -> Children:
-        """k children of every node, from the draft's logits [B, w, V_d]."""
+    def children(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """k children of every node, from the draft's logits [B, w, V_d].
 
-    @abstractmethod
+        Returns:
+            int64 [B, w, k], indices in the draft vocabulary, in the order in which they are tried; float32 [B, w, V_d],
+            the distributions they were drawn from, None if they were not drawn at random.
+        """
+        return (logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices), None
+
     def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
         """The accepted path of each tree, from the target's logits at every node, [B, n, V]."""
-
-
-class _FollowTarget(Verifier):
-    """Samples a token of the target at every node, and accepts children while they equal those tokens.
-
-    Exact for children that depend only on the tokens before them (2406.16858, section 3; there q = 1): whichever they
-    are, the emitted tokens are the target's.  P(accept) = sum of p over the children, so the likeliest are best.
-    """
-
-    samples_children = False
-
-    def children(self, logits: torch.Tensor, k: int) -> Children:
-        return Children(logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices, None)
-
-    def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
         sampled = self.sample(logits).tolist()
         if trees.tokens.shape[1] == 1:  # plain decoding
             return [Accepted([0], tokens) for tokens in sampled]
@@ -154,7 +192,7 @@ def _follow(tokens: Sequence[int], parents: Sequence[int], sampled: Sequence[int
     return Accepted(path, [sampled[node] for node in path])
 
 
-class Greedy(_FollowTarget):
+class Greedy(Verifier):
     """Always the target's likeliest token."""
 
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
@@ -162,7 +200,7 @@ class Greedy(_FollowTarget):
 
 
 @dataclass(frozen=True)
-class TargetOnly(_FollowTarget):
+class TargetOnly(Verifier):
     """Sampling from the target; SGLang's default, which has this name there too."""
 
     sampling: Sampling
@@ -174,7 +212,7 @@ class TargetOnly(_FollowTarget):
 
 
 @dataclass(frozen=True)
-class SeededSampling(_FollowTarget):
+class SeededSampling(Verifier):
     """Sampling from the target with one generator per sequence.
 
     Without draft tokens an answer does not depend on the rest of its batch; with them, the widest tree of the batch
@@ -193,35 +231,29 @@ class SeededSampling(_FollowTarget):
 
 
 @dataclass(frozen=True)
-class Rejection(Verifier):
+class Rejection(TargetOnly):
     """Speculative sampling (2211.17192, algorithm 1), and over several children of a node (2402.14160, section 3).
 
     A child c drawn from q is accepted with probability min(1, p(c) / q(c)).  Otherwise p becomes norm(max(0, p - q)),
     and q is renormalized without c, since children are drawn without replacement.  If no child is accepted, the emitted
-    token is drawn from the remaining p.
+    token is drawn from the remaining p.  No child may be dropped for its score.
     """
 
-    sampling: Sampling
-    generator: torch.Generator | None = None
     draft_sampling: Sampling | None = None
     """Settings for drawing the draft's tokens; None: the target's."""
 
-    samples_children = True
-
-    def sample(self, logits: torch.Tensor) -> torch.Tensor:
-        return draw(self.sampling.probabilities(logits), self.generator)
-
-    def children(self, logits: torch.Tensor, k: int) -> Children:
+    def children(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         q = (self.draft_sampling or self.sampling).probabilities(logits)
-        return Children(draw_distinct(q, k, self.generator), q)
+        return draw_distinct(q, k, self.generator), q
 
     def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
-        if trees.draft_probs is None:  # n-grams: q is 1 at the draft token, and then both algorithms are the same
-            return TargetOnly(self.sampling, self.generator).verify(trees, logits)
+        if trees.q is None:  # n-grams: q is 1 at the draft token, and then both algorithms are the same
+            return super().verify(trees, logits)
         p_at_nodes = self.sampling.probabilities(logits)
-        p, q = p_at_nodes[:, 0], trees.draft_probs.at(0, logits.shape[-1])
+        p, q = p_at_nodes[:, 0], trees.q_at(0, logits.shape[-1])
         node = torch.zeros(len(p), 1, dtype=torch.long, device=p.device)
-        accepted_at = []
+        # The root, and then whether each node is accepted: bool [B, 1] each.
+        accepted_at = [node == 0]
         # In node order a node's children come after it, the first tried first: one pass walks all the paths.
         for child in range(1, trees.tokens.shape[1]):
             token = trees.tokens[:, child : child + 1]
@@ -235,25 +267,20 @@ class Rejection(Verifier):
             q = torch.where(rejected, _normalize(q.scatter(1, token, 0), q), q)
             node = node.masked_fill(accepted, child)
             p = torch.where(accepted, p_at_nodes[:, child], p)
-            q = torch.where(accepted, trees.draft_probs.at(child, logits.shape[-1]), q)
+            q = torch.where(accepted, trees.q_at(child, logits.shape[-1]), q)
             accepted_at.append(accepted)
-        return _paths(trees.tokens, accepted_at, draw(p, self.generator))
+        flags, bonus = torch.cat(accepted_at, dim=1).tolist(), draw(p, self.generator).tolist()
+        results = []
+        for tokens, row, last in zip(trees.tokens.tolist(), flags, bonus, strict=True):
+            path = [i for i, flag in enumerate(row) if flag]
+            results.append(Accepted(path, [*(tokens[i] for i in path[1:]), last]))
+        return results
 
 
 def _normalize(mass: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     """Each row divided by its sum; ``otherwise`` where rounding left a sum of 0."""
     total = mass.sum(-1, keepdim=True)
     return torch.where(total > 0, mass / total, otherwise)
-
-
-def _paths(tokens: torch.Tensor, accepted_at: list[torch.Tensor], last: torch.Tensor) -> list[Accepted]:
-    """Accepted draft tokens [B, n] by node, each row followed by its last token [B]."""
-    accepted = torch.cat(accepted_at, dim=1).tolist() if accepted_at else [[] for _ in last]
-    results = []
-    for row, flags, bonus in zip(tokens.tolist(), accepted, last.tolist(), strict=True):
-        path = [0, *(node for node, flag in enumerate(flags, 1) if flag)]
-        results.append(Accepted(path, [*(row[node] for node in path[1:]), bonus]))
-    return results
 
 
 def verifier_for(sampling: Sampling, rejection: bool = False, generator: torch.Generator | None = None) -> Verifier:

@@ -9,7 +9,7 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.init_from_target import init_from_target
+from nemo_speculative.algorithms.common.draft import init_from_target
 from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.checkpoint.metadata import Provenance
@@ -95,7 +95,7 @@ def build_objective(job: TrainJob, target: Target, context: ContextGroup = NO_CO
     """The training objective that goes with the draft."""
     objective: type[TTTObjective] = get_class(job.draft.objective)
     hidden_size = getattr(job.draft, "hidden_size", None) or target.config.hidden_size
-    return objective.build(
+    return objective(
         target,
         job.draft,
         seed=job.seed,

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import bmm_flop, flop_registry, mm_flop, sdpa_flop
 from transformers import AutoModel, AutoModelForCausalLM, masking_utils
 
 from nemo_speculative.algorithms.common import losses, schedule
-from nemo_speculative.algorithms.common.draft import DraftShape
+from nemo_speculative.algorithms.common.contract import DraftShape
 from nemo_speculative.config.schema import READ_AHEAD, MuonConfig, TrainJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.distributed import titan
@@ -247,7 +247,7 @@ def _objective(job: TrainJob, target: Any, shape: DraftShape, device: torch.devi
     group = {"context": _PlannedGroup(ContextGroup.planned(ranks).group)} if context and ranks > 1 else {}
     slots = job.trainer.slots(shape.hidden_size, device.type)
     objective: Any = get_class(job.draft.objective)
-    return objective.build(target, job.draft, seed=job.seed, tau_steps=1, chunk_slots=slots, **group)
+    return objective(target, job.draft, seed=job.seed, tau_steps=1, chunk_slots=slots, **group)
 
 
 def _forward(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_speculative.algorithms.common.shape import DraftShape
+from nemo_speculative.algorithms.common.contract import DraftShape
 from nemo_speculative.config.schema import Answers, TinyModelConfig, TrainJob
 from nemo_speculative.data.batch import Batch, PackedLoader, pack
 from nemo_speculative.data.conversations import Conversations, TokenRow

@@ -8,14 +8,15 @@ import torch
 
 from nemo_speculative.algorithms.eagle.contract import EagleShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft
-from nemo_speculative.algorithms.eagle.training import EagleObjective, EagleWeights
+from nemo_speculative.algorithms.eagle.training import EagleObjective
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
-from nemo_speculative.config.schema import FeatureNoise, MaskConvention
+from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig, FeatureNoise
 from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.vocab_mapping import VocabMapping
+from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM
 from nemo_speculative.targets.base import TargetOutput
 from tests.algorithms.oracle import Eagle3Oracle, EagleOracle
 
@@ -79,7 +80,7 @@ def make_eagle(num_layers=1):
 
 def eagle3(draft_vocab=VOCAB, **shape):
     def objective(**settings):
-        return Eagle3Objective(FrozenStandIn(), **unroll_settings(STEPS, **settings))
+        return make_objective(Eagle3Objective, Eagle3DraftConfig, STEPS, settings)
 
     return Case(lambda: make_eagle3(draft_vocab, **shape), objective, Eagle3Oracle)
 
@@ -88,17 +89,18 @@ def eagle(num_steps=1, num_layers=1, noise=FeatureNoise.none, **parts):
     weights = PARTS | parts
 
     def objective(**settings):
-        own = {"weights": EagleWeights(**weights), "noise": noise}
-        return EagleObjective(FrozenStandIn(), **own, **unroll_settings(num_steps, **settings))
+        return make_objective(EagleObjective, EagleDraftConfig, num_steps, {"noise": noise} | weights | settings)
 
     return Case(lambda: make_eagle(num_layers), objective, lambda *a: EagleOracle(*a, **weights), num_steps)
 
 
-def unroll_settings(num_steps, **settings):
-    defaults = {
-        "num_steps": num_steps, "step_decay": DECAY, "convention": MaskConvention.serving, "tau_steps": num_steps
-    }  # fmt: skip
-    return defaults | settings
+def make_objective(objective, config, num_steps, settings):
+    """The objective of a configuration; ``settings`` are fields of it, and arguments of the objective."""
+    arguments = {"seed": 0, "tau_steps": num_steps, "chunk_slots": None, "context": NO_CONTEXT_PARALLELISM}
+    arguments = {name: settings.get(name, value) for name, value in arguments.items()}
+    fields = {name: value for name, value in settings.items() if name not in arguments}
+    fields = {"ttt_steps": num_steps, "step_decay": DECAY} | fields
+    return objective(FrozenStandIn(), config(**fields), **arguments)
 
 
 def make_documents(lengths, seed=0):

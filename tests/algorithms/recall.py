@@ -13,7 +13,7 @@ import torch
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
-from nemo_speculative.config.schema import MaskConvention
+from nemo_speculative.config.schema import Eagle3DraftConfig
 from nemo_speculative.data.batch import collate
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.targets.base import TargetOutput
@@ -72,9 +72,8 @@ def train_and_measure(offset, seed):
     """τ of a chain of four at the end of texts of once, twice and four times the length of training, by that length."""
     target, draft = RecallTarget(), make_draft(seed)
     objective = Eagle3Objective(
-        target, num_steps=UNROLLED, step_decay=0.8, convention=MaskConvention.serving, tau_steps=UNROLLED,
-        position_offset=offset, seed=seed,
-    )  # fmt: skip
+        target, Eagle3DraftConfig(ttt_steps=UNROLLED, position_offset=offset), seed=seed, tau_steps=UNROLLED
+    )
     draft.attach(target)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=RATE)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / WARMUP, (STEPS - n) / STEPS))

@@ -187,7 +187,7 @@ def tiny_draft(config, target, ranks):
     """Draft and objective."""
     draft_class = get_class(config._target_)
     shape = draft_class.shape_for(config, TINY, [1, 2, 3], 48)
-    objective = get_class(config.objective).build(target, config, seed=0, tau_steps=1, chunk_slots=64, context=ranks)
+    objective = get_class(config.objective)(target, config, seed=0, tau_steps=1, chunk_slots=64, context=ranks)
     return draft_class(shape), objective
 
 

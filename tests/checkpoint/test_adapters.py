@@ -62,7 +62,7 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 def outputs(draft, embeddings: torch.Tensor, aux: torch.Tensor, last_hidden_state: torch.Tensor) -> torch.Tensor:
     """Outputs of the built draft over a causal sequence: [n, h]."""
     features = draft.project_hidden_states(aux[None], last_hidden_state[None])
-    rotation = draft.rotary(torch.arange(len(embeddings))[None], draft.dtype)
+    rotation = draft.rotary(torch.arange(len(embeddings))[None], draft.fc.weight.dtype)
     return contract_of(type(draft)).session(draft).extend(embeddings[None], features, rotation)[0]
 
 

@@ -95,7 +95,7 @@ class TestSpeculators:
         embeddings, aux = (torch.randn(5, width, dtype=torch.float64) for width in (HIDDEN, 3 * HIDDEN))
         expected, _ = layouts.naive_eagle3(theirs, embeddings, aux, 500000.0, "layers.0.")
         draft = exported.build(dtype=torch.float64)
-        rotation = draft.rotary(torch.arange(5)[None], draft.dtype)
+        rotation = draft.rotary(torch.arange(5)[None], draft.fc.weight.dtype)
         feature = draft.project_hidden_states(aux[None], aux[None])
         output = exported.contract.session(draft).extend(embeddings[None], feature, rotation)[0]
         assert torch.allclose(draft.compute_logits(output), expected, atol=1e-6)

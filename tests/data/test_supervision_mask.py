@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nemo_speculative.algorithms.common.schedule import make_schedule
-from nemo_speculative.config.schema import MaskConvention, Normalization
+from nemo_speculative.config.schema import Eagle3DraftConfig, MaskConvention
 from nemo_speculative.data.batch import collate, supervision_mask
 from nemo_speculative.data.conversations import TokenRow
 
@@ -54,7 +54,8 @@ def test_the_first_drafted_token_of_an_answer_is_trained_and_nothing_past_its_en
 def test_gathered_slots_are_those_of_the_mask(convention):
     batch = packed()
     dense = supervision_mask(batch.loss_mask, batch.documents, STEPS, convention)
-    schedule = make_schedule(batch, dense, None, Normalization.token, torch.ones(STEPS), torch.device("cpu"))
+    config = Eagle3DraftConfig(ttt_steps=STEPS, mask_convention=convention)
+    schedule = make_schedule(batch, config, None, torch.device("cpu"))
     again, (part,) = torch.zeros_like(dense).flatten(1), schedule.chunks
     for i, s in part.supervised.nonzero().tolist():
         assert s < part.slots.active[i]

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.kv_cache import FIRST_CAPACITY, KVCache
+from nemo_speculative.algorithms.common.drafting import FIRST_CAPACITY, KVCache
 from nemo_speculative.decoding.cached_target import CachedTarget
-from nemo_speculative.decoding.trees import trees
+from nemo_speculative.decoding.verify import trees
 from tests.decoding.models import VOCAB_SIZE, prompts, small_target, tree_of
 
 HEADS, DIM = 2, 3
@@ -57,7 +57,7 @@ def test_the_cache_equals_a_list_of_keys_per_row(seed, alike):
         ]
         if pick(0, 5) == 0:
             cut = [len(row) - (1 if alike else pick(0, 3)) for row in oracle.rows]
-            cache.crop(cut)
+            cache.set_lengths(cut)
             oracle.rows = [row[:length] for row, length in zip(oracle.rows, cut, strict=True)]
         if step in (20, 40):
             chosen = [rows - 1, *range(rows - 2)]
@@ -74,7 +74,7 @@ def test_the_cache_equals_a_list_of_keys_per_row(seed, alike):
 def test_visible_positions(lengths, shared):
     """The last n = 2 of the s = 4 newest positions are new: each entry is compared with a look-up."""
     cache = KVCache(2)
-    cache.crop(lengths)
+    cache.set_lengths(lengths)
     ancestors = torch.rand(1 if shared else 2, 2, 4, generator=torch.Generator().manual_seed(1)) > 0.5
     result = cache.visible(ancestors).expand(2, -1, -1)
     assert result.shape == (2, 2, max(lengths) + 2)
@@ -96,7 +96,7 @@ def test_a_compacted_tree_equals_its_path(target):
     tokens = torch.randint(0, VOCAB_SIZE, (4, len(parents)), generator=torch.Generator().manual_seed(0))
     paths = [[0], [0, 2, 8, 20], [0, 1, 5, 13, 21, 24], [0, 1, 7, 18]]
     result = model.read(trees(tokens, torch.tensor([parents]), 5)).at(paths)
-    model.keep(paths)
+    model.kv.keep(paths)
     for row, (prompt, path) in enumerate(zip(sequences, paths, strict=True)):
         whole = torch.tensor([prompt + tokens[row, path].tolist()])
         aux, hidden = target.forward(whole)
@@ -109,8 +109,8 @@ def test_a_compacted_tree_equals_its_path(target):
         )
         fresh = CachedTarget(target, 1)
         fresh.prefill(whole.tolist())
-        assert model._kv.lengths[row] == whole.shape[1]
-        for layer, stored in fresh._kv._layers.items():
-            for ours, theirs in zip(model._kv._layers[layer], stored, strict=True):
+        assert model.kv.lengths[row] == whole.shape[1]
+        for layer, stored in fresh.kv._layers.items():
+            for ours, theirs in zip(model.kv._layers[layer], stored, strict=True):
                 end = whole.shape[1]
                 torch.testing.assert_close(ours[row, :, :end], theirs[0, :, :end], rtol=1e-4, atol=1e-4)

@@ -14,11 +14,10 @@ from transformers import (
 )
 
 from nemo_speculative.decoding.cached_target import CachedTarget
-from nemo_speculative.decoding.drafters import EagleDrafter, NgramDrafter, NoDrafter
-from nemo_speculative.decoding.engine import Batch, Row, generate, stream
+from nemo_speculative.decoding.drafters import Drafter, Drafting, EagleDrafter, NgramDrafter, NoDrafter
+from nemo_speculative.decoding.engine import Batch, Row, generate
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree
-from nemo_speculative.decoding.trees import chains, trees
-from nemo_speculative.decoding.verify import Greedy, Sampling, SeededSampling
+from nemo_speculative.decoding.verify import Greedy, Sampling, SeededSampling, chains, trees
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_tokenizer
@@ -45,7 +44,7 @@ def drafter(request, target):
     return EagleDrafter(random_draft("eagle3", target), target, TREE_BUILDERS[request.param])
 
 
-class Oracle:
+class Oracle(Drafter, Drafting):
     """Proposes the right continuation of one prompt up to a given number of tokens, then wrong ones, in a tree.
 
     In the static tree the right path is the one of the second children where there are some, and the other nodes are
@@ -141,40 +140,17 @@ def test_a_batch_gives_what_each_sequence_gives_alone(target, drafter):
     assert len(lengths) > 4 and any(g.finished for g in together) and not all(g.finished for g in together)
 
 
-def test_streamed_pieces_add_up_to_the_answers(target, drafter):
-    questions, stop_ids = prompts(6, seed=4), frozenset({4})
-    whole = generate(target, drafter, questions, max_new_tokens=15, stop_ids=stop_ids)
-    streamed: list[list[list[int]]] = [[] for _ in questions]
-    for sequence, tokens, finished in stream(target, drafter, questions, max_new_tokens=15, stop_ids=stop_ids):
-        assert tokens, "an emission without tokens"
-        assert finished == (tokens[-1] in stop_ids)
-        streamed[sequence].append(tokens)
-    for pieces, generation in zip(streamed, whole, strict=True):
-        assert [token for piece in pieces for token in piece] == generation.tokens
-        assert [len(piece) for piece in pieces] == [1, *generation.emitted]
-
-
-def test_a_stream_emits_before_the_answer_is_complete(target, monkeypatch):
-    forwards = []
-    forward = HFTarget.forward
-    monkeypatch.setattr(HFTarget, "forward", lambda *a, **k: forwards.append(1) or forward(*a, **k))
-    pieces = stream(target, NoDrafter(), prompts(1), max_new_tokens=10, stop_ids=NO_STOP)
-    for expected in range(1, 4):
-        before = len(forwards)
-        next(pieces)
-        assert len(forwards) - before <= 1 + 3 * (expected == 1)  # the first time a target is used, it is checked
-    assert torch.is_inference_mode_enabled() is False
-
-
-def test_two_streams_of_one_drafter_are_independent(target, drafter):
+def test_two_batches_of_one_drafter_are_independent(target, drafter):
     questions = prompts(2, seed=6)
-    expected = plain(target, questions, 12)
-    one, two = (stream(target, drafter, [prompt], max_new_tokens=12, stop_ids=NO_STOP) for prompt in questions)
-    result: list[list[int]] = [[], []]
-    for _ in range(12):
-        for answer, pieces in zip(result, (one, two), strict=True):
-            answer += next(pieces, (0, []))[1]
-    assert result == expected
+    rows = [Row(prompt, 12) for prompt in questions]
+    batches = [Batch(target, drafter, lambda _: Greedy(), NO_STOP) for _ in rows]
+    for batch, row in zip(batches, rows, strict=True):
+        batch.admit([row])
+    while not all(row.done for row in rows):
+        for batch, row in zip(batches, rows, strict=True):
+            if not row.done:
+                batch.step()
+    assert [row.answer for row in rows] == plain(target, questions, 12)
 
 
 class RecordingVerifier(Greedy):
@@ -312,16 +288,9 @@ def test_layers_of_an_unknown_kind_are_refused(tmp_path, monkeypatch):
     ],
 )
 def test_prompts_without_room_for_an_answer_are_refused(target, questions, limit, message):
-    for start in (generate, stream):
-        with pytest.raises(UserError, match=message) as error:
-            start(target, NoDrafter(), questions, max_new_tokens=limit)
-        assert "\n" not in str(error.value)
-
-
-def test_an_unknown_option_is_refused(target):
-    for start in (generate, stream):
-        with pytest.raises(TypeError, match="max_tokens"):
-            start(target, NoDrafter(), [[1]], max_new_tokens=5, max_tokens=5)
+    with pytest.raises(UserError, match=message) as error:
+        generate(target, NoDrafter(), questions, max_new_tokens=limit)
+    assert "\n" not in str(error.value)
 
 
 def test_no_prompts_give_no_answers(target):
@@ -332,7 +301,7 @@ class SeededRow(Row):
     """A row with a random number generator of its own."""
 
     def __init__(self, prompt, limit, seed):
-        super().__init__(prompt, limit, seed)
+        super().__init__(prompt, limit)
         self.generator = random.Random(seed)
 
 

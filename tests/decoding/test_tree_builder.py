@@ -7,8 +7,7 @@ import torch
 
 from nemo_speculative.config.speculative import SpeculativeSettings, largest_tree
 from nemo_speculative.decoding.tree_builder import MC_SIM_7B_63, Chain, DynamicTree, StaticTree, tree_builder_for
-from nemo_speculative.decoding.trees import ancestors_of, chains, trees
-from nemo_speculative.decoding.verify import Greedy, Rejection, Sampling
+from nemo_speculative.decoding.verify import Greedy, Rejection, Sampling, chains, trees
 from nemo_speculative.utils.errors import UserError
 from tests.decoding.models import tree_of
 
@@ -149,7 +148,7 @@ def test_drawn_children_come_with_their_distributions(tree_builder):
         paths = [(), *paths_of(grown, row)]
         for node in set(parents) - {-1}:
             expected = torch.zeros(20).scatter(0, IDS, (table(seed, paths[node]) / 1.3).softmax(0))
-            torch.testing.assert_close(grown.draft_probs.at(node, 20)[row], expected)
+            torch.testing.assert_close(grown.q_at(node, 20)[row], expected)
             children = [paths[i] for i, parent in enumerate(parents) if parent == node]
             assert len(set(children)) == len(children)
 
@@ -161,8 +160,8 @@ def test_ancestors_and_cuts_by_hand():
     #         6
     parents = torch.tensor([[-1, 0, 0, 1, 2, 2, 5]])
     expected = [{0}, {0, 1}, {0, 2}, {0, 1, 3}, {0, 2, 4}, {0, 2, 5}, {0, 2, 5, 6}]
-    assert [set(row.nonzero().flatten().tolist()) for row in ancestors_of(parents, 3)[0]] == expected
     grown = trees(torch.arange(14).view(2, 7), parents, levels=3)
+    assert [set(row.nonzero().flatten().tolist()) for row in grown.ancestors[0]] == expected
     assert grown.depths.tolist() == [[0, 1, 1, 2, 2, 2, 3]]
     assert grown.cut([3, 5]) is grown
     assert grown.cut([1, 2]).parents.tolist() == [[-1, 0, 0, -1, -1, -1, -1], [-1, 0, 0, 1, 2, 2, -1]]

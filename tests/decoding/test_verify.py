@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nemo_speculative.decoding.tree_builder import Chain, DynamicTree, StaticTree
-from nemo_speculative.decoding.trees import chains, trees
-from nemo_speculative.decoding.verify import Children, Greedy, Rejection, Sampling, TargetOnly, verifier_for
+from nemo_speculative.decoding.verify import Greedy, Rejection, Sampling, TargetOnly, chains, trees, verifier_for
 from tests.decoding.statistics import chi_square_p
 
 DRAWS = 20_000
@@ -178,7 +177,7 @@ class LikeliestChildren(Rejection):
     """Divides by q although the children were not drawn from it."""
 
     def children(self, logits, k):
-        return Children(logits.topk(k).indices, self.sampling.probabilities(logits))
+        return logits.topk(k).indices, self.sampling.probabilities(logits)
 
 
 class AlwaysAccepts(TargetOnly):

@@ -2,7 +2,7 @@ import asyncio
 
 import torch
 
-from nemo_speculative.algorithms.common.kv_cache import KVCache
+from nemo_speculative.algorithms.common.drafting import KVCache
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.decoder import Decoder
 from nemo_speculative.generate_data.rollout import Request

@@ -81,7 +81,7 @@ def test_decoding_computes_what_sglang_does(replayed):
     logits, states, drafted = [], [], []
     for _ in range(1 + STEPS):
         n = tokens.shape[1]
-        rotation = draft.rotary(torch.arange(start, start + n)[None], draft.dtype)
+        rotation = draft.rotary(torch.arange(start, start + n)[None], draft.fc.weight.dtype)
         output = session.extend(draft.embed_input_ids(tokens), feature, rotation)
         session.cache.advance(n)
         logits.append(draft.compute_logits(output)[0])

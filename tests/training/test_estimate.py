@@ -142,7 +142,7 @@ def make(config, chunk_slots=None, of=CONFIG, **changes):
     shape = cls.shape_for(config, of, aux, entries.entries if entries.own_head else None)
     ends = Ends(of)
     objective_class: Any = get_class(config.objective)
-    objective = objective_class.build(ends, config, seed=0, tau_steps=1, chunk_slots=chunk_slots)
+    objective = objective_class(ends, config, seed=0, tau_steps=1, chunk_slots=chunk_slots)
     job = TrainJob(draft=config, **changes)
     job.trainer = dataclasses.replace(job.trainer, ttt_chunk_slots=chunk_slots)
     return cls(shape).attach(ends), objective, job
@@ -356,7 +356,7 @@ def planned_and_found(name, folder):
     job.trainer = dataclasses.replace(job.trainer, ttt_chunk_slots=512)
     dims = mesh(parallelism)
     target = get_class(backend._target_)(folder / shape, aux_layers=None)
-    objective = Eagle3Objective.build(target, config, seed=0, tau_steps=1, chunk_slots=512, context=context_group(dims))
+    objective = Eagle3Objective(target, config, seed=0, tau_steps=1, chunk_slots=512, context=context_group(dims))
     draft_shape = Eagle3Draft.shape_for(config, target.config, target.aux_layers, 200)
     trainee = shard_draft(TTTModule(Eagle3Draft(draft_shape).attach(target), objective), dims, torch.float32)
     optimizers, average = build_optimizers(optimizer, trainee), WeightAverage(trainee, optimizer.ema_decay)

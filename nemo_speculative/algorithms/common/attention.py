@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -20,10 +20,7 @@ from nemo_speculative.utils.devices import to_device
 
 PIECE_QUERIES = 128
 PIECE_SCORES = 1 << 19
-"""Scores of one head in memory at once, before keys are rounded up: 128 queries over 4096 keys.
-
-Over more than 16384 keys a piece of the fewest queries (``PIECE_ROUNDING``) has more.
-"""
+"""Scores of one head in memory at once: 128 queries over 4096 keys; more only for PIECE_ROUNDING queries."""
 PIECE_ROUNDING = 32
 """Queries and keys of a piece are rounded up to a multiple: oneDNN builds and keeps a primitive for every shape."""
 PIECE_COST = 1 << 13
@@ -34,38 +31,6 @@ WIDE_GAP = 64
 """Distance of two queries from which on they are cheaper in two pieces."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-class CausalBlock(Protocol):
-    """The causal block of a step: which step-0 keys each query sees."""
-
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """[n, H, d] over [H_kv, m, d] → [n, H, d], and log Σ exp(scores), float32 [n, H]; both have gradients."""
-        ...
-
-
-def unroll_attention(q: torch.Tensor, step0: Pair, block: CausalBlock, own: Sequence[Pair]) -> torch.Tensor:
-    """One softmax over the visible step-0 keys and a slot's own later keys.
-
-    Args:
-        q: [n, H, d], the slots' queries.
-        step0: keys and values [H_kv, m, d] of step 0, all positions.
-        own: keys and values [n, H_kv, d] of steps 1 … i.
-
-    Returns:
-        [n, H, d]
-    """
-    out, lse = block.attend(q, *step0)
-    if not own:
-        return out
-    kv_heads, dim = own[0][0].shape[1:]
-    groups = q.unflatten(1, (kv_heads, -1))
-    scores = [(groups * k[:, :, None]).sum(-1).to(lse.dtype) * dim**-0.5 for k, _ in own]
-    weights = torch.stack([lse.unflatten(1, (kv_heads, -1)), *scores]).softmax(0).to(out.dtype)[..., None]
-    joined = weights[0] * out.unflatten(1, (kv_heads, -1))
-    for weight, (_, v) in zip(weights[1:], own, strict=True):
-        joined = torch.addcmul(joined, weight, v[:, :, None])
-    return joined.flatten(1, 2)
 
 
 @dataclass(frozen=True)
@@ -80,22 +45,44 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class PieceBlock:
-    """The causal block as a few matrix products, each over queries that see about the same keys.
+class CausalBlock:
+    """The causal block of a step: which step-0 keys each query sees.
 
-    On a CPU its products run in oneDNN, which those of torch's flash kernel do not, and its queries need not be
-    contiguous (``python -m benchmarks.attention`` compares both).
+    On a CPU it is a few matrix products, each over queries that see about the same keys.  They run in oneDNN, which
+    those of torch's flash kernel do not, and the queries need not be contiguous (``python -m benchmarks.attention``
+    compares both).
     """
 
     order: torch.Tensor
-    """int64 [m], m >= n: the queries in ascending order of position, some of them more than once."""
+    """int64 [m], m >= n: the queries in ascending order of position, in pieces some of them more than once."""
     inverse: torch.Tensor
     """int64 [n]: the place of each query in ``order``."""
-    pieces: tuple[Piece, ...]
+    layout: Sequence[Piece] | BlockMask
+    """The pieces, or the mask of flex attention."""
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        out, lse = _PieceAttention.apply(q.index_select(0, self.order), keys, values, self.pieces)
+        """[n, H, d] over [H_kv, m, d] → [n, H, d], and log Σ exp(scores), float32 [n, H]; both have gradients."""
+        attention = _flex_attention if isinstance(self.layout, BlockMask) else _PieceAttention.apply
+        out, lse = attention(q.index_select(0, self.order), keys, values, self.layout)
         return out.index_select(0, self.inverse), lse.index_select(0, self.inverse)
+
+
+def unroll_attention(q: torch.Tensor, step0: Pair, block: CausalBlock, own: Sequence[Pair]) -> torch.Tensor:
+    """One softmax over the visible step-0 keys and a slot's own later keys.
+
+    Queries [n, H, d], keys and values [H_kv, m, d] of step 0, and [n, H_kv, d] of each of steps 1 … i → [n, H, d].
+    """
+    out, lse = block.attend(q, *step0)
+    if not own:
+        return out
+    kv_heads, dim = own[0][0].shape[1:]
+    groups = q.unflatten(1, (kv_heads, -1))
+    scores = [(groups * k[:, :, None]).sum(-1).to(lse.dtype) * dim**-0.5 for k, _ in own]
+    weights = torch.stack([lse.unflatten(1, (kv_heads, -1)), *scores]).softmax(0).to(out.dtype)[..., None]
+    joined = weights[0] * out.unflatten(1, (kv_heads, -1))
+    for weight, (_, v) in zip(weights[1:], own, strict=True):
+        joined = torch.addcmul(joined, weight, v[:, :, None])
+    return joined.flatten(1, 2)
 
 
 class _PieceAttention(torch.autograd.Function):
@@ -111,9 +98,8 @@ class _PieceAttention(torch.autograd.Function):
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
             attended = torch.bmm(weights.to(values.dtype), values[:, piece.keys]).div_(total)
-            queries = piece.queries.stop - piece.queries.start
-            out[piece.queries] = _by_query(attended, queries)
-            lse[piece.queries] = _by_query(top + total.log(), queries)[..., 0]
+            out[piece.queries] = _by_query(attended, piece)
+            lse[piece.queries] = _by_query(top + total.log(), piece)[..., 0]
         ctx.save_for_backward(q, keys, values, out, lse)
         ctx.pieces = pieces
         return out, lse
@@ -134,7 +120,7 @@ class _PieceAttention(torch.autograd.Function):
             _add_product_(grad_v[:, piece.keys], weights.to(values.dtype).transpose(1, 2), g_piece)
             grad_s = torch.bmm(g_piece, v_piece.transpose(1, 2)).to(lse.dtype)
             grad_s = grad_s.add_(_by_head(shift[at][..., None], keys)).mul_(weights).to(q.dtype)
-            grad_q[at] = _by_query(torch.bmm(grad_s, k_piece), at.stop - at.start)
+            grad_q[at] = _by_query(torch.bmm(grad_s, k_piece), piece)
             _add_product_(grad_k[:, piece.keys], grad_s.transpose(1, 2), q_piece)
         scale = q.shape[-1] ** -0.5
         return grad_q.mul_(scale), grad_k.mul_(scale).to(keys.dtype), grad_v.to(values.dtype), None
@@ -155,9 +141,9 @@ def _by_head(x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return x.unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3).flatten(1, 2)
 
 
-def _by_query(x: torch.Tensor, queries: int) -> torch.Tensor:
+def _by_query(x: torch.Tensor, piece: Piece) -> torch.Tensor:
     """[H_kv, G * n, w] → [n, H, w]."""
-    return x.unflatten(1, (-1, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+    return x.unflatten(1, (-1, piece.queries.stop - piece.queries.start)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -175,44 +161,39 @@ def block_for(positions: torch.Tensor, index: torch.Tensor, device: torch.device
         positions: int64 [m], on the host: the position of every key in its document.
         index: int64 [n], on the host, in any order.
     """
+    # The queries in ascending order, and the range of keys that each sees.
     order = index.argsort(stable=True)
     last = index[order]
     first = last - positions[last]
     if device.type == "cuda":
         return flex_block(order, first, last, len(positions), device)
-    return _piece_block(order, first, last, len(positions), device)
-
-
-def _piece_block(
-    order: torch.Tensor, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
-) -> PieceBlock:
-    """The block of queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
     spans, pieces = _merged(_spans(first, last)), []
     padded: list[torch.Tensor] = []
     for span in spans:
-        start, size = PIECE_ROUNDING * len(padded), span.end - span.start
+        start = PIECE_ROUNDING * len(padded)
         # Padded with copies of the last query, whose outputs are not read.
-        rows = torch.arange(span.start, span.start + _rounded(size, PIECE_ROUNDING)).clamp(max=span.end - 1)
+        rows = torch.arange(span.start, span.start + round_up(span.end - span.start, PIECE_ROUNDING))
+        rows = rows.clamp(max=span.end - 1)
         padded += rows.split(PIECE_ROUNDING)
-        pieces.append(_piece(slice(start, start + len(rows)), span, first[rows], last[rows], num_keys, device))
+        pieces.append(_piece(slice(start, start + len(rows)), span, first[rows], last[rows], len(positions), device))
     source = torch.cat(padded)
     inverse = torch.empty_like(order)
     # ``source`` ascends: of the copies of a query this finds the first.
     inverse[order] = torch.searchsorted(source, torch.arange(len(order)))
-    return PieceBlock(to_device(order[source], device), to_device(inverse, device), tuple(pieces))
+    return CausalBlock(to_device(order[source], device), to_device(inverse, device), pieces)
 
 
-def _rounded(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
+    """``count`` rounded up to a multiple of ``multiple``."""
     return -(-count // multiple) * multiple
 
 
 def rounded_width(keys: int) -> int:
     """``keys`` rounded up, by at most an eighth: a long row has hundreds of pieces, each wider than the one before."""
-    return _rounded(keys, max(PIECE_ROUNDING, 1 << max(keys.bit_length() - 4, 0)))
+    return round_up(keys, max(PIECE_ROUNDING, 1 << max(keys.bit_length() - 4, 0)))
 
 
-@dataclass(frozen=True)
-class _Span:
+class _Span(NamedTuple):
     """Queries ``start`` to ``end`` (in ascending order) over keys ``low`` to ``high``."""
 
     start: int
@@ -223,9 +204,6 @@ class _Span:
     @property
     def scores(self) -> int:
         return (self.end - self.start) * (self.high - self.low)
-
-    def with_next(self, other: "_Span") -> "_Span":
-        return _Span(self.start, other.end, min(self.low, other.low), max(self.high, other.high))
 
 
 def _spans(first: torch.Tensor, last: torch.Tensor) -> Iterator[_Span]:
@@ -243,11 +221,12 @@ def _spans(first: torch.Tensor, last: torch.Tensor) -> Iterator[_Span]:
 
 def _merged(spans: Iterator[_Span]) -> list[_Span]:
     """Merges neighbors into one piece wherever the unneeded scores cost less than a piece."""
-    out: list[_Span] = []
+    out = [next(spans)]
     for span in spans:
-        both = out[-1].with_next(span) if out else span
+        before = out[-1]
+        both = _Span(before.start, span.end, min(before.low, span.low), max(before.high, span.high))
         fits = both.end - both.start <= PIECE_QUERIES and both.scores <= PIECE_SCORES
-        if out and fits and both.scores <= out[-1].scores + span.scores + PIECE_COST:
+        if fits and both.scores <= before.scores + span.scores + PIECE_COST:
             out[-1] = both
         else:
             out.append(span)
@@ -271,23 +250,13 @@ def _piece(
     return Piece(queries, slice(low, high), mask)
 
 
-@dataclass(frozen=True)
-class FlexBlock:
-    """The causal block under flex attention."""
-
-    order: torch.Tensor
-    """int64 [n]: the queries in ascending order of position."""
-    inverse: torch.Tensor
-    """int64 [n]: its inverse."""
-    mask: BlockMask
-
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        sorted_q = q[self.order].transpose(0, 1)[None]
-        attention = _compiled() if q.is_cuda else flex_attention
-        out, aux = attention(
-            sorted_q, keys[None], values[None], block_mask=self.mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
-        )
-        return out[0].transpose(0, 1)[self.inverse], aux.lse[0].transpose(0, 1)[self.inverse].float()
+def _flex_attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: BlockMask) -> Pair:
+    attention = _compiled() if q.is_cuda else flex_attention
+    out, aux = attention(
+        q.transpose(0, 1)[None], keys[None], values[None], block_mask=mask, enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    return out[0].transpose(0, 1), aux.lse[0].transpose(0, 1).float()
 
 
 @cache
@@ -297,40 +266,29 @@ def _compiled() -> Any:
 
 def flex_block(
     order: torch.Tensor, first: torch.Tensor, last: torch.Tensor, num_keys: int, device: torch.device
-) -> FlexBlock:
+) -> CausalBlock:
     """The block of queries that see the keys ``first`` to ``last``, int64 [n] each, on the host, ascending."""
-    partial, full = _block_structure(first, last, num_keys)
+    rows, cols = (-(-n // FLEX_BLOCK) for n in (len(first), num_keys))
+    spare = rows * FLEX_BLOCK - len(first)
+    starts, ends = (torch.cat((x, x[-1:].expand(spare))).view(rows, FLEX_BLOCK) for x in (first, last))
+    low = torch.arange(cols) * FLEX_BLOCK
+    high = low + FLEX_BLOCK - 1
+    # bool [query blocks, key blocks]: at least partly visible, and fully visible.
+    some = (low <= ends.amax(1)[:, None]) & (high >= starts.amin(1)[:, None])
+    full = (low >= starts.amax(1)[:, None]) & (high <= ends.amin(1)[:, None])
     first, last = to_device(first, device), to_device(last, device)
 
     def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key >= first[query]) & (key <= last[query])
 
-    counts, blocks, full_counts, full_blocks = (to_device(x, device) for x in (*_indices(partial), *_indices(full)))
+    listed = [to_device(x, device) for blocks in (some & ~full, full) for x in _indices(blocks)]
     mask = BlockMask.from_kv_blocks(
-        counts,
-        blocks,
-        full_counts,
-        full_blocks,
-        BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=sees,
-        seq_lengths=(len(first), num_keys),
-    )
-    return FlexBlock(to_device(order, device), to_device(order.argsort(), device), mask)
+        *listed, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(len(first), num_keys)
+    )  # fmt: skip
+    return CausalBlock(to_device(order, device), to_device(order.argsort(), device), mask)
 
 
-def _block_structure(first: torch.Tensor, last: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [query blocks, key blocks] each: partly visible blocks, and fully visible ones."""
-    rows, cols = -(-len(first) // FLEX_BLOCK), -(-num_keys // FLEX_BLOCK)
-    spare = rows * FLEX_BLOCK - len(first)
-    starts, ends = (torch.cat((x, x[-1:].expand(spare))).view(rows, FLEX_BLOCK) for x in (first, last))
-    low = torch.arange(cols) * FLEX_BLOCK
-    high = low + FLEX_BLOCK - 1
-    some = (low <= ends.amax(1)[:, None]) & (high >= starts.amin(1)[:, None])
-    whole = (low >= starts.amax(1)[:, None]) & (high <= ends.amin(1)[:, None])
-    return some & ~whole, whole
-
-
-def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _indices(blocks: torch.Tensor) -> Pair:
     """The number of key blocks of each query block, and which: int32 [1, 1, rows] and [1, 1, rows, cols]."""
     order = (~blocks).to(torch.uint8).sort(dim=1, stable=True).indices
     return blocks.sum(1).int()[None, None], order.int()[None, None]

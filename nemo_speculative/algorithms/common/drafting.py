@@ -5,22 +5,122 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from nemo_speculative.algorithms.common.attention import Pair
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.kv_cache import KVCache
-from nemo_speculative.algorithms.common.layers import rotate
 
-FIRST_POSITIONS = 512
+FIRST_CAPACITY = 64
+"""Positions of a new cache; it grows by powers of two."""
+
+
+class KVCache:
+    """Keys and values of a model's layers for B sequences of different lengths.
+
+    Positions past a row's length are scratch: ``append`` writes there, ``advance`` or ``keep`` makes them count, the
+    next ``append`` overwrites the others.
+    """
+
+    def __init__(self, batch_size: int = 1) -> None:
+        self._layers: dict[int, list[torch.Tensor]] = {}
+        self.set_lengths([0] * batch_size)
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Makes the first ``lengths`` positions of each row count, and no others."""
+        self.lengths = lengths
+        self.longest = max(lengths, default=0)
+        self.ragged = min(lengths, default=0) < self.longest
+        """Whether the rows differ in length; only then does causal attention need a mask."""
+        self._positions: dict[tuple[int, torch.device], Pair] = {}
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> Pair:
+        """Writes n positions after each row's length.
+
+        Keys and values [B, H_kv, n, d] each → those of all m positions, with m = the longest row's length + n; a
+        shorter row's last positions hold whatever was there.
+        """
+        new = key.shape[2]
+        end = self.longest + new
+        stored = self._layers.get(layer) or [x[:, :, :0] for x in (key, value)]
+        if stored[0].shape[2] < end:
+            capacity = max(FIRST_CAPACITY, 1 << (end - 1).bit_length())
+            # Zeros: masked positions are still multiplied, and 0 * NaN is NaN.
+            stored = self._layers[layer] = [_lengthened(x, capacity) for x in stored]
+        for tensor, x in zip(stored, (key, value), strict=True):
+            if self.ragged:
+                rows, at = self._next_positions(new, key.device)
+                tensor[rows, :, at] = x.transpose(1, 2)
+            else:
+                tensor.narrow(2, self.longest, new).copy_(x)
+        return stored[0].narrow(2, 0, end), stored[1].narrow(2, 0, end)
+
+    def visible(self, ancestors: torch.Tensor) -> torch.Tensor:
+        """The positions, of the m that ``append`` will return, that the next n of each row see: bool [B, n, m].
+
+        Of the newest s positions of its row, the next n last, each sees ``ancestors`` bool [B or 1, n, s]; before
+        them, all.
+        """
+        new, span = ancestors.shape[1:]
+        starts = torch.tensor(self.lengths, device=ancestors.device)[:, None] + (new - span)
+        offset = torch.arange(self.longest + new, device=ancestors.device) - starts
+        place = offset.clamp(0, span - 1)[:, None].expand(-1, new, -1)
+        within = ancestors.expand(len(self.lengths), -1, -1).gather(2, place) & (offset < span)[:, None]
+        return (offset < 0)[:, None] | within
+
+    def advance(self, counts: Sequence[int] | int) -> None:
+        """The first ``counts`` scratch positions of each row count from now on."""
+        many = [counts] * len(self.lengths) if isinstance(counts, int) else counts
+        self.set_lengths([length + n for length, n in zip(self.lengths, many, strict=True)])
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """The scratch positions ``paths`` of each row, ascending, move to its end and count."""
+        counts = [len(path) for path in paths]
+        if any(path[-1] >= n for path, n in zip(paths, counts, strict=True)):
+            # A shorter path is padded with positions that stay where they are.
+            whole = torch.tensor([[*path, *range(len(path), max(counts))] for path in paths])
+            for stored in self._layers.values():
+                rows, to = self._next_positions(max(counts), stored[0].device)
+                source = to[:, :1] + whole.to(to.device)
+                for tensor in stored:
+                    tensor[rows, :, to] = tensor[rows, :, source]
+        self.advance(counts)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps the sequences ``rows``, in this order."""
+        index = list(rows)
+        self._layers = {layer: [tensor[index] for tensor in stored] for layer, stored in self._layers.items()}
+        self.set_lengths([self.lengths[row] for row in index])
+
+    def join(self, other: "KVCache") -> None:
+        """Appends the sequences of ``other`` to those of this cache."""
+        for layer, others in other._layers.items():
+            stored = self._layers[layer]
+            capacity = max(stored[0].shape[2], others[0].shape[2])
+            both = zip(stored, others, strict=True)
+            self._layers[layer] = [torch.cat((_lengthened(x, capacity), _lengthened(y, capacity))) for x, y in both]
+        self.set_lengths(self.lengths + other.lengths)
+
+    def _next_positions(self, new: int, device: torch.device) -> Pair:
+        """Row [B, 1] and position [B, n] of the ``new`` positions after each row's length."""
+        if (new, device) not in self._positions:
+            rows = torch.arange(len(self.lengths), device=device)[:, None]
+            at = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(new, device=device)
+            self._positions[new, device] = rows, at
+        return self._positions[new, device]
+
+
+def _lengthened(x: torch.Tensor, capacity: int) -> torch.Tensor:
+    """[B, H, m, d] with zeros appended up to ``capacity`` positions."""
+    return pad(x, (0, 0, 0, capacity - x.shape[2]))
 
 
 class RotaryTable:
     """Cosines and sines of a draft's positions: recomputing them would cost as much as the rest of a draft step."""
 
-    def __init__(self, draft: Draft, device: torch.device):
-        self.draft, self.device = draft, device
-        self._table = self._compute(FIRST_POSITIONS)
+    def __init__(self, draft: Draft):
+        weight = draft.decoder_layers[0].self_attn.q_proj.weight
+        self.rotary, self.device, self.dtype = draft.rotary, weight.device, weight.dtype
+        self._table = self._compute(512)
 
     def at(self, starts: Sequence[int], n: int) -> Pair:
         """cos and sin [B or 1, 1, n, d] of the n positions from ``starts[b]`` on."""
@@ -34,26 +134,15 @@ class RotaryTable:
         return cos[0, 0, index][:, None], sin[0, 0, index][:, None]
 
     def _compute(self, length: int) -> Pair:
-        cos, sin = self.draft.rotary(torch.arange(length, device=self.device)[None], self.draft.dtype)
-        return cos, sin
+        return self.rotary(torch.arange(length, device=self.device)[None], self.dtype)  # type: ignore[no-any-return]
 
 
 class DraftSession(ABC):
     """Drafting for one batch of sequences: a draft and its KV cache of them; one subclass per algorithm."""
 
     def __init__(self, draft: Any, batch_size: int = 1, table: RotaryTable | None = None):
-        self.draft, self.cache = draft, KVCache(batch_size)
-        self.device = draft.decoder_layers[0].self_attn.q_proj.weight.device
-        self.table = table or RotaryTable(draft, self.device)
-
-    @classmethod
-    def check_target(cls, draft: Any, aux_layers: Sequence[int]) -> None:
-        """Checks that a target with these aux layers gives what ``draft`` reads.
-
-        Raises:
-            ValueError: the draft reads other layers.
-        """
-        return
+        self.draft, self.cache, self.table = draft, KVCache(batch_size), table or RotaryTable(draft)
+        self.ids = draft.draft_ids
 
     @abstractmethod
     def first_layer_input(self, embeddings: torch.Tensor, feature: torch.Tensor) -> Pair:
@@ -65,21 +154,25 @@ class DraftSession(ABC):
         """Runs the layers on n new positions of each sequence, and writes their keys and values after its length.
 
         Args:
-            embeddings: [B, n, h] of the tokens after those positions.
-            feature: [B, n, h], from ``project_hidden_states``, or from ``next_feature`` of the step before.
+            embeddings, feature: [B, n, h], of the tokens after those positions, and of the positions.
             rotation: cos and sin [B or 1, 1, n, d] of those positions.
             visible: bool [B, n, m] over the m cached positions, the new ones last; None: causal.
 
         Returns:
             Outputs of the last layer [B, n, h].
         """
-        cos, sin = rotation
+        new = embeddings.shape[1]
+        if visible is None and (new > 1 or self.cache.ragged):
+            visible = self.cache.visible(embeddings.new_ones(1, new, new, dtype=torch.bool).tril())
+        mask = None if visible is None else visible[:, None]
         x, residual = self.first_layer_input(embeddings, feature)
         for n, layer in enumerate(self.draft.decoder_layers):
             if n:
                 x = layer.norm_input(residual)
-            keys, values = self.cache.append(n, *layer.keys_values(x, cos, sin))
-            attended = cached_attention(rotate(layer.queries(x), cos, sin), keys, values, visible)
+            q, k, v = layer.qkv(x, *rotation)
+            keys, values = self.cache.append(n, k, v)
+            grouped = q.shape[1] != keys.shape[1]
+            attended = scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=grouped)
             residual = layer.finish(residual, attended.transpose(1, 2).flatten(2))
         return residual
 
@@ -91,44 +184,48 @@ class DraftSession(ABC):
 
         Args:
             next_tokens: int64 [B, n], the token after each position.
-            aux_hidden_states, last_hidden_state: [B, n, A * h], [B, n, h].
             counts: the number of positions of each sequence; the others are padding.
 
         Returns:
             The output at each sequence's last position: [B, 1, h].
         """
-        longest = next_tokens.shape[1]
         feature = self.draft.project_hidden_states(aux_hidden_states, last_hidden_state)
-        visible = None
-        if self.cache.ragged:
-            visible = self.cache.visible(feature.new_ones(1, longest, longest, dtype=torch.bool).tril())
-        rotation = self.table.at(self.cache.lengths, longest)
-        output = self.extend(self.draft.embed_input_ids(next_tokens), feature, rotation, visible)
+        rotation = self.table.at(self.cache.lengths, next_tokens.shape[1])
+        output = self.extend(self.draft.embed_input_ids(next_tokens), feature, rotation)
         self.cache.advance(counts)
-        if min(counts) == longest:
-            return output[:, -1:]
-        last = torch.tensor(counts, device=output.device)[:, None, None] - 1
-        return output.gather(1, last.expand(-1, -1, output.shape[-1]))
+        return last_of(output, counts)
 
 
-class SessionCursor:
+class DraftCursor:
     """A session's draft at the newest level of the trees that it proposes, w nodes wide; starts at the root.
 
-    The levels are in the session's cache, after the sequences; the caller crops it.  Implements
-    ``decoding.tree_builder.DraftCursor``.
+    The levels are in the session's cache, after the sequences; the caller cuts them off again.
+
+    Args:
+        root: int64 [B, 1], the root's tokens.
+        output: [B, 1, h], from :meth:`DraftSession.prefill`.
     """
 
-    def __init__(self, session: DraftSession, root: torch.Tensor, output: torch.Tensor, ids: torch.Tensor):
-        self.session, self.root, self.ids, self._output = session, root, ids, output
+    def __init__(self, session: DraftSession, root: torch.Tensor, output: torch.Tensor):
+        self.session, self.root, self._output = session, root, output
+        self.ids: torch.Tensor = session.ids
+        """int64 [V_d], the target's ids of the draft vocabulary."""
         self._positions = list(session.cache.lengths)
         self._ancestors: torch.Tensor | None = None
         """bool [B or 1, w, s]: which of the s nodes so far each node sees; None: chains, or no nodes yet."""
 
     @property
     def logits(self) -> torch.Tensor:
+        """[B, w, V_d], for the children of each node of the level."""
         return self.session.draft.compute_logits(self._output)  # type: ignore[no-any-return]
 
     def advance(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> None:
+        """Runs the draft on the next level.
+
+        Args:
+            tokens: int64 [B, w'], the target's ids.
+            parents: int64 [B or 1, w'], index of each one's parent in the previous level; None: it has one node.
+        """
         draft, cache = self.session.draft, self.session.cache
         feature = draft.next_feature(self._output)
         visible = None
@@ -136,8 +233,6 @@ class SessionCursor:
             wide = parents.expand(len(tokens), -1)[..., None]
             feature = feature.gather(1, wide.expand(-1, -1, feature.shape[-1]))
             visible = cache.visible(self._extend_ancestors(parents))
-        elif cache.ragged:
-            visible = cache.visible(tokens.new_ones(1, 1, 1, dtype=torch.bool))
         rotation = self.session.table.at(self._positions, 1)
         self._output = self.session.extend(draft.embed_input_ids(tokens), feature, rotation, visible)
         cache.advance(tokens.shape[1])
@@ -145,25 +240,18 @@ class SessionCursor:
 
     def _extend_ancestors(self, parents: torch.Tensor) -> torch.Tensor:
         """The ancestors of the next level: those of its parents, and each node itself."""
-        itself = torch.eye(parents.shape[1], dtype=torch.bool, device=parents.device).expand(len(parents), -1, -1)
-        if self._ancestors is None:
-            self._ancestors = itself
-        else:
+        ancestors = torch.eye(parents.shape[1], dtype=torch.bool, device=parents.device).expand(len(parents), -1, -1)
+        if self._ancestors is not None:
             above = parents[..., None].expand(-1, -1, self._ancestors.shape[-1])
-            self._ancestors = torch.cat((self._ancestors.expand(len(parents), -1, -1).gather(1, above), itself), -1)
-        return self._ancestors
+            ancestors = torch.cat((self._ancestors.expand(len(parents), -1, -1).gather(1, above), ancestors), -1)
+        self._ancestors = ancestors
+        return ancestors
 
 
-def cached_attention(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention of the newest n positions over a cache: [B, H, n, d] over [B, H_kv, m, d].
+def last_of(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Each row's last entry: [B, n, h], of which row b uses the first ``counts[b]`` → [B, 1, h]."""
+    if min(counts) == x.shape[1]:
+        return x[:, -1:]
+    index = torch.tensor(counts, device=x.device)[:, None, None] - 1
+    return x.gather(1, index.expand(-1, -1, x.shape[-1]))
 
-    ``visible`` is bool [B, n, m]; None: causal, the n positions being the last of the m.
-    """
-    new, cached = q.shape[2], keys.shape[2]
-    if visible is not None:
-        mask: torch.Tensor | None = visible[:, None]
-    else:
-        mask = torch.ones(new, cached, dtype=torch.bool, device=q.device).tril(cached - new) if new > 1 else None
-    return scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1])

@@ -1,4 +1,4 @@
-"""Layers of the draft networks: SwiGLU, projections of attention, decoder layer, RMSNorm and rotary embedding."""
+"""Layers of the draft networks: SwiGLU, decoder layer, RMSNorm and rotary embedding."""
 
 from typing import Any
 
@@ -54,39 +54,32 @@ class Attention(nn.Module):
 class DraftLayer(nn.Module):
     """A Llama layer in the pieces that training needs: the draft prepares the input of its attention.
 
-    ``input_norm_name`` is the name of the norm before the attention in the served checkpoint; None where the layer has
-    none, or the draft applies its own.
+    ``input_norm_name`` names the norm before the attention, if the layer has one, as the served checkpoint does.
     """
 
     def __init__(self, shape: Any, width: int, input_norm_name: str | None = None):
         super().__init__()
-        self.head_dim, self.feature_size = shape.head_dim, shape.hidden_size
-        self.input_norm_name = input_norm_name
+        self.head_dim, self.input_norm_name = shape.head_dim, input_norm_name
         if input_norm_name:
-            self.add_module(input_norm_name, rms_norm(shape))
+            self.add_module(input_norm_name, RMSNorm(shape))
         self.self_attn = Attention(shape, width)
-        self.post_attention_layernorm = rms_norm(shape)
+        self.post_attention_layernorm = RMSNorm(shape)
         self.mlp = SwiGLU(shape.hidden_size, shape.intermediate_size)
 
     def norm_input(self, residual: torch.Tensor) -> torch.Tensor:
         """The input of the attention in every layer but the first: [..., h]."""
         return self.get_submodule(self.input_norm_name or "")(residual)
 
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, L, width] → [B, H, L, d], not yet rotated."""
-        return self._heads(self.self_attn.q_proj, x)
-
-    def keys_values(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, L, width] → rotated keys and values, [B, H_kv, L, d] each."""
-        return rotate(self._heads(self.self_attn.k_proj, x), cos, sin), self._heads(self.self_attn.v_proj, x)
+    def qkv(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, L, width] → rotated queries and keys, and values: [B, H, L, d], [B, H_kv, L, d] twice."""
+        projections = self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for project in projections)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def qkv_weight(self, columns: slice = slice(None)) -> torch.Tensor:
         """The weights of queries, keys and values, stacked, for the inputs ``columns``."""
         attention = self.self_attn
         return torch.cat([p.weight[:, columns] for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-
-    def _heads(self, projection: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Output projection, residuals and MLP: [..., h], [..., H * d] → [..., h]."""
@@ -94,16 +87,14 @@ class DraftLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def rms_norm(shape: Any, width: int | None = None) -> nn.RMSNorm:
-    """An RMSNorm over ``width`` features, by default the draft's hidden size."""
-    return LeanRMSNorm(width or shape.hidden_size, eps=shape.rms_norm_eps)
-
-
-class LeanRMSNorm(nn.RMSNorm):
-    """RMSNorm with a backward pass that keeps one number per row.
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over ``width`` features, by default the draft's hidden size; its backward pass keeps one number per row.
 
     torch has one kernel for it on CUDA only; elsewhere it keeps every intermediate for the backward pass.
     """
+
+    def __init__(self, shape: Any, width: int | None = None):
+        super().__init__(width or shape.hidden_size, eps=shape.rms_norm_eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Compiled, it is fused anyway; and torch 2.11 loses the gradient of a Function that changes a tensor in place.
@@ -139,11 +130,7 @@ class Rotary(nn.Module):
     def __init__(self, rope_parameters: dict[str, Any], head_dim: int, max_positions: int):
         super().__init__()
         config = LlamaConfig(
-            head_dim=head_dim,
-            hidden_size=head_dim,
-            num_attention_heads=1,
-            max_position_embeddings=max_positions,
-            rope_parameters=dict(rope_parameters),
+            head_dim=head_dim, max_position_embeddings=max_positions, rope_parameters=dict(rope_parameters)
         )
         self.frequencies = LlamaRotaryEmbedding(config)
 

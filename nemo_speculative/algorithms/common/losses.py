@@ -9,6 +9,7 @@ unsupervised row has weight 0, its probabilities are not zeroed.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -68,14 +69,14 @@ class HardCrossEntropy(Loss):
         return cross_entropy(upcast(logits), probabilities.argmax(-1), reduction="none")
 
 
+@dataclass(frozen=True)
 class KLDivergence(Loss):
     """T² · KL(p_T ‖ q_T), with p_T ∝ p^(1/T) and q_T = softmax(z / T) (knowledge distillation, 1503.02531, section 2).
 
     T² keeps the size of the gradient about the same at every temperature.
     """
 
-    def __init__(self, temperature: float = 1.0):
-        self.temperature = temperature
+    temperature: float = 1.0
 
     def __call__(self, logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
         # In logarithms: a power of p may underflow in a whole row.
@@ -102,6 +103,7 @@ class LKAlpha(Loss):
         return -torch.minimum(probabilities.log(), log_softmax(upcast(logits), dim=-1)).logsumexp(-1)
 
 
+@dataclass(frozen=True)
 class LKLambda(Loss):
     """λ · KL(p ‖ q) + (1 - λ) · TV(p, q), with λ = exp(-η · α) held constant in the gradient (LK^λ, 2602.23881).
 
@@ -109,14 +111,12 @@ class LKLambda(Loss):
     mean over the batch would make the loss depend on how rows are spread over micro-batches and ranks.
     """
 
-    def __init__(self, eta: float = 3.0):
-        self.eta = eta
-        self.divergence, self.variation = KLDivergence(), TotalVariation()
+    eta: float = 3.0
 
     def __call__(self, logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-        variation = self.variation(logits, probabilities)
+        variation = TotalVariation()(logits, probabilities)
         weight = torch.exp(-self.eta * (1 - variation.detach()))
-        return weight * self.divergence(logits, probabilities) + (1 - weight) * variation
+        return weight * KLDivergence()(logits, probabilities) + (1 - weight) * variation
 
 
 def normalize_(logits: torch.Tensor, choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,9 +155,8 @@ def chunked_linear_loss(
     pass and takes the place of the logits.  Never more than a chunk of logits exists, and nothing is computed twice.
 
     Args:
-        states: [M, h], the inputs of the head.
+        states, row_weight: [M, h], the inputs of the head, and float32 [M].
         head: its trained weight [V_d, h], or the frozen head as a function [r, h] → [r, V_d].
-        row_weight: float32 [M].
         chunks: pairs of a slice of the rows and the slice of the labels that these rows use.
         label_index: int64 [M], the label of each row.
         make_labels: a slice of the labels → the tensors, of one entry per label, that describe them.
@@ -173,52 +172,46 @@ def chunked_linear_loss(
     chunk_rows, block_rows = (
         max(limit[states.device.type] // vocab_size // 64 * 64, 64) for limit in (LOGITS_PER_CHUNK, LOGITS_PER_BLOCK)
     )
-    pieces = [(piece, span) for rows, span in chunks for piece in _slices(rows, chunk_rows)]
     values: list[dict[str, torch.Tensor]] = []
     correct: list[torch.Tensor] = []
-    labels: Sequence[torch.Tensor] = ()
-    labels_span = None
     with torch.no_grad():
-        grad_states = torch.empty_like(states) if need_gradient else None
+        gradients = [torch.empty_like(states)] if need_gradient else []
         if trained is not None:
             # One buffer for all chunks: fresh memory pages cost a CPU as much as filling them.
-            buffer = trained.new_empty(max(piece.stop - piece.start for piece, _ in pieces), len(trained))
-            accumulated = torch.promote_types(trained.dtype, torch.float32)
-            grad_weight = torch.zeros_like(trained, dtype=accumulated) if need_gradient else None
-        for piece, span in pieces:
-            if span != labels_span:
-                labels, labels_span = make_labels(span), span
-            x = states[piece]
-            if trained is not None:
-                logits = torch.mm(x, trained.T, out=buffer[: len(x)])
-            else:
-                with torch.set_grad_enabled(need_gradient):
-                    x = x.detach().requires_grad_(need_gradient)
-                    frozen_logits = head(x)  # type: ignore[operator]
-                logits = frozen_logits.detach().clone() if need_gradient else frozen_logits
-            for block in _slices(piece, block_rows):
-                part = logits[block.start - piece.start : block.stop - piece.start]
-                index = label_index[block] - span.start
-                result = row_losses(part, [tensor.index_select(0, index) for tensor in labels], row_weight[block])
-                if result.gradient.data_ptr() != part.data_ptr():
-                    part.copy_(result.gradient)
-                values.append(result.values)
-                correct.append(result.correct)
-            if grad_states is None:
-                continue
-            if trained is None:
-                grad_states[piece].copy_(torch.autograd.grad(frozen_logits, x, logits)[0])
-                continue
-            torch.mm(logits, trained, out=grad_states[piece])
-            assert grad_weight is not None
-            if grad_weight.dtype == logits.dtype:
-                grad_weight.addmm_(logits.T, x)
-            else:
-                grad_weight.add_(logits.T @ x)
+            buffer = trained.new_empty(min(max(rows.stop - rows.start for rows, _ in chunks), chunk_rows), len(trained))
+            if need_gradient:
+                gradients.append(torch.zeros_like(trained, dtype=torch.promote_types(trained.dtype, torch.float32)))
+        for rows, span in chunks:
+            labels = make_labels(span)
+            for piece in _slices(rows, chunk_rows):
+                x = states[piece]
+                if trained is not None:
+                    logits = torch.mm(x, trained.T, out=buffer[: len(x)])
+                else:
+                    with torch.set_grad_enabled(need_gradient):
+                        x = x.detach().requires_grad_(need_gradient)
+                        frozen_logits = head(x)  # type: ignore[operator]
+                    logits = frozen_logits.detach().clone() if need_gradient else frozen_logits
+                for block in _slices(piece, block_rows):
+                    part = logits[block.start - piece.start : block.stop - piece.start]
+                    index = label_index[block] - span.start
+                    result = row_losses(part, [tensor.index_select(0, index) for tensor in labels], row_weight[block])
+                    if result.gradient.data_ptr() != part.data_ptr():
+                        part.copy_(result.gradient)
+                    values.append(result.values)
+                    correct.append(result.correct)
+                if need_gradient and trained is None:
+                    gradients[0][piece].copy_(torch.autograd.grad(frozen_logits, x, logits)[0])
+                elif need_gradient and trained is not None:
+                    torch.mm(logits, trained, out=gradients[0][piece])
+                    if gradients[1].dtype == logits.dtype:
+                        gradients[1].addmm_(logits.T, x)
+                    else:
+                        gradients[1].add_(logits.T @ x)
         all_values = {name: torch.cat([block[name] for block in values]) for name in values[0]}
         loss = (all_values["loss"] * row_weight).sum()
-    if grad_states is not None:
-        loss = attach_gradients(loss, inputs, [grad_states] if trained is None else [grad_states, grad_weight])
+    if need_gradient:
+        loss = KnownGradients.apply(loss, gradients, *inputs)
     return loss, all_values, torch.cat(correct)
 
 
@@ -226,14 +219,12 @@ def _slices(whole: slice, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, whole.stop)) for start in range(whole.start, whole.stop, size))
 
 
-def attach_gradients(
-    loss: torch.Tensor, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
-) -> torch.Tensor:
-    """``loss``, a scalar without a graph, as a function of ``inputs`` with known ``gradients``; these are consumed."""
-    return _KnownGradients.apply(loss, list(gradients), *inputs)  # type: ignore[no-any-return]
+class KnownGradients(torch.autograd.Function):
+    """``apply(loss, gradients, *inputs)``: the scalar ``loss`` as a function of inputs whose gradients are known.
 
+    The gradients, one of each input or None, are consumed.
+    """
 
-class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor | None], *inputs: torch.Tensor

@@ -10,6 +10,7 @@ a view, no gather.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,9 @@ from itertools import pairwise
 import torch
 from torch.nn.functional import pad
 
-from nemo_speculative.algorithms.common.attention import CausalBlock, block_for, rounded_width
-from nemo_speculative.config.schema import Normalization
-from nemo_speculative.data.batch import Batch
+from nemo_speculative.algorithms.common.attention import CausalBlock, block_for, round_up, rounded_width
+from nemo_speculative.config.schema import DepthSampling, DraftConfig, Normalization
+from nemo_speculative.data.batch import Batch, Span, supervision_mask
 from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard
 from nemo_speculative.utils.devices import to_device
 
@@ -32,11 +33,6 @@ SHAPE_MULTIPLE = 64
 """Numbers of slots and rows are rounded up to a multiple of it: oneDNN builds and keeps a primitive for every shape."""
 
 
-def round_up(count: int, multiple: int = SHAPE_MULTIPLE) -> int:
-    """``count`` rounded up to a multiple of ``multiple``."""
-    return -(-count // multiple) * multiple
-
-
 @dataclass(frozen=True)
 class Layout:
     """The tokens of a batch that this rank computes: m of N = B * L, all of them without context parallelism."""
@@ -46,13 +42,11 @@ class Layout:
     position_ids: torch.Tensor
     """int64 [m], on the device: for the draft's rotary embedding; not the positions where these are skipped."""
     shard: ContextShard
-    sharded: bool
-    """Whether other ranks compute other tokens of the batch (context parallelism)."""
 
     @classmethod
     def of(cls, positions: torch.Tensor, position_ids: torch.Tensor, shard: ContextShard = FULL_BATCH) -> "Layout":
         """The layout of a batch: ``positions`` on the host and ``position_ids`` on the device, int64 [B, L] each."""
-        return cls(positions.flatten(), shard.local(position_ids).flatten(), shard, shard is not FULL_BATCH)
+        return cls(positions.flatten(), shard.local(position_ids).flatten(), shard)
 
     @cached_property
     def block(self) -> CausalBlock:
@@ -98,11 +92,10 @@ class Slots:
         used = steps.nonzero()[:, 0]
         own = steps[used]
         order = used[own.argsort(descending=True, stable=True)] if len(used) else torch.zeros(1, dtype=torch.long)
-        index = torch.cat((order, order[-1:].expand(round_up(len(order)) - len(order))))
+        index = torch.cat((order, order[-1:].expand(round_up(len(order), SHAPE_MULTIPLE) - len(order))))
         longest = int(own.max()) if len(used) else 1
-        active = tuple(round_up(max(int((own > i).sum()), 1)) for i in range(longest))
+        active = tuple(round_up(max(int((own > i).sum()), 1), SHAPE_MULTIPLE) for i in range(longest))
         first, end = int(index.min()), int(index.max()) + 1
-        token_window = slice(first, min(end + len(active), len(steps)))
         at = shard.to_global(index)
         lowest, key_end = int(at.min()), int(at.max()) + 1
         start = lowest - int(flat[lowest])
@@ -112,7 +105,7 @@ class Slots:
             host_index=index,
             real=torch.arange(len(index)) < len(used),
             active=active,
-            token_window=token_window,
+            token_window=slice(first, min(end + longest, len(steps))),
             key_window=key_window,
             index=to_device(index - first, device),
             position_ids=to_device((flat if position_ids is None else position_ids.flatten())[at], device),
@@ -121,12 +114,16 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class LossRows:
-    """The (slot, step) pairs that carry a loss, as M rows in ascending order of their label.
+class SlotChunk:
+    """Neighboring slots, whose loss and gradient are computed before those of the next chunk.
 
-    Labels come in chunks of equal size, and each chunk's rows are rounded up with filler rows of weight 0.
+    The (slot, step) pairs that carry a loss are M rows in ascending order of their label.  Labels come in chunks of
+    equal size, and each chunk's rows are rounded up with filler rows of weight 0.
     """
 
+    slots: Slots
+    supervised: torch.Tensor
+    """bool [T, N]: which slots carry a loss at each step."""
     output: torch.Tensor
     """int64 [M]: index of the row in the outputs of all steps, concatenated."""
     step: torch.Tensor
@@ -139,18 +136,8 @@ class LossRows:
     """int64 [M]: index into ``label_positions``."""
     label_positions: torch.Tensor
     """int64 [P], ascending: positions of the shard whose target output is a label; the last chunk is rounded up."""
-    chunks: tuple[tuple[slice, slice], ...]
+    label_chunks: tuple[tuple[slice, slice], ...]
     """Pairs of a slice of the rows and the slice of ``label_positions`` that holds their labels."""
-
-
-@dataclass(frozen=True)
-class SlotChunk:
-    """Neighboring slots whose loss and gradient are computed before those of the next chunk."""
-
-    slots: Slots
-    rows: LossRows
-    supervised: torch.Tensor
-    """bool [T, N]: which slots carry a loss at each step."""
 
 
 @dataclass(frozen=True)
@@ -168,51 +155,57 @@ class Schedule:
     """float64 [T], on the host: the weight of each step in the loss."""
 
 
+def step_weights(config: DraftConfig) -> torch.Tensor:
+    """float64 [T]: the weight of each step in the loss."""
+    return torch.tensor([config.step_decay**i for i in range(config.ttt_steps)], dtype=torch.float64)
+
+
 def make_schedule(
-    batch: Batch,
-    mask: torch.Tensor,
-    depths: torch.Tensor | None,
-    normalization: Normalization,
-    step_weights: torch.Tensor,
-    device: torch.device,
-    chunk_slots: int | None = None,
-    position_ids: torch.Tensor | None = None,
+    batch: Batch, config: DraftConfig, seed: int | None, device: torch.device, chunk_slots: int | None = None
 ) -> Schedule:
     """The schedule of ``batch``, which is on the host, for ``device``.
 
     Args:
-        mask: bool [T, B, L], from :func:`supervision_mask`.
-        depths: int64 [B, L], the steps that a slot may run; None: all.
+        seed: of the draws of depths and position skips; None, in validation: nothing is drawn.
         chunk_slots: slots of one chunk, at most, rounded up to 64; None: all.
-        position_ids: int64 [B, L], for the draft's rotary embedding; None: the batch's positions.
+
+    Raises:
+        ValueError: the batch does not name the conversations that something is drawn for.
     """
-    position_ids = batch.positions if position_ids is None else position_ids
+    mask = supervision_mask(batch.loss_mask, batch.documents, config.ttt_steps, config.mask_convention)
     # Of the whole batch: a document may belong to several ranks.
-    weights = batch.shard.mask_owned(_slot_weights(mask, batch.documents, normalization).flatten(1))
-    counts, sampled = weights.sum(1), mask.flatten(1)
-    steps = torch.arange(1, len(mask) + 1)[:, None]
-    if depths is not None:
-        sampled = sampled & (steps <= depths.flatten())
-    sampled = batch.shard.mask_owned(sampled)
-    longest = (sampled * steps).amax(0)
+    weights = batch.shard.mask_owned(_slot_weights(mask, batch.documents, config.normalization).flatten(1))
+    mask, steps = mask.flatten(1), torch.arange(1, config.ttt_steps + 1)[:, None]
+    weight_of_step, position_ids = step_weights(config), batch.positions
+    if seed is not None:
+        sampled, skipped = config.depth_sampling is DepthSampling.geometric, config.position_offset is not None
+        if (sampled or skipped) and not batch.spans:
+            raise ValueError("depths and position skips are drawn for each conversation: the batch has no spans")
+        if sampled:
+            mask = mask & (steps <= geometric_depths(batch, config.step_decay, seed).flatten())
+            # A slot that reaches a later step weighs 1 there.
+            weight_of_step = torch.ones_like(weight_of_step)
+        if config.position_offset is not None:
+            position_ids = skipped_positions(batch, config.position_offset, seed)
+    mask = batch.shard.mask_owned(mask)
+    longest = (mask * steps).amax(0)
     chunks = []
     for chosen in _neighbors(longest > 0, chunk_slots):
         slots = Slots.of(batch.positions, longest * chosen, device, batch.shard, position_ids)
-        supervised = sampled[:, slots.host_index] & slots.real
-        rows = _loss_rows(slots, supervised, weights[:, slots.host_index].float(), device)
-        chunks.append(SlotChunk(slots, rows, to_device(supervised, device)))
+        supervised = mask[:, slots.host_index] & slots.real
+        chunks.append(_slot_chunk(slots, supervised, weights[:, slots.host_index].float(), device))
     layout = Layout.of(batch.positions, to_device(position_ids, device), batch.shard)
     sent = batch.to(device)
-    return Schedule(sent, sent.shard.local(sent.input_ids), layout, tuple(chunks), counts, step_weights)
+    return Schedule(sent, sent.shard.local(sent.input_ids), layout, tuple(chunks), weights.sum(1), weight_of_step)
 
 
 def _neighbors(used: torch.Tensor, most: int | None) -> Iterator[torch.Tensor]:
     """Splits the slots ``used``, bool [n], into groups of about equal size: a mask each, at least one."""
-    count = int(used.sum())
-    groups = max(-(-count // (most or count or 1)), 1)
-    size = round_up(max(-(-count // groups), 1))
+    count = max(int(used.sum()), 1)
+    groups = math.ceil(count / (most or count))
+    size = round_up(math.ceil(count / groups), SHAPE_MULTIPLE)
     group = (used.cumsum(0) - 1) // size
-    return (used & (group == n) for n in range(max(-(-count // size), 1)))
+    return (used & (group == n) for n in range(math.ceil(count / size)))
 
 
 def _slot_weights(mask: torch.Tensor, documents: torch.Tensor, normalization: Normalization) -> torch.Tensor:
@@ -225,57 +218,46 @@ def _slot_weights(mask: torch.Tensor, documents: torch.Tensor, normalization: No
     return mask / per_document.gather(2, of_slot).clamp(min=1)
 
 
-def _loss_rows(slots: Slots, supervised: torch.Tensor, weights: torch.Tensor, device: torch.device) -> LossRows:
+def _slot_chunk(slots: Slots, supervised: torch.Tensor, weights: torch.Tensor, device: torch.device) -> SlotChunk:
     step, slot = supervised.nonzero(as_tuple=True)
     position = slots.host_index[slot] + 1 + step
     order = position.argsort(stable=True)
     step, slot = step[order], slot[order]
     label_positions, label = position[order].unique_consecutive(return_inverse=True)
-    starts = torch.tensor([0, *slots.active]).cumsum(0)
-    source, chunks = _label_chunks(label, LABEL_CHUNK[device.type])
+
+    # Each chunk of labels with its rows, and filler (-1), whose label is the chunk's first.
+    size, count = LABEL_CHUNK[device.type], max(len(label_positions), 1)
+    bounds = torch.searchsorted(label, torch.arange(0, count + size, size)).tolist()
+    sources, first_labels, chunks, end = [], [], [], 0
+    for n, (start, stop) in enumerate(pairwise(bounds)):
+        length = round_up(max(stop - start, 1), SHAPE_MULTIPLE)
+        sources.append(pad(torch.arange(start, stop), (0, length - (stop - start)), value=-1))
+        first_labels.append(torch.full((length,), n * size))
+        chunks.append((slice(end, end + length), slice(n * size, min((n + 1) * size, round_up(count, LABEL_MULTIPLE)))))
+        end += length
+    source, first_label = torch.cat(sources), torch.cat(first_labels)
+    filler = source < 0
     if not len(label_positions):
         step, slot, label, label_positions = (torch.zeros(1, dtype=torch.long) for _ in range(4))
-    filler = source < 0
-    source = source.clamp(min=0)
-    step, slot, label = step[source], slot[source], label[source]
-    first = torch.repeat_interleave(
-        torch.tensor([span.start for _, span in chunks]), torch.tensor([rows.stop - rows.start for rows, _ in chunks])
-    )
+    step, slot, label = (x[source.clamp(min=0)] for x in (step, slot, label))
     columns = {
-        "output": starts[step] + slot,
+        "supervised": supervised,
+        "output": torch.tensor([0, *slots.active]).cumsum(0)[step] + slot,
         "step": step,
         "cell": torch.where(filler, supervised.numel(), step * supervised.shape[1] + slot),
         "weight": weights[step, slot].masked_fill(filler, 0.0),
-        "label": torch.where(filler, first, label),
+        "label": torch.where(filler, first_label, label),
         "label_positions": pad(label_positions, (0, chunks[-1][1].stop - len(label_positions))),
     }
-    return LossRows(**{name: to_device(x, device) for name, x in columns.items()}, chunks=tuple(chunks))
+    return SlotChunk(slots, **{name: to_device(x, device) for name, x in columns.items()}, label_chunks=tuple(chunks))
 
 
-def _label_chunks(label: torch.Tensor, size: int) -> tuple[torch.Tensor, list[tuple[slice, slice]]]:
-    """Splits rows with ``label`` int64 [n], ascending, into chunks of ``size`` labels.
+def conversation_uniform(name: str, span: Span, *shape: int) -> torch.Tensor:
+    """Uniform draws in [0, 1) of ``shape`` for a conversation, on the host.
 
-    Returns:
-        int64 [M]: the row of the n that each of the M rows is, -1 for filler; the chunks, as slices of the M rows and
-        of the labels.
+    They depend on ``name``, the conversation and the epoch alone: on neither packing, nor rank count, nor a restart.
     """
-    count = int(label[-1]) + 1 if len(label) else 1
-    bounds = torch.searchsorted(label, torch.arange(0, count + size, size)).tolist()
-    source: list[torch.Tensor] = []
-    chunks, end = [], 0
-    for n, (start, stop) in enumerate(pairwise(bounds)):
-        length = round_up(max(stop - start, 1))
-        source += [torch.arange(start, stop), torch.full((length - (stop - start),), -1)]
-        chunks.append((slice(end, end + length), slice(n * size, min((n + 1) * size, round_up(count, LABEL_MULTIPLE)))))
-        end += length
-    return torch.cat(source), chunks
-
-
-def document_uniform(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Uniform draws in [0, 1) of ``shape``, the same for the same ``key``, on the host.
-
-    A key names the conversation and the epoch, so draws depend on neither packing, nor rank count, nor a restart.
-    """
+    key = f"{name}:{span.epoch}:{span.id}"
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -285,15 +267,10 @@ def geometric_depths(batch: Batch, decay: float, seed: int) -> torch.Tensor:
 
     A slot survives to step i with probability decay^i, and weighs 1 there instead of decay^i.  The expected gradient
     is that of the weighted loss (E[1{depth > i}] = decay^i), at half the work of seven steps.
-
-    Raises:
-        ValueError: the batch does not name its conversations.
     """
-    if not batch.spans:
-        raise ValueError("depth sampling draws for each conversation: the batch has no spans")
     depths = torch.ones_like(batch.positions)
     for span in batch.spans:
-        u = document_uniform(f"depth:{seed}:{span.epoch}:{span.id}", (span.end - span.start,))
+        u = conversation_uniform(f"depth:{seed}", span, span.end - span.start)
         # u in [0, 1): u < decay^i holds for i up to log u / log decay.
         steps = torch.log(u.double().clamp(min=1e-300)) / torch.log(torch.tensor(decay, dtype=torch.float64))
         depths[span.row, span.start : span.end] = steps.ceil().clamp(1, 1 << 30).long()
@@ -308,16 +285,11 @@ def skipped_positions(batch: Batch, longest: int, seed: int) -> torch.Tensor:
     position occurs between the tokens before and after a cut, while near neighbors stay near.  The cut is uniform
     within the document, and the skip among those that keep its last position below ``longest``.  Only the draft's
     rotary embedding uses them; the target's features are those of the true positions.
-
-    Raises:
-        ValueError: the batch does not name its conversations.
     """
-    if not batch.spans:
-        raise ValueError("position skips are drawn for each conversation: the batch has no spans")
     positions = batch.positions.clone()
     for span in batch.spans:
         length = span.end - span.start
-        cut, skip = document_uniform(f"position:{seed}:{span.epoch}:{span.id}", (2,)).tolist()
+        cut, skip = conversation_uniform(f"position:{seed}", span, 2).tolist()
         first = span.start + 1 + int(cut * (length - 1))
         positions[span.row, first : span.end] += int(skip * (max(longest - length, 0) + 1))
     return positions

@@ -23,20 +23,10 @@ from torch.nn.functional import linear
 from nemo_speculative.algorithms.common.attention import Pair, unroll_attention
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.layers import rotate
-from nemo_speculative.algorithms.common.losses import RowLosses, attach_gradients, chunked_linear_loss
-from nemo_speculative.algorithms.common.schedule import (
-    Layout,
-    LossRows,
-    Schedule,
-    SlotChunk,
-    Slots,
-    geometric_depths,
-    make_schedule,
-    skipped_positions,
-)
-from nemo_speculative.config.schema import DepthSampling, MaskConvention, Normalization
-from nemo_speculative.data.batch import Batch, supervision_mask
-from nemo_speculative.distributed.context_parallel import NO_CONTEXT_PARALLELISM, ContextGroup
+from nemo_speculative.algorithms.common.losses import KnownGradients, RowLosses, chunked_linear_loss, upcast
+from nemo_speculative.algorithms.common.schedule import Layout, Schedule, SlotChunk, Slots, make_schedule, step_weights
+from nemo_speculative.data.batch import Batch
+from nemo_speculative.distributed.context_parallel import FULL_BATCH, NO_CONTEXT_PARALLELISM, ContextGroup
 from nemo_speculative.targets.base import Target, TargetOutput
 
 CPU = torch.device("cpu")
@@ -60,76 +50,25 @@ class TTTObjective(ABC):
     """The objective of the module's text; a subclass defines the labels and the loss of a row of logits.
 
     Args:
-        num_steps: T, steps of the unroll.
-        step_decay: step i weighs ``step_decay ** i``.
-        normalization: the weight of a slot.
-        depth_sampling: whether a slot that weighs less at a later step runs it less often instead.
-        position_offset: position ids in training go up to this, by a random skip in each document; None: no skips.
-        seed: of those draws.
+        config: the draft's configuration.
+        seed: of the draws of depth sampling, position skips and noise.
         tau_steps: draft tokens of the chain that ``tau`` simulates.
         chunk_slots: slots whose unroll is in memory at once; None: all.
         context: the ranks that share a batch's tokens.
     """
 
     def __init__(
-        self,
-        target: Target,
-        *,
-        num_steps: int,
-        step_decay: float,
-        convention: MaskConvention,
-        normalization: Normalization = Normalization.token,
-        depth_sampling: DepthSampling = DepthSampling.none,
-        position_offset: int | None = None,
-        seed: int = 0,
-        tau_steps: int,
-        chunk_slots: int | None = None,
+        self, target: Target, config: Any, *, seed: int, tau_steps: int, chunk_slots: int | None = None,
         context: ContextGroup = NO_CONTEXT_PARALLELISM,
-    ):
-        self.target, self.num_steps, self.convention = target, num_steps, convention
-        self.step_decay, self.depth_sampling, self.seed = step_decay, depth_sampling, seed
-        self.position_offset, self.normalization = position_offset, normalization
-        self.step_weights = torch.tensor([step_decay**i for i in range(num_steps)], dtype=torch.float64)
-        self.tau_steps, self.chunk_slots, self.context = min(tau_steps, num_steps), chunk_slots, context
-
-    @classmethod
-    def build(
-        cls, target: Target, config: Any, *, seed: int, tau_steps: int, chunk_slots: int | None = None,
-        context: ContextGroup = NO_CONTEXT_PARALLELISM,
-    ) -> "TTTObjective":  # fmt: skip
-        """The objective of a draft's configuration."""
-        return cls(
-            target,
-            **cls.own_arguments(config),
-            num_steps=config.ttt_steps,
-            step_decay=config.step_decay,
-            convention=config.mask_convention,
-            normalization=config.normalization,
-            depth_sampling=config.depth_sampling,
-            position_offset=config.position_offset,
-            seed=seed,
-            tau_steps=tau_steps,
-            chunk_slots=chunk_slots,
-            context=context,
-        )
-
-    @classmethod
-    def own_arguments(cls, config: Any) -> dict[str, Any]:
-        """The arguments that a subclass adds to these, from the draft's configuration."""
-        return {}
+    ):  # fmt: skip
+        self.target, self.config, self.seed, self.num_steps = target, config, seed, config.ttt_steps
+        self.tau_steps, self.chunk_slots, self.context = min(tau_steps, self.num_steps), chunk_slots, context
 
     def schedule(self, batch: Batch, device: torch.device = CPU, training: bool = True) -> Schedule:
-        """The schedule of ``batch``, which is on the host; in validation nothing is sampled."""
+        """The schedule of ``batch``, which is on the host; in validation nothing is drawn."""
         # The last step of a slot reads a token, and uses a label, num_steps positions ahead.
         batch = replace(batch, shard=self.context.shard(batch.num_tokens, halo=self.num_steps))
-        mask = supervision_mask(batch.loss_mask, batch.documents, self.num_steps, self.convention)
-        sampled = training and self.depth_sampling is DepthSampling.geometric
-        depths = geometric_depths(batch, self.step_decay, self.seed) if sampled else None
-        skips = training and self.position_offset is not None
-        position_ids = skipped_positions(batch, self.position_offset or 0, self.seed) if skips else None
-        # A sampled slot that reaches a later step weighs 1 there.
-        weights = torch.ones_like(self.step_weights) if sampled else self.step_weights
-        return make_schedule(batch, mask, depths, self.normalization, weights, device, self.chunk_slots, position_ids)
+        return make_schedule(batch, self.config, self.seed if training else None, device, self.chunk_slots)
 
     def loss(self, draft: Draft, schedule: Schedule, target_output: TargetOutput, counts: torch.Tensor) -> LossSum:
         """The loss of a micro-batch; ``counts`` [T] are those of the global batch, over all ranks and micro-batches."""
@@ -138,16 +77,16 @@ class TTTObjective(ABC):
         state = compute_step0(draft, embeddings.flatten(0, 1), features.flatten(0, 1), schedule.layout)
         scale = (schedule.step_weights / counts.clamp(min=1e-9)).float().to(features.device, non_blocking=True)
 
-        def chunk_loss(window: Step0State, chunk: SlotChunk) -> tuple[torch.Tensor, Sums]:
-            rows = chunk.rows
-            outputs = torch.cat(unroll(draft, window, chunk.slots)).index_select(0, rows.output)
+        def chunk_loss(window: Step0State, rows: SlotChunk) -> tuple[torch.Tensor, Sums]:
+            outputs = torch.cat(unroll(draft, window, rows.slots)).index_select(0, rows.output)
             loss, values, correct = self.rows_loss(draft, outputs, target_output, rows, rows.weight * scale[rows.step])
-            sums = {name: _sum_by_step(value * rows.weight, rows, self.num_steps) for name, value in values.items()}
-            sums["weight"] = _sum_by_step(rows.weight, rows, self.num_steps)
+            values = {name: value.detach() * rows.weight for name, value in values.items()} | {"weight": rows.weight}
+            zeros = torch.zeros(self.num_steps, dtype=torch.float64, device=correct.device)
+            sums = {name: zeros.index_add(0, rows.step, value.double()) for name, value in values.items()}
             # One cell more than there are, for the filler.
-            cells = torch.zeros(chunk.supervised.numel() + 1, dtype=torch.bool, device=correct.device)
-            grid = cells.index_copy_(0, rows.cell, correct)[:-1].view_as(chunk.supervised)
-            return loss, sums | chain_sums(grid, chunk.supervised)
+            cells = torch.zeros(rows.supervised.numel() + 1, dtype=torch.bool, device=correct.device)
+            grid = cells.index_copy_(0, rows.cell, correct)[:-1].view_as(rows.supervised)
+            return loss, sums | chain_sums(grid, rows.supervised)
 
         trained = [p for p in draft.parameters() if p.requires_grad]
         return LossSum(*sum_over_chunks(chunk_loss, state, schedule.chunks, trained))
@@ -157,7 +96,7 @@ class TTTObjective(ABC):
         return draft.project_hidden_states(target_output.aux_hidden_states, target_output.last_hidden_state)
 
     def rows_loss(
-        self, draft: Any, outputs: torch.Tensor, target_output: TargetOutput, rows: LossRows, weight: torch.Tensor
+        self, draft: Any, outputs: torch.Tensor, target_output: TargetOutput, rows: SlotChunk, weight: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """The loss of outputs [M, h], weighted by ``weight`` float32 [M]; returns as :func:`chunked_linear_loss`."""
         hidden, head = target_output.last_hidden_state.flatten(0, 1), draft.head_weight
@@ -165,7 +104,7 @@ class TTTObjective(ABC):
             draft.head_input(outputs),
             self.target.logits if head is None else head,
             weight,
-            rows.chunks,
+            rows.label_chunks,
             rows.label,
             lambda span: self.labels(draft, hidden.index_select(0, rows.label_positions[span])),
             lambda logits, labels, row_weight: self.row_losses(draft, logits, labels, row_weight),
@@ -190,25 +129,15 @@ class TTTObjective(ABC):
         per_step = sums["loss"] / sums["weight"].clamp(min=1e-9)
         accuracy = sums["correct"] / sums["count"].clamp(min=1)
         chain = (sums["chain_correct"] / sums["count"].clamp(min=1))[: self.tau_steps]
-        out = {"loss": float((per_step * self.step_weights.to(per_step.device)).sum()), "tau": 1.0 + float(chain.sum())}
+        out = {"loss": float((per_step * step_weights(self.config).to(per_step.device)).sum()), "tau": 1.0 + float(chain.sum())}
         out |= {f"ploss_{i}": float(x) for i, x in enumerate(per_step)}
         return out | {f"acc_{i}": float(x) for i, x in enumerate(accuracy)}
-
-
-def _sum_by_step(values: torch.Tensor, rows: LossRows, num_steps: int) -> torch.Tensor:
-    """float64 [T]: the sums over the rows of each step."""
-    zeros = torch.zeros(num_steps, dtype=torch.float64, device=values.device)
-    return zeros.index_add_(0, rows.step, values.detach().double())
 
 
 def chain_sums(correct: torch.Tensor, supervised: torch.Tensor) -> Sums:
     """Numbers of slots supervised at step i for which step i, and the whole chain up to it, is correct.
 
-    Args:
-        correct, supervised: bool [T, N].
-
-    Returns:
-        float64 [T] each.
+    Bool [T, N] each → float64 [T] each.
     """
     return {
         "count": supervised.sum(1).double(),
@@ -223,56 +152,47 @@ class Step0State:
 
     tokens: torch.Tensor
     """[m, w]: :meth:`.draft.Draft.project_tokens`."""
-    features: torch.Tensor
-    """[m, h]"""
+    last_input: torch.Tensor
+    """[m, h]: the input of the last layer; the features, if the draft has one layer."""
     keys_values: tuple[Pair, ...]
     """Keys and values [H_kv, N, d] of each layer, of the whole batch."""
-    last_input: torch.Tensor | None
-    """[m, h]: the input of the last layer; None: the draft has one layer."""
 
     def window(self, slots: Slots) -> "Step0State":
         """Views of what ``slots`` read."""
-        return Step0State(
-            self.tokens[slots.token_window],
-            self.features[slots.token_window],
-            tuple((k[:, slots.key_window], v[:, slots.key_window]) for k, v in self.keys_values),
-            None if self.last_input is None else self.last_input[slots.token_window],
-        )
+        tokens, keys = slots.token_window, slots.key_window
+        pairs = tuple((k[:, keys], v[:, keys]) for k, v in self.keys_values)
+        return Step0State(self.tokens[tokens], self.last_input[tokens], pairs)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors, always in the same order."""
-        last = [] if self.last_input is None else [self.last_input]
-        return [self.tokens, self.features, *(x for pair in self.keys_values for x in pair), *last]
+        return [self.tokens, self.last_input, *(x for pair in self.keys_values for x in pair)]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Step0State":
         """The state with ``function`` applied to each tensor."""
-        return Step0State(
-            function(self.tokens),
-            function(self.features),
-            tuple((function(k), function(v)) for k, v in self.keys_values),
-            None if self.last_input is None else function(self.last_input),
-        )
+        pairs = tuple((function(k), function(v)) for k, v in self.keys_values)
+        return Step0State(function(self.tokens), function(self.last_input), pairs)
 
 
 def compute_step0(draft: Draft, embeddings: torch.Tensor, features: torch.Tensor, layout: Layout) -> Step0State:
     """The part of step 0 at every position of the shard that slots need; embeddings and features are [m, h]."""
-    layers, packed, (_, key_rows) = draft.decoder_layers, pack_qkv(draft), _qkv_rows(draft)
+    layers, packed = draft.decoder_layers, pack_qkv(draft)
     tokens = draft.project_tokens(embeddings)
     rotation = _rotation(draft, layout.position_ids, features.dtype)
     next_tokens = tokens.roll(-1, dims=0)
-    residual, last_input, keys_values = features, None, []
+    residual = last_input = features
+    keys_values = []
     for n in range(len(layers)):
         # Of the last layer slots need the keys and values only.
-        rows = key_rows if n == len(layers) - 1 else slice(None)
+        rows = slice(_num_queries(draft), None) if n == len(layers) - 1 else slice(None)
         projected, residual = project_qkv(draft, packed, n, next_tokens, residual, rows)
         q, k, v = _split_heads(draft, projected, rotation)
-        if layout.sharded:
+        if layout.shard is not FULL_BATCH:
             k, v = layout.shard.all_gather(k, v)
         keys_values.append((k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()))
         if n < len(layers) - 1:
             attended = unroll_attention(q, keys_values[-1], layout.block, [])
             last_input = residual = layers[n].finish(residual, attended.flatten(1))
-    return Step0State(tokens, features, tuple(keys_values), last_input)
+    return Step0State(tokens, last_input, tuple(keys_values))
 
 
 def unroll(draft: Draft, state: Step0State, slots: Slots) -> list[torch.Tensor]:
@@ -281,7 +201,7 @@ def unroll(draft: Draft, state: Step0State, slots: Slots) -> list[torch.Tensor]:
     Returns:
         Layer outputs [n_i, h] of each step i, of its n_i = ``slots.active[i]`` slots.
     """
-    layers, packed, (query_rows, _) = draft.decoder_layers, pack_qkv(draft), _qkv_rows(draft)
+    layers, packed = draft.decoder_layers, pack_qkv(draft)
     own: list[list[Pair]] = [[] for _ in layers]
     """By layer: the slots' own keys and values of steps 1 … i."""
     outputs: list[torch.Tensor] = []
@@ -292,8 +212,8 @@ def unroll(draft: Draft, state: Step0State, slots: Slots) -> list[torch.Tensor]:
         if i == 0:
             # The last layer's queries are all that is left: its keys, and the layers below, are the state's.
             last = len(layers) - 1
-            below = state.features if state.last_input is None else state.last_input
-            q, residual = project_qkv(draft, packed, last, token, below.index_select(0, index), query_rows)
+            below, rows = state.last_input.index_select(0, index), slice(_num_queries(draft))
+            q, residual = project_qkv(draft, packed, last, token, below, rows)
             q = rotate(q.unflatten(-1, (-1, draft.shape.head_dim)), *rotation)
             attended = unroll_attention(q, state.keys_values[last], slots.blocks[0], [])
             outputs.append(layers[last].finish(residual, attended.flatten(1)))
@@ -321,27 +241,19 @@ def project_qkv(
     draft: Draft, packed: Sequence[tuple[torch.Tensor, ...]], n: int, token: torch.Tensor, below: torch.Tensor,
     rows: slice = slice(None),
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Queries, keys and values of layer n, and its residual.
+    """The needed ``rows`` of [q ; k ; v] of layer n, [n, (H + 2 * H_kv) * d], and its residual [n, h].
 
-    The first layer reads the token and the feature ``below``, a deeper one the output ``below`` of the layer below.
-
-    Args:
-        token: [n, w], from :meth:`.draft.Draft.project_tokens`.
-        below: [n, h].
-        rows: the features of [q ; k ; v] that are needed.
-
-    Returns:
-        ``rows`` of [n, (H + 2 * H_kv) * d], and [n, h].
+    The first layer reads the token [n, w] and the feature ``below``, a deeper one the output ``below`` [n, h] of the
+    layer below.
     """
     if n == 0:
         return draft.project_first_layer(packed[0], token, below, rows)
     return linear(draft.decoder_layers[n].norm_input(below), packed[n][0][rows]), below
 
 
-def _qkv_rows(draft: Draft) -> tuple[slice, slice]:
-    """The queries, and the keys and values, in the stacked projections."""
-    queries = draft.shape.num_heads * draft.shape.head_dim
-    return slice(0, queries), slice(queries, None)
+def _num_queries(draft: Draft) -> int:
+    """The rows of [q ; k ; v] that are queries."""
+    return draft.shape.num_heads * draft.shape.head_dim  # type: ignore[no-any-return]
 
 
 def _rotation(draft: Draft, position_ids: torch.Tensor, dtype: torch.dtype) -> Pair:
@@ -371,18 +283,14 @@ def sum_over_chunks(
     Chunks share the step-0 state and the weights.  The gradient of a chunk is computed as soon as its loss is known, in
     the forward pass, and added up; nothing is computed twice.  What the state was computed from keeps its graph.
 
-    Args:
-        chunk_loss: the loss of a chunk, given its window of ``state``; and other sums.
-        weights: the parameters that it reads.
-
-    Returns:
-        The loss, a scalar with gradients to ``state`` and ``weights``, and the other sums.
+    ``chunk_loss`` gives the loss of a chunk and other sums; it reads its window of ``state``, and ``weights``.  The loss
+    that is returned, a scalar, has gradients to both.
     """
     losses: list[torch.Tensor] = []
     sums: list[Sums] = []
     need_gradient = torch.is_grad_enabled()
     # At least float32: in bfloat16 the small terms of a long sum would vanish.
-    totals = state.map(lambda x: torch.zeros_like(x, dtype=_sum_dtype(x))) if need_gradient else state
+    totals = state.map(lambda x: upcast(torch.zeros_like(x))) if need_gradient else state
     weight_totals: list[torch.Tensor | None] = [None for _ in weights]
     for chunk in chunks:
         window = state.window(chunk.slots).map(lambda x: x.detach().requires_grad_(x.requires_grad and need_gradient))
@@ -391,23 +299,19 @@ def sum_over_chunks(
         sums.append(chunk_sums)
         if not need_gradient:
             continue
-        read = window.tensors()
-        inputs = [*read, *weights]
-        trained = [x for x in inputs if x.requires_grad]
-        computed = iter(torch.autograd.grad(loss, trained, allow_unused=True))
-        gradients = [next(computed) if x.requires_grad else None for x in inputs]
-        for total, gradient in zip(totals.window(chunk.slots).tensors(), gradients[: len(read)], strict=True):
+        pairs = zip(totals.window(chunk.slots).tensors(), window.tensors(), strict=True)
+        read = [(total, x) for total, x in pairs if x.requires_grad]
+        inputs = [*(x for _, x in read), *weights]
+        computed = torch.autograd.grad(loss, inputs, allow_unused=True)
+        for (total, _), gradient in zip(read, computed, strict=False):
             if gradient is not None:
-                total += gradient
-        for n, gradient in enumerate(gradients[len(read) :]):
+                total.add_(gradient)
+        for n, gradient in enumerate(computed[len(read) :]):
             if gradient is not None:
-                term, before = gradient.to(_sum_dtype(gradient)), weight_totals[n]
+                term, before = upcast(gradient), weight_totals[n]
                 weight_totals[n] = term if before is None else before + term
     total_loss = torch.stack(losses).sum()
     if need_gradient:
-        total_loss = attach_gradients(total_loss, [*state.tensors(), *weights], [*totals.tensors(), *weight_totals])
+        gradients = [*totals.tensors(), *weight_totals]
+        total_loss = KnownGradients.apply(total_loss, gradients, *state.tensors(), *weights)
     return total_loss, {name: torch.stack([each[name] for each in sums]).sum(0) for name in sums[0]}
-
-
-def _sum_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -2,15 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_speculative.algorithms.common.contract import Contract
-from nemo_speculative.algorithms.common.shape import DraftShape
+from nemo_speculative.algorithms.common.contract import Contract, DraftShape
 from nemo_speculative.utils.errors import UserError
-
-if TYPE_CHECKING:  # a command for SGLang is printed without importing torch or Hydra
-    from nemo_speculative.algorithms.common.draft import Draft
-    from nemo_speculative.algorithms.common.drafting import DraftSession
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +17,8 @@ class EagleContract(Contract):
     """The contract of EAGLE-1 and EAGLE-2 drafts."""
 
     algorithm = "EAGLE"
-
-    @property
-    def draft(self) -> "type[Draft]":
-        from nemo_speculative.algorithms.eagle.network import EagleDraft
-
-        return EagleDraft
-
-    @property
-    def session(self) -> "type[DraftSession]":
-        from nemo_speculative.algorithms.eagle.drafting import EagleSession
-
-        return EagleSession
-
-    def own_fields(self, shape: EagleShape) -> dict[str, Any]:
-        return {}
+    network = "nemo_speculative.algorithms.eagle.network:EagleDraft"
+    drafting = "nemo_speculative.algorithms.eagle.drafting:EagleSession"
 
     def shape(self, config: dict[str, Any], numbers: dict[str, Any], where: Path) -> EagleShape:
         if "eagle_config" in config:

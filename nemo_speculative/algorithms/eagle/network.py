@@ -15,16 +15,13 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from nemo_speculative.algorithms.common.contract import numbers_for
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.layers import DraftLayer
-from nemo_speculative.algorithms.common.shape import numbers_for
 from nemo_speculative.algorithms.eagle.contract import EagleShape
 
 if TYPE_CHECKING:  # a served command needs no Hydra
     from nemo_speculative.config.schema import DraftConfig
-
-EMBEDDING_SCALE = 0.2
-"""Factor of fc's random weights where fc starts as the identity on the feature."""
 
 
 class EagleDraft(Draft):
@@ -34,7 +31,6 @@ class EagleDraft(Draft):
 
     def __init__(self, shape: EagleShape):
         super().__init__(shape)
-        self.shape = shape
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=True)
         self.layers = nn.ModuleList(
             DraftLayer(shape, shape.hidden_size, "input_layernorm" if n else None) for n in range(shape.num_layers)
@@ -79,8 +75,8 @@ class EagleDraft(Draft):
         """Copies nothing: the head is the target's own."""
 
     def init_fc(self) -> None:
-        """Sets fc to the identity on the feature."""
+        """Sets fc to the identity on the feature, and small random weights on the embedding."""
         h = self.shape.hidden_size
-        self.fc.weight.mul_(EMBEDDING_SCALE)
+        self.fc.weight.mul_(0.2)
         self.fc.weight[:, h:] += torch.eye(h, device=self.fc.weight.device)
         self.fc.bias.zero_()

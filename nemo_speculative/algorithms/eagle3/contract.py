@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_speculative.algorithms.common.contract import Contract, number, switch
-from nemo_speculative.algorithms.common.shape import DraftShape, numbers_for
+from nemo_speculative.algorithms.common.contract import Contract, DraftShape, number, numbers_for
 from nemo_speculative.utils.errors import UserError
 
-if TYPE_CHECKING:  # a command for SGLang is printed without importing torch or Hydra
-    from nemo_speculative.algorithms.common.draft import Draft
-    from nemo_speculative.algorithms.common.drafting import DraftSession
+if TYPE_CHECKING:  # a command for SGLang is printed without importing Hydra
     from nemo_speculative.config.schema import DraftConfig
+
+SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +32,12 @@ class Eagle3Shape(DraftShape):
     @classmethod
     def like_target(
         cls, target_config: Any, aux_layers: Sequence[int], draft_vocab_size: int | None,
-        config: "DraftConfig | None" = None, **switches: Any,
+        config: "DraftConfig | None" = None, **changes: Any,
     ) -> "Eagle3Shape":  # fmt: skip
-        """The shape of one of the target's layers, unless ``config`` or ``switches`` set another."""
+        """The shape of one of the target's layers, unless ``config`` or ``changes`` set another."""
+        switches = {name: getattr(config, name, False) for name in SWITCHES}
         return cls(
-            **{**numbers_for(config, target_config), **switches},
+            **{**numbers_for(config, target_config), **switches, **changes},
             draft_vocab_size=draft_vocab_size,
             aux_layers=tuple(aux_layers),
             target_hidden_size=target_config.hidden_size,
@@ -57,19 +57,8 @@ class Eagle3Contract(Contract):
     """The contract of EAGLE-3 and EAGLE-3.1 drafts."""
 
     algorithm = "EAGLE3"
-    SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
-
-    @property
-    def draft(self) -> "type[Draft]":
-        from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
-
-        return Eagle3Draft
-
-    @property
-    def session(self) -> "type[DraftSession]":
-        from nemo_speculative.algorithms.eagle3.drafting import Eagle3Session
-
-        return Eagle3Session
+    network = "nemo_speculative.algorithms.eagle3.network:Eagle3Draft"
+    drafting = "nemo_speculative.algorithms.eagle3.drafting:Eagle3Session"
 
     def own_fields(self, shape: Eagle3Shape) -> dict[str, Any]:
         return {
@@ -78,11 +67,14 @@ class Eagle3Contract(Contract):
             "target_hidden_size": shape.target_hidden_size,
             "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(shape.aux_layers)},
             # Left out where off, so that a reader that does not know them meets nothing new.
-            **{name: True for name in self.SWITCHES if getattr(shape, name)},
+            **{name: True for name in SWITCHES if getattr(shape, name)},
         }
 
     def shape(self, config: dict[str, Any], numbers: dict[str, Any], where: Path) -> Eagle3Shape:
-        switches: dict[str, Any] = {name: switch(config, name, where) for name in self.SWITCHES}
+        switches = {name: config.get(name, False) for name in SWITCHES}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise UserError(f"{where}: {name} is {value!r}, expected true or false")
         shape = Eagle3Shape(
             **numbers,
             **switches,
@@ -105,9 +97,6 @@ class Eagle3Contract(Contract):
                 "applies fc only where the widths differ"
             )
         return shape
-
-    def expected_ids(self, shape: Eagle3Shape) -> bool:
-        return shape.draft_vocab_size is not None
 
 
 def _aux_layers(eagle: Any, where: Path) -> tuple[int, ...]:

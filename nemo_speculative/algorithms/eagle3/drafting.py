@@ -3,9 +3,6 @@
 At verified positions the draft reads the projection of the target's aux states, after them its own outputs.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from nemo_speculative.algorithms.common.attention import Pair
@@ -14,11 +11,6 @@ from nemo_speculative.algorithms.common.drafting import DraftSession
 
 class Eagle3Session(DraftSession):
     """The drafting of an :class:`.network.Eagle3Draft`."""
-
-    @classmethod
-    def check_target(cls, draft: Any, aux_layers: Sequence[int]) -> None:
-        if draft.shape.aux_layers != tuple(aux_layers):
-            raise ValueError(f"the draft reads the layers {draft.shape.aux_layers}, the target gives {aux_layers}")
 
     def first_layer_input(self, embeddings: torch.Tensor, feature: torch.Tensor) -> Pair:
         first = self.draft.decoder_layers[0]

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.layers import DraftLayer, rms_norm
+from nemo_speculative.algorithms.common.layers import DraftLayer, RMSNorm
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.data.vocab_mapping import VocabMapping
 from nemo_speculative.utils.errors import UserError
@@ -28,14 +28,6 @@ if TYPE_CHECKING:  # a served command needs no Hydra
 
 LOW_AUX_SCALE = 0.2
 """Factor of fc's random weights where fc starts as the identity on the highest aux state."""
-
-
-class Eagle3FirstLayer(DraftLayer):
-    """The layer that reads [input_layernorm(embedding) ; hidden_norm(feature)]."""
-
-    def __init__(self, shape: Eagle3Shape):
-        super().__init__(shape, 2 * shape.hidden_size, "hidden_norm")
-        self.input_layernorm = rms_norm(shape)
 
 
 class Eagle3Draft(Draft):
@@ -49,22 +41,22 @@ class Eagle3Draft(Draft):
 
     def __init__(self, shape: Eagle3Shape):
         super().__init__(shape)
-        self.shape = shape
         self.fc = nn.Linear(shape.fc_width, shape.hidden_size, bias=False)
         if shape.fc_norm:
-            self.fc_norm = nn.ModuleList(rms_norm(shape, shape.target_hidden_size) for _ in shape.aux_layers)
+            self.fc_norm = nn.ModuleList(RMSNorm(shape, shape.target_hidden_size) for _ in shape.aux_layers)
         if shape.norm_before_fc:
-            self.input_norm = rms_norm(shape, shape.fc_width)
+            self.input_norm = RMSNorm(shape, shape.fc_width)
+        # It reads [input_layernorm(embedding) ; hidden_norm(feature)].
+        first = DraftLayer(shape, 2 * shape.hidden_size, "hidden_norm")
+        first.input_layernorm = RMSNorm(shape)
         # One layer is ``midlayer``, which every version of SGLang loads; several are ``layers.N``.
-        first = Eagle3FirstLayer(shape)
         if shape.num_layers == 1:
             self.midlayer = first
         else:
             deeper = (DraftLayer(shape, shape.hidden_size, "hidden_norm") for _ in range(shape.num_layers - 1))
             self.layers = nn.ModuleList([first, *deeper])
-        self.norm = rms_norm(shape)
-        self.has_embedding = shape.own_embedding
-        if self.has_embedding:
+        self.norm = RMSNorm(shape)
+        if shape.own_embedding:
             self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         own_head = shape.draft_vocab_size is not None
         entries = shape.draft_vocab_size or shape.vocab_size
@@ -77,16 +69,14 @@ class Eagle3Draft(Draft):
     def shape_for(
         cls, config: "DraftConfig", target_config: Any, aux_layers: Sequence[int], vocabulary_size: int | None
     ) -> Eagle3Shape:
-        names = ("fc_norm", "norm_before_fc", "norm_output")
-        switches = {name: getattr(config, name) for name in names}
-        return Eagle3Shape.like_target(target_config, aux_layers, vocabulary_size, config, **switches)
+        return Eagle3Shape.like_target(target_config, aux_layers, vocabulary_size, config)
 
     @property
     def decoder_layers(self) -> Sequence[Any]:
         return [self.midlayer] if self.shape.num_layers == 1 else list(self.layers)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if self.has_embedding:
+        if self.shape.hidden_size != self.shape.target_hidden_size:
             return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
         return self.target.embed(input_ids).to(self.fc.weight.dtype)
 
@@ -133,7 +123,7 @@ class Eagle3Draft(Draft):
 
     def init_head(self, head: torch.Tensor, final_norm: torch.Tensor | None) -> None:
         """Copies the final norm, and the head's rows of the draft vocabulary."""
-        if self.shape.hidden_size != head.shape[1]:
+        if self.shape.own_embedding:
             raise UserError(
                 f"draft.init_from_target.head: the target's head reads {head.shape[1]} features, the draft's "
                 f"{self.shape.hidden_size}; set draft.init_from_target.head=false"
@@ -145,11 +135,11 @@ class Eagle3Draft(Draft):
 
     def init_fc(self) -> None:
         """Sets fc to the identity on the highest aux state."""
-        if self.shape.hidden_size != self.shape.target_hidden_size:
-            raise UserError(
-                f"draft.init_from_target.fc: fc is no identity from {self.shape.target_hidden_size} to "
-                f"{self.shape.hidden_size} features; set draft.init_from_target.fc=false"
-            )
         h = self.shape.hidden_size
+        if self.shape.own_embedding:
+            raise UserError(
+                f"draft.init_from_target.fc: fc is no identity from {self.shape.target_hidden_size} to {h} features; "
+                "set draft.init_from_target.fc=false"
+            )
         self.fc.weight.mul_(LOW_AUX_SCALE)
         self.fc.weight[:, -h:] += torch.eye(h, device=self.fc.weight.device)

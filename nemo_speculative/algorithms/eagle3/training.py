@@ -12,21 +12,17 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from nemo_speculative.algorithms.common.losses import Loss, RowLosses, SoftCrossEntropy, upcast
+from nemo_speculative.algorithms.common.losses import Loss, RowLosses, upcast
 from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 
 
 class Eagle3Objective(TTTObjective):
-    """The EAGLE-3 objective with a ``loss`` of :mod:`nemo_speculative.algorithms.common.losses`."""
+    """The EAGLE-3 objective with a loss of :mod:`nemo_speculative.algorithms.common.losses`."""
 
-    def __init__(self, target: Any, *, loss: Loss | None = None, **unroll: Any):
-        super().__init__(target, **unroll)
-        self.loss_function = loss or SoftCrossEntropy()
-
-    @classmethod
-    def own_arguments(cls, config: Any) -> dict[str, Any]:
-        return {"loss": instantiate(dataclasses.asdict(config.loss))}
+    def __init__(self, target: Any, config: Any, **options: Any):
+        super().__init__(target, config, **options)
+        self.loss_function: Loss = instantiate(dataclasses.asdict(config.loss))
 
     @torch.no_grad()
     def labels(self, draft: Eagle3Draft, last_hidden_state: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -161,7 +161,7 @@ def test_the_gradients_of_many_pieces_add_up_in_float32():
     """A key that all queries see alike: 16 pieces, each after the first adds less than bfloat16 resolves."""
     queries, random = 2048, torch.Generator().manual_seed(0)
     block = block_for(torch.arange(queries), torch.arange(queries), CPU)
-    assert len(block.pieces) >= 16
+    assert len(block.layout) >= 16
     inputs = [torch.zeros(queries, 1, DIM), *torch.rand(2, 1, queries, DIM, generator=random)]
     half = [x.bfloat16().requires_grad_() for x in inputs]
     block.attend(*half)[0].float().sum().backward()
@@ -193,11 +193,11 @@ def test_every_query_is_in_one_piece_and_sees_its_document_up_to_itself(seed, li
     block = block_for(positions, index, CPU)
     assert torch.equal(block.order[block.inverse], torch.arange(len(index)))
     assert torch.equal(index[block.order], index[block.order].sort().values)
-    rows = [n for piece in block.pieces for n in range(piece.queries.start, piece.queries.stop)]
+    rows = [n for piece in block.layout for n in range(piece.queries.start, piece.queries.stop)]
     assert rows == list(range(len(block.order)))
-    queries = [block.order[piece.queries].unique() for piece in block.pieces]
+    queries = [block.order[piece.queries].unique() for piece in block.layout]
     assert len(torch.cat(queries)) == len(index)
-    for piece in block.pieces:
+    for piece in block.layout:
         t, width = index[block.order][piece.queries], piece.keys.stop - piece.keys.start
         assert_filled_up_and_no_more(len(t), width)
         seen = torch.ones(len(t), width, dtype=torch.bool)
@@ -217,7 +217,7 @@ def assert_filled_up_and_no_more(rows, keys):
 
 def test_how_pieces_are_cut():
     """A piece costs as much as ``PIECE_COST`` scores, so nearer queries share one."""
-    count = lambda positions, index: len(block_for(positions, index, CPU).pieces)  # noqa: E731
+    count = lambda positions, index: len(block_for(positions, index, CPU).layout)  # noqa: E731
     assert count(MANY, torch.arange(90)) == 1
     assert count(flat_positions(4000), torch.tensor([100, 3900])) == 1
     few, many = torch.arange(1990, 2010), torch.cat((torch.arange(60, 100), torch.arange(3860, 3900)))
@@ -230,13 +230,13 @@ def test_how_pieces_are_cut():
 @pytest.mark.parametrize("keys", [12_000, 40_000])
 def test_over_many_keys_few_scores_are_computed_that_are_not_visible(keys):
     index = torch.arange(keys - 500, keys)
-    pieces = block_for(flat_positions(keys), index, CPU).pieces
+    pieces = block_for(flat_positions(keys), index, CPU).layout
     computed = sum((p.queries.stop - p.queries.start) * (p.keys.stop - p.keys.start) for p in pieces)
     assert computed <= 1.1 * float((index + 1).sum())
 
 
 def test_a_piece_whose_queries_see_all_of_its_keys_has_no_mask():
-    (piece,) = block_for(flat_positions(50, 50), torch.tensor([81] * 5), CPU).pieces
+    (piece,) = block_for(flat_positions(50, 50), torch.tensor([81] * 5), CPU).layout
     assert piece.mask is None and piece.keys == slice(50, 82)
 
 
@@ -264,7 +264,7 @@ def test_the_block_mask_of_flex_is_the_visibility(seed):
     block = flex_of(positions, index)
     expected = visibility(positions, index[block.order])
     n, m = expected.shape
-    sees = block.mask.mask_mod(None, None, torch.arange(n)[:, None], torch.arange(m))
+    sees = block.layout.mask_mod(None, None, torch.arange(n)[:, None], torch.arange(m))
     assert torch.equal(sees, expected)
 
     # Queries beyond the last are copies of it, keys beyond the last are seen by none.
@@ -274,12 +274,12 @@ def test_the_block_mask_of_flex_is_the_visibility(seed):
         .unflatten(1, (-1, FLEX_BLOCK))
         .unflatten(0, (-1, FLEX_BLOCK))
     )
-    full = listed(block.mask.full_kv_num_blocks, block.mask.full_kv_indices)
-    partial = listed(block.mask.kv_num_blocks, block.mask.kv_indices)
+    full = listed(block.layout.full_kv_num_blocks, block.layout.full_kv_indices)
+    partial = listed(block.layout.kv_num_blocks, block.layout.kv_indices)
     assert torch.equal(full, tiles.all(3).all(1))
     assert not (partial & full).any()
     assert (tiles.any(3).any(1) <= (partial | full)).all()
-    assert torch.equal(block.mask.to_dense()[0, 0].bool(), partial | full)
+    assert torch.equal(block.layout.to_dense()[0, 0].bool(), partial | full)
 
 
 def listed(counts, indices):

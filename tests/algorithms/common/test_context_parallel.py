@@ -17,9 +17,9 @@ CASES = {
 }
 SETTINGS = {
     "serving": {},
-    "official, in parts": {"convention": MaskConvention.official, "chunk_slots": 64},
+    "official, in parts": {"mask_convention": MaskConvention.official, "chunk_slots": 64},
     "automodel, by conversation": {
-        "convention": MaskConvention.automodel, "normalization": Normalization.conversation, "chunk_slots": 1
+        "mask_convention": MaskConvention.automodel, "normalization": Normalization.conversation, "chunk_slots": 1
     },
     "depths": {"depth_sampling": DepthSampling.geometric},
     "skips": {"position_offset": 400},

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_speculative.algorithms.common.init_from_target import init_from_target
+from nemo_speculative.algorithms.common.draft import init_from_target
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import LOW_AUX_SCALE, Eagle3Draft
 from nemo_speculative.config.schema import InitFromTarget

@@ -11,17 +11,14 @@ from nemo_speculative.algorithms.common.losses import (
     SoftCrossEntropy,
     chunked_linear_loss,
 )
-from nemo_speculative.algorithms.eagle3.training import Eagle3Objective
 from tests.algorithms import cases
 from tests.algorithms.cases import (
     HIDDEN,
-    STEPS,
     VOCAB,
     eagle,
     eagle3,
     lay_out,
     make_documents,
-    unroll_settings,
 )
 from tests.algorithms.common.test_losses import LOSSES
 from tests.observing import LargestTensor
@@ -46,14 +43,12 @@ class LinearLossCase:
     """Rows of a few documents, inputs of a head, and the expected loss."""
 
     def __init__(self, loss=None, draft_vocab=VOCAB, dtype=torch.float32):
-        self.draft = eagle3(draft_vocab).make_draft()
-        self.target, self.distance = cases.FrozenStandIn(), loss or SoftCrossEntropy()
-        self.objective = Eagle3Objective(self.target, loss=self.distance, **unroll_settings(STEPS))
+        case = eagle3(draft_vocab)
+        self.draft, self.objective, self.distance = case.make_draft(), case.make_objective(), loss or SoftCrossEntropy()
+        self.target, self.objective.loss_function = self.objective.target, self.distance
         batch, supervision = lay_out([make_documents([40, 40]), make_documents([70], seed=1)], 80)
-        self.rows, self.last_hidden_state = (
-            self.objective.schedule(batch).chunks[0].rows,
-            supervision.last_hidden_state.flatten(0, 1),
-        )
+        (self.rows,) = self.objective.schedule(batch).chunks
+        self.last_hidden_state = supervision.last_hidden_state.flatten(0, 1)
         random = torch.Generator().manual_seed(3)
         rows = len(self.rows.weight)
         self.states = torch.randn(rows, HIDDEN, generator=random).to(dtype).requires_grad_()
@@ -63,7 +58,7 @@ class LinearLossCase:
     def chunked(self, head):
         rows = self.rows
         return chunked_linear_loss(
-            self.states, head, self.row_weight, rows.chunks, rows.label,
+            self.states, head, self.row_weight, rows.label_chunks, rows.label,
             lambda span: self.objective.labels(self.draft, self.last_hidden_state[rows.label_positions[span]]),
             lambda *of_rows: self.objective.row_losses(self.draft, *of_rows),
             len(self.weight),
@@ -128,7 +123,7 @@ def test_every_loss_in_chunks(chunks, loss, draft_vocab):
 def test_without_gradients_the_values_are_the_same_and_no_gradient_is_computed(chunks, name, monkeypatch):
     case, head = LinearLossCase(), HEADS[name][0]
     loss, values, correct = case.chunked(head(case))
-    monkeypatch.setattr(losses_module, "attach_gradients", None)  # called, it would fail
+    monkeypatch.setattr(losses_module, "KnownGradients", None)  # called, it would fail
     with torch.no_grad():
         again, same_values, same_correct = case.chunked(head(case))
     assert not again.requires_grad and torch.equal(again, loss.detach())

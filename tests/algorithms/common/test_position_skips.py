@@ -61,7 +61,7 @@ def test_draws_depend_on_conversation_epoch_and_seed_and_not_on_the_layout():
 def test_a_batch_that_does_not_name_its_conversations_is_an_error():
     batch = replace(collate([[document("a", 5)]], 8, 0), spans=())
     with pytest.raises(ValueError, match="no spans"):
-        skipped_positions(batch, 20, 0)
+        eagle3().make_objective(position_offset=20).schedule(batch)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -8,7 +8,7 @@ import torch
 
 from nemo_speculative.algorithms.common import schedule as schedule_module
 from nemo_speculative.algorithms.common.schedule import SHAPE_MULTIPLE, Slots, make_schedule
-from nemo_speculative.config.schema import MaskConvention, Normalization
+from nemo_speculative.config.schema import DepthSampling, Eagle3DraftConfig, MaskConvention, Normalization
 from nemo_speculative.data.batch import collate, supervision_mask
 from nemo_speculative.data.conversations import TokenRow
 from tests.algorithms.cases import eagle, eagle3, lay_out, make_documents
@@ -44,13 +44,28 @@ def label_chunk(request, monkeypatch):
 
 
 @pytest.fixture(params=list(MaskConvention))
-def mask(request, batch):
-    return supervision_mask(batch.loss_mask, batch.documents, STEPS, request.param)
+def convention(request):
+    return request.param
 
 
-def made(batch, mask, depths=None, normalization=Normalization.token, chunk_slots=None):
-    weights = torch.ones(STEPS, dtype=torch.float64)
-    return make_schedule(batch, mask, depths, normalization, weights, CPU, chunk_slots)
+@pytest.fixture
+def mask(convention, batch):
+    return supervision_mask(batch.loss_mask, batch.documents, STEPS, convention)
+
+
+@pytest.fixture
+def made(convention, monkeypatch):
+    """A function that makes a schedule, with the given depths instead of sampled ones."""
+
+    def make(batch, depths=None, normalization=Normalization.token, chunk_slots=None):
+        monkeypatch.setattr(schedule_module, "geometric_depths", lambda *_: depths)
+        sampling = DepthSampling.none if depths is None else DepthSampling.geometric
+        config = Eagle3DraftConfig(
+            ttt_steps=STEPS, mask_convention=convention, normalization=normalization, depth_sampling=sampling
+        )
+        return make_schedule(batch, config, 0, CPU, chunk_slots)
+
+    return make
 
 
 def some_depths(batch):
@@ -71,22 +86,22 @@ def expected_pairs(batch, mask, depths, normalization):
 @pytest.mark.parametrize("sampled", [False, True], ids=["all steps", "depths"])
 @pytest.mark.parametrize("chunk_slots", [None, 64], ids=["one part", "several"])
 def test_every_supervised_pair_is_one_row_with_its_weight_output_and_label(
-    batch, mask, label_chunk, normalization, sampled, chunk_slots
+    batch, mask, made, label_chunk, normalization, sampled, chunk_slots
 ):
     depths = some_depths(batch) if sampled else None
-    schedule, found = made(batch, mask, depths, normalization, chunk_slots), {}
-    for part in schedule.chunks:
-        rows, slots = part.rows, part.slots
+    schedule, found = made(batch, depths, normalization, chunk_slots), {}
+    for rows in schedule.chunks:
+        slots = rows.slots
         width, starts = len(slots.index), [0, *torch.tensor(slots.active).cumsum(0).tolist()]
-        cells = torch.zeros_like(part.supervised)
-        for m in (rows.cell < part.supervised.numel()).nonzero()[:, 0].tolist():
+        cells = torch.zeros_like(rows.supervised)
+        for m in (rows.cell < rows.supervised.numel()).nonzero()[:, 0].tolist():
             i, slot = divmod(int(rows.cell[m]), width)
             t = int(slots.host_index[slot])
             assert (t, i) not in found and slot < slots.active[i]
             assert int(rows.step[m]) == i and int(rows.output[m]) == starts[i] + slot
             assert int(rows.label_positions[rows.label[m]]) == t + 1 + i
             found[t, i], cells[i, slot] = float(rows.weight[m]), True
-        assert torch.equal(cells, part.supervised)
+        assert torch.equal(cells, rows.supervised)
     assert found == pytest.approx(expected_pairs(batch, mask, depths, normalization))
     everyone = expected_pairs(batch, mask, None, normalization)
     assert schedule.counts.tolist() == pytest.approx(
@@ -95,8 +110,8 @@ def test_every_supervised_pair_is_one_row_with_its_weight_output_and_label(
 
 
 @pytest.mark.parametrize("most", [64, 128])
-def test_chunks_are_neighbors_of_about_equal_size_whose_windows_hold_all_that_they_read(batch, mask, most):
-    parts = made(batch, mask, chunk_slots=most).chunks
+def test_chunks_are_neighbors_of_about_equal_size_whose_windows_hold_all_that_they_read(batch, made, most):
+    parts = made(batch, chunk_slots=most).chunks
     sizes = [int(part.slots.real.sum()) for part in parts]
     assert len(parts) == max(-(-sum(sizes) // most), 1) and max(sizes) <= most
     assert max(sizes) - min(sizes) < len(parts) * SHAPE_MULTIPLE
@@ -114,38 +129,37 @@ def test_chunks_are_neighbors_of_about_equal_size_whose_windows_hold_all_that_th
         assert min(end + len(slots.active), batch.num_tokens - 1) < slots.token_window.stop <= batch.num_tokens
 
 
-def test_filler_has_weight_zero_and_no_cell(batch, mask, label_chunk):
-    (part,) = made(batch, mask).chunks
-    rows = part.rows
+def test_filler_has_weight_zero_and_no_cell(batch, made, label_chunk):
+    (rows,) = made(batch).chunks
     filler = rows.weight == 0
-    assert torch.equal(filler, rows.cell == part.supervised.numel())
-    assert int((~filler).sum()) == int(part.supervised.sum())
+    assert torch.equal(filler, rows.cell == rows.supervised.numel())
+    assert int((~filler).sum()) == int(rows.supervised.sum())
     assert len(filler) % SHAPE_MULTIPLE == 0
-    assert ((rows.output >= 0) & (rows.output < sum(part.slots.active))).all()
+    assert ((rows.output >= 0) & (rows.output < sum(rows.slots.active))).all()
     assert ((rows.label_positions >= 0) & (rows.label_positions < batch.num_tokens)).all()
 
 
-def test_label_chunks_tile_the_rows_and_the_labels(batch, mask, label_chunk):
-    rows = made(batch, mask).chunks[0].rows
+def test_label_chunks_tile_the_rows_and_the_labels(batch, made, label_chunk):
+    (rows,) = made(batch).chunks
     for axis, whole in ((0, len(rows.label)), (1, len(rows.label_positions))):
-        parts = [chunk[axis] for chunk in rows.chunks]
+        parts = [chunk[axis] for chunk in rows.label_chunks]
         assert parts[0].start == 0 and parts[-1].stop == whole
         assert all(before.stop == after.start for before, after in pairwise(parts))
-    for part, span in rows.chunks:
+    for part, span in rows.label_chunks:
         assert (part.stop - part.start) % SHAPE_MULTIPLE == 0
-        assert span.stop - span.start == label_chunk or span is rows.chunks[-1][1]
+        assert span.stop - span.start == label_chunk or span is rows.label_chunks[-1][1]
         assert ((rows.label[part] >= span.start) & (rows.label[part] < span.stop)).all()
     used = rows.label_positions[rows.label[rows.weight > 0].unique()]
     assert torch.equal(used, used.unique())
     assert len(rows.label_positions) - len(used) <= SHAPE_MULTIPLE
 
 
-def test_depths_remove_later_steps_and_keep_the_counts(batch, mask):
+def test_depths_remove_later_steps_and_keep_the_counts(batch, made):
     depths = some_depths(batch)
     pairs = {}
     for name, given in (("all", None), ("cut", depths), ("one", torch.ones_like(depths))):
-        schedule = made(batch, mask, given)
-        assert torch.equal(schedule.counts, made(batch, mask).counts)
+        schedule = made(batch, given)
+        assert torch.equal(schedule.counts, made(batch).counts)
         (part,) = schedule.chunks
         pairs[name] = {(int(part.slots.host_index[s]), i) for i, s in part.supervised.nonzero().tolist()}
     assert pairs["cut"] == {(t, i) for t, i in pairs["all"] if i < depths.flatten()[t]}

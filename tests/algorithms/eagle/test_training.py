@@ -50,5 +50,5 @@ def test_labels_and_validation_stay_clean():
     seen = []
     objective.labels = lambda draft, hidden: seen.append(hidden) or clean.labels(draft, hidden)
     loss(objective)
-    positions = schedule.chunks[0].rows.label_positions
+    positions = schedule.chunks[0].label_positions
     assert torch.equal(torch.cat(seen), supervision.last_hidden_state.flatten(0, 1)[positions])

@@ -43,7 +43,7 @@ class Algorithm:
         return draft
 
     def make_objective(self, target):
-        return self.objective.build(target, self.config, seed=0, tau_steps=2)
+        return self.objective(target, self.config, seed=0, tau_steps=2)
 
 
 def eagle3(convention=SERVING):

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from nemo_speculative.algorithms.common.layers import Rotary
-from nemo_speculative.algorithms.common.shape import numbers_for, plain_rope
+from nemo_speculative.algorithms.common.contract import numbers_for, plain_rope
 from nemo_speculative.config.schema import Eagle3DraftConfig
 from nemo_speculative.utils.errors import UserError
 
