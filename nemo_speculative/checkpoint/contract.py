@@ -7,8 +7,7 @@ architecture adds.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_speculative.algorithms.common.contract import Contract, number
-from nemo_speculative.algorithms.common.contract import DraftShape
+from nemo_speculative.algorithms.common.contract import Contract, DraftShape, number
 from nemo_speculative.algorithms.eagle.contract import EagleContract
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Contract
 from nemo_speculative.utils.errors import UserError

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nemo_speculative import __version__
-from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.contract import DraftShape
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.checkpoint.contract import Contract, contract_of, fields_of, shape_of
 from nemo_speculative.checkpoint.metadata import OWN_KEY, Provenance, find_model, provenance_of, read_config
 from nemo_speculative.utils.errors import UserError

@@ -42,7 +42,7 @@ class Trees:
     """int64 [V_d], the target's ids of the draft vocabulary; read with ``q`` only."""
 
     def q_at(self, node: int, vocab_size: int) -> torch.Tensor:
-        """The distribution that the children of a node were drawn from, over the target's vocabulary: float32 [B, V]."""
+        """The distribution at a node, over the target's vocabulary: float32 [B, V]."""
         assert self.q is not None and self.ids is not None
         q = self.q[:, node]
         return q.new_zeros(len(q), vocab_size).index_copy_(1, self.ids, q)

@@ -8,8 +8,7 @@ import torch
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import OmegaConf
 
-from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.draft import init_from_target
+from nemo_speculative.algorithms.common.draft import Draft, init_from_target
 from nemo_speculative.algorithms.common.ttt import TTTObjective
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
 from nemo_speculative.checkpoint.metadata import Provenance

@@ -28,8 +28,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.contract import DraftShape
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable, write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory

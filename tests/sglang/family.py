@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.contract import DraftShape
+from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.eagle.contract import EagleShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape

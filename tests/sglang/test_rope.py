@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_speculative.algorithms.common.layers import Rotary, rotate
 from nemo_speculative.algorithms.common.contract import numbers_for
+from nemo_speculative.algorithms.common.layers import Rotary, rotate
 from nemo_speculative.algorithms.eagle.contract import EagleShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.checkpoint.contract import contract_of, fields_of

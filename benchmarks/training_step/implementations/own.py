@@ -66,9 +66,7 @@ class Ours(Trainer):
         config = dataclasses.replace(draft_config(setup.case), **changes)
         objective: type[TTTObjective] = get_class(config.objective)
         alive = TrainerConfig().slots(setup.case.size.hidden_size, CPU.type)
-        return objective(
-            self.target, config, seed=SEED, tau_steps=TAU_STEPS, chunk_slots=alive, context=self.context
-        )
+        return objective(self.target, config, seed=SEED, tau_steps=TAU_STEPS, chunk_slots=alive, context=self.context)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         schedule = self.objective.schedule(batch, CPU)

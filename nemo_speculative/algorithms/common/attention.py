@@ -62,7 +62,7 @@ class CausalBlock:
 
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Pair:
         """[n, H, d] over [H_kv, m, d] → [n, H, d], and log Σ exp(scores), float32 [n, H]; both have gradients."""
-        attention = _flex_attention if isinstance(self.layout, BlockMask) else _PieceAttention.apply
+        attention: Any = _flex_attention if isinstance(self.layout, BlockMask) else _PieceAttention.apply
         out, lse = attention(q.index_select(0, self.order), keys, values, self.layout)
         return out.index_select(0, self.inverse), lse.index_select(0, self.inverse)
 
@@ -281,9 +281,12 @@ def flex_block(
     def sees(_batch: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key >= first[query]) & (key <= last[query])
 
-    listed = [to_device(x, device) for blocks in (some & ~full, full) for x in _indices(blocks)]
+    counts, blocks, full_counts, full_blocks = (
+        to_device(x, device) for x in (*_indices(some & ~full), *_indices(full))
+    )
     mask = BlockMask.from_kv_blocks(
-        *listed, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees, seq_lengths=(len(first), num_keys)
+        counts, blocks, full_counts, full_blocks, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees,
+        seq_lengths=(len(first), num_keys),
     )  # fmt: skip
     return CausalBlock(to_device(order, device), to_device(order.argsort(), device), mask)
 

@@ -43,7 +43,7 @@ class Draft(nn.Module, ABC):
     def shape_for(
         cls, config: "DraftConfig", target_config: Any, aux_layers: Sequence[int], vocabulary_size: int | None
     ) -> DraftShape:
-        """The shape of ``config``'s draft for a target; without a vocabulary size the target's head gives the logits."""
+        """The shape of a draft for a target; without a vocabulary size the target's head gives the logits."""
 
     def attach(self, target: "Target") -> Self:
         """Gives the draft the target's frozen embedding and head."""
@@ -77,8 +77,8 @@ class Draft(nn.Module, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries, keys and values of the first layer, and its residual.
 
-        From ``packed`` of :meth:`pack_first_layer`, ``token`` [n, w] of :meth:`project_tokens` and ``feature`` [n, h]: the
-        needed ``rows`` of [q ; k ; v], [n, (H + 2 * H_kv) * d], and [n, h].
+        They are the needed ``rows`` of [q ; k ; v], [n, (H + 2 * H_kv) * d], and [n, h]; from ``packed`` of
+        :meth:`pack_first_layer`, ``token`` [n, w] of :meth:`project_tokens`, and ``feature`` [n, h].
         """
 
     def next_feature(self, output: torch.Tensor) -> torch.Tensor:

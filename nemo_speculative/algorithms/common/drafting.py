@@ -254,4 +254,3 @@ def last_of(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         return x[:, -1:]
     index = torch.tensor(counts, device=x.device)[:, None, None] - 1
     return x.gather(1, index.expand(-1, -1, x.shape[-1]))
-

@@ -129,7 +129,8 @@ class TTTObjective(ABC):
         per_step = sums["loss"] / sums["weight"].clamp(min=1e-9)
         accuracy = sums["correct"] / sums["count"].clamp(min=1)
         chain = (sums["chain_correct"] / sums["count"].clamp(min=1))[: self.tau_steps]
-        out = {"loss": float((per_step * step_weights(self.config).to(per_step.device)).sum()), "tau": 1.0 + float(chain.sum())}
+        weights = step_weights(self.config).to(per_step.device)
+        out = {"loss": float((per_step * weights).sum()), "tau": 1.0 + float(chain.sum())}
         out |= {f"ploss_{i}": float(x) for i, x in enumerate(per_step)}
         return out | {f"acc_{i}": float(x) for i, x in enumerate(accuracy)}
 
@@ -283,8 +284,8 @@ def sum_over_chunks(
     Chunks share the step-0 state and the weights.  The gradient of a chunk is computed as soon as its loss is known, in
     the forward pass, and added up; nothing is computed twice.  What the state was computed from keeps its graph.
 
-    ``chunk_loss`` gives the loss of a chunk and other sums; it reads its window of ``state``, and ``weights``.  The loss
-    that is returned, a scalar, has gradients to both.
+    ``chunk_loss`` gives the loss of a chunk and other sums; it reads its window of ``state``, and ``weights``.  The
+    scalar that is returned has gradients to both.
     """
     losses: list[torch.Tensor] = []
     sums: list[Sums] = []

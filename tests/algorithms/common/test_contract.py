@@ -12,8 +12,8 @@ from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from nemo_speculative.algorithms.common.layers import Rotary
 from nemo_speculative.algorithms.common.contract import numbers_for, plain_rope
+from nemo_speculative.algorithms.common.layers import Rotary
 from nemo_speculative.config.schema import Eagle3DraftConfig
 from nemo_speculative.utils.errors import UserError
 
