@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.algorithms.common.shape import DraftShape
+from nemo_speculative.algorithms.common.contract import DraftShape
 from nemo_speculative.checkpoint.contract import shape_of
 from nemo_speculative.checkpoint.metadata import Provenance, check_not_truncated, find_model, provenance_of, read_config
 from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens, largest_tree, smallest_tree

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a command for SGLang is printed without importing torch or 
     from nemo_speculative.config.schema import DraftConfig
 
 Rope = dict[str, Any]
+DEFAULT_THETA = 10000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def rope_like(target_config: Any, head_dim: int) -> Rope:
     Raises:
         UserError: the target's rotation cannot be a draft's.
     """
-    rope = getattr(target_config, "rope_parameters", None) or plain_rope(10000.0)
+    rope = getattr(target_config, "rope_parameters", None) or plain_rope(DEFAULT_THETA)
     rope = rope.get("full_attention", rope)
     if sets := [name for name, value in rope.items() if isinstance(value, dict)]:
         raise _refused(f"rope_parameters for {', '.join(sets)}", "one set, or one named full_attention")

@@ -11,8 +11,6 @@ from nemo_speculative.utils.errors import UserError
 if TYPE_CHECKING:  # a command for SGLang is printed without importing Hydra
     from nemo_speculative.config.schema import DraftConfig
 
-SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3Shape(DraftShape):
@@ -35,7 +33,7 @@ class Eagle3Shape(DraftShape):
         config: "DraftConfig | None" = None, **changes: Any,
     ) -> "Eagle3Shape":  # fmt: skip
         """The shape of one of the target's layers, unless ``config`` or ``changes`` set another."""
-        switches = {name: getattr(config, name, False) for name in SWITCHES}
+        switches = {name: getattr(config, name, False) for name in Eagle3Contract.SWITCHES}
         return cls(
             **{**numbers_for(config, target_config), **switches, **changes},
             draft_vocab_size=draft_vocab_size,
@@ -57,6 +55,7 @@ class Eagle3Contract(Contract):
     """The contract of EAGLE-3 and EAGLE-3.1 drafts."""
 
     algorithm = "EAGLE3"
+    SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
     network = "nemo_speculative.algorithms.eagle3.network:Eagle3Draft"
     drafting = "nemo_speculative.algorithms.eagle3.drafting:Eagle3Session"
 
@@ -67,11 +66,11 @@ class Eagle3Contract(Contract):
             "target_hidden_size": shape.target_hidden_size,
             "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(shape.aux_layers)},
             # Left out where off, so that a reader that does not know them meets nothing new.
-            **{name: True for name in SWITCHES if getattr(shape, name)},
+            **{name: True for name in self.SWITCHES if getattr(shape, name)},
         }
 
     def shape(self, config: dict[str, Any], numbers: dict[str, Any], where: Path) -> Eagle3Shape:
-        switches = {name: config.get(name, False) for name in SWITCHES}
+        switches = {name: config.get(name, False) for name in self.SWITCHES}
         for name, value in switches.items():
             if not isinstance(value, bool):
                 raise UserError(f"{where}: {name} is {value!r}, expected true or false")

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from nemo_speculative.algorithms.common.contract import DEFAULT_THETA
 from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.layers import Rotary
-from nemo_speculative.algorithms.common.shape import DEFAULT_THETA
 from nemo_speculative.algorithms.eagle.contract import EagleShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft
 from nemo_speculative.algorithms.eagle3.contract import Eagle3Contract, Eagle3Shape
