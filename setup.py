@@ -9,5 +9,5 @@ setup(
         "nemo_speculative.recipes",
     ],
     package_dir={"nemo_speculative.conf": "conf", "nemo_speculative.recipes": "recipes"},
-    package_data={"nemo_speculative.conf": ["*.yaml", "*/*.yaml"]},
+    package_data={"nemo_speculative.conf": ["*.yaml", "*/*.yaml"], "nemo_speculative.inspect_data": ["*.html"]},
 )

@@ -11,8 +11,7 @@ from nemo_speculative.config.schema import MergeJob
 def main(job: MergeJob) -> None:
     from nemo_speculative.generate_data.merge import merge
 
-    merged = merge(job)
-    print(f"{job.output}: {merged.describe()}")
+    print(f"{job.output}: {merge(job)}")
 
 
 if __name__ == "__main__":

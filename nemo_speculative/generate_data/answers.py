@@ -6,17 +6,14 @@ import hashlib
 import json
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_speculative.data.chat_template import tokenizer_digest
-from nemo_speculative.data.conversations import TokenRow
+from nemo_speculative.data.conversations import Item, TokenRow
 from nemo_speculative.decoding.verify import Sampling
-from nemo_speculative.generate_data.concurrency import for_each
-from nemo_speculative.generate_data.decoder import Decoder, num_in_flight
-from nemo_speculative.generate_data.prompt_file import Item, prompt_hash
-from nemo_speculative.generate_data.rollout import Keep, Limits, Rollout, TooLong, converse
-from nemo_speculative.generate_data.shard_dir import ANSWERS, make_record, read_records
+from nemo_speculative.generate_data.engines import IN_FLIGHT, Decoder
+from nemo_speculative.generate_data.rollout import Keep, Limits, Rollout, TooLong, converse, for_each
+from nemo_speculative.generate_data.shard_dir import ANSWERS, damage_error, make_record, prompt_hash, read_records
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.append_log import AppendLog
 from nemo_speculative.utils.files import dir_lock
@@ -24,15 +21,6 @@ from nemo_speculative.utils.progress import Progress
 
 RECIPE_VERSION = 3
 """Raised when the answering changes, so that the cache returns no outdated answers."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The position of an item in the data, without its content."""
-
-    index: int
-    origin: str
-    source: str
 
 
 def answer(
@@ -50,22 +38,22 @@ def answer(
         OSError: the disk is full.
     """
     limits = Limits(max_answer_tokens, max_length)
-    directory = Path(cache_dir) / _cache_key(target, limits)
-    hashes, sources = array("Q"), dict[int, _Source]()
+    file = Path(cache_dir) / _cache_key(target, limits) / ANSWERS
+    hashes, places = array("Q"), dict[int, tuple[int, str, str]]()
     for index, item in enumerate(items):
         hashes.append(prompt_hash(item))
-        sources[hashes[-1]] = _Source(index, item.origin, item.source)
-    rows = _cached(directory / ANSWERS, sources)
-    if len(rows) < len(sources):
-        with dir_lock(directory, "data.cache_dir", wait=True):
-            rows |= _cached(directory / ANSWERS, {h: source for h, source in sources.items() if h not in rows})
+        places[hashes[-1]] = index, item.origin, item.source
+    rows = _cached(file, places)
+    if len(rows) < len(places):
+        with dir_lock(file.parent, "data.cache_dir", wait=True):
+            rows = _cached(file, places)  # another process may have added some
+            missing = {h: items[index] for h, (index, _, _) in places.items() if h not in rows}
             # All rollouts are built first: an item that asks nothing ends the run now.
-            missing = {h: items[source.index] for h, source in sources.items() if h not in rows}
             rollouts = {h: Rollout(item, target.tokenizer, Keep()) for h, item in missing.items()}
-            if rollouts and rows:
-                print(f"{title}: {len(rows)} of {len(sources)} were answered before ({directory})", flush=True)
             if rollouts:
-                asyncio.run(_answer_all(target, rollouts, directory / ANSWERS, limits, batch_size, title))
+                if rows:
+                    print(f"{title}: {len(rows)} of {len(places)} were answered before ({file.parent})", flush=True)
+                asyncio.run(_answer_all(target, rollouts, file, limits, batch_size, title))
         rows |= {h: rollout.rows() for h, rollout in rollouts.items()}
     return [row for h in hashes for row in rows[h]]
 
@@ -84,19 +72,19 @@ def _cache_key(target: HFTarget, limits: Limits) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _cached(file: Path, sources: Mapping[int, _Source]) -> dict[int, list[TokenRow]]:
-    """The rows in ``file`` for the items of ``sources``, by prompt hash."""
+def _cached(file: Path, places: Mapping[int, tuple[int, str, str]]) -> dict[int, list[TokenRow]]:
+    """The rows in ``file`` for the items of ``places`` (index, origin and source by prompt hash), by prompt hash."""
     rows: dict[int, list[TokenRow]] = {}
     for record in read_records(file):
-        if (source := sources.get(record.prompt_hash)) is None:
-            continue
-        try:
-            rows[record.prompt_hash] = [
-                TokenRow(row_id, ids, [bool(m) for m in mask], source.origin, source.source)
-                for row_id, ids, mask in record.content()["rows"]
-            ]
-        except (KeyError, TypeError, ValueError):
-            raise record.damaged() from None
+        if record.prompt_hash in places:
+            _, *place = places[record.prompt_hash]
+            try:
+                rows[record.prompt_hash] = [
+                    TokenRow(row_id, ids, [bool(m) for m in mask], *place)
+                    for row_id, ids, mask in record.content()["rows"]
+                ]
+            except (KeyError, TypeError, ValueError):
+                raise damage_error(record.where, record.line) from None
     return rows
 
 
@@ -115,5 +103,5 @@ async def _answer_all(
         progress.advance()
 
     with contextlib.closing(AppendLog(file)) as log:
-        await for_each(enumerate(rollouts.items()), answer_one, num_in_flight(batch_size))
+        await for_each(enumerate(rollouts.items()), answer_one, IN_FLIGHT * batch_size)
     progress.close()

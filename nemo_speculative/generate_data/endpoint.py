@@ -1,17 +1,25 @@
-"""Completions from HTTP servers: balanced, with a limit of requests at each, and retried elsewhere or later."""
+"""Completions from HTTP servers: balanced, with a limit of requests at each, and retried elsewhere or later.
+
+The ids as generated are needed: tokenizing an answer's text does not always give them back.  SGLang's ``/generate``
+accepts and returns ids.  The ``/v1/completions`` of some other servers (vLLM) accepts a prompt of ids and returns ids
+on request.  All others return text only.
+"""
 
 import asyncio
+import json
 import os
 import time
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import httpx
 
 from nemo_speculative.config.schema import EndpointConfig, ModelConfig, TinyModelConfig
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.engines import CompletionFailed, Engine
-from nemo_speculative.generate_data.protocols import Chat, CompletionIds, CompletionLogprobs, Protocol, SGLangGenerate
-from nemo_speculative.generate_data.rollout import Completion, Request
+from nemo_speculative.generate_data.rollout import Completion, Message, Request
 from nemo_speculative.targets.demo import prepare_tiny
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.utils.errors import UserError, describe_error, print_error
@@ -25,13 +33,121 @@ from nemo_speculative.utils.http import (
     Unreachable,
 )
 
-OPENAI_API_KEY = "OPENAI_API_KEY"
-BUSY = (429, 503)
-RETRYABLE = (408, 409, 425, 429)
-"""Statuses of the 400s that may differ for the same request later."""
-NOT_IMPLEMENTED = 501
 FIRST_BACKOFF = 0.5
 """Seconds without requests after a server's first failure."""
+STOPPED = {"stop": True, "eos": True, "tool_calls": True, "length": False}
+"""Whether an answer ended by itself, by the servers' names of finish reasons."""
+
+
+@dataclass(frozen=True)
+class Protocol(ABC):
+    """A route, its request bodies and its responses."""
+
+    NAME: ClassVar[str]
+    """Name of the route in a manifest."""
+    PATH: ClassVar[str]
+
+    model: str
+    """The server's name of the model."""
+    sampling: Sampling
+    stop_ids: list[int]
+    """Ids that end an answer, in addition to the server's own."""
+    vocab_size: int
+
+    @abstractmethod
+    def body(self, request: Request) -> dict[str, Any]:
+        """The JSON to send; raises ValueError if the route cannot express the request."""
+
+    @abstractmethod
+    def read(self, response: Any) -> Completion:
+        """The completion in a response's JSON; raises any error of malformed data if there is none."""
+
+    def _check_ids(self, ids: Any) -> list[int]:
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"{ids!r:.60} are no ids of the target's vocabulary of {self.vocab_size}")
+        return ids
+
+    def _openai_body(self, request: Request) -> dict[str, Any]:
+        """The fields that the OpenAI-compatible routes share."""
+        sampling = self.sampling
+        body = {"model": self.model, "max_tokens": request.limit, "temperature": sampling.temperature}
+        if sampling.temperature:
+            body |= {"top_p": sampling.top_p, "seed": request.seed}
+            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        return body
+
+
+class SGLangGenerate(Protocol):
+    """SGLang's own route.  It uses seeds with --enable-deterministic-inference only."""
+
+    NAME, PATH = "sglang", "/generate"
+
+    def body(self, request: Request) -> dict[str, Any]:
+        sampling = self.sampling
+        params = {
+            "max_new_tokens": request.limit, "temperature": sampling.temperature, "stop_token_ids": self.stop_ids
+        }  # fmt: skip
+        if sampling.temperature:
+            params |= {"top_p": sampling.top_p, "top_k": sampling.top_k or -1, "sampling_seed": request.seed}
+        return {"input_ids": request.prompt, "sampling_params": params}
+
+    def read(self, response: Any) -> Completion:
+        reason = response["meta_info"]["finish_reason"]
+        if reason["type"] == "abort":
+            raise ValueError(f"aborted: {reason.get('message')}")
+        return Completion(self._check_ids(response["output_ids"]), STOPPED[reason["type"]])
+
+
+class CompletionIds(Protocol):
+    """``/v1/completions`` with ids both ways."""
+
+    NAME, PATH = "completions", "/v1/completions"
+
+    def body(self, request: Request) -> dict[str, Any]:
+        body = {**self._openai_body(request), "return_token_ids": True, "prompt": request.prompt}
+        return body | ({"stop_token_ids": self.stop_ids} if self.stop_ids else {})
+
+    def read(self, response: Any) -> Completion:
+        choice = response["choices"][0]
+        return Completion(self._check_ids(choice["token_ids"]), STOPPED[choice["finish_reason"]])
+
+
+class Chat(Protocol):
+    """``/v1/chat/completions``: the server renders the conversation and returns text only."""
+
+    NAME, PATH = "chat", "/v1/chat/completions"
+
+    def body(self, request: Request) -> dict[str, Any]:
+        if not request.messages:
+            raise ValueError("a row of token ids cannot be sent to a server that accepts text only")
+        messages = [_convert_arguments(message, json.dumps, dict) for message in request.messages]
+        body = {**self._openai_body(request), "messages": messages}
+        return body | ({"tools": request.tools} if request.tools else {})
+
+    def read(self, response: Any) -> Completion:
+        choice = response["choices"][0]
+        received, stopped = choice["message"], STOPPED[choice["finish_reason"]]
+        message = {key: received[key] for key in ("content", "reasoning_content", "tool_calls") if received.get(key)}
+        # At its limit an answer may consist of reasoning only.
+        empty = not message.keys() & {"content", "tool_calls"}
+        if not isinstance(received.get("content") or "", str) or (empty and stopped):
+            raise ValueError("an answer without content")
+        message = {"role": "assistant", "content": None if "tool_calls" in message else "", **message}
+        return Completion(None, stopped, _convert_arguments(message, json.loads, str))
+
+
+def _convert_arguments(message: Message, convert: Callable[[Any], Any], kind: type) -> Message:
+    """``message`` with the tool calls' arguments of type ``kind`` converted.
+
+    They are text in this API, and objects for chat templates and in the data.
+    """
+    if not message.get("tool_calls"):
+        return message
+    calls = [{**call, "function": dict(call["function"])} for call in message["tool_calls"]]
+    for call in calls:
+        if isinstance(call["function"].get("arguments"), kind):
+            call["function"]["arguments"] = convert(call["function"]["arguments"])
+    return {**message, "tool_calls": calls}
 
 
 class ServerUnavailable(Exception):
@@ -46,7 +162,7 @@ class RequestFailed(Exception):
     """The server accepted the request and returned no usable response."""
 
 
-class InvalidResponse(Exception):
+class InvalidResponse(RequestFailed):
     """The server is healthy, and its response is not a completion."""
 
 
@@ -61,12 +177,8 @@ class Server(BalancedServer):
     def __init__(self, url: str, model: str | None, timeout: float, options: dict[str, Any]):
         super().__init__(url.rstrip("/").removesuffix("/v1"))
         self._model_name, self._options = model, options
-        self._http = AsyncClient(
-            self.url,
-            os.environ.get(API_KEY) or os.environ.get(OPENAI_API_KEY),
-            timeout=timeout,
-            token_variable=f"{API_KEY} or {OPENAI_API_KEY}",
-        )
+        token = os.environ.get(API_KEY) or os.environ.get("OPENAI_API_KEY")
+        self.http = AsyncClient(self.url, token, timeout=timeout, token_variable=f"{API_KEY} or OPENAI_API_KEY")
         self.protocol: Protocol | None = None
         """None: to be identified, for the first time or after a lost connection."""
         self.context: int | None = None
@@ -74,18 +186,11 @@ class Server(BalancedServer):
         self.model_path: str | None = None
         """The path that its model was loaded from, if it reports it: the name that it serves it by may be any."""
 
-    async def close(self) -> None:
-        await self._http.close()
-
     async def identify(self) -> Protocol:
-        """Finds the server's protocol.
+        """Detects the server's protocol.
 
-        Only a refusal shows that the server lacks a route; any other failure says nothing about its protocol.
-
-        Raises:
-            ServerUnavailable: it cannot be reached, or is failing.
-            Unauthorized: it expects another token.
-            UserError: it does not serve the model.
+        Only a refusal shows that the server lacks a route; any other failure, which raises ServerUnavailable, says
+        nothing about its protocol.  Raises UserError if it does not serve the model.
         """
         try:
             models = await self._get("/v1/models") or {}
@@ -95,11 +200,8 @@ class Server(BalancedServer):
             self.context = card.get("max_model_len")
             if self.model_path is not None:
                 return SGLangGenerate(card["id"], **self._options)
-            for kind in (CompletionIds, CompletionLogprobs):
-                protocol = kind(card["id"], **self._options)
-                if await self._returns_ids(protocol):
-                    return protocol
-            return Chat(card["id"], **self._options)
+            with_ids = CompletionIds(card["id"], **self._options)
+            return with_ids if await self._returns_ids(with_ids) else Chat(card["id"], **self._options)
         except RequestFailed as error:
             raise ServerBusy(str(error)) from None
 
@@ -108,18 +210,16 @@ class Server(BalancedServer):
             cards = {card["id"]: card for card in models.get("data", [])}
         except (AttributeError, KeyError, TypeError):
             cards = {}
-        if not cards and self.model_path:
-            cards = {self.model_path: {"id": self.model_path}}
-        base_models = [name for name, card in cards.items() if not card.get("parent")]
-        name = self._model_name or (base_models[0] if len(base_models) == 1 else None)
-        if name in cards:
-            return cards[name]
         if not cards:
             raise UserError(f"{self.url}: /v1/models names no model; expected the url of an OpenAI-compatible server")
-        raise UserError(
-            f"{self.url}: has the models {', '.join(cards)}; name one of them with engine.model "
-            f"(it is {self._model_name or 'null'})"
-        )
+        base_models = [name for name, card in cards.items() if not card.get("parent")]
+        name = self._model_name or (base_models[0] if len(base_models) == 1 else None)
+        if name not in cards:
+            raise UserError(
+                f"{self.url}: has the models {', '.join(cards)}; name one of them with engine.model "
+                f"(it is {self._model_name or 'null'})"
+            )
+        return cards[name]
 
     async def _get(self, path: str) -> Any:
         """The JSON at ``path``; None: the server has no such route."""
@@ -133,32 +233,20 @@ class Server(BalancedServer):
 
     async def _returns_ids(self, protocol: Protocol) -> bool:
         """Whether a prompt of ids is completed with ids."""
-        first = protocol.stop_ids[0] if protocol.stop_ids else 0
         try:
-            await self._complete(protocol, Request([first], 1, 0, []))
+            await self.complete(Request([*protocol.stop_ids, 0][:1], 1, 0, []), protocol)
         except (InvalidResponse, CompletionFailed):
             return False
         return True
 
-    async def complete(self, request: Request) -> Completion:
-        """
-        Raises:
-            ServerUnavailable: the server is unreachable or too busy.
-            RequestFailed: it accepted the request and returned no usable response.
-            InvalidResponse: its response is not a completion.
-            CompletionFailed: it refuses this request for good.
-            Unauthorized: it expects another token.
-        """
-        assert self.protocol is not None
-        return await self._complete(self.protocol, request)
-
-    async def _complete(self, protocol: Protocol, request: Request) -> Completion:
+    async def complete(self, request: Request, protocol: Protocol) -> Completion:
+        """The response to ``request``; raises an error above, or CompletionFailed if it is refused for good."""
         try:
             body = protocol.body(request)
         except ValueError as error:
             raise CompletionFailed(str(error)) from None
         response = await self._send("POST", protocol.PATH, json=body)
-        if response.status_code in BUSY:
+        if response.status_code in (429, 503):
             raise ServerBusy(f"HTTP {response.status_code}")
         if _is_refusal(response.status_code):
             raise CompletionFailed(f"refused with HTTP {response.status_code}", f"{self.url}: {response.text:.200}")
@@ -171,15 +259,15 @@ class Server(BalancedServer):
 
     async def _send(self, method: str, path: str, **body: Any) -> httpx.Response:
         try:
-            return await self._http.request(method, path, **body)
+            return await self.http.request(method, path, **body)
         except Unreachable as error:
             self.protocol = None  # another server may answer at this address later
             raise (ServerUnavailable if isinstance(error, NotConnected) else RequestFailed)(error.reason) from None
 
 
 def _is_refusal(status: int) -> bool:
-    """Whether the same request will be refused again."""
-    return (400 <= status < 500 and status not in RETRYABLE) or status == NOT_IMPLEMENTED
+    """Whether the same request will be refused again: by 501, and the 400s except for those that may change."""
+    return status == 501 or (400 <= status < 500 and status not in (408, 409, 425, 429))
 
 
 class EndpointEngine(Engine):
@@ -191,7 +279,7 @@ class EndpointEngine(Engine):
     def __init__(self, config: EndpointConfig, model: ModelConfig, sampling: Sampling):
         # No weights are downloaded: the tokenizer and the configuration are enough.
         directory = prepare_tiny(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
-        super().__init__(directory, model.trust_remote_code)
+        super().__init__(directory, model.trust_remote_code, config.concurrency * len(config.urls))
         self.settings = config
         options = {"sampling": sampling, "stop_ids": sorted(self.stop_ids), "vocab_size": self.config.vocab_size}
         self.servers = [Server(url, config.model, config.timeout, options) for url in config.urls]
@@ -201,26 +289,20 @@ class EndpointEngine(Engine):
         self._all_failing_since: float | None = None
         self._last_failure = ""
 
-    @property
-    def concurrency(self) -> int:
-        return self.settings.concurrency * len(self.servers)
-
     async def close(self) -> None:
         for server in self.servers:
-            await server.close()
+            await server.http.close()
 
     async def identity(self) -> dict[str, Any]:
-        deadline = time.monotonic() + self.settings.give_up_after
-        errors = await asyncio.gather(*map(self._try_identify, self.servers))
-        while self._identity is None:
-            busy = [s for s, error in zip(self.servers, errors, strict=True) if isinstance(error, ServerBusy)]
+        deadline, busy = time.monotonic() + self.settings.give_up_after, self.servers
+        while True:
+            errors = await asyncio.gather(*map(self._try_identify, busy))
+            if self._identity is not None:
+                break
+            busy = [server for server, error in zip(busy, errors, strict=True) if isinstance(error, ServerBusy)]
             if not busy or time.monotonic() > deadline:
-                raise UserError(
-                    f"engine.urls: no server answers ({self.servers[0].url}: {errors[0]}); is one running there?"
-                )
-            await asyncio.sleep(POLL_SECONDS)
-            for server in filter(self._balancer.is_available, busy):
-                errors[self.servers.index(server)] = await self._try_identify(server)
+                raise UserError(f"engine.urls: no server answers ({self._last_failure}); is one running there?")
+            await asyncio.sleep(FIRST_BACKOFF)
         self.context = min([self.context, *(server.context for server in self.servers if server.context)])
         return {"engine": "endpoint", **self._identity}
 
@@ -229,13 +311,14 @@ class EndpointEngine(Engine):
         try:
             await self._identify(server)
         except ServerUnavailable as error:
-            self._balancer.failed(server, error)
-            print_error(f"{server.url}: not available yet ({error})")
+            if not server.failures:
+                print_error(f"{server.url}: not available yet ({error})")
+            self._failed(server, error)
             return error
-        self._balancer.succeeded(server)
+        self._succeeded(server)
         return None
 
-    async def _identify(self, server: Server) -> None:
+    async def _identify(self, server: Server) -> Protocol:
         protocol = await server.identify()
         identity = {"protocol": protocol.NAME, "target": protocol.model}
         if server.model_path:
@@ -248,6 +331,7 @@ class EndpointEngine(Engine):
                 "the same model has to answer all: stop that server, or give another output"
             )
         server.protocol = protocol
+        return protocol
 
     async def complete(self, request: Request) -> Completion:
         attempts = 0
@@ -255,50 +339,43 @@ class EndpointEngine(Engine):
         while True:
             server = await self._acquire(avoid=last)
             try:
-                if server.protocol is None:
-                    await self._identify(server)
-                completion = await server.complete(request)
+                completion = await server.complete(request, server.protocol or await self._identify(server))
+                self._succeeded(server)
+                return completion
             except ServerUnavailable as error:  # no attempt: the request was not accepted
-                self._record_failure(server, error)
-            except (RequestFailed, InvalidResponse) as error:
+                self._failed(server, error)
+            except RequestFailed as error:
                 if isinstance(error, InvalidResponse):
-                    self._record_success(server)
+                    self._succeeded(server)
                 else:
-                    self._record_failure(server, error)
+                    self._failed(server, error)
                 attempts += 1
                 if attempts >= self.settings.attempts:
                     raise CompletionFailed(str(error), server.url, attempts) from None
-            else:
-                self._record_success(server)
-                return completion
             finally:
                 self._balancer.release(server)
             last = server
 
-    def _record_success(self, server: Server) -> None:
+    def _succeeded(self, server: Server) -> None:
         self._balancer.succeeded(server)
         self._all_failing_since = None
 
-    def _record_failure(self, server: Server, error: Exception) -> None:
+    def _failed(self, server: Server, error: Exception) -> None:
         self._balancer.failed(server, error)
         self._last_failure = f"{server.url}: {error}"
         if self._all_failing_since is None and all(other.failures for other in self.servers):
             self._all_failing_since = time.monotonic()
 
     async def _acquire(self, avoid: Server | None) -> Server:
-        """Waits for an available server.
-
-        Raises:
-            UserError: all servers have been failing for ``patience`` seconds.
-        """
+        """Waits for an available server; raises UserError if all have been failing for too long."""
         while True:
             if (server := self._balancer.acquire(avoid=avoid)) is not None:
                 return server
-            failing_since = self._all_failing_since
-            if failing_since is not None and time.monotonic() - failing_since > self.settings.give_up_after:
+            since, limit = self._all_failing_since, self.settings.give_up_after
+            if since is not None and time.monotonic() - since > limit:
                 raise UserError(
-                    f"engine.urls: no server has answered for {self.settings.give_up_after:g} seconds "
-                    f"({self._last_failure}); finished answers are stored: repeat the command when one does"
+                    f"engine.urls: no server has answered for {limit:g} seconds ({self._last_failure}); finished "
+                    "answers are stored: repeat the command when one does"
                 )
             await asyncio.sleep(POLL_SECONDS)
 

@@ -1,22 +1,18 @@
 """One item of the data whose answers are generated: its questions, the answers so far, the rows they make."""
 
+import asyncio
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from nemo_speculative.data.chat_template import prompt_ids
-from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.data.chat_template import Message, prompt_ids
+from nemo_speculative.data.conversations import Conversation, Item, TokenRow
 from nemo_speculative.utils.errors import UserError
 
-Message = dict[str, Any]
-ASKING_ROLES = ("user", "tool")
-CONTENT_KEYS = ("content", "reasoning_content", "tool_calls")
+T = TypeVar("T")
 PROMPT_TAIL = 64
 """Tokens at a prompt's end that are enough to find a tag that opens the answer's reasoning there."""
-SEED_BITS = 31
-"""Every server accepts seeds of this size."""
 
 
 class Unanswerable(UserError):
@@ -58,19 +54,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Limits:
-    """Maximum lengths in tokens."""
+    """Maximum lengths in tokens: of an answer, and of a prompt with its answer."""
 
     max_new_tokens: int
-    """Longest answer."""
     max_length: int
-    """Longest prompt with its answer."""
 
 
-Complete = Callable[[Request], Awaitable[Completion]]
-
-
-class Reasoning(ABC):
-    """Decides how later turns see the reasoning that an answer starts with; the answer's ids hold it in any case.
+class Keep:
+    """Leaves the reasoning that an answer starts with in its content; the answer's ids hold it in any case.
 
     Args:
         tags: the opening and the closing tag; the opening one may be the end of the prompt instead.
@@ -79,36 +70,23 @@ class Reasoning(ABC):
     def __init__(self, tags: Sequence[str] = ("<think>", "</think>")):
         self.opening, self.closing = tags
 
-    @abstractmethod
     def apply(self, message: Message, prompt: str = "") -> Message:
-        """The assistant's ``message`` as the conversation stores it; ``prompt``: the end of the text it answers."""
-
-    def split(self, text: str, prompt: str) -> tuple[str, str] | None:
-        """Reasoning and the rest; None: there is no reasoning.  Reasoning that was cut off has no rest.
-
-        A tag in the middle of a text does not count: the answer starts with the reasoning, or the prompt opens it.
-        """
-        if not text.lstrip().startswith(self.opening) and not prompt.rstrip().endswith(self.opening):
-            return None
-        before, _, rest = text.partition(self.closing)
-        return before.strip().removeprefix(self.opening).strip(), rest.lstrip()
-
-
-class Keep(Reasoning):
-    """Leaves the reasoning in the content."""
-
-    def apply(self, message: Message, prompt: str = "") -> Message:
+        """The assistant's ``message`` as later turns see it; ``prompt``: the end of the text that it answers."""
         return message
 
 
-class Split(Reasoning):
+class Split(Keep):
     """Moves the reasoning to ``reasoning_content``; the chat template decides which turns see it."""
 
     def apply(self, message: Message, prompt: str = "") -> Message:
-        if message.get("reasoning_content"):  # the server has split it
+        text = message["content"] or ""
+        # A tag in the middle of a text does not count: the answer starts with the reasoning, or the prompt opens it.
+        opened = text.lstrip().startswith(self.opening) or prompt.rstrip().endswith(self.opening)
+        if message.get("reasoning_content") or not opened:  # a server may have split it already
             return message
-        parts = self.split(message["content"] or "", prompt)
-        return message if parts is None else {**message, "content": parts[1], "reasoning_content": parts[0]}
+        reasoning, _, rest = text.partition(self.closing)  # no rest: the reasoning was cut off
+        reasoning = reasoning.strip().removeprefix(self.opening).strip()
+        return {**message, "content": rest.lstrip(), "reasoning_content": reasoning}
 
 
 class Drop(Split):
@@ -116,17 +94,6 @@ class Drop(Split):
 
     def apply(self, message: Message, prompt: str = "") -> Message:
         return {key: value for key, value in super().apply(message, prompt).items() if key != "reasoning_content"}
-
-
-@dataclass
-class _Row:
-    ids: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-
-    def extend(self, prompt: list[int], answer: list[int]) -> None:
-        """Appends a turn; ``prompt`` starts with the row's ids."""
-        self.mask += [False] * (len(prompt) - len(self.mask)) + [True] * len(answer)
-        self.ids = prompt + answer
 
 
 class Rollout:
@@ -139,17 +106,13 @@ class Rollout:
         Unanswerable: an answer has no question.
     """
 
-    def __init__(self, item: Conversation | TokenRow, tokenizer: Any, reasoning: Reasoning):
+    def __init__(self, item: Item, tokenizer: Any, reasoning: Keep):
         self.item, self.tokenizer, self.reasoning = item, tokenizer, reasoning
+        self.questions = _questions(item)
         self.messages: list[Message] = []
         self.finish: list[str] = []
         """How each answer ended: stop, length, or context where there was no room for an answer."""
-        self._rows: list[_Row] = []
-        self._questions = _questions(item)
-
-    @property
-    def num_turns(self) -> int:
-        return len(self._questions)
+        self._rows: list[tuple[list[int], list[bool]]] = []
 
     def request(self, turn: int, limits: Limits, seed: int) -> Request:
         """The request for a turn's answer: the conversation so far, rendered as a server would.
@@ -162,7 +125,7 @@ class Rollout:
         if isinstance(item, TokenRow):
             prompt = item.input_ids[: max(item.loss_mask.index(True), 1)]
         else:
-            messages, tools = [*self.messages, *self._questions[turn]], item.tools
+            messages, tools = [*self.messages, *self.questions[turn]], item.tools
             try:
                 prompt = prompt_ids(self.tokenizer, messages, item.origin, tools)
             except UserError as error:
@@ -170,25 +133,25 @@ class Rollout:
         room = limits.max_length - len(prompt)
         if room < 1:
             raise TooLong(item.origin, f"a question of {limits.max_length} tokens or more leaves no room")
-        # The seed depends on the turn alone, so an answer is independent of the batch, the range and the run.
+        # The seed depends on the turn alone, so an answer is independent of the batch, the range and the run.  It has
+        # 31 bits, which every server accepts.
         digest = hashlib.sha256(f"{seed}:{turn}:{item.id}".encode()).digest()
-        turn_seed = int.from_bytes(digest[:8], "big") >> (64 - SEED_BITS)
+        turn_seed = int.from_bytes(digest[:4], "big") >> 1
         return Request(prompt, min(limits.max_new_tokens, room), turn_seed, messages, tools)
 
     def add(self, turn: int, request: Request, completion: Completion) -> None:
-        """Adds the answer to ``request``.
-
-        Raises:
-            Unanswerable: it was cut before it had any content.
-        """
+        """Adds the answer to ``request``; raises Unanswerable if it was cut before it had any content."""
         self.finish.append("stop" if completion.stopped else "length")
         if isinstance(self.item, Conversation):
-            self.messages += [*self._questions[turn], self._message(request, completion)]
-        if completion.ids is not None:
-            # A template may render earlier answers differently later on; then the turn is a row of its own.
-            if not self._rows or request.prompt[: len(self._rows[-1].ids)] != self._rows[-1].ids:
-                self._rows.append(_Row())
-            self._rows[-1].extend(request.prompt, completion.ids)
+            self.messages += [*self.questions[turn], self._message(request, completion)]
+        if completion.ids is None:
+            return
+        ids, mask = self._rows.pop() if self._rows else ([], [])
+        if request.prompt[: len(ids)] != ids:  # the template renders an earlier answer differently now: a new row
+            self._rows.append((ids, mask))
+            mask = []
+        mask = mask + [False] * (len(request.prompt) - len(mask)) + [True] * len(completion.ids)
+        self._rows.append((request.prompt + completion.ids, mask))
 
     def _message(self, request: Request, completion: Completion) -> Message:
         message = completion.message
@@ -197,23 +160,21 @@ class Rollout:
             text = self.tokenizer.decode(completion.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             message = {"role": "assistant", "content": text}
         stored = self.reasoning.apply(message, self.tokenizer.decode(request.prompt[-PROMPT_TAIL:]))
-        if completion.ids is None and not any(stored.get(key) for key in CONTENT_KEYS):
+        has_content = any(stored.get(key) for key in ("content", "reasoning_content", "tool_calls"))
+        if completion.ids is None and not has_content:
             raise Unanswerable(self.item.origin, "an answer was cut before it had any content")
         return stored
 
     def rows(self) -> list[TokenRow]:
         """The answered ids; several rows where a later prompt does not start with everything before it."""
-        item = self.item
-        ids = [item.id] if len(self._rows) == 1 else [f"{item.id}#{n}" for n in range(len(self._rows))]
-        return [
-            TokenRow(row_id, row.ids, row.mask, item.origin, item.source)
-            for row_id, row in zip(ids, self._rows, strict=True)
-        ]
+        item, rows = self.item, self._rows
+        names = [item.id] if len(rows) == 1 else [f"{item.id}#{n}" for n in range(len(rows))]
+        return [TokenRow(name, *row, item.origin, item.source) for name, row in zip(names, rows, strict=True)]
 
     def record(self) -> dict[str, Any]:
         """The line of a data file, see :func:`nemo_speculative.data.conversations.parse_line`."""
         item = self.item
-        rows = [{"input_ids": row.ids, "loss_mask": [int(m) for m in row.mask]} for row in self._rows]
+        rows = [{"input_ids": ids, "loss_mask": [int(m) for m in mask]} for ids, mask in self._rows]
         record: dict[str, Any] = {"id": item.id}
         if isinstance(item, Conversation):
             record |= {"conversations": self.messages}
@@ -224,7 +185,7 @@ class Rollout:
         return record | ({"source": item.source} if item.source else {}) | {"finish": self.finish}
 
 
-def _questions(item: Conversation | TokenRow) -> list[list[Message]]:
+def _questions(item: Item) -> list[list[Message]]:
     if isinstance(item, TokenRow):
         return [[]] if any(item.loss_mask) else []
     questions: list[list[Message]] = [[]]
@@ -235,20 +196,18 @@ def _questions(item: Conversation | TokenRow) -> list[list[Message]]:
             questions[-1].append(message)
     if not questions[-1]:
         questions.pop()
-    if not questions or not all(any(m["role"] in ASKING_ROLES for m in question) for question in questions):
+    if not all(any(m["role"] in ("user", "tool") for m in question) for question in questions):
         raise Unanswerable(
             item.origin, "the conversation asks nothing before one of its answers; expected a user's message there"
         )
     return questions
 
 
-async def converse(rollout: Rollout, complete: Complete, limits: Limits, seed: int = 0) -> None:
-    """Generates the answers turn by turn; a later question that leaves no room for an answer ends the conversation.
-
-    Raises:
-        Unanswerable: the first question leaves no room, or the chat template rejects a question.
-    """
-    for turn in range(rollout.num_turns):
+async def converse(
+    rollout: Rollout, complete: Callable[[Request], Awaitable[Completion]], limits: Limits, seed: int = 0
+) -> None:
+    """Generates the answers turn by turn, until one has no room; raises Unanswerable if that is the first."""
+    for turn in range(len(rollout.questions)):
         try:
             request = rollout.request(turn, limits, seed)
         except TooLong:
@@ -257,3 +216,22 @@ async def converse(rollout: Rollout, complete: Complete, limits: Limits, seed: i
             rollout.finish.append("context")
             return
         rollout.add(turn, request, await complete(request))
+
+
+async def for_each(items: Iterable[T], handle: Callable[[T], Awaitable[None]], concurrency: int) -> None:
+    """Calls ``handle`` for ``items`` in order, up to ``concurrency`` at a time; reads each item when it is its turn.
+
+    The first exception of a handler is raised, and the other handlers are canceled.
+    """
+    iterator = iter(items)
+
+    async def work() -> None:
+        for item in iterator:
+            await handle(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(work())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None

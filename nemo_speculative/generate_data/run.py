@@ -1,29 +1,29 @@
 """Answers a range of questions with an engine, and summarizes the outcome of each line."""
 
+import asyncio
 import contextlib
-from array import array
+import signal
 from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra.utils import get_class, instantiate
 
 from nemo_speculative.config.schema import GenerateJob
-from nemo_speculative.data.chat_template import chat_template_of
-from nemo_speculative.data.conversations import Conversation
+from nemo_speculative.data.chat_template import chat_template_of, tokenizer_digest
+from nemo_speculative.data.conversations import Conversation, Item
 from nemo_speculative.decoding.verify import Sampling
-from nemo_speculative.generate_data.concurrency import RunCoroutine, for_each, interruptible
 from nemo_speculative.generate_data.engines import CompletionFailed, Engine
-from nemo_speculative.generate_data.prompt_file import Item, PromptFile
-from nemo_speculative.generate_data.rollout import Limits, Rollout, Unanswerable, converse
+from nemo_speculative.generate_data.rollout import Limits, Rollout, Unanswerable, converse, for_each
 from nemo_speculative.generate_data.shard_dir import (
     ANSWERS,
     FAILED,
     FORMAT,
     LEFT_OUT,
     SKIPPED,
+    PromptFile,
     ShardDir,
     read_records,
     sort_records,
@@ -33,9 +33,8 @@ from nemo_speculative.utils.files import dir_lock
 from nemo_speculative.utils.progress import Progress
 from nemo_speculative.utils.tables import text_table
 
-MAX_DUPLICATE_IDS = 3
-MAX_REASONS = 8
-"""Number of examples shown of each kind; left_out.jsonl has all of them."""
+MAX_DUPLICATE_IDS, MAX_REASONS = 3, 8
+"""Number of examples that the summary shows of each kind; left_out.jsonl has all of them."""
 
 
 @dataclass
@@ -66,23 +65,54 @@ def generate_data(job: GenerateJob) -> Outcome:
         UserError: the input is malformed, stored answers were made with other settings, or no engine can answer.
     """
     with interruptible() as run:
-        prompts = PromptFile.open(job)
+        prompts = PromptFile(job)
         directory = Path(job.output) / prompts.name
         with dir_lock(directory, "output"):
-            _answer_range(job, prompts, directory, run)
+            engine = build_engine(job)
+            try:
+                manifest = _manifest(job, prompts, engine, run(engine.identity()))
+                with contextlib.closing(ShardDir(directory, prompts, manifest)) as shard:
+                    if shard.num_pending:
+                        engine.prepare()
+                        run(_answer_pending(job, prompts, engine, shard, manifest["max_length"]))
+            finally:
+                run(engine.close())
             return summarize(directory, len(prompts))
 
 
-def _answer_range(job: GenerateJob, prompts: PromptFile, directory: Path, run: RunCoroutine) -> None:
-    engine = build_engine(job)
-    try:
-        manifest = run(_manifest(job, prompts, engine))
-        with contextlib.closing(ShardDir(directory, prompts, manifest)) as shard:
-            if shard.num_pending:
-                engine.prepare()
-                run(_answer_pending(job, prompts, engine, shard))
-    finally:
-        run(engine.close())
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Yields a function that runs a coroutine to its end; all of a job run in one event loop.
+
+    Ctrl-C and SIGTERM raise KeyboardInterrupt inside: at once, or after the running coroutine was canceled.
+    Where Ctrl-C is ignored, as in a script's background jobs, it stays ignored; SIGTERM works there too.
+    """
+    running: asyncio.Task[Any] | None = None
+
+    def interrupt(*_: object) -> None:
+        if running is None:
+            raise KeyboardInterrupt
+        running.get_loop().call_soon_threadsafe(running.cancel)
+
+    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        nonlocal running
+        running = runner.get_loop().create_task(coroutine)
+        try:
+            return runner.get_loop().run_until_complete(running)
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            running = None
+
+    ctrl_c_ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    handled = [signal.SIGTERM] if ctrl_c_ignored else [signal.SIGINT, signal.SIGTERM]
+    with asyncio.Runner() as runner:
+        before = {number: signal.signal(number, interrupt) for number in handled}
+        try:
+            yield run
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def build_engine(job: GenerateJob) -> Engine:
@@ -90,26 +120,25 @@ def build_engine(job: GenerateJob) -> Engine:
     return get_class(job.engine._target_)(job.engine, job.model, sampling)
 
 
-async def _manifest(job: GenerateJob, prompts: PromptFile, engine: Engine) -> dict[str, Any]:
+def _manifest(job: GenerateJob, prompts: PromptFile, engine: Engine, identity: dict[str, Any]) -> dict[str, Any]:
     """Everything that the answers depend on."""
+    if (job.max_length or 0) > engine.context:
+        raise UserError(f"max_length is {job.max_length}: the target's context is {engine.context}; lower it")
     questions = {"input": prompts.digest, "input_lines": prompts.num_lines, "range": [prompts.start, prompts.end]}
     sampling = {"top_p": job.top_p, "top_k": job.top_k, "seed": job.seed} if job.temperature else {}
     return {
-        "format": FORMAT, **questions, **await engine.identity(), **engine.rendering(), "temperature": job.temperature,
-        **sampling, "max_new_tokens": job.max_new_tokens, "max_length": _max_length(job, engine),
+        "format": FORMAT, **questions, **identity, "tokenizer": tokenizer_digest(engine.tokenizer),
+        "stop_ids": sorted(engine.stop_ids), "temperature": job.temperature, **sampling,
+        "max_new_tokens": job.max_new_tokens, "max_length": job.max_length or engine.context,
         "keep_cut": job.keep_cut, "reasoning": [job.reasoning._target_.rpartition(".")[2], *job.reasoning.tags],
     }  # fmt: skip
 
 
-def _max_length(job: GenerateJob, engine: Engine) -> int:
-    if (job.max_length or 0) > engine.context:
-        raise UserError(f"max_length is {job.max_length}: the target's context is {engine.context}; lower it")
-    return job.max_length or engine.context
-
-
-async def _answer_pending(job: GenerateJob, prompts: PromptFile, engine: Engine, shard: ShardDir) -> None:
+async def _answer_pending(
+    job: GenerateJob, prompts: PromptFile, engine: Engine, shard: ShardDir, max_length: int
+) -> None:
     """Answers the pending lines of ``shard``, many conversations at a time; each is stored when it is complete."""
-    limits, reasoning = Limits(job.max_new_tokens, _max_length(job, engine)), instantiate(job.reasoning)
+    limits, reasoning = Limits(job.max_new_tokens, max_length), instantiate(job.reasoning)
     progress = Progress(f"answering {prompts.file}", shard.num_pending)
 
     async def answer(numbered: tuple[int, Item]) -> None:
@@ -119,7 +148,7 @@ async def _answer_pending(job: GenerateJob, prompts: PromptFile, engine: Engine,
         try:
             rollout = Rollout(item, engine.tokenizer, reasoning)
             await converse(rollout, engine.complete, limits, job.seed)
-            if not rollout.num_turns:
+            if not rollout.questions:
                 raise Unanswerable(item.origin, "no token of it is supervised, so it asks nothing")
             if "length" in rollout.finish and not job.keep_cut:
                 raise Unanswerable(item.origin, "an answer was cut at its limit (keep_cut=false)")
@@ -141,46 +170,28 @@ def summarize(directory: Path, total: int) -> Outcome:
         UserError: they do not hold every one of the ``total`` lines exactly once.
         OSError: the disk is too full for the sorted copies.
     """
-    outcome = Outcome(directory, total)
+    outcome, ids, answered = Outcome(directory, total), Counter[str](), set[int]()
     sort_records(directory / ANSWERS)
-    left_out_before = {record.index for record in read_records(directory / LEFT_OUT)}
-    answered_since: set[int] = set()
-    id_hashes = array("q")
     for record in read_records(directory / ANSWERS):
-        if record.index in left_out_before:
-            answered_since.add(record.index)
         content = record.content()
-        id_hashes.append(hash(content["id"]))
-        outcome.answered += 1
+        answered.add(record.index)
+        ids[content["id"]] += 1
         outcome.finishes.update(content["finish"])
         outcome.text_only += "rows" not in content and "input_ids" not in content
-    sort_records(directory / LEFT_OUT, drop=answered_since)
+    sort_records(directory / LEFT_OUT, drop=answered)
     for record in read_records(directory / LEFT_OUT):
         content = record.content()
-        id_hashes.append(hash(content["id"]))
+        ids[content["id"]] += 1
         (outcome.skipped if content["outcome"] == SKIPPED else outcome.failed)[content["reason"]] += 1
-    if outcome.answered + outcome.skipped.total() + outcome.failed.total() != total:
+    outcome.answered, skipped, failed = len(answered), outcome.skipped.total(), outcome.failed.total()
+    if outcome.answered + skipped + failed != total:
         raise UserError(
-            f"{directory}: {outcome.answered} answered, {outcome.skipped.total()} skipped and "
-            f"{outcome.failed.total()} failed are not the {total} lines of the range; start the same command again"
+            f"{directory}: {outcome.answered} answered, {skipped} skipped and {failed} failed are not the {total} "
+            "lines of the range; start the same command again"
         )
-    hashes, counts = np.unique(id_hashes, return_counts=True)
-    outcome.num_duplicate_ids = total - len(hashes)
-    if outcome.num_duplicate_ids:
-        outcome.duplicate_ids = _ids_with(set(hashes[counts > 1].tolist()), directory)
+    outcome.num_duplicate_ids = total - len(ids)
+    outcome.duplicate_ids = [item_id for item_id, count in ids.items() if count > 1][:MAX_DUPLICATE_IDS]
     return outcome
-
-
-def _ids_with(hashes: set[int], directory: Path) -> list[str]:
-    """The first ids with one of ``hashes``."""
-    ids: dict[str, None] = {}
-    for record in (record for name in (ANSWERS, LEFT_OUT) for record in read_records(directory / name)):
-        item_id = record.content()["id"]
-        if hash(item_id) in hashes:
-            ids[item_id] = None
-        if len(ids) == MAX_DUPLICATE_IDS:
-            break
-    return list(ids)
 
 
 def summary_table(outcome: Outcome) -> str:
@@ -189,7 +200,13 @@ def summary_table(outcome: Outcome) -> str:
     if outcome.num_duplicate_ids:
         examples = ", ".join(outcome.duplicate_ids)
         rows.append(("", str(outcome.num_duplicate_ids), f"of them have the id of an earlier line ({examples})"))
-    rows.append(("answered", str(outcome.answered), _describe_answers(outcome)))
+    finishes = outcome.finishes
+    notes = [f"{finishes['stop'] + finishes['length']} answers in {ANSWERS}"] if outcome.answered else []
+    notes += [f"{finishes['length']} of them cut at their limit"] if finishes["length"] else []
+    notes += [f"{finishes['context']} conversations ended by the context"] if finishes["context"] else []
+    if outcome.text_only:
+        notes += [f"{outcome.text_only} conversations as text only: the server returns no ids, training tokenizes them"]
+    rows.append(("answered", str(outcome.answered), "; ".join(notes)))
     for name, reasons in (("skipped", outcome.skipped), ("failed", outcome.failed)):
         rows.append((name, str(reasons.total()), ""))
         shown, others = reasons.most_common()[:MAX_REASONS], reasons.most_common()[MAX_REASONS:]
@@ -199,22 +216,8 @@ def summary_table(outcome: Outcome) -> str:
     return text_table(rows, "lrl")
 
 
-def _describe_answers(outcome: Outcome) -> str:
-    finishes = outcome.finishes
-    notes = [f"{finishes['stop'] + finishes['length']} answers in {ANSWERS}"] if outcome.answered else []
-    notes += [f"{finishes['length']} of them cut at their limit"] if finishes["length"] else []
-    notes += [f"{finishes['context']} conversations ended by the context"] if finishes["context"] else []
-    if outcome.text_only:
-        notes += [f"{outcome.text_only} conversations as text only: the server returns no ids, training tokenizes them"]
-    return "; ".join(notes)
-
-
 def require_success(outcome: Outcome) -> None:
-    """Ends the program with an error if lines failed.
-
-    Raises:
-        UserError: at least one failed.
-    """
+    """Ends the program with an error if lines failed: raises UserError."""
     if outcome.failed:
         reason, _ = outcome.failed.most_common(1)[0]
         raise UserError(

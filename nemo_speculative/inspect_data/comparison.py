@@ -6,12 +6,12 @@ is at the end of a conversation: when the model wrote it, nothing followed.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from nemo_speculative.data.chat_template import Message, normalize_messages, prompt_ids, render
-from nemo_speculative.data.conversations import Conversation, TokenRow
+from nemo_speculative.data.conversations import Conversation, Item, TokenRow
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.http import Client, Refused
 
@@ -19,20 +19,6 @@ WINDOW = 8
 """Tokens shown on each side of a difference."""
 MAX_EXAMPLES = 5
 """Differences stored of each cause."""
-TIMEOUT_SECONDS = 60.0
-PROBE: list[Message] = [{"role": "user", "content": "Hello"}]
-
-
-class ChatServer(Protocol):
-    """A renderer of prompts."""
-
-    def prompt_ids(self, messages: list[Message], tools: list[Message] | None) -> list[int]:
-        """The ids of the prompt for the answer to ``messages``.
-
-        Raises:
-            Refused: these messages cannot be rendered.
-            UserError: no messages can be rendered.
-        """
 
 
 @dataclass(frozen=True)
@@ -42,36 +28,29 @@ class ByTemplate:
     tokenizer: Any
 
     def prompt_ids(self, messages: list[Message], tools: list[Message] | None) -> list[int]:
+        """The ids of the prompt for the answer to ``messages``; raises Refused if they cannot be rendered."""
         try:
             return prompt_ids(self.tokenizer, as_served(messages), "the template", tools)
         except UserError as error:
             raise Refused(str(error)) from None
 
 
-class RunningServer:
+class RunningServer(Client):
     """An SGLang server's ``/tokenize`` route, which renders messages as for a chat completion.
 
     SGLang 0.5.23 returns the ids themselves (read in its ``serving_tokenize.py``); 0.5.9 accepts no messages there.
-    A ``with`` block closes its connection.
     """
 
     def __init__(self, url: str, api_key: str | None = None):
-        self._http = Client(url, api_key, timeout=TIMEOUT_SECONDS, name=f"url: {url.rstrip('/')}")
+        super().__init__(url, api_key, timeout=60.0, name=f"url: {url.rstrip('/')}")
 
     def __enter__(self) -> "RunningServer":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._http.__exit__(*error)
-
     def check(self) -> None:
-        """Renders a first message.
-
-        Raises:
-            UserError: the server cannot be reached, or cannot render messages.
-        """
+        """Renders a first message; raises UserError if the server cannot be reached, or cannot render messages."""
         try:
-            self.prompt_ids(PROBE, None)
+            self.prompt_ids([{"role": "user", "content": "Hello"}], None)
         except Refused as error:
             raise UserError(
                 f"url: {error}; expected an SGLang server that renders messages over /tokenize, as 0.5.23 does"
@@ -84,17 +63,15 @@ class RunningServer:
             Refused: the server cannot render these messages.
             Unreachable, Unauthorized: no request will succeed.
         """
-        body = {"messages": messages} | ({"tools": tools} if tools else {})
-        response = self._http.request("POST", "/tokenize", json=body)
+        response = self.request("POST", "/tokenize", json={"messages": messages} | ({"tools": tools} if tools else {}))
         try:
-            content: Any = response.json()
-        except ValueError:
-            content = None
-        tokens = content.get("tokens") if isinstance(content, dict) else None
+            tokens = response.json()["tokens"]
+        except (ValueError, TypeError, KeyError):
+            tokens = None
         if response.status == 200 and isinstance(tokens, list) and all(isinstance(token, int) for token in tokens):
             return tokens
         text = " ".join(response.data.decode(errors="replace").split())
-        raise Refused(f"{self._http.url}/tokenize: HTTP {response.status}: {text:.200}")
+        raise Refused(f"{self.url}/tokenize: HTTP {response.status}: {text:.200}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +102,7 @@ class Comparison:
     """
 
     tokenizer: Any
-    server: ChatServer
+    server: ByTemplate | RunningServer
     max_length: int
     limit: int
     conversations: int = 0
@@ -139,7 +116,7 @@ class Comparison:
     differences: list[Difference] = field(default_factory=list)
     """The first ones of each cause."""
 
-    def add(self, item: Conversation | TokenRow, row: TokenRow | None) -> None:
+    def add(self, item: Item, row: TokenRow | None) -> None:
         """
         Args:
             row: the row of the item, not truncated; None: a training makes none, and the rendering is compared anyway.
@@ -149,10 +126,9 @@ class Comparison:
         """
         if self.conversations + self.not_comparable >= self.limit:
             return
-        if row is not None:
-            trained: list[int] | None = row.input_ids
-        else:
-            trained = rendered(self.tokenizer, item, item.messages) if isinstance(item, Conversation) else None
+        trained = None
+        if isinstance(item, Conversation):
+            trained = row.input_ids if row else self._rendered(item, item.messages)
         if trained is None or not isinstance(item, Conversation):
             self.not_comparable += 1
             return
@@ -180,33 +156,53 @@ class Comparison:
             before, on_training, on_server = ([self.tokenizer.decode([i]) for i in ids] for ids in windows)
             return Difference(item.id, turn, at, cause, before, on_training, on_server, note)
 
-        messages = item.messages[:turn]
-        if not messages:
-            return 0, difference(0, [], NO_QUESTION)
+        if turn == 0:
+            return 0, difference(0, [], "the assistant writes first: no server renders a prompt for that")
         try:
-            served = self.server.prompt_ids(messages, item.tools)
+            served = self.server.prompt_ids(item.messages[:turn], item.tools)
         except Refused as error:
-            return 0, difference(0, [], REFUSED, str(error))
+            return 0, difference(0, [], "the server refuses the prompt", str(error))
         start, at = len(served), common_prefix(trained, served)
         if at < start:
-            bare = rendered(self.tokenizer, item, as_served(messages))
-            case = Mismatch(self.tokenizer, messages, bool(item.tools), trained, served, bare, at)
-            return start, difference(at, served, find_cause(case))
-        answered = rendered(self.tokenizer, item, item.messages[: turn + 1]) or []
+            return start, difference(at, served, self._cause(item, turn, trained, served, at))
+        answered = self._rendered(item, item.messages[: turn + 1]) or []
         at = common_prefix(trained, answered)
         if at < len(answered):
-            return start, difference(at, answered, ANSWER_CHANGES)
+            cause = "an answer is rendered otherwise once more turns follow, as templates do that drop earlier thinking"
+            return start, difference(at, answered, cause)
         if row is not None and (offset := mask_offset(row.loss_mask, start)):
-            return start, difference(start, served, MASK, offset)
+            return start, difference(start, served, "the mask does not begin where the model does", offset)
         return start, None
 
+    def _cause(self, item: Conversation, turn: int, trained: list[int], served: list[int], at: int) -> str:
+        """The likely cause of a prompt that training and server render differently from token ``at`` on."""
+        messages, start = item.messages[:turn], self.tokenizer.bos_token_id
+        text, served_text = self.tokenizer.decode(trained), self.tokenizer.decode(served)
+        if messages[-1]["role"] == "assistant":
+            return "two answers in a row: a server takes the first for the user's"
+        if start is not None and (trained[:2] == [start, start]) != (served[:2] == [start, start]):
+            return "the start token is doubled"
+        if text.startswith(served_text):
+            return "the same text in other tokens"
+        bare = self._rendered(item, as_served(messages))  # without a generation prompt
+        if bare is not None and at >= len(bare) and served[: len(bare)] == bare:
+            return "the generation prompt is not how the answer begins"
+        question = next((str(m["content"]).strip() for m in messages if m["role"] == "user"), "")
+        known = question and question in text and question in served_text
+        if known and text.partition(question)[0] != served_text.partition(question)[0]:
+            if item.tools:
+                return "tools are written otherwise"
+            return "something else before the first question, as a default system prompt or a date"
+        if any((thought in text) != (thought in served_text) for thought in map(thinking, messages)):
+            return "the thinking of earlier turns is on one side only"
+        return "for another reason"
 
-def rendered(tokenizer: Any, item: Conversation, messages: list[Message]) -> list[int] | None:
-    """``messages`` of ``item`` without a generation prompt; None: the template rejects them."""
-    try:
-        return render(tokenizer, messages, item.origin, tools=item.tools)["input_ids"]
-    except UserError:
-        return None
+    def _rendered(self, item: Conversation, messages: list[Message]) -> list[int] | None:
+        """``messages`` of ``item`` without a generation prompt; None: the template rejects them."""
+        try:
+            return render(self.tokenizer, messages, item.origin, tools=item.tools)["input_ids"]
+        except UserError:
+            return None
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
@@ -224,95 +220,10 @@ def mask_offset(mask: Sequence[bool], start: int) -> str:
     return f"later by {late}" if late else "nothing after it is supervised"
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """A prompt that training and server render differently."""
-
-    tokenizer: Any
-    messages: list[Message]
-    """The messages before the answer."""
-    has_tools: bool
-    trained: list[int]
-    """The whole conversation as it is trained on."""
-    served: list[int]
-    """The prompt as the server renders it."""
-    bare: list[int] | None
-    """The tokenizer's own rendering without a generation prompt; None: the template rejects that."""
-    position: int
-    """Position of the first token that differs."""
-
-    @property
-    def texts(self) -> tuple[str, str]:
-        """The texts around the difference, trained and served."""
-        return self.tokenizer.decode(self.trained), self.tokenizer.decode(self.served)
-
-    @property
-    def openings(self) -> tuple[str, str]:
-        """The text before the first question, trained and served; empty if the question cannot be found."""
-        question = next((str(m["content"]).strip() for m in self.messages if m["role"] == "user"), "")
-        trained, served = self.texts
-        if not question or question not in trained or question not in served:
-            return "", ""
-        return trained.partition(question)[0], served.partition(question)[0]
-
-    @property
-    def thoughts(self) -> list[str]:
-        return [thought for message in self.messages if (thought := thinking(message))]
-
-
 def thinking(message: Message) -> str:
-    """The reasoning of the assistant's ``message``."""
-    within = str(message.get("content") or "").partition("</think>")
-    return message.get("reasoning_content") or (within[0].removeprefix("<think>").strip() if within[1] else "")
-
-
-def _doubled_start(case: Mismatch) -> bool:
-    start = case.tokenizer.bos_token_id
-    doubled = [ids[:2] == [start, start] for ids in (case.trained, case.served)]
-    return start is not None and doubled[0] != doubled[1]
-
-
-def _same_text(case: Mismatch) -> bool:
-    trained, served = case.texts
-    return trained.startswith(served)
-
-
-def _generation_prompt(case: Mismatch) -> bool:
-    return case.bare is not None and case.position >= len(case.bare) and case.served[: len(case.bare)] == case.bare
-
-
-def _opening(case: Mismatch) -> bool:
-    trained, served = case.openings
-    return trained != served
-
-
-def _thinking(case: Mismatch) -> bool:
-    trained, served = case.texts
-    return any((thought in trained) != (thought in served) for thought in case.thoughts)
-
-
-CAUSES: dict[str, Callable[[Mismatch], bool]] = {
-    "two answers in a row: a server takes the first for the user's": lambda case: (
-        case.messages[-1]["role"] == "assistant"
-    ),
-    "the start token is doubled": _doubled_start,
-    "the same text in other tokens": _same_text,
-    "the generation prompt is not how the answer begins": _generation_prompt,
-    "tools are written otherwise": lambda case: case.has_tools and _opening(case),
-    "something else before the first question, as a default system prompt or a date": _opening,
-    "the thinking of earlier turns is on one side only": _thinking,
-}
-"""Conditions in order; the first that holds is the cause."""
-NO_QUESTION = "the assistant writes first: no server renders a prompt for that"
-REFUSED = "the server refuses the prompt"
-ANSWER_CHANGES = "an answer is rendered otherwise once more turns follow, as templates do that drop earlier thinking"
-MASK = "the mask does not begin where the model does"
-UNKNOWN = "for another reason"
-
-
-def find_cause(case: Mismatch) -> str:
-    """The first of :data:`CAUSES` that holds."""
-    return next((name for name, holds in CAUSES.items() if holds(case)), UNKNOWN)
+    """The reasoning of the assistant's ``message``; empty if there is none."""
+    before, tag, _ = str(message.get("content") or "").partition("</think>")
+    return message.get("reasoning_content") or (before.removeprefix("<think>").strip() if tag else "")
 
 
 def as_served(messages: list[Message]) -> list[Message]:

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -12,10 +12,9 @@ from hydra.utils import get_method
 from nemo_speculative.config.schema import Answers, InspectJob
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import Tokenization, preview
-from nemo_speculative.inspect_data.comparison import ByTemplate, ChatServer, Comparison, RunningServer
-from nemo_speculative.inspect_data.figures import figures
+from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison, RunningServer
 from nemo_speculative.inspect_data.page import page
-from nemo_speculative.inspect_data.survey import Survey
+from nemo_speculative.inspect_data.survey import Survey, figures
 from nemo_speculative.targets.describe import describe_target
 from nemo_speculative.utils.files import atomic_write_text, dir_lock
 from nemo_speculative.utils.http import api_key
@@ -35,9 +34,12 @@ def inspect(job: InspectJob) -> str:
     config, tokenizer = target.config, target.tokenizer
     max_length, packed_length = job.data.lengths(config.max_position_embeddings)
     survey = Survey(Tokenization(tokenizer, target.stop_ids, max_length, config.vocab_size), job.show)
-    with dir_lock(job.directory, "output"), _server(job, tokenizer) as server:
+    connection: RunningServer | nullcontext[None] = RunningServer(job.url, api_key()) if job.url else nullcontext()
+    with dir_lock(job.directory, "output"), connection as server:
+        if server is not None:
+            server.check()
         split = get_method(job.data._target_)(job.data, job.seed)
-        comparison = Comparison(tokenizer, server, max_length, job.compare)
+        comparison = Comparison(tokenizer, server or ByTemplate(tokenizer), max_length, job.compare)
         survey.read(split, comparison.add)
         results = figures(survey, split, packed_length, job.seed)
         results |= {"comparison": comparison_figures(comparison, job.url), "notes": _notes(job, survey)}
@@ -46,16 +48,6 @@ def inspect(job: InspectJob) -> str:
         atomic_write_text(job.directory / "figures.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     rows = previews(survey.shown, tokenizer, max_length, color=sys.stdout.isatty())
     return "\n\n".join([*rows, summary(results)])
-
-
-@contextmanager
-def _server(job: InspectJob, tokenizer: Any) -> Iterator[ChatServer]:
-    if job.url is None:
-        yield ByTemplate(tokenizer)
-        return
-    with RunningServer(job.url, api_key()) as server:
-        server.check()
-        yield server
 
 
 def comparison_figures(comparison: Comparison, url: str | None) -> dict[str, Any]:
@@ -71,12 +63,9 @@ def comparison_figures(comparison: Comparison, url: str | None) -> dict[str, Any
 
 def _notes(job: InspectJob, survey: Survey) -> list[str]:
     """Remarks without which the figures would mislead."""
-    notes = []
-    if survey.refused.count:
-        notes.append(
-            f"a training refuses {survey.refused.count} conversations, and ends at the first: "
-            f"{survey.refused.examples[0]}"
-        )
+    notes, refused = [], survey.refused
+    if refused.count:
+        notes.append(f"a training refuses {refused.count} conversations, and ends at the first: {refused.examples[0]}")
     if silent := survey.total().silent:
         notes.append(
             f"{silent} answers are trained on as their end alone: the chat template renders nothing of them, as some "
@@ -86,25 +75,23 @@ def _notes(job: InspectJob, survey: Survey) -> list[str]:
         notes.append("data.answers=target: these are the answers of the data; a training has the target write its own")
     if not survey.tallies:
         notes.append("no conversation holds a supervised token: there is nothing to train on")
-    notes += [f"{name} is not shown: a training makes no row of it" for name in survey.not_shown]
-    return notes
+    return notes + [f"{name} is not shown: a training makes no row of it" for name in survey.not_shown]
 
 
 def summary(results: dict[str, Any]) -> str:
     """The most important figures, a line each."""
     limit = next(at for at in results["truncation"] if at["length"] == results["max_length"])
     packing, copies, compared = results["packing"], results["duplicates"], results["comparison"]
-    sides = f"{results['training']:,} for training, {results['held_out']:,} held out"
     quantiles = results["lengths"].get("quantiles", {})
     lost = f"{limit['tokens_lost']:.2%} of the tokens and {limit['supervised_lost']:.2%} of the supervised ones"
     ways = ", ".join(f"{way} {one['fill']:.1%}" for way, one in packing["ways"].items())
     refused, unsupervised = results["refused"]["count"], results["unsupervised"]["count"]
     vocabulary = [f"{row['entries']:,} cover {row['training']:.2%}" for row in results["vocabulary"]["table"]]
     vocabulary += [f"{float(share):.1%} with {n:,}" for share, n in results["vocabulary"]["reach"].items()]
+    server = "nothing to compare: the data are token ids, or no answer is within the maximum length"
     if compared["turns"]:
         server = f"{compared['equal']:,} of {compared['turns']:,} turns equal {compared['server']}"
-    else:
-        server = "nothing to compare: the data are token ids, or no answer is within the maximum length"
+    sides = f"{results['training']:,} for training, {results['held_out']:,} held out"
     lines = [
         ("conversations", f"{results['conversations']:,}: {sides}"),
         ("tokens", f"{results['tokens']:,}, {results['supervised_share']:.1%} of them supervised"),
@@ -121,11 +108,10 @@ def summary(results: dict[str, Any]) -> str:
     for d in compared["differences"][:MAX_DIFFERENCES]:
         lines.append(("", f"{d['id']}, message {d['message']}, token {d['position']}: {d['note'] or d['cause']}"))
         lines += [("", f"  {name:8}{' '.join(map(repr, d[name]))}") for name in ("before", "trained", "served")]
-    lines += [("note", note) for note in results["notes"]]
-    return text_table(lines, "ll")
+    return text_table(lines + [("note", note) for note in results["notes"]], "ll")
 
 
-def previews(rows: Sequence[TokenRow], tokenizer: Any, max_length: int, color: bool) -> Iterable[str]:
+def previews(rows: Sequence[TokenRow], tokenizer: Any, max_length: int, color: bool) -> Iterator[str]:
     """Conversations up to the length that a training reads, their supervised tokens in green."""
     key = "green" if color else "⟦…⟧"
     for row in rows:

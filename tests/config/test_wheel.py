@@ -49,6 +49,7 @@ def test_the_wheel_holds_the_configuration_the_recipes_and_the_command(installed
         assert files <= installed_files
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "nemo-speculative = nemo_speculative.__main__:main" in entry_points.read_text()
+    assert (installed / "nemo_speculative" / "inspect_data" / "report.html").is_file()
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"nemo_speculative"}
 
 

@@ -1,6 +1,6 @@
 """Fake of the servers that generate answers: python -m tests.generate_data.fake_server KIND MODEL PORT [LOG]
 
-KIND is sglang, completions (ids on request), logprobs (older vLLM) or chat; other routes are refused.  The answer to a
+KIND is sglang, completions (ids on request) or chat; other routes are refused.  The answer to a
 prompt of ids is ``answer_to``; to messages, a text with their number.  FAKE selects a fault: ``die_at:N`` exits at the
 N-th prompt; ``garbage``, ``status:CODE``, ``drop`` (closes the connection) and ``get:CODE`` (for all other requests)
 apply while the file FAKE_WHILE exists, or always; ``refuse`` rejects prompts with the id 77; ``token:X`` requires that
@@ -76,13 +76,11 @@ class Handler(BaseHTTPRequestHandler):
             ids = answer_to(body["input_ids"], body["sampling_params"]["max_new_tokens"])
             end = {"type": "stop" if ids[-1] == STOP else "length"}
             self._send(200, {"text": "?", "output_ids": ids, "meta_info": {"finish_reason": end}})
-        elif KIND in ("completions", "logprobs") and self.path == "/v1/completions":
+        elif KIND == "completions" and self.path == "/v1/completions":
             ids = answer_to(body["prompt"], body["max_tokens"])
             choice = {"text": "?", "finish_reason": "stop" if ids[-1] == STOP else "length"}
-            if KIND == "completions" and body.get("return_token_ids"):
+            if body.get("return_token_ids"):
                 choice["token_ids"] = ids
-            if KIND == "logprobs" and body.get("return_tokens_as_token_ids"):
-                choice["logprobs"] = {"tokens": [f"token_id:{i}" for i in ids]}
             self._send(200, {"choices": [choice]})
         elif KIND == "chat" and self.path == "/v1/chat/completions":
             message = {"role": "assistant", "content": f"answer {len(body['messages'])}", "refusal": None}

@@ -10,7 +10,7 @@ import torch
 from nemo_speculative.data.conversations import Conversation, ConversationList, TokenRow
 from nemo_speculative.generate_data import answers
 from nemo_speculative.generate_data.answers import answer, unanswered
-from nemo_speculative.generate_data.decoder import Decoder
+from nemo_speculative.generate_data.engines import Decoder
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils import files
 from nemo_speculative.utils.append_log import AppendLog

@@ -4,7 +4,7 @@ import torch
 
 from nemo_speculative.algorithms.common.drafting import KVCache
 from nemo_speculative.decoding.verify import Sampling
-from nemo_speculative.generate_data.decoder import Decoder
+from nemo_speculative.generate_data.engines import Decoder
 from nemo_speculative.generate_data.rollout import Request
 from nemo_speculative.utils.errors import UserError
 

@@ -9,7 +9,7 @@ import pytest
 from nemo_speculative.config.schema import EndpointConfig
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data import endpoint
-from nemo_speculative.generate_data.protocols import Chat
+from nemo_speculative.generate_data.endpoint import Chat
 from nemo_speculative.generate_data.rollout import Request
 from nemo_speculative.generate_data.run import generate_data, require_success, summary_table
 from nemo_speculative.utils import network
@@ -47,14 +47,14 @@ def manifest_of(outcome):
     return json.loads((outcome.directory / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["sglang", "completions", "logprobs"])
+@pytest.mark.parametrize("kind", ["sglang", "completions"])
 def test_ids_are_requested_from_servers_that_return_them(kind, serve, endpoint_job, target):
     outcome = generate_data(endpoint_job(serve(kind)))
     assert (outcome.answered, outcome.text_only) == (12, 0)
     check(answers_of(outcome), target)
     manifest = manifest_of(outcome)
     assert manifest["target"] == "the-target"
-    assert manifest["protocol"] == {"logprobs": "completions-logprobs"}.get(kind, kind)
+    assert manifest["protocol"] == kind
     assert manifest["max_length"] == 200, "the server's context is shorter than the target's own"
 
 

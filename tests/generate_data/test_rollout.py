@@ -103,7 +103,7 @@ def test_an_opening_tag_at_the_end_of_the_prompt_starts_the_reasoning(opened):
 def test_a_last_question_without_an_answer_is_answered():
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     rollout = Rollout(Conversation("x", messages, "file:1"), make_tokenizer(), Keep())
-    assert rollout.num_turns == 1
+    assert len(rollout.questions) == 1
     converse_with(rollout, "yes")
     assert [m["role"] for m in rollout.messages] == ["system", "user", "assistant"]
 

@@ -105,7 +105,7 @@ def test_an_interrupted_renumbering_loses_no_answer_and_is_not_merged(
         rewrite(file, lines)
 
     if at == "_set_aside":
-        monkeypatch.setattr(shard_dir.Renumbering, "_set_aside", stop)
+        monkeypatch.setattr(shard_dir, "_set_aside", stop)
     elif at == "put":
         monkeypatch.setattr(shard_dir, "rewrite", replace_one)
     else:

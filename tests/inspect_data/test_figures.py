@@ -10,8 +10,7 @@ import pytest
 
 from nemo_speculative.data.batch import pack
 from nemo_speculative.data.conversations import Split, TokenRow
-from nemo_speculative.inspect_data.figures import figures, lengths, next_fit
-from nemo_speculative.inspect_data.survey import Survey, Tally
+from nemo_speculative.inspect_data.survey import Survey, Tally, figures, lengths, next_fit
 from tests.inspect_data.conftest import VOCAB, random_rows
 
 MAX_LENGTH, ROW_TOKENS, SEED = 256, 512, 3

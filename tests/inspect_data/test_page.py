@@ -11,11 +11,18 @@ import pytest
 from nemo_speculative.data.chat_template import tokenize
 from nemo_speculative.data.conversations import Split
 from nemo_speculative.inspect_data.comparison import ByTemplate, Comparison
-from nemo_speculative.inspect_data.figures import figures
-from nemo_speculative.inspect_data.page import conversation, page
-from nemo_speculative.inspect_data.plots import FIELD_HEIGHT, FIELD_WIDTH, LEFT, TOP, Curve, bars, curves
+from nemo_speculative.inspect_data.page import (
+    FIELD_HEIGHT,
+    FIELD_WIDTH,
+    LEFT,
+    TOP,
+    bars,
+    conversation,
+    curves,
+    page,
+)
 from nemo_speculative.inspect_data.run import comparison_figures, previews, summary
-from nemo_speculative.inspect_data.survey import Survey
+from nemo_speculative.inspect_data.survey import Survey, figures
 from tests.conftest import TEMPLATE, make_tokenizer
 from tests.inspect_data.conftest import END, dialogue, random_rows
 
@@ -158,7 +165,7 @@ def test_bars_are_to_scale():
 
 def test_curves_are_to_scale():
     points = [(16, 0.0), (64, 0.5), (1024, 1.0)]
-    picture = ElementTree.fromstring(curves("t", "a", [Curve("one", points)], {64: "half", 5000: "outside"}))
+    picture = ElementTree.fromstring(curves("t", "a", {"one": points}, {64: "half", 5000: "outside"}))
     drawn = picture.find(f"{SVG}polyline").get("points").split()
     for (size, share), place in zip(points, drawn, strict=True):
         x, y = map(float, place.split(","))
@@ -167,6 +174,6 @@ def test_curves_are_to_scale():
     assert len(picture.findall(f"{SVG}line[@class='mark']")) == 1
 
 
-@pytest.mark.parametrize("picture", [bars("t", "a", []), curves("t", "a", [Curve("x", [(7, 1.0)])], {})])
+@pytest.mark.parametrize("picture", [bars("t", "a", []), curves("t", "a", {"x": [(7, 1.0)]}, {})])
 def test_plots_without_data(picture):
     assert ElementTree.fromstring(picture).tag == f"{SVG}svg"

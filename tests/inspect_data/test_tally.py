@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.inspect_data.survey import COVERAGE_BINS, Tally, num_spans
+from nemo_speculative.inspect_data.survey import COVERAGE_BINS, Tally, span_lengths
 from tests.inspect_data.conftest import VOCAB, random_rows
 
 MAX_LENGTH = 300
@@ -68,4 +68,4 @@ def test_turns_are_answers_and_roles_messages_where_there_are_messages():
 
 @pytest.mark.parametrize(("mask", "runs"), [("1", 1), ("0", 0), ("110011", 2), ("0101", 2), ("1111", 1)])
 def test_runs_of_the_mask(mask, runs):
-    assert num_spans(np.array([c == "1" for c in mask])) == runs
+    assert len(span_lengths(np.array([c == "1" for c in mask]))) == runs

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nemo_speculative.generate_data.concurrency import interruptible
+from nemo_speculative.generate_data.run import interruptible
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
