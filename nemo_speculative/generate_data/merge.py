@@ -111,4 +111,3 @@ def _describe_gaps(states: np.ndarray) -> str:
             more = f" and {len(ranges) - MAX_RANGES} more ranges" if len(ranges) > MAX_RANGES else ""
             gaps.append(f"{(states == state).sum()} {kind} ({shown}{more})")
     return " and ".join(gaps)
-

@@ -155,7 +155,8 @@ def sort_records(file: Path, drop: Collection[int] = ()) -> None:
     Of several records with an index the last stays; of those in ``drop`` none.
     """
     count, offsets = 0, dict[int, int]()
-    for count, record in enumerate(read_records(file), start=1):
+    for record in read_records(file):
+        count += 1
         offsets[record.index] = record.offset
     order = [offsets[index] for index in sorted(offsets) if index not in drop]
     if len(order) < count or order != sorted(order):

@@ -200,7 +200,9 @@ def test_a_conversation_that_training_refuses_is_still_compared():
     with pytest.raises(UserError):
         tokenize(make_tokenizer(forgets), talk, {END})
     comparison = compared(forgets, talk)
-    assert comparison.turns == 2 and only_cause(comparison).startswith("an answer is rendered otherwise once more turns follow")
+    assert comparison.turns == 2 and only_cause(comparison).startswith(
+        "an answer is rendered otherwise once more turns follow"
+    )
 
 
 def test_turns_after_max_length_are_counted_as_cut_off():
