@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative.config.reference import reference
+from tools.configuration_reference import reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_configuration_reference_is_the_schema():
-    """Mend with: python -m nemo_speculative.config.reference > docs/configuration.md"""
+    """Mend with: python -m tools.configuration_reference > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text() == reference()
 
 

@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hydra
@@ -21,14 +21,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from nemo_speculative.config import expressions, groups, schema
-from nemo_speculative.config.conf_dir import CONF, options
-from nemo_speculative.config.draft_config_file import apply_config_file
-from nemo_speculative.config.help import help_text
+from nemo_speculative.config import schema
+from nemo_speculative.config.expressions import register_resolvers
+from nemo_speculative.config.groups import CONF, help_text, options, register_schemas
 from nemo_speculative.config.renames import KEYS
 from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UserError, print_error
 
-INTERRUPTED = 130
 NOT_AN_OPTION = "Config group override must be"
 UNUSED_GROUP = re.compile(
     r"Could not override '([^']+)'\.\s(?:Did you mean to override (.+)\?|No match .*)\n"
@@ -36,8 +34,8 @@ UNUSED_GROUP = re.compile(
 )
 """Hydra's error for a group that the root does not compose. Its advice, ``+``, would be refused by the schema."""
 
-groups.register()
-expressions.register()
+register_schemas()
+register_resolvers()
 
 
 def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
@@ -50,18 +48,8 @@ def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], N
     def decorate(main: Callable[[Any], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def task(config: DictConfig) -> None:
-            # Caught here, since Hydra would print a line of its own first.
-            try:
+            with _one_line_errors():  # here too, since Hydra would print a line of its own first
                 main(to_job(config))
-            except UserError as error:
-                _refuse(error)
-            except OSError as error:
-                _fail(_file_error(error), 1)
-            except HydraException as error:  # raised by an object that Hydra instantiated
-                cause = _user_error_within(error)
-                if cause is None:
-                    raise
-                _refuse(cause)
 
         hydra_main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)
 
@@ -78,11 +66,7 @@ def recipe(config_name: str) -> Callable[[Callable[[Any], None]], Callable[[], N
 
 
 def to_job(config: DictConfig) -> Any:
-    """The typed job of a composed configuration.
-
-    Raises:
-        UserError: a mandatory key is missing, a key was added that the schema lacks, or two keys contradict each other.
-    """
+    """The typed job of a composed configuration; raises UserError for a missing, unknown or contradictory key."""
     _check_no_added_keys(config, "")
     if "output_dir" in config and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         with open_dict(config):
@@ -94,15 +78,8 @@ def to_job(config: DictConfig) -> Any:
     except InterpolationResolutionError as error:
         raise _user_error_within(error) or error from None
     if isinstance(job, schema.TrainJob):
-        job.draft = apply_config_file(job.draft)
+        job.draft = job.draft.with_config_file()
     return job
-
-
-def _user_error_within(error: BaseException | None) -> UserError | None:
-    """The UserError that OmegaConf or Hydra wrapped, if any."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _check_no_added_keys(config: Any, prefix: str) -> None:
@@ -119,42 +96,19 @@ def _check_no_added_keys(config: Any, prefix: str) -> None:
 
 
 def run_program(program: Callable[[], None]) -> None:
-    """Runs ``program``; a :class:`UserError` or an invalid configuration is one line and a non-zero exit code."""
-    # Otherwise Hydra prints several lines of its own.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        program()
-    except UserError as error:
-        _refuse(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        _refuse(UserError(explain(error, sys.argv[1:])))
-    except ValueError as error:  # from Hydra, for a group with a number or null as its option
-        if NOT_AN_OPTION not in str(error):
-            raise
-        _refuse(UserError(explain(error, sys.argv[1:])))
-    except OSError as error:
-        _fail(_file_error(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; start again with the same command (a training with resume=auto)", INTERRUPTED)
-    except SystemExit as exit_request:
-        if isinstance(exit_request.code, int):
-            _leave(exit_request.code)
-        raise
-    _leave(0)
-
-
-def _file_error(error: OSError) -> str:
-    message = f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ")
-    if error.errno == errno.ENOSPC:
-        return f"{message}; free some space there, and start again with the same command"
-    return message
-
-
-def _leave(code: int) -> None:
-    """Ends the program.
+    """Runs ``program``; a :class:`UserError` or an invalid configuration is one line and a nonzero exit code.
 
     A rank exits without waiting for threads: those of gloo sometimes abort the process while the interpreter exits.
     """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints several lines of its own
+    code = 0
+    try:
+        with _one_line_errors():
+            program()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        code = end.code
     sys.stdout.flush()
     sys.stderr.flush()
     if "RANK" in os.environ:
@@ -163,48 +117,65 @@ def _leave(code: int) -> None:
         sys.exit(code)
 
 
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turns an error that a user can mend into one line and a SystemExit."""
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        _refuse(_user_error_within(error) or UserError(explain(error, sys.argv[1:])))
+    except ValueError as error:  # from Hydra, for a group with a number or null as its option
+        if NOT_AN_OPTION not in str(error):
+            raise
+        _refuse(UserError(explain(error, sys.argv[1:])))
+    except OSError as error:
+        full = "; free some space there, and start again with the same command" if error.errno == errno.ENOSPC else ""
+        print_error(f"{error.strerror or error}: {error.filename or ''}".removesuffix(": ") + full)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print_error("interrupted; start again with the same command (a training with resume=auto)")
+        sys.exit(130)
+
+
 def _refuse(error: UserError) -> None:
-    """Ends with ``error``, and tells the launcher if a restart would not help."""
+    """Exits with ``error``, and tells the launcher if a restart would not help."""
     if NO_RESTART_FILE in os.environ and not isinstance(error, PeerLostError):
         with contextlib.suppress(OSError), open(os.environ[NO_RESTART_FILE], "a") as ranks:
             print(os.environ["RANK"], file=ranks)
-    _fail(str(error), error.exit_code)
+    print_error(error)
+    sys.exit(error.exit_code)
 
 
-def _fail(line: str, code: int) -> None:
-    print_error(line)
-    _leave(code)
+def _user_error_within(error: BaseException | None) -> UserError | None:
+    """The UserError that OmegaConf or Hydra wrapped, if any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
     """One line for a configuration that Hydra or OmegaConf refused: the key, the finding and the remedy."""
     text = f"{error}\n{error.__cause__ or ''}"
-    # If one override is a suffix of another, the error is about the longer one.
-    override = max((o for o in overrides if o in text), key=len, default="")
     if NOT_AN_OPTION in text:
-        override = next((o for o in overrides if _is_no_option(o)), "")
-        return f"{override}: expected one of {', '.join(options(override.split('=')[0]))}"
-    unused = UNUSED_GROUP.match(text)
-    if unused:
+        for group, _, value in (override.partition("=") for override in overrides):
+            if options(group) and value not in options(group):
+                return f"{group}={value}: expected one of {', '.join(options(group))}"
+    if unused := UNUSED_GROUP.match(text):
         group, similar, override = unused.groups()
         remedy = f"did you mean {similar!r}?" if similar else "leave it out; --help lists the groups"
         return f"{override}: this recipe has no group {group!r}; {remedy}"
     full_key = re.search(r"full_key: (\S+)", text)
-    where = override or (full_key[1] if full_key else "")
-    unknown = re.search(r"Key '([^']+)' not in '(\w+)'", text)
-    if unknown:
+    # If one override is a suffix of another, the error is about the longer one.
+    where = max((o for o in overrides if o in text), key=len, default="") or (full_key[1] if full_key else "")
+    if unknown := re.search(r"Key '([^']+)' not in '(\w+)'", text):
         name, schema_name = unknown.groups()
-        key = full_key[1] if full_key else name
         if not hasattr(schema, schema_name):
             return f"{where or name}: unknown key {name!r}; a setting of Hydra's own: see https://hydra.cc"
-        return f"{where or name}: {_unknown(key, [f.name for f in dataclasses.fields(getattr(schema, schema_name))])}"
-    lines = [line.strip() for line in (str(error.__cause__ or error)).splitlines()]
-    useful = [
-        line
-        for line in lines
-        if line and not line.startswith(("provider=", "full_key", "object_type", "reference_type", "Config search"))
-    ]
-    message = "; ".join(useful).replace(":; ", ": ")
+        known = [f.name for f in dataclasses.fields(getattr(schema, schema_name))]
+        return f"{where or name}: {_unknown(full_key[1] if full_key else name, known)}"
+    noise = ("provider=", "full_key", "object_type", "reference_type", "Config search")
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines()]
+    message = "; ".join(line for line in lines if line and not line.startswith(noise)).replace(":; ", ": ")
     return message if where in message else f"{where}: {message}"
 
 
@@ -217,9 +188,3 @@ def _unknown(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, shown, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(shown)}"
     return f"unknown key {name!r}; {hint}"
-
-
-def _is_no_option(override: str) -> bool:
-    """Whether ``override`` sets a group to something that is not one of its options."""
-    group, _, value = override.partition("=")
-    return bool(value) and bool(options(group)) and value not in options(group)

@@ -2,7 +2,7 @@
 ``"draft.intermediate_size='${mul:2,${target:hidden_size}}'"``.
 
 OmegaConf resolvers, never ``eval``: ``target`` reads a field of the target's config.json (``target:rope.theta`` one
-inside another), ``mul`` multiplies, ``div`` divides exactly.
+inside another), ``mul`` multiplies, ``div`` divides exactly; ``default_data`` is the group data's default for a model.
 """
 
 import math
@@ -13,30 +13,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_speculative.utils.errors import UserError
 
-TARGET_CONFIG = "nemo_speculative.targets.describe.target_config"
 
-
-def register() -> None:
+def register_resolvers() -> None:
     """Makes the resolvers known to OmegaConf."""
     OmegaConf.register_new_resolver("target", _target_field, replace=True)
     OmegaConf.register_new_resolver("mul", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("div", _divide, replace=True)
-    OmegaConf.register_new_resolver("default_data", _default_data, replace=True)
+    OmegaConf.register_new_resolver("default_data", lambda m: "tiny" if m == "tiny" else "default", replace=True)
 
 
 def _target_field(key: str, *, _root_: DictConfig) -> Any:
     # By name, as every _target_: it is above this package, and imports transformers, which --help does without.
-    value: Any = get_method(TARGET_CONFIG)(OmegaConf.to_object(_root_.model)).to_dict()
+    target_config = get_method("nemo_speculative.targets.describe.target_config")
+    value: Any = target_config(OmegaConf.to_object(_root_.model)).to_dict()
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
             raise UserError(f"${{target:{key}}}: the target's config.json has no {part!r}")
         value = value[part]
     return value
-
-
-def _default_data(model: str) -> str:
-    """The option of the group data for an option of the group model, in the defaults lists of conf/."""
-    return "tiny" if model == "tiny" else "default"
 
 
 def _divide(dividend: int, divisor: int) -> int:

@@ -1,67 +1,97 @@
-"""The schemas of every group, by the names that conf/ calls them by."""
+"""The directory conf/: its groups, the schemas that its files name, and the text of ``--help``, which lists them."""
 
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
 from hydra.core.config_store import ConfigStore
 
 from nemo_speculative.config import schema
 
-SCHEMAS: dict[tuple[str, str], type] = {
-    ("model", "hf"): schema.ModelConfig,
-    ("model", "tiny"): schema.TinyModelConfig,
-    ("draft", "eagle"): schema.EagleDraftConfig,
-    ("draft", "eagle3"): schema.Eagle3DraftConfig,
-    ("backend", "hf"): schema.HFBackendConfig,
-    ("backend", "hf_fsdp2"): schema.ShardedHFBackendConfig,
-    ("backend", "hf_tp"): schema.TensorParallelHFBackendConfig,
-    ("backend", "sglang"): schema.SGLangBackendConfig,
-    ("backend", "remote"): schema.RemoteBackendConfig,
-    ("backend", "features"): schema.FeaturesBackendConfig,
-    ("data", "jsonl"): schema.DataConfig,
-    ("data", "tiny"): schema.TinyDataConfig,
-    ("data", "default"): schema.DefaultDataConfig,
-    ("data", "dataset"): schema.DatasetConfig,
-    ("data", "mix"): schema.MixDataConfig,
-    ("loss", "soft_ce"): schema.LossConfig,
-    ("loss", "hard_ce"): schema.HardCrossEntropyConfig,
-    ("loss", "kl"): schema.KLDivergenceConfig,
-    ("loss", "tv"): schema.TotalVariationConfig,
-    ("loss", "lk_alpha"): schema.LKAlphaConfig,
-    ("loss", "lk_lambda"): schema.LKLambdaConfig,
-    ("optimizer", "adamw"): schema.OptimizerConfig,
-    ("optimizer", "muon"): schema.MuonConfig,
-    ("parallelism", "default"): schema.ParallelismConfig,
-    ("trainer", "default"): schema.TrainerConfig,
-    ("exporter", "sglang"): schema.ExporterConfig,
-    ("logger", "none"): schema.LoggerConfig,
-    ("logger", "tensorboard"): schema.TensorBoardConfig,
-    ("logger", "wandb"): schema.WandbConfig,
-    ("evaluation", "default"): schema.EvaluationConfig,
-    ("suite", "jsonl"): schema.SuiteConfig,
-    ("server", "sglang"): schema.ServerConfig,
-    ("engine", "hf"): schema.HFEngineConfig,
-    ("engine", "endpoint"): schema.EndpointConfig,
-    ("reasoning", "tagged"): schema.ReasoningConfig,
-    ("form", "sglang"): schema.FormConfig,
-    ("form", "speculators"): schema.SpeculatorsFormConfig,
-    ("form", "transformers"): schema.TransformersFormConfig,
-}
-"""Each group's schemas; conf/<group>/*.yaml names one of them as ``/schema/<group>``."""
-PACKAGES = {"loss": "draft.loss"}
+_INSTALLED = Path(__file__).parents[1] / "conf"
+CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
+"""conf/ inside the package where it was installed from a wheel, else next to it."""
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {"hf": schema.ModelConfig, "tiny": schema.TinyModelConfig},
+    "draft": {"eagle": schema.EagleDraftConfig, "eagle3": schema.Eagle3DraftConfig},
+    "backend": {
+        "hf": schema.HFBackendConfig, "hf_fsdp2": schema.ShardedHFBackendConfig,
+        "hf_tp": schema.TensorParallelHFBackendConfig, "sglang": schema.SGLangBackendConfig,
+        "remote": schema.RemoteBackendConfig, "features": schema.FeaturesBackendConfig,
+    },
+    "data": {
+        "jsonl": schema.DataConfig, "tiny": schema.TinyDataConfig, "dataset": schema.DatasetConfig,
+        "mix": schema.MixDataConfig,
+    },
+    "loss": {"default": schema.LossConfig, "kl": schema.KLDivergenceConfig, "lk_lambda": schema.LKLambdaConfig},
+    "optimizer": {"adamw": schema.OptimizerConfig, "muon": schema.MuonConfig},
+    "parallelism": {"default": schema.ParallelismConfig},
+    "trainer": {"default": schema.TrainerConfig},
+    "exporter": {"sglang": schema.ExporterConfig},
+    "logger": {"default": schema.LoggerConfig, "wandb": schema.WandbConfig},
+    "evaluation": {"default": schema.EvaluationConfig},
+    "suite": {"jsonl": schema.SuiteConfig},
+    "server": {"sglang": schema.ServerConfig},
+    "engine": {"hf": schema.HFEngineConfig, "endpoint": schema.EndpointConfig},
+    "reasoning": {"tagged": schema.ReasoningConfig},
+    "form": {"default": schema.FormConfig},
+}  # fmt: skip
+"""Each group's schemas; conf/<group>/*.yaml names one of them as ``/schema/<group>: <name>``."""
+JOBS: dict[str, type] = {
+    "train_eagle3": schema.TrainJob, "capture_features": schema.CaptureJob, "inspect_data": schema.InspectJob,
+    "prepare_data": schema.PrepareJob, "generate_data": schema.GenerateJob, "merge_data": schema.MergeJob,
+    "evaluate": schema.EvaluateJob, "benchmark": schema.BenchmarkJob, "serve_target": schema.ServeTargetJob,
+    "convert_draft": schema.ConvertJob, "prune_vocabulary": schema.PruneJob,
+}  # fmt: skip
+"""The schema of each program, which conf/<program>.yaml names as ``/schema/job: <program>``."""
+PACKAGES = {"loss": "draft.loss", "job": "_global_"}
 """Packages of the groups whose keys are not below the group's own name."""
+FOOTER = """
+Keys      KEY=VALUE overrides any key, e.g. trainer.max_steps=100; --cfg job prints every key with its value, and
+          docs/configuration.md explains them.
+Sweeps    --multirun KEY=A,B runs every combination.
+Your own  hydra.searchpath=[file:///DIR] adds the YAML files of DIR to the groups.
+"""
 
 
-def register() -> None:
-    """Makes the schemas known to Hydra as ``/schema/<group>: <name>``."""
-    store = ConfigStore.instance()
-    for (group, name), node in SCHEMAS.items():
-        store.store(group=f"schema/{group}", name=name, node=node, package=PACKAGES.get(group, group))
-    store.store(name="train_job", node=schema.TrainJob)
-    store.store(name="capture_job", node=schema.CaptureJob)
-    store.store(name="evaluate_job", node=schema.EvaluateJob)
-    store.store(name="benchmark_job", node=schema.BenchmarkJob)
-    store.store(name="serve_target_job", node=schema.ServeTargetJob)
-    store.store(name="prune_job", node=schema.PruneJob)
-    store.store(name="prepare_job", node=schema.PrepareJob)
-    store.store(name="convert_job", node=schema.ConvertJob)
-    store.store(name="inspect_job", node=schema.InspectJob)
-    store.store(name="generate_job", node=schema.GenerateJob)
-    store.store(name="merge_job", node=schema.MergeJob)
+def register_schemas() -> None:
+    """Makes the schemas known to Hydra."""
+    store = ConfigStore.instance().store
+    for group, schemas in {**SCHEMAS, "job": JOBS}.items():
+        for name, node in schemas.items():
+            store(group=f"schema/{group}", name=name, node=node, package=PACKAGES.get(group, group))
+
+
+def options(group: str) -> list[str]:
+    """The options of a config group."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def help_text(root: str, description: str) -> str:
+    """The help of the recipe with the root configuration ``root``; ``description`` is the recipe's docstring.
+
+    Hydra's own help composes the configuration and copies its store once per group, which takes ten seconds here.
+    """
+    choices = _choices(root)
+    width = max(map(len, choices), default=0) + 2
+    lines = [description.strip(), "", "Groups    GROUP=OPTION chooses one; * is the default"]
+    for group, default in choices.items():
+        names = ", ".join(f"{name}*" if name == default else name for name in options(group))
+        lines += textwrap.wrap(
+            names, 120, initial_indent=f"  {group:{width}}", subsequent_indent=" " * (width + 2), break_on_hyphens=False
+        )
+    return "\n".join([*lines, FOOTER])
+
+
+def _choices(root: str) -> dict[str, Any]:
+    """Each group that ``root`` composes and a user chooses from, with its default; roots may extend one another."""
+    result: dict[str, Any] = {}
+    for entry in yaml.safe_load((CONF / f"{root}.yaml").read_text())["defaults"]:
+        if isinstance(entry, str) and (CONF / f"{entry}.yaml").is_file():
+            result |= _choices(entry)
+        for key, option in entry.items() if isinstance(entry, dict) else ():
+            group = key.rpartition(" ")[2].lstrip("/")
+            if group not in ("hydra", "model_draft") and (CONF / group).is_dir():
+                result[group] = option
+    return result

@@ -12,13 +12,12 @@ class SpeculativeSettings:
     num_draft_tokens: int
     """The last sampled token included."""
 
-    def with_changes(
-        self, num_steps: int | None = None, topk: int | None = None, num_draft_tokens: int | None = None
-    ) -> "SpeculativeSettings":
+    def with_changes(self, steps: int | None, topk: int | None, tokens: int | None) -> "SpeculativeSettings":
         """A copy with other values; where only steps or top-k change, it verifies a whole chain or a full beam."""
-        steps, wide = num_steps or self.num_steps, topk or self.topk
-        current = self.num_draft_tokens if (steps, wide) == (self.num_steps, self.topk) else None
-        return SpeculativeSettings(steps, wide, num_draft_tokens or current or default_draft_tokens(steps, wide))
+        steps, topk = steps or self.num_steps, topk or self.topk
+        unchanged = (steps, topk) == (self.num_steps, self.topk)
+        default = self.num_draft_tokens if unchanged else default_draft_tokens(steps, topk)
+        return SpeculativeSettings(steps, topk, tokens or default)
 
     def __str__(self) -> str:
         if self.topk == 1:

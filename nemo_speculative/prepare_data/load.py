@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import replace
 
-from nemo_speculative.config.schema import DatasetConfig, DefaultDataConfig, MixDataConfig, PrepareJob
+from nemo_speculative.config.schema import DatasetConfig, MixDataConfig, PrepareJob
 from nemo_speculative.data.conversations import Split, load_jsonl
 from nemo_speculative.prepare_data.output import finished, stored_request, table
 from nemo_speculative.prepare_data.run import prepare
@@ -33,7 +33,7 @@ def load_prepared(config: DatasetConfig | MixDataConfig, seed: int) -> Split:
     return load_jsonl(replace(config, path=str(train), held_out_path=held_out_path), seed)
 
 
-def load_file_or_prepared(config: DefaultDataConfig, seed: int) -> Split:
+def load_file_or_prepared(config: DatasetConfig, seed: int) -> Split:
     """The JSONL file ``config.path`` where it is given, else the dataset.
 
     Raises:

@@ -7,7 +7,6 @@ from hydra.utils import get_class
 
 from nemo_speculative.checkpoint.convert import read_foreign
 from nemo_speculative.checkpoint.draft_checkpoint import Servable
-from nemo_speculative.config.draft_config_file import with_numbers
 from nemo_speculative.config.schema import DraftConfig
 from nemo_speculative.utils.errors import UserError
 
@@ -46,4 +45,4 @@ def use_init_shape(config: DraftConfig, start: Servable) -> DraftConfig:
     if hasattr(start.shape, "aux_layers"):
         entries = start.shape.draft_vocab_size
         numbers |= {"aux_layers": list(start.shape.aux_layers), "vocab_size": entries or "target_head"}
-    return with_numbers(config, numbers, f"draft.init_from ({start.directory})")
+    return config.with_numbers(numbers, f"draft.init_from ({start.directory})")

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from nemo_speculative.config.app import to_job
-from nemo_speculative.config.conf_dir import CONF
+from nemo_speculative.config.groups import CONF
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import text_config

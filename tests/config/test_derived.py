@@ -137,7 +137,7 @@ def test_the_exporter_derives_the_draft_tokens_of_a_chain(settings, expected):
 
 @pytest.mark.parametrize("tokens", [1, 5, 7])
 def test_a_chain_verifies_one_token_more_than_it_drafts(tokens):
-    with pytest.raises(UserError, match=r"exporter.num_draft_tokens is \d: with exporter.topk=1 .* = 6$"):
+    with pytest.raises(UserError, match=r"exporter.num_draft_tokens is \d: .*topk=1, expected num_steps \+ 1 = 6"):
         ExporterConfig(num_draft_tokens=tokens)
 
 

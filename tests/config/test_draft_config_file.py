@@ -6,7 +6,6 @@ import json
 import pytest
 
 from nemo_speculative.config.app import to_job
-from nemo_speculative.config.draft_config_file import apply_config_file
 from nemo_speculative.config.schema import Eagle3DraftConfig, EagleDraftConfig
 from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import composed
@@ -33,7 +32,7 @@ def published(tmp_path):
 
 
 def test_numbers_of_the_file_replace_null(published):
-    draft = apply_config_file(Eagle3DraftConfig(config=published(SPECFORGE), head_dim=16))
+    draft = Eagle3DraftConfig(config=published(SPECFORGE), head_dim=16).with_config_file()
     expected = {
         "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "num_layers": 1, "head_dim": 16,
         "vocab_size": 120, "aux_layers": [1, 2, 3], "fc_norm": True, "norm_output": True, "norm_before_fc": False,
@@ -42,13 +41,13 @@ def test_numbers_of_the_file_replace_null(published):
 
 
 def test_a_file_in_the_official_form(published):
-    draft = apply_config_file(Eagle3DraftConfig(config=published(OFFICIAL)))
+    draft = Eagle3DraftConfig(config=published(OFFICIAL)).with_config_file()
     assert (draft.num_heads, draft.vocab_size, draft.aux_layers, draft.fc_norm) == (4, 120, None, False)
 
 
 def test_the_numbers_reach_the_job(published):
     job = to_job(composed("train_eagle3", f"draft.config={published(SPECFORGE)}"))
-    assert job.draft == apply_config_file(Eagle3DraftConfig(config=job.draft.config, ttt_steps=5))
+    assert job.draft == Eagle3DraftConfig(config=job.draft.config, ttt_steps=5).with_config_file()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def test_the_numbers_reach_the_job(published):
 )
 def test_refused_in_one_line(published, config, draft, message):
     with pytest.raises(UserError) as caught:
-        apply_config_file(dataclasses.replace(draft, config=published(config)))
+        dataclasses.replace(draft, config=published(config)).with_config_file()
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

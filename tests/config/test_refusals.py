@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from nemo_speculative.config.app import explain, run_program, to_job
-from nemo_speculative.config.conf_dir import CONF
+from nemo_speculative.config.groups import CONF
 from nemo_speculative.utils.errors import UserError
 from tests import programs
 
@@ -87,20 +87,20 @@ WRONG_VALUE = [
         "draft.aux_layers is [1, 3, 1]: expected distinct layers in ascending order, e.g. [1, 3, 4]",
     ),
     ("draft.aux_layers=[]", "draft.aux_layers is []: expected distinct layers in ascending order, e.g. [1, 3, 4]"),
-    ("data.held_out_share=1", "data.held_out_share is 1.0: expected a share of at least 0 and below 1"),
-    ("data.held_out_share=-0.1", "data.held_out_share is -0.1: expected a share"),
+    ("data.held_out_share=1", "data.held_out_share is 1.0: expected a number in [0, 1)"),
+    ("data.held_out_share=-0.1", "data.held_out_share is -0.1: expected a number in [0, 1)"),
     ("data.packed_length=0", "data.packed_length is 0: it must be greater than 0"),
     ("optimizer.lr=0", "optimizer.lr is 0.0: it must be greater than 0"),
     ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0: it must not be negative"),
-    ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio is 2.0: expected a share between 0 and 1"),
-    ("optimizer.decay_ratio=-1", "optimizer.decay_ratio is -1.0: expected a share between 0 and 1"),
+    ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio is 2.0: expected a number in [0, 1]"),
+    ("optimizer.decay_ratio=-1", "optimizer.decay_ratio is -1.0: expected a number in [0, 1]"),
     ("trainer.max_steps=0", "trainer.max_steps is 0: it must be greater than 0"),
     ("trainer.epochs=nan", "trainer.epochs is nan: it must be greater than 0"),
     ("trainer.keep_checkpoints=0", "trainer.keep_checkpoints is 0: it must be greater than 0"),
     ("exporter.topk=0", "exporter.topk is 0: it must be greater than 0"),
     (
         "exporter.num_draft_tokens=3",
-        "exporter.num_draft_tokens is 3: with exporter.topk=1 it must be exporter.num_steps + 1 = 6",
+        "exporter.num_draft_tokens is 3: with exporter.num_steps=5 and exporter.topk=1, expected num_steps + 1 = 6",
     ),
     ("evaluation.ngram=0", "evaluation.ngram is 0: it must be greater than 0"),
 ]
@@ -258,7 +258,7 @@ def test_an_internal_error_has_its_traceback():
     [
         (["trainer.max_step=5"], "trainer.max_step=5: unknown key 'max_step'; did you mean 'max_steps'?"),
         (["trainer.max_steps=abc"], "trainer.max_steps=abc: Value 'abc' of type 'str' could not be converted"),
-        (["exporter.num_draft_tokens=3"], "exporter.num_draft_tokens is 3: with exporter.topk=1 it must be"),
+        (["exporter.num_draft_tokens=3"], "exporter.num_draft_tokens is 3: with exporter.num_steps=5"),
         (["model=local"], "model.path is not set: give it on the command line, model.path=…"),
         (["draft.num_steps=3"], "draft.num_steps=3: this key is now draft.ttt_steps"),
         (["model=nosuch"], "In 'train_eagle3': Could not find 'model/nosuch'; Available options"),

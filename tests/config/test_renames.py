@@ -3,7 +3,7 @@
 import pytest
 from hydra.utils import get_object
 
-from nemo_speculative.config.renames import CLASSES, KEYS, MODULES, current_class, translate
+from nemo_speculative.config.renames import KEYS, PATHS, current_class, translate
 from nemo_speculative.training.checkpointer import ResumeMetadata
 from tests.config.test_refusals import refused
 
@@ -23,18 +23,14 @@ CLASS_OF = {
     "features.target": "FeaturesTarget", "preparation.load": "load_prepared", "serving.sglang_target": "SGLangTarget",
     "targets.remote": "RemoteTarget",
     "targets.tensor_parallel": "TensorParallelTarget",
-    "targets.tiny": "prepare_tiny", "training.loggers": "WandbLogger",
-    "training.optimization": "adamw",
+    "targets.tiny": "prepare_tiny", "training.loggers": "WandbLogger", "training.optimization": "adamw",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_an_old_class_path_is_translated(module):
-    assert callable(get_object(current_class(f"nemo_speculative.{module}.{CLASS_OF[module]}")))
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_a_renamed_class_or_function_is_translated(name):
+@pytest.mark.parametrize("path", PATHS)
+def test_an_old_class_path_is_translated(path):
+    """``path`` is a module, of which one class is tried, or a class or function."""
+    name = f"{path}.{CLASS_OF[path]}" if path in CLASS_OF else path
     assert callable(get_object(current_class(f"nemo_speculative.{name}")))
 
 

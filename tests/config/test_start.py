@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nemo_speculative.config.conf_dir import CONF
+from nemo_speculative.config.groups import CONF
 
 RECIPES = sorted((CONF.parent / "recipes").glob("*.py"))
 PROGRAM = """

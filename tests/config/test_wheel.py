@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_speculative.config.conf_dir import CONF
+from nemo_speculative.config.groups import CONF
 
 ROOT = CONF.parent
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "nemo_speculative", "conf", "recipes")

@@ -33,7 +33,7 @@ def test_every_width_answers_every_question_alike(target):
 
 
 def test_a_chain_has_no_width_to_choose():
-    with pytest.raises(UserError, match=r"exporter\.num_draft_tokens is auto: a chain"):
+    with pytest.raises(UserError, match=r"exporter\.num_draft_tokens is auto: .* expected num_steps \+ 1"):
         ExporterConfig(num_draft_tokens="auto")
     exporter = ExporterConfig(topk=4, num_draft_tokens="auto")
     assert exporter.measure_width and exporter.speculative == SpeculativeSettings(5, 4, 21)
@@ -41,5 +41,5 @@ def test_a_chain_has_no_width_to_choose():
 
 @pytest.mark.parametrize("value", ["many", 2.5, True, 0, -3])
 def test_an_invalid_number_of_draft_tokens_is_refused(value):
-    with pytest.raises(UserError, match=r"exporter\.num_draft_tokens is .*: expected a number above 0, or auto"):
+    with pytest.raises(UserError, match=r"exporter\.num_draft_tokens is .*: .* expected a number from "):
         ExporterConfig(topk=4, num_draft_tokens=value)

@@ -1,18 +1,53 @@
-"""The draft networks with their training objectives, and the target's layers and ids that they use."""
+"""The draft networks with their training objectives and losses, and the target's layers and ids that they use."""
 
+import dataclasses
+import json
 import re
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Optional
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Optional, Self
 
 from omegaconf import MISSING
 
-from nemo_speculative.config.schema.common import require, require_not_negative, require_positive
-from nemo_speculative.config.schema.loss import LossConfig
+from nemo_speculative.config.schema.common import require_not_negative, require_positive, require_within
 from nemo_speculative.utils.errors import UserError
 
-LARGEST_AUTO = 32000
-COVERAGE = re.compile(r"(\d+(?:\.\d+)?)%")
+MaskConvention = StrEnum("MaskConvention", ["serving", "official", "automodel"])
+Normalization = StrEnum("Normalization", ["token", "conversation"])
+DepthSampling = StrEnum("DepthSampling", ["none", "geometric"])
+FeatureNoise = StrEnum("FeatureNoise", ["none", "paper", "official"])
+
+
+@dataclass
+class LossConfig:
+    """The loss between the draft's distribution q and the target's p; soft_ce, hard_ce, tv, lk_alpha have no keys."""
+
+    _target_: str = "nemo_speculative.algorithms.common.losses.SoftCrossEntropy"
+
+
+@dataclass
+class KLDivergenceConfig(LossConfig):
+    """KL divergence of p from q, both softened by a temperature."""
+
+    _target_: str = "nemo_speculative.algorithms.common.losses.KLDivergence"
+    temperature: float = 1.0
+    """Softening temperature; above 1, unlikely tokens have more weight."""
+
+    def __post_init__(self) -> None:
+        require_within("(0, inf)", self, "draft.loss", "temperature")
+
+
+@dataclass
+class LKLambdaConfig(LossConfig):
+    """LK^lambda: moves from KL divergence to total variation as acceptance grows."""
+
+    _target_: str = "nemo_speculative.algorithms.common.losses.LKLambda"
+    eta: float = 3.0
+    """KL divergence has weight exp(-eta * acceptance); 0: KL divergence alone."""
+
+    def __post_init__(self) -> None:
+        require_within("[0, inf)", self, "draft.loss", "eta")
 
 
 @dataclass(frozen=True)
@@ -28,23 +63,17 @@ class VocabularySize:
 
 
 def parse_vocab_size(value: Any, target_vocab_size: int) -> VocabularySize:
-    """The draft vocabulary that ``draft.vocab_size`` means for a target with ``target_vocab_size`` ids.
-
-    Raises:
-        UserError: the value has no known form, or is larger than the target's vocabulary.
-    """
+    """The draft vocabulary that ``draft.vocab_size`` means for a target; raises UserError if it is not valid."""
     if value == "auto":
-        return VocabularySize(min(LARGEST_AUTO, target_vocab_size))
+        return VocabularySize(min(32000, target_vocab_size))
     if value in ("full", "target_head"):
         return VocabularySize(target_vocab_size, own_head=value == "full")
-    share = COVERAGE.fullmatch(value) if isinstance(value, str) else None
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(value))
     if share and 0 < float(share[1]) <= 100:
         return VocabularySize(None, float(share[1]) / 100)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UserError(
-            f"draft.vocab_size is {value!r}: expected a number above 0, a coverage such as 99.5%, full, target_head or "
-            "auto"
-        )
+    if type(value) is not int or value <= 0:
+        expected = "a number above 0, a coverage such as 99.5%, full, target_head or auto"
+        raise UserError(f"draft.vocab_size is {value!r}: expected {expected}")
     if value > target_vocab_size:
         raise UserError(
             f"draft.vocab_size is {value}, larger than the target's vocabulary of {target_vocab_size}: "
@@ -57,52 +86,22 @@ def aux_layers_for(num_layers: int, chosen: list[int] | None) -> list[int]:
     """The aux layers of a target of ``num_layers`` decoder layers.
 
     ``chosen``, or the published formula [1, N//2 - 1, N - 4] (EAGLE-3, algorithm as released; 0-based outputs).
-
-    Raises:
-        UserError: a layer is out of range, or the formula gives the same layer twice (fewer than 7 layers).
+    Raises UserError if a layer is out of range, or the formula gives the same layer twice.
     """
+    possible = f"0 to {num_layers - 2}"  # SGLang cannot capture the output of the last layer: it reads layer inputs.
     if chosen is None:
-        layers = [1, num_layers // 2 - 1, num_layers - 4]
-        if len(set(layers)) < 3 or min(layers) < 0 or layers != sorted(layers):
+        if num_layers < 7:
             raise UserError(
-                f"the target has {num_layers} layers, too few for the default aux layers [1, N//2 - 1, N - 4] = "
-                f"{layers}; list them, e.g. draft.aux_layers={_spread(num_layers)}"
+                f"the target has {num_layers} layers, too few for the default aux layers [1, N//2 - 1, N - 4]: list "
+                f"them, of {possible}, as draft.aux_layers"
             )
-        return layers
-    # The output of the last layer is not captured by SGLang (it reads layer inputs).
-    wrong = [layer for layer in chosen if not 0 <= layer < num_layers - 1]
-    if wrong:
-        raise UserError(
-            f"draft.aux_layers holds {wrong[0]}: the target has {num_layers} layers, so 0 to {num_layers - 2} can be "
-            "captured"
-        )
+        return [1, num_layers // 2 - 1, num_layers - 4]
+    for layer in chosen:
+        if not 0 <= layer < num_layers - 1:
+            raise UserError(
+                f"draft.aux_layers holds {layer}: the target has {num_layers} layers, so {possible} can be captured"
+            )
     return list(chosen)
-
-
-def _spread(num_layers: int) -> list[int]:
-    return sorted({0, max(num_layers // 2 - 1, 0), max(num_layers - 2, 0)})
-
-
-class MaskConvention(Enum):
-    serving = "serving"
-    official = "official"
-    automodel = "automodel"
-
-
-class Normalization(Enum):
-    token = "token"
-    conversation = "conversation"
-
-
-class DepthSampling(Enum):
-    none = "none"
-    geometric = "geometric"
-
-
-class FeatureNoise(Enum):
-    none = "none"
-    paper = "paper"
-    official = "official"
 
 
 @dataclass
@@ -115,6 +114,15 @@ class InitFromTarget:
     """The decoder layer from the target's last one."""
     fc: bool = True
     """fc as the identity on the highest aux state."""
+
+
+PUBLISHED_KEYS = {
+    "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
+    "draft_vocab_size": "vocab_size", "eagle_aux_hidden_state_layer_ids": "aux_layers", "fc_norm": "fc_norm",
+    "norm_before_fc": "norm_before_fc", "norm_output": "norm_output",
+}  # fmt: skip
+"""Keys of a published config.json, and the options that they set; positions and their scaling are the target's."""
 
 
 @dataclass
@@ -147,8 +155,8 @@ class DraftConfig:
     depth_sampling: DepthSampling = DepthSampling.none
     """geometric: a slot runs step i with probability step_decay ** i and weighs 1 there; same expected gradient."""
     position_offset: Optional[int] = None
-    """Largest position id in training: each conversation skips position ids at a random place, so that the draft is
-    trained for longer contexts than its data has; null: no skips. The target reads the true positions."""
+    """Largest position id in training: each conversation skips ids at a random place, so that the draft is trained for
+    longer contexts than its data has; null: no skips. The target reads the true positions."""
     init_from_target: InitFromTarget = field(default_factory=InitFromTarget)
 
     def __post_init__(self) -> None:
@@ -156,28 +164,24 @@ class DraftConfig:
             self, "draft", "ttt_steps", "step_decay", "num_layers", "intermediate_size", "num_heads", "num_kv_heads",
             "head_dim", "rope_theta", "position_offset",
         )  # fmt: skip
-        require(
-            self.init_from is None or self.rope_theta is None,
-            f"draft.rope_theta is {self.rope_theta} and draft.init_from={self.init_from}: a draft keeps the rotation "
-            "that it was trained with; leave out draft.rope_theta",
-        )
-        require(
-            self.depth_sampling is DepthSampling.none or self.step_decay < 1,
-            f"draft.depth_sampling is geometric and draft.step_decay is {self.step_decay}: no slot would be sampled "
-            "away; set draft.step_decay below 1, e.g. 0.8, or draft.depth_sampling=none",
-        )
+        if self.init_from is not None and self.rope_theta is not None:
+            raise UserError(
+                f"draft.rope_theta is {self.rope_theta} and draft.init_from={self.init_from}: a draft keeps the "
+                "rotation that it was trained with; leave out draft.rope_theta"
+            )
+        if self.depth_sampling is DepthSampling.geometric and self.step_decay >= 1:
+            raise UserError(
+                f"draft.depth_sampling is geometric and draft.step_decay is {self.step_decay}: no slot would be "
+                "sampled away; set draft.step_decay below 1, e.g. 0.8, or draft.depth_sampling=none"
+            )
 
     def check_positions(self, max_length: int) -> None:
-        """Checks that position_offset leaves room for a skip in conversations of ``max_length`` tokens.
-
-        Raises:
-            UserError: it does not.
-        """
-        require(
-            self.position_offset is None or self.position_offset > max_length,
-            f"draft.position_offset is {self.position_offset}: expected more than data.max_length={max_length}, e.g. "
-            "twice the longest text to be served, or null",
-        )
+        """Raises UserError unless position_offset has room for a skip in conversations of ``max_length`` tokens."""
+        if self.position_offset is not None and self.position_offset <= max_length:
+            raise UserError(
+                f"draft.position_offset is {self.position_offset}: expected more than data.max_length={max_length}, "
+                "e.g. twice the longest text to be served, or null"
+            )
 
     def chosen_aux_layers(self, num_layers: int) -> list[int]:
         """The aux layers of a target with ``num_layers`` layers that the draft reads."""
@@ -186,6 +190,36 @@ class DraftConfig:
     def vocabulary(self, target_vocab_size: int) -> VocabularySize:
         """The vocabulary of the draft for a target with ``target_vocab_size`` ids."""
         return VocabularySize(target_vocab_size)
+
+    def with_numbers(self, numbers: dict[str, Any], source: str) -> Self:
+        """A copy with ``numbers`` where this one has the defaults.
+
+        Raises UserError that names ``source`` if there is no such key, or its value here contradicts it.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, value in numbers.items():
+            if name not in defaults:
+                raise UserError(f"{source} sets {name}={value!r}, which {type(self).__name__} does not have")
+            configured = getattr(self, name)
+            if configured not in (defaults[name], value):
+                raise UserError(f"draft.{name} is {configured!r}, and {source} says {value!r}; leave out one of them")
+        return dataclasses.replace(self, **numbers)
+
+    def with_config_file(self) -> Self:
+        """A copy with the numbers of the file ``config``, if any, where this one has the defaults."""
+        if self.config is None:
+            return self
+        file = Path(self.config).expanduser()
+        try:
+            published = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"draft.config: {file} cannot be read ({error}); expected a draft's config.json") from None
+        if not isinstance(published, dict) or "hidden_size" not in published:
+            raise UserError(f"draft.config: {file} is not a draft's config.json; expected an object with hidden_size")
+        published = {**(published.get("eagle_config") or {}), **published}
+        numbers = {option: published.get(key) for key, option in PUBLISHED_KEYS.items()}
+        numbers = {option: value for option, value in numbers.items() if value not in (None, False)}
+        return self.with_numbers(numbers, f"draft.config ({file})")
 
 
 @dataclass
@@ -212,17 +246,12 @@ class Eagle3DraftConfig(DraftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "draft", "hidden_size")
-        require(
-            not (self.fc_norm and self.norm_before_fc),
-            "draft.fc_norm and draft.norm_before_fc are both true: they are two forms of one norm; set one of them",
-        )
-        if self.aux_layers is not None:
-            # A server captures them in this order, whatever the order of the list.
-            ascending = self.aux_layers == sorted(set(self.aux_layers))
-            require(
-                bool(self.aux_layers) and ascending,
-                f"draft.aux_layers is {self.aux_layers}: expected distinct layers in ascending order, e.g. [1, 3, 4]",
-            )
+        if self.fc_norm and self.norm_before_fc:
+            raise UserError("draft.fc_norm and draft.norm_before_fc are both true: two forms of one norm; set one")
+        # A server captures them in ascending order, whatever the order of the list.
+        if self.aux_layers is not None and (not self.aux_layers or self.aux_layers != sorted(set(self.aux_layers))):
+            expected = "distinct layers in ascending order, e.g. [1, 3, 4]"
+            raise UserError(f"draft.aux_layers is {self.aux_layers}: expected {expected}")
         parse_vocab_size(self.vocab_size, 1 << 62)
 
     def chosen_aux_layers(self, num_layers: int) -> list[int]:

@@ -226,7 +226,7 @@ def test_eagle_files_train_eagle1(settings, online_of, documents, tmp_path):  # 
     ("more", "message"),
     [
         (["backend=features", "backend.directory=x"], "take backend=hf"),
-        (["shard_mb=0"], "capture.shard_mb is 0"),
+        (["shard_mb=0"], "shard_mb is 0"),
         (["merge=[a]", "verify=true"], r"merge is \['a'\] and verify is true"),
         (["dtype=fp4"], "dtype"),
     ],

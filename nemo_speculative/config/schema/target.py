@@ -1,4 +1,4 @@
-"""The target: which model, and what runs it."""
+"""The target: which model, what runs it, and the server that offers it to trainings elsewhere."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional
@@ -7,8 +7,9 @@ from omegaconf import MISSING
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
-from nemo_speculative.config.schema.common import Dtype, require, require_positive
+from nemo_speculative.config.schema.common import Dtype, require_positive, require_within
 from nemo_speculative.config.schema.draft import MaskConvention
+from nemo_speculative.utils.errors import UserError
 
 
 @dataclass
@@ -56,18 +57,25 @@ class TinyModelConfig(ModelConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            self.path == "embedded",
-            f"model.path is {self.path}, and model is tiny, the embedded target: add model=local for your own model",
-        )
-        require(self.num_layers >= 7, f"model.num_layers is {self.num_layers}: the embedded target needs at least 7")
+        if self.path != "embedded":
+            raise UserError(f"model.path is {self.path}, and model is tiny, the embedded target: add model=local")
+        if self.num_layers < 7:
+            raise UserError(f"model.num_layers is {self.num_layers}: the embedded target needs at least 7")
         require_positive(self, "model", "steps", "rows_per_step", "row_tokens", "warmup_steps", "context")
 
 
-READ_AHEAD = 2
-"""Micro-batches of features that threads read ahead."""
-LOADING_SECONDS = 3600.0
-"""Longest time to load the target when a feature is missing."""
+@dataclass
+class PlacementConfig:
+    """Placement of the target of an evaluation."""
+
+    device_map: Optional[str] = None
+    """auto, balanced, sequential: transformers spreads it over GPUs and memory (needs accelerate); null: one device."""
+    max_memory: Optional[dict[str, str]] = None
+    """Memory that device_map may use per device: {0: 20GiB, 1: 20GiB, cpu: 60GiB}."""
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None and self.device_map is None:
+            raise UserError("model.max_memory is set and model.device_map is not: add model.device_map=auto")
 
 
 @dataclass
@@ -89,30 +97,30 @@ class BackendConfig:
         """Micro-batches requested ahead of time, in threads."""
         return 0
 
-    def together(self, ranks: int) -> bool:
-        """Whether ``ranks`` processes compute its forward collectively, alternating with the draft."""
-        return False
-
-    def ahead(self, ranks: int, device_type: str) -> int:
-        """Micro-batches whose hidden states are computed ahead of the draft."""
-        return self.requests_ahead or int(device_type == "cuda" and not self.together(ranks))
-
     @property
     def longest_wait(self) -> float:
         """Seconds that a rank may wait for one batch; other ranks must wait at least this long."""
         return 0.0
 
-    def share_of_layers(self, ranks: int) -> float:
-        """The fraction of the target's decoder layers that each of ``ranks`` processes holds.
+    def group(self, ranks: int) -> int:
+        """Processes that share a copy by tensor parallelism; raises UserError if ``ranks`` cannot be divided so."""
+        return 1
 
-        Raises:
-            UserError: it does not run on this number of processes.
-        """
-        return 1.0
+    def together(self, ranks: int) -> bool:
+        """Whether ``ranks`` processes compute its forward collectively, alternating with the draft."""
+        return self.group(ranks) > 1
+
+    def ahead(self, ranks: int, device_type: str) -> int:
+        """Micro-batches whose hidden states are computed ahead of the draft."""
+        return self.requests_ahead or int(device_type == "cuda" and not self.together(ranks))
+
+    def share_of_layers(self, ranks: int) -> float:
+        """The fraction of the target's decoder layers that each of ``ranks`` processes holds."""
+        return 1 / self.group(ranks)
 
     def share_of_width(self, ranks: int) -> float:
         """The fraction of each layer's activations that a process computes, for the rows of one rank at a time."""
-        return 1.0
+        return 1 / self.group(ranks)
 
     def check_target(self, config: Any, ranks: int) -> None:
         """Raises UserError if a target with the transformers config ``config`` does not run on ``ranks`` processes."""
@@ -129,14 +137,13 @@ class HFBackendConfig(BackendConfig):
 
 
 @dataclass
-class ShardedHFBackendConfig(BackendConfig):
+class ShardedHFBackendConfig(HFBackendConfig):
     """transformers, the weights sharded over all ranks (FSDP2); each rank computes its own batches."""
 
+    DECODES: ClassVar[bool] = False
     GATHERED_LAYERS: ClassVar[int] = 2  # the one that computes, and the buffer that the next one arrives in
     SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.sharded.FSDP2Target"
-    attn_implementation: str = "sdpa"
-    """Attention implementation of transformers."""
 
     def together(self, ranks: int) -> bool:
         return True
@@ -146,55 +153,38 @@ class ShardedHFBackendConfig(BackendConfig):
 
 
 @dataclass
-class TensorParallelHFBackendConfig(BackendConfig):
+class TensorParallelHFBackendConfig(HFBackendConfig):
     """transformers with its tensor-parallel plan; the ranks of a group compute their batches one after another."""
 
+    DECODES: ClassVar[bool] = False
     SHARDS_EMBEDDING_AND_HEAD: ClassVar[bool] = True
     WHOLE_ROWS: ClassVar[bool] = True
     _target_: str = "nemo_speculative.targets.sharded.TensorParallelTarget"
-    attn_implementation: str = "sdpa"
-    """Attention implementation of transformers."""
     tp_size: int = -1
     """Consecutive ranks that share a copy of the target, preferably within a node; -1: all."""
 
     def __post_init__(self) -> None:
-        require(
-            self.tp_size == -1 or self.tp_size > 1,
-            f"backend.tp_size is {self.tp_size}: expected -1, or at least 2; backend=hf keeps the target whole",
-        )
+        if self.tp_size != -1 and self.tp_size < 2:
+            raise UserError(f"backend.tp_size is {self.tp_size}: expected -1, or at least 2; backend=hf keeps it whole")
 
     def group(self, ranks: int) -> int:
-        """The number of processes that share a copy, of ``ranks``.
-
-        Raises:
-            UserError: they cannot be divided into such groups.
-        """
         size = ranks if self.tp_size == -1 else self.tp_size
-        require(
-            size > 1 and ranks % size == 0,
-            f"backend.tp_size is {self.tp_size}: it must be at least 2 and divide the {ranks} process(es) that were "
-            "started; start as many (torchrun --nproc-per-node; for plan=true write WORLD_SIZE=N before the command), "
-            "or take backend=hf",
-        )
+        if size < 2 or ranks % size:
+            raise UserError(
+                f"backend.tp_size is {self.tp_size}: it must be at least 2 and divide the {ranks} process(es) that "
+                "were started; start as many (torchrun --nproc-per-node; for plan=true write WORLD_SIZE=N before the "
+                "command), or take backend=hf"
+            )
         return size
-
-    def together(self, ranks: int) -> bool:
-        return True
-
-    def share_of_layers(self, ranks: int) -> float:
-        return 1 / self.group(ranks)
-
-    def share_of_width(self, ranks: int) -> float:
-        return 1 / self.group(ranks)
 
     def check_target(self, config: Any, ranks: int) -> None:
         size, heads = self.group(ranks), config.num_attention_heads
         for name, count in (("attention", heads), ("key-value", getattr(config, "num_key_value_heads", heads))):
-            require(
-                count % size == 0,
-                f"backend.tp_size is {self.tp_size}: the {count} {name} heads of the target cannot be divided by "
-                f"{size}; take a divisor of them, or backend=hf_fsdp2",
-            )
+            if count % size:
+                raise UserError(
+                    f"backend.tp_size is {self.tp_size}: the {count} {name} heads of the target cannot be divided by "
+                    f"{size}; take a divisor of them, or backend=hf_fsdp2"
+                )
 
 
 @dataclass
@@ -211,14 +201,8 @@ class SGLangBackendConfig(BackendConfig):
     def __post_init__(self) -> None:
         require_positive(self, "backend", "max_tokens")
 
-    def together(self, ranks: int) -> bool:
-        return ranks > 1
-
-    def share_of_layers(self, ranks: int) -> float:
-        return 1 / ranks
-
-    def share_of_width(self, ranks: int) -> float:
-        return 1 / ranks
+    def group(self, ranks: int) -> int:
+        return ranks
 
 
 @dataclass
@@ -254,6 +238,10 @@ class RemoteBackendConfig(BackendConfig):
         return 0.0
 
 
+READ_AHEAD = 2
+"""Micro-batches of features that threads read ahead."""
+
+
 @dataclass
 class FeaturesBackendConfig(BackendConfig):
     """Hidden states on disk, written by recipes/capture_features.py or by an epoch with fill=true."""
@@ -276,7 +264,7 @@ class FeaturesBackendConfig(BackendConfig):
 
     @property
     def longest_wait(self) -> float:
-        return LOADING_SECONDS if self.fill else 0.0
+        return 3600.0 if self.fill else 0.0  # the target is loaded when a feature is missing
 
     @property
     def requests_ahead(self) -> int:
@@ -287,39 +275,56 @@ class FeaturesBackendConfig(BackendConfig):
 
 
 def require_servers(key: str, urls: list[str]) -> None:
-    """Refuses an empty list, an invalid URL and a duplicate; ``key`` names the option in the error."""
-    require(bool(urls), f"{key} is empty: expected one URL or more, e.g. [http://127.0.0.1:31000]")
-    servers = [_server_named(key, url) for url in urls]
-    again = next((url for n, url in enumerate(urls) if servers[n] in servers[:n]), None)
-    require(again is None, f"{key} names the server {again!r} twice: leave it out once")
-
-
-def _server_named(key: str, url: str) -> str:
-    """A normalized form of ``url``, to find duplicates."""
-    try:
-        parsed = parse_url(url)
-    except LocationParseError:
-        parsed = parse_url("")
-    require(
-        parsed.scheme in ("http", "https") and bool(parsed.host),
-        f"{key} holds {url!r}: expected http://HOST:PORT",
-    )
-    port = parsed.port or {"http": 80, "https": 443}[str(parsed.scheme)]
-    return f"{parsed.scheme}://{parsed.host}:{port}{(parsed.path or '').rstrip('/')}"
+    """Refuses an empty list, an invalid URL and a server named twice; ``key`` names the option in the error."""
+    if not urls:
+        raise UserError(f"{key} is empty: expected one URL or more, e.g. [http://127.0.0.1:31000]")
+    servers = set()
+    for url in urls:
+        try:
+            parsed = parse_url(url)
+        except LocationParseError:
+            parsed = parse_url("")
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise UserError(f"{key} holds {url!r}: expected http://HOST:PORT")
+        port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        server = (parsed.scheme, parsed.host, port, (parsed.path or "").rstrip("/"))
+        if server in servers:
+            raise UserError(f"{key} names the server {url!r} twice: leave it out once")
+        servers.add(server)
 
 
 @dataclass
-class PlacementConfig:
-    """Placement of the target of an evaluation."""
+class ServeTargetJob:
+    """A target server. Clients must send the token in the environment variable NEMO_TARGET_TOKEN, if it is set."""
 
-    device_map: Optional[str] = None
-    """auto, balanced or sequential: transformers distributes it over the GPUs of this machine, and its memory if they
-    are too small (needs the accelerate package); null: one device."""
-    max_memory: Optional[dict[str, str]] = None
-    """Memory that device_map may use per device: {0: 20GiB, 1: 20GiB, cpu: 60GiB}."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    aux_layers: Optional[list[int]] = None
+    """Layers of the target whose outputs are sent; null: EAGLE-3's default; []: none, for EAGLE-1 and 2."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every network of this machine."""
+    port: int = 31000
+    """Port to listen on; 0: any free one."""
+    device: str = "auto"
+    """auto: cuda if available, else cpu."""
+    queue: int = 8
+    """Requests accepted at once; more are answered with 429."""
+    max_tokens: int = 65536
+    """Most tokens of one request; its response is held in memory."""
+    io_timeout: float = 60.0
+    """Seconds to receive a request or send a response."""
+    drain: int = 60
+    """Seconds after SIGTERM to finish accepted requests."""
 
     def __post_init__(self) -> None:
-        require(
-            self.max_memory is None or self.device_map is not None,
-            "model.max_memory is set and model.device_map is not: add model.device_map=auto",
-        )
+        elsewhere = {
+            RemoteBackendConfig: "remote", FeaturesBackendConfig: "features", ShardedHFBackendConfig: "hf_fsdp2",
+            TensorParallelHFBackendConfig: "hf_tp",
+        }  # fmt: skip
+        if name := elsewhere.get(type(self.backend)):
+            raise UserError(
+                f"backend={name}: a target server is one process, which runs the whole target itself; take backend=hf "
+                "or backend=sglang"
+            )
+        require_positive(self, "", "queue", "max_tokens", "io_timeout", "drain")
+        require_within("[0, 65535]", self, "", "port")

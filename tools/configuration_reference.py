@@ -1,21 +1,22 @@
-"""Generates docs/configuration.md from the schema: ``python -m nemo_speculative.config.reference``."""
+"""Generates docs/configuration.md from the schema:
+``python -m tools.configuration_reference > docs/configuration.md``."""
 
 import ast
 import dataclasses
 import inspect
 import itertools
+import re
 from enum import Enum
 from types import NoneType
 from typing import Any, Union, get_args, get_origin
 
 from omegaconf import MISSING
 
-from nemo_speculative.config import schema
-from nemo_speculative.config.groups import PACKAGES, SCHEMAS
+from nemo_speculative.config.groups import CONF, JOBS, PACKAGES, SCHEMAS, options
 
 HEAD = """# Configuration
 
-Generated from `nemo_speculative/config/schema/` by `python -m nemo_speculative.config.reference`; do not edit.
+Generated from `nemo_speculative/config/schema/` by `python -m tools.configuration_reference`; do not edit.
 
 A recipe composes one option of each group of `conf/`, whose files show every key with its value; every key below can
 be overridden on the command line (`trainer.max_steps=100`), every group replaced (`optimizer=muon`), and swept
@@ -30,36 +31,39 @@ hydra.launcher.partition=NAME hydra.launcher.gpus_per_node=1` submit each run of
 
 The defaults below are the schema's; those of the YAML files are the same where a file does not say otherwise.
 """
-ROOTS = {
-    "recipes/train_eagle3.py": schema.TrainJob,
-    "recipes/capture_features.py": schema.CaptureJob,
-    "recipes/inspect_data.py": schema.InspectJob,
-    "recipes/prepare_data.py": schema.PrepareJob,
-    "recipes/generate_data.py": schema.GenerateJob,
-    "recipes/merge_data.py": schema.MergeJob,
-    "recipes/evaluate.py": schema.EvaluateJob,
-    "recipes/benchmark.py": schema.BenchmarkJob,
-    "nemo_speculative/serve_target.py": schema.ServeTargetJob,
-    "recipes/convert_draft.py": schema.ConvertJob,
-    "recipes/prune_vocabulary.py": schema.PruneJob,
-}
 
 
 def reference() -> str:
     """The text of docs/configuration.md."""
-    parts = [HEAD]
-    for name, root in ROOTS.items():
+    parts = [HEAD, _options()]
+    for name, root in JOBS.items():
         plain = [f for f in dataclasses.fields(root) if not dataclasses.is_dataclass(f.type)]
-        parts.append(_section(f"`{name}`", root, "", plain))
-    groups = dict.fromkeys(group for group, _ in SCHEMAS)
-    for group in groups:
-        options = {option: cls for (owner, option), cls in SCHEMAS.items() if owner == group}
-        shared = dict.fromkeys(b for cls in options.values() for b in _bases(cls) if b not in options.values())
+        folder = "nemo_speculative" if name.startswith("serve") else "recipes"
+        parts.append(_section(f"`{folder}/{name}.py`", root, "", plain))
+    for group, schemas in SCHEMAS.items():
+        shared = dict.fromkeys(b for cls in schemas.values() for b in _bases(cls) if b not in schemas.values())
         named = {f"`{group}`, every option ({base.__name__})": base for base in shared}
-        named |= {f"`{group}` ({option})": cls for option, cls in options.items()}
+        named |= {f"`{group}` ({option})": cls for option, cls in schemas.items()}
         prefix = f"{PACKAGES.get(group, group)}."
-        parts += [_section(title, cls, prefix, _own_fields(cls)) for title, cls in named.items()]
+        for title, cls in named.items():
+            base = cls.__mro__[1]
+            also = f"  Also every key of {base.__name__}." if dataclasses.is_dataclass(base) else ""
+            parts.append(_section(title, cls, prefix, _own_fields(cls), also))
     return "\n".join(parts)
+
+
+def _options() -> str:
+    """A table of the options of every group, with the first line of their files."""
+    rows = []
+    for group in sorted(
+        folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("hydra", "model_draft")
+    ):
+        for option in options(group):
+            lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
+            comment = next(line[2:] for line in lines if line.startswith("# ") and "@package" not in line)
+            summary = re.split(r"\s{3,}", comment)[0].rstrip(":")  # an example command follows
+            rows.append(f"| `{group}={option}` | {summary} |")
+    return "\n".join(["## Options\n", "| option | |", "|---|---|", *rows, ""])
 
 
 def _bases(cls: type) -> list[type]:
@@ -71,17 +75,12 @@ def _own_fields(cls: type) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(cls) if f.name not in inherited or inherited[f.name] != f.default]
 
 
-def _section(title: str, cls: type, prefix: str, fields: list[dataclasses.Field]) -> str:
-    base = cls.__mro__[1]
-    also = f"  Also every key of {base.__name__}." if dataclasses.is_dataclass(base) else ""
-    lines = [f"## {title}\n", f"{inspect.getdoc(cls) if not _generated(cls) else ''}{also}".strip() + "\n"]
+def _section(title: str, cls: type, prefix: str, fields: list[dataclasses.Field], also: str = "") -> str:
+    # dataclass() writes a signature where there is no docstring.
+    doc = "" if (cls.__doc__ or "").startswith(f"{cls.__name__}(") else inspect.getdoc(cls)
     rows = [row for f in fields for row in _rows(f, prefix, _documentation(cls))]
-    return "\n".join([*lines, "| key | type | default | |", "|---|---|---|---|", *rows, ""])
-
-
-def _generated(cls: type) -> bool:
-    """dataclass() writes a signature where there is no docstring."""
-    return (cls.__doc__ or "").startswith(f"{cls.__name__}(")
+    head = [f"## {title}\n", f"{doc}{also}".strip() + "\n", "| key | type | default | |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""])
 
 
 def _rows(f: dataclasses.Field, prefix: str, documentation: dict[str, str]) -> list[str]:
@@ -95,26 +94,20 @@ def _rows(f: dataclasses.Field, prefix: str, documentation: dict[str, str]) -> l
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is Union:
         return " or ".join("null" if part is NoneType else _type(part) for part in get_args(annotation))
-    if not isinstance(annotation, type):
-        return str(annotation).removeprefix("typing.")
-    if issubclass(annotation, Enum):
+    if get_origin(annotation) is not None:
+        return f"{get_origin(annotation).__name__}[{', '.join(map(_type, get_args(annotation)))}]"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " \\| ".join(member.value for member in annotation)
-    return annotation.__name__
+    return "Any" if annotation is Any else annotation.__name__
 
 
 def _default(f: dataclasses.Field) -> Any:
     value = f.default_factory() if f.default is dataclasses.MISSING and callable(f.default_factory) else f.default
     if isinstance(value, Enum):
         return value.value
-    return (
-        {None: "null", MISSING: "must be given", True: "true", False: "false"}.get(value, value)
-        if _plain(value)
-        else value
-    )
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | str)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "must be given" if value == MISSING else value
 
 
 def _documentation(cls: type) -> dict[str, str]:
