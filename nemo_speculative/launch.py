@@ -25,18 +25,9 @@ from typing import cast
 
 import torch.distributed as dist
 from torch.distributed import run as torchrun
+from torch.distributed.elastic import rendezvous as rdzv
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import (
-    RendezvousClosedError,
-    RendezvousError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousStoreInfo,
-    RendezvousTimeoutError,
-    rendezvous_handler_registry,
-)  # fmt: skip
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from nemo_speculative.utils.errors import NO_RESTART_FILE, PeerLostError, UsageError, UserError, print_error
@@ -76,7 +67,7 @@ class Launcher:
         """Runs until the workers have ended; returns the exit status.  Raises UserError if a worker or node failed."""
         bind_collectives_to(self._args.interface)
         os.environ.update({FRESH_STORE: "1", NO_RESTART_FILE: str(self._no_restart_file)})
-        rendezvous_handler_registry.register(BACKEND, self._create_rendezvous)
+        rdzv.rendezvous_handler_registry.register(BACKEND, self._create_rendezvous)
         status = 0
         try:
             torchrun.run(self._args)
@@ -84,7 +75,7 @@ class Launcher:
             status = 128 + error.sigval
             if error.sigval != signal.SIGTERM:
                 return status
-        except (ChildFailedError, RendezvousError, dist.DistError) as error:
+        except (ChildFailedError, rdzv.RendezvousError, dist.DistError) as error:
             if not (self._rendezvous and self._rendezvous.check_stopped()):
                 raise self._failure(error) from None
             # A run that is not in its training loop has nothing to save: SIGTERM kills it.
@@ -107,7 +98,7 @@ class Launcher:
             "every node with its own --node-rank and the same --nnodes, --master-addr and --master-port"
         )
 
-    def _create_rendezvous(self, parameters: RendezvousParameters) -> RendezvousHandler:
+    def _create_rendezvous(self, parameters: rdzv.RendezvousParameters) -> rdzv.RendezvousHandler:
         signal.signal(signal.SIGTERM, self._on_sigterm)
         self._rendezvous = FixedNodes(parameters, self._no_restart_file)
         return self._rendezvous
@@ -185,7 +176,7 @@ def _check_master(host: str, args: argparse.Namespace) -> None:
             )
 
 
-class FixedNodes(RendezvousHandler):
+class FixedNodes(rdzv.RendezvousHandler):
     """Rendezvous of a fixed number of nodes, repeated whenever the workers of one of them have failed.
 
     Node 0 hosts a store for the agents, and a fresh one for the workers of each round.  A round is complete when every
@@ -199,7 +190,7 @@ class FixedNodes(RendezvousHandler):
 
     use_agent_store = True  # workers connect to the store that this node's agent names, and do not listen themselves
 
-    def __init__(self, parameters: RendezvousParameters, no_restart_file: Path):
+    def __init__(self, parameters: rdzv.RendezvousParameters, no_restart_file: Path):
         self._address, self._run_id = cast(str, parameters.local_addr), parameters.run_id
         self._no_restart_file, self._round = no_restart_file, 0
         self._node, self._nodes = cast(int, parameters.get_as_int("rank")), parameters.max_nodes
@@ -231,28 +222,28 @@ class FixedNodes(RendezvousHandler):
             except OSError as error:
                 if time.monotonic() > deadline:
                     waited = f"nothing listens at {host}:{port} after {self._timeout.seconds} s"
-                    raise RendezvousTimeoutError(f"{waited}: {error.strerror or error}") from None
+                    raise rdzv.RendezvousTimeoutError(f"{waited}: {error.strerror or error}") from None
             time.sleep(POLL_SECONDS)
 
     def _round_store(self, number: int) -> dist.PrefixStore:
         return dist.PrefixStore(f"round{number}", self._agents)
 
-    def next_rendezvous(self) -> RendezvousInfo:
+    def next_rendezvous(self) -> rdzv.RendezvousInfo:
         """Raises RendezvousError if a node gave up, stops or did not arrive in time, DistError if node 0 is gone."""
         deadline = time.monotonic() + self._timeout.total_seconds()
         while not self._all_confirm(store := self._arrive(), deadline):
             pass  # a node waits in the next round, so that this one cannot be completed
         host, port = parse_rendezvous_endpoint(store.get(WORKERS).decode(), default_port=-1)
-        return RendezvousInfo(store, self._node, self._nodes, RendezvousStoreInfo(host, port))
+        return rdzv.RendezvousInfo(store, self._node, self._nodes, rdzv.RendezvousStoreInfo(host, port))
 
     def _arrive(self) -> dist.PrefixStore:
         """Registers this node in the open round, and returns that round's store."""
         if self.is_closed():
-            raise RendezvousClosedError("another node has given up; see its own log")
+            raise rdzv.RendezvousClosedError("another node has given up; see its own log")
         if self._no_restart_file.exists():
-            raise RendezvousClosedError("a worker has given up")
+            raise rdzv.RendezvousClosedError("a worker has given up")
         if self.check_stopped():
-            raise RendezvousClosedError(STOPPING)
+            raise rdzv.RendezvousClosedError(STOPPING)
         self._round = self._agents.add(COMPLETE_ROUNDS, 0)
         store = self._round_store(self._round)
         # A node whose launcher died and was restarted may arrive twice.
@@ -268,14 +259,14 @@ class FixedNodes(RendezvousHandler):
         keys = [f"{CONFIRMED}/{node}" for node in range(self._nodes)]
         while not store.check(keys):
             if self.check_stopped():
-                raise RendezvousClosedError(STOPPING)
+                raise rdzv.RendezvousClosedError(STOPPING)
             if self._agents.add(COMPLETE_ROUNDS, 0) > self._round:
                 store.set(keys[self._node], "")
             if self.num_nodes_waiting():
                 return False
             if time.monotonic() > deadline:
                 missing = self._nodes_without(store, ARRIVED) or self._nodes_without(store, CONFIRMED)
-                raise RendezvousTimeoutError(f"missing after {self._timeout.seconds} s: node {', '.join(missing)}")
+                raise rdzv.RendezvousTimeoutError(f"missing after {self._timeout.seconds} s: node {', '.join(missing)}")
             time.sleep(POLL_SECONDS)
         return True
 
