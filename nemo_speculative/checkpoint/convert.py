@@ -50,13 +50,15 @@ def as_servable(
         settings: speculative settings for a draft that records none.
     """
     source = open_source(path)
-    name = target or format_of(source).target(source)
+    source_format = format_of(source)
+    name = target or source_format.target(source)
     if name is None:
         raise UserError(f"target is not set, and {path} does not say which it was trained for: give target=DIR")
     directory = resolve_target(ModelConfig(path=name, trust_remote_code=trust_remote_code), key="target")
     config = text_config(directory, trust_remote_code)
-    draft = read_foreign(path, config, aux_layers)
-    if draft.format == Own.name:
+    source.target, source.aux_layers = config, aux_layers
+    draft = source_format.read(source)
+    if isinstance(source_format, Own):
         return draft
     local = Path(name).expanduser()
     provenance = Provenance(

@@ -63,11 +63,7 @@ class Servable:
 
 
 def read_servable(path: str | Path) -> Servable:
-    """The checkpoint at ``path``: a run directory, a ``step_<N>`` directory or its ``model/``.
-
-    Raises:
-        UserError: there is none, it is cut off, or it is not what SGLang expects.
-    """
+    """The checkpoint at ``path``, see :func:`find_model`; raises UserError if it is not what SGLang expects."""
     directory = find_model(path)
     config, weights = read_config(directory), directory / "model.safetensors"
     contract, shape = shape_of(config, directory / "config.json")

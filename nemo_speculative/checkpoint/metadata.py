@@ -31,11 +31,7 @@ class Provenance:
 
 
 def find_model(path: str | Path) -> Path:
-    """The ``model/`` of a run directory (its best, else its latest checkpoint), of a step directory, or itself.
-
-    Raises:
-        UserError: the path is missing or holds no checkpoint.
-    """
+    """The ``model/`` of a run directory (its best, else its latest checkpoint), of a step directory, or itself."""
     root = Path(path).expanduser()
     candidates = [root, root / "model"]
     candidates += [root / folder / link / "model" for link in ("best", "latest") for folder in ("checkpoints", ".")]

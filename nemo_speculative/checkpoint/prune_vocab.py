@@ -16,11 +16,7 @@ from nemo_speculative.utils.errors import UserError
 
 
 def prune_checkpoint(job: PruneJob) -> str:
-    """Writes ``<output>/model`` and returns the coverage table.
-
-    Raises:
-        UserError: no such checkpoint, an output that exists, bad data, or a vocabulary that cannot be pruned.
-    """
+    """Writes ``<output>/model`` and returns the coverage table; raises UserError if the draft cannot be pruned."""
     servable, output = read_servable(job.checkpoint), Path(job.output).expanduser()
     if output.exists():
         raise UserError(f"output: {output} exists; choose another directory")
@@ -50,9 +46,6 @@ def most_frequent_entries(servable: Servable, counts: torch.Tensor, size: Vocabu
 
     Args:
         counts: int64 [V], occurrences of each target id in the assistant's turns.
-
-    Raises:
-        UserError: the draft has no vocabulary of its own, or a smaller one already.
     """
     if "d2t" not in servable.tensors:
         raise UserError(f"{servable.directory}: the draft has no vocabulary of its own; there is nothing to prune")

@@ -7,7 +7,6 @@ torchvision::nms does not exist").  This package calls none of these operators, 
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 
 class _EmptyModuleFinder:
@@ -19,14 +18,8 @@ class _EmptyModuleFinder:
 
     def find_spec(self, name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
         if name == "torchvision._meta_registrations" and registration_fails():
-            return ModuleSpec(name, self)  # type: ignore[arg-type]
+            return ModuleSpec(name, loader=None, is_package=True)  # an empty namespace package
         return None
-
-    def create_module(self, _spec: ModuleSpec) -> None:
-        """Returns None, for the default module."""
-
-    def exec_module(self, _module: ModuleType) -> None:
-        """Leaves the module empty."""
 
 
 def registration_fails() -> bool:

@@ -26,7 +26,6 @@ from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.config.speculative import SpeculativeSettings
 from nemo_speculative.utils.errors import UserError, describe_error
 
-LARGEST = 1 << 30
 UNBOUNDED = ("default", "linear", "llama3")
 """RoPE types whose rotations do not depend on max_position_embeddings."""
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -51,7 +50,7 @@ def read_eagle3(
     source: Source, name: str, config: dict[str, Any], rename: Callable[[str], str], aux_layers: Any, *,
     unused: Collection[str] = (), step: int = 0,
 ) -> Servable:  # fmt: skip
-    """The EAGLE-3 draft of the format ``name``.
+    """The EAGLE-3 draft of the format ``name``; raises UserError if it is incomplete or contradicts the target.
 
     Args:
         config: sizes under the names of a LlamaConfig; target_hidden_size, draft_vocab_size and the switches of
@@ -60,9 +59,6 @@ def read_eagle3(
         aux_layers: the layers whose outputs the draft reads, as stated; None: not stated.
         unused: tensors of the file, under its names, that a draft does not need.
         step: optimizer steps it was trained for, where they are stated.
-
-    Raises:
-        UserError: it is incomplete, contradicts itself or the target, or is another network.
     """
     sizes, width = _sizes(source, config), config.get("target_hidden_size") or source.target.hidden_size
     _require_width(source, "target_hidden_size", width)
@@ -121,8 +117,8 @@ def _sizes(source: Source, config: dict[str, Any]) -> dict[str, Any]:
 
 def _require_whole(source: Source, values: dict[str, Any], keys: Collection[str]) -> None:
     for key in keys:
-        plausible = type(values[key]) is int and 0 < values[key] <= LARGEST
-        source.require(plausible, key, values[key], f"a number above 0, at most {LARGEST}")
+        plausible = type(values[key]) is int and 0 < values[key] <= 1 << 30
+        source.require(plausible, key, values[key], f"a number above 0, at most {1 << 30}")
 
 
 def _is_positive(value: Any) -> bool:
