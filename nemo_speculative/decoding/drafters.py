@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.algorithms.common.drafting import DraftCursor, DraftSession, RotaryTable
+from nemo_speculative.algorithms.common.drafting import DraftCursor, DraftSession, RotaryTable, last_of
 from nemo_speculative.checkpoint.contract import contract_of
 from nemo_speculative.decoding.cached_target import States, pad_rows
 from nemo_speculative.decoding.tree_builder import DynamicTree, TreeBuilder
@@ -39,10 +39,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def start(self, batch_size: int, verifier: Verifier) -> Drafting:
-        """The drafting state of a new batch, whose ``verifier`` chooses the draft tokens, and verifies them later.
-
-        Raises UserError if this drafter does not support the verifier.
-        """
+        """The drafting state of a new batch; raises UserError if this drafter does not support the ``verifier``."""
 
 
 class StatelessDrafter(Drafter, Drafting):
@@ -128,10 +125,12 @@ class _EagleDrafting(Drafting):
         spans = [x[start : start + n] for x, start, n in zip(sequences, starts, counts, strict=True)]
         next_tokens = torch.tensor(pad_rows(spans, longest), device=session.table.device)
         aux, last = verified.aux_hidden_states[:, :longest], verified.last_hidden_state[:, :longest]
-        output = session.prefill(next_tokens, aux, last, counts)
+        feature, embeddings = session.draft.project_hidden_states(aux, last), session.draft.embed_input_ids(next_tokens)
+        output = session.extend(embeddings, feature, session.table.at(session.cache.lengths, longest))
+        session.cache.advance(counts)
         root = torch.tensor([tokens[-1:] for tokens in sequences], device=session.table.device)
-        lengths = session.cache.lengths
-        trees = self.tree_builder.build(DraftCursor(session, root, output), self.verifier)
+        lengths, cursor = session.cache.lengths, DraftCursor(session, root, last_of(output, counts))
+        trees = self.tree_builder.build(cursor, self.verifier)
         session.cache.set_lengths(lengths)
         return trees
 

@@ -177,19 +177,15 @@ class Verifier(ABC):
 
     def verify(self, trees: Trees, logits: torch.Tensor) -> list[Accepted]:
         """The accepted path of each tree, from the target's logits at every node, [B, n, V]."""
-        sampled = self.sample(logits).tolist()
-        if trees.tokens.shape[1] == 1:  # plain decoding
-            return [Accepted([0], tokens) for tokens in sampled]
-        parents = trees.parents.expand_as(trees.tokens).tolist()
-        return [_follow(*row) for row in zip(trees.tokens.tolist(), parents, sampled, strict=True)]
-
-
-def _follow(tokens: Sequence[int], parents: Sequence[int], sampled: Sequence[int]) -> Accepted:
-    child = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
-    path = [0]
-    while (node := child.get((path[-1], sampled[path[-1]]))) is not None:
-        path.append(node)
-    return Accepted(path, [sampled[node] for node in path])
+        nodes = trees.tokens, trees.parents.expand_as(trees.tokens), self.sample(logits)
+        results = []
+        for tokens, parents, sampled in zip(*(x.tolist() for x in nodes), strict=True):
+            child = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
+            path = [0]
+            while (node := child.get((path[-1], sampled[path[-1]]))) is not None:
+                path.append(node)
+            results.append(Accepted(path, [sampled[node] for node in path]))
+        return results
 
 
 class Greedy(Verifier):

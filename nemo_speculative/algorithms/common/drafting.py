@@ -11,7 +11,6 @@ from nemo_speculative.algorithms.common.attention import Pair
 from nemo_speculative.algorithms.common.draft import Draft
 
 FIRST_CAPACITY = 64
-"""Positions of a new cache; it grows by powers of two."""
 
 
 class KVCache:
@@ -151,15 +150,12 @@ class DraftSession(ABC):
     def extend(
         self, embeddings: torch.Tensor, feature: torch.Tensor, rotation: Pair, visible: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Runs the layers on n new positions of each sequence, and writes their keys and values after its length.
+        """The last layer's outputs [B, n, h] at n new positions of each sequence; caches their keys and values.
 
         Args:
             embeddings, feature: [B, n, h], of the tokens after those positions, and of the positions.
             rotation: cos and sin [B or 1, 1, n, d] of those positions.
             visible: bool [B, n, m] over the m cached positions, the new ones last; None: causal.
-
-        Returns:
-            Outputs of the last layer [B, n, h].
         """
         new = embeddings.shape[1]
         if visible is None and (new > 1 or self.cache.ragged):
@@ -176,25 +172,6 @@ class DraftSession(ABC):
             residual = layer.finish(residual, attended.transpose(1, 2).flatten(2))
         return residual
 
-    def prefill(
-        self, next_tokens: torch.Tensor, aux_hidden_states: torch.Tensor, last_hidden_state: torch.Tensor,
-        counts: Sequence[int],
-    ) -> torch.Tensor:  # fmt: skip
-        """Reads the target's states at verified positions.
-
-        Args:
-            next_tokens: int64 [B, n], the token after each position.
-            counts: the number of positions of each sequence; the others are padding.
-
-        Returns:
-            The output at each sequence's last position: [B, 1, h].
-        """
-        feature = self.draft.project_hidden_states(aux_hidden_states, last_hidden_state)
-        rotation = self.table.at(self.cache.lengths, next_tokens.shape[1])
-        output = self.extend(self.draft.embed_input_ids(next_tokens), feature, rotation)
-        self.cache.advance(counts)
-        return last_of(output, counts)
-
 
 class DraftCursor:
     """A session's draft at the newest level of the trees that it proposes, w nodes wide; starts at the root.
@@ -203,7 +180,7 @@ class DraftCursor:
 
     Args:
         root: int64 [B, 1], the root's tokens.
-        output: [B, 1, h], from :meth:`DraftSession.prefill`.
+        output: [B, 1, h], the last layer's, at the position before the root.
     """
 
     def __init__(self, session: DraftSession, root: torch.Tensor, output: torch.Tensor):
