@@ -139,13 +139,13 @@ def _copy_layer(own: DraftLayer, layer: nn.Module) -> None:
     weights: dict[str, torch.Tensor] = dict(layer.named_parameters())
     norms = {f"{name}.weight": module for name, module in layer.named_children() if name.endswith("norm")}
     weights |= {name: _norm_weight(module) for name, module in norms.items() if name in weights}
+    width = own.mlp.gate_proj.in_features
     for name, parameter in own.named_parameters():
         if name == "input_layernorm.weight" and own.input_norm_name != "input_layernorm":
             continue  # norms the embedding, which the target's layer does not read
         weight = weights.get(name.replace("hidden_norm", "input_layernorm"))
         reads_input = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
         # A first layer reads [embedding ; feature]: the target's projection is the feature half.
-        width = own.mlp.gate_proj.in_features
         part = parameter[:, -width:] if reads_input else parameter
         if weight is None or weight.shape != part.shape:
             raise UserError(

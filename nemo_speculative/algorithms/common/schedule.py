@@ -178,8 +178,8 @@ def make_schedule(
     mask, steps = mask.flatten(1), torch.arange(1, config.ttt_steps + 1)[:, None]
     weight_of_step, position_ids = step_weights(config), batch.positions
     if seed is not None:
-        sampled, skipped = config.depth_sampling is DepthSampling.geometric, config.position_offset is not None
-        if (sampled or skipped) and not batch.spans:
+        sampled = config.depth_sampling is DepthSampling.geometric
+        if (sampled or config.position_offset is not None) and not batch.spans:
             raise ValueError("depths and position skips are drawn for each conversation: the batch has no spans")
         if sampled:
             mask = mask & (steps <= geometric_depths(batch, config.step_decay, seed).flatten())

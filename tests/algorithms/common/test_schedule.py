@@ -54,7 +54,7 @@ def mask(convention, batch):
 
 
 @pytest.fixture
-def made(convention, monkeypatch):
+def new_schedule(convention, monkeypatch):
     """A function that makes a schedule, with the given depths instead of sampled ones."""
 
     def make(batch, depths=None, normalization=Normalization.token, chunk_slots=None):
@@ -86,10 +86,10 @@ def expected_pairs(batch, mask, depths, normalization):
 @pytest.mark.parametrize("sampled", [False, True], ids=["all steps", "depths"])
 @pytest.mark.parametrize("chunk_slots", [None, 64], ids=["one part", "several"])
 def test_every_supervised_pair_is_one_row_with_its_weight_output_and_label(
-    batch, mask, made, label_chunk, normalization, sampled, chunk_slots
+    batch, mask, new_schedule, label_chunk, normalization, sampled, chunk_slots
 ):
     depths = some_depths(batch) if sampled else None
-    schedule, found = made(batch, depths, normalization, chunk_slots), {}
+    schedule, found = new_schedule(batch, depths, normalization, chunk_slots), {}
     for rows in schedule.chunks:
         slots = rows.slots
         width, starts = len(slots.index), [0, *torch.tensor(slots.active).cumsum(0).tolist()]
@@ -110,8 +110,8 @@ def test_every_supervised_pair_is_one_row_with_its_weight_output_and_label(
 
 
 @pytest.mark.parametrize("most", [64, 128])
-def test_chunks_are_neighbors_of_about_equal_size_whose_windows_hold_all_that_they_read(batch, made, most):
-    parts = made(batch, chunk_slots=most).chunks
+def test_chunks_are_neighbors_of_about_equal_size_whose_windows_hold_all_that_they_read(batch, new_schedule, most):
+    parts = new_schedule(batch, chunk_slots=most).chunks
     sizes = [int(part.slots.real.sum()) for part in parts]
     assert len(parts) == max(-(-sum(sizes) // most), 1) and max(sizes) <= most
     assert max(sizes) - min(sizes) < len(parts) * SHAPE_MULTIPLE
@@ -129,8 +129,8 @@ def test_chunks_are_neighbors_of_about_equal_size_whose_windows_hold_all_that_th
         assert min(end + len(slots.active), batch.num_tokens - 1) < slots.token_window.stop <= batch.num_tokens
 
 
-def test_filler_has_weight_zero_and_no_cell(batch, made, label_chunk):
-    (rows,) = made(batch).chunks
+def test_filler_has_weight_zero_and_no_cell(batch, new_schedule, label_chunk):
+    (rows,) = new_schedule(batch).chunks
     filler = rows.weight == 0
     assert torch.equal(filler, rows.cell == rows.supervised.numel())
     assert int((~filler).sum()) == int(rows.supervised.sum())
@@ -139,8 +139,8 @@ def test_filler_has_weight_zero_and_no_cell(batch, made, label_chunk):
     assert ((rows.label_positions >= 0) & (rows.label_positions < batch.num_tokens)).all()
 
 
-def test_label_chunks_tile_the_rows_and_the_labels(batch, made, label_chunk):
-    (rows,) = made(batch).chunks
+def test_label_chunks_tile_the_rows_and_the_labels(batch, new_schedule, label_chunk):
+    (rows,) = new_schedule(batch).chunks
     for axis, whole in ((0, len(rows.label)), (1, len(rows.label_positions))):
         parts = [chunk[axis] for chunk in rows.label_chunks]
         assert parts[0].start == 0 and parts[-1].stop == whole
@@ -154,12 +154,12 @@ def test_label_chunks_tile_the_rows_and_the_labels(batch, made, label_chunk):
     assert len(rows.label_positions) - len(used) <= SHAPE_MULTIPLE
 
 
-def test_depths_remove_later_steps_and_keep_the_counts(batch, made):
+def test_depths_remove_later_steps_and_keep_the_counts(batch, new_schedule):
     depths = some_depths(batch)
     pairs = {}
     for name, given in (("all", None), ("cut", depths), ("one", torch.ones_like(depths))):
-        schedule = made(batch, given)
-        assert torch.equal(schedule.counts, made(batch).counts)
+        schedule = new_schedule(batch, given)
+        assert torch.equal(schedule.counts, new_schedule(batch).counts)
         (part,) = schedule.chunks
         pairs[name] = {(int(part.slots.host_index[s]), i) for i, s in part.supervised.nonzero().tolist()}
     assert pairs["cut"] == {(t, i) for t, i in pairs["all"] if i < depths.flatten()[t]}
