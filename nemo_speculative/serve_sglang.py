@@ -47,23 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     recorded = parser.add_argument_group("instead of what the checkpoint records")
     recorded.add_argument("--target", help="directory or hub name of the target model")
-    recorded.add_argument("--target-variant", action="store_true",
-                          help="accept other weights of the same shape, such as a quantized copy")  # fmt: skip
+    recorded.add_argument("--target-variant", action="store_true", help="accept other weights of the same shape")
     recorded.add_argument("--algorithm", help="SGLang's name of the algorithm")
     recorded.add_argument("--num-steps", type=int, help="draft tokens along one branch")
     recorded.add_argument("--topk", type=int, help="branches at each step; 1 is a chain")
-    recorded.add_argument("--num-draft-tokens", type=int,
-                          help="tokens verified at once, last sampled one included (steps * top-k + 1)")  # fmt: skip
+    recorded.add_argument("--num-draft-tokens", type=int, help="tokens verified at once (steps * top-k + 1)")
     recorded.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of target and draft")
 
     server = parser.add_argument_group("the server")
     server.add_argument("--sglang-version", help=f"{OLDEST} to {NEWEST} (default: the installed one, else {NEWEST})")
-    server.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
-                        help="cpu: temperature 0, for testing a checkpoint (default: %(default)s)")  # fmt: skip
+    server.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to test a draft, greedily")
     server.add_argument("--tp-size", type=int, default=1, help="GPUs that share the target (default: %(default)s)")
     server.add_argument("--cuda-graph-max-bs", type=int, help="the largest batch decoded by a CUDA graph")
-    server.add_argument("--rejection-sampling", action="store_true",
-                        help="sample drafts, accept by probability; for chains over the whole vocabulary")  # fmt: skip
+    server.add_argument("--rejection-sampling", action="store_true", help="sample drafts; for chains, whole vocabulary")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     server.add_argument("--port", type=int, default=30000, help="(default: %(default)s)")
     server.add_argument("--trust-remote-code", action="store_true", help="let the target's own code run")
@@ -73,21 +69,16 @@ def build_parser() -> argparse.ArgumentParser:
     actions = parser.add_argument_group("instead of serving")
     action = actions.add_mutually_exclusive_group()
     action.add_argument("--print-only", action="store_true", help="print the command and start nothing")
-    action.add_argument("--dry-run", action="store_true",
-                        help="let SGLang's own parser read the command, and start nothing")  # fmt: skip
-    action.add_argument("--prompt", dest="prompts", action="append", metavar="TEXT",
-                        help="answer this and exit, with SGLang's engine and no server; repeatable")  # fmt: skip
+    action.add_argument("--dry-run", action="store_true", help="let SGLang's parser read the command, start nothing")
+    action.add_argument(
+        "--prompt", dest="prompts", action="append", metavar="TEXT", help="answer it and exit; repeatable"
+    )
     actions.add_argument("--max-new-tokens", type=int, help=f"of the answer to --prompt (default: {MAX_NEW_TOKENS})")
     return parser
 
 
 def run(argv: Sequence[str]) -> None:
-    """Carries out a command line.
-
-    Raises:
-        UserError: it cannot be carried out.
-        ServerError: SGLang did not start, does not speculate, or died.
-    """
+    """Carries out a command line; raises ServerError if SGLang fails, another UserError if the line is refused."""
     words = list(argv)
     end = words.index("--") if "--" in words else len(words)
     args = build_parser().parse_args(words[:end])
@@ -203,13 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _interrupted_once():
             run(sys.argv[1:] if argv is None else argv)
-    except ServerError as error:
-        print(error.log_tail, file=sys.stderr)
-        print_error(error)
-        return error.exit_code
     except UserError as error:
         print_error(error)
-        return UsageError.exit_code
+        return error.exit_code if isinstance(error, ServerError) else UsageError.exit_code
     except KeyboardInterrupt:
         print("stopped", flush=True)
     return 0

@@ -69,11 +69,7 @@ class Client(AsyncClient):
     """Whether the server's chunks hold only new text; :meth:`server_info` finds out."""
 
     async def server_info(self) -> dict[str, Any]:
-        """The server's version and settings.
-
-        Raises:
-            UserError: it cannot be reached, refuses the token, or is not SGLang.
-        """
+        """The server's version and settings; raises UserError if it is not reachable, or not SGLang."""
         reply = await self.request("GET", "/server_info")
         self._require_success(reply)
         try:

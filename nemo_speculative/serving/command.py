@@ -125,8 +125,7 @@ def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
             ``num_draft_tokens`` becomes steps * top-k + 1: all of the chain, or as many nodes as a full beam.
 
     Raises:
-        UserError: there is no checkpoint, its ``config.json`` is malformed, an override contradicts it, or the version
-            of SGLang cannot serve it.
+        UserError: there is no usable checkpoint, an override contradicts it, or the version of SGLang cannot serve it.
     """
     values = {key: value for key, value in (overrides or {}).items() if value is not None}
     model = Path(os.path.abspath(find_model(path)))
@@ -164,8 +163,7 @@ def from_checkpoint(path: str | Path, overrides: Mapping[str, Any] | None = None
 def read_recorded_settings(model: Path) -> tuple[str, DraftShape, Provenance]:
     """SGLang's name of the algorithm, the draft's shape and provenance, as the checkpoint in ``model`` records them.
 
-    Raises:
-        UserError: its ``config.json`` is malformed.
+    Raises UserError if its ``config.json`` is malformed.
     """
     config, file = read_config(model), model / "config.json"
     try:
@@ -184,13 +182,10 @@ def read_recorded_settings(model: Path) -> tuple[str, DraftShape, Provenance]:
 
 
 def check_target(options: ServeOptions, variant: bool = False) -> None:
-    """Refuses a directory that holds another model than the draft was trained for; a hub name is not looked up.
+    """Raises UserError if a directory holds another model than the draft was trained for; accepts any hub name.
 
     Args:
         variant: accept other weights of the same shape, such as a quantized copy.
-
-    Raises:
-        UserError: the directory holds another model, or none.
     """
     directory = Path(options.target)
     if not directory.is_dir():
@@ -275,8 +270,7 @@ def _settings(options: ServeOptions) -> dict[str, Any]:
 def parsed_settings(options: ServeOptions) -> dict[str, Any]:
     """Dry run: the settings that matter to a draft, as SGLang's own parser reads them from the command.
 
-    Raises:
-        UsageError: SGLang cannot be imported, refuses the command, or reads another value than was meant.
+    Raises UsageError if SGLang cannot be imported, refuses the command, or reads another value than was meant.
     """
     try:
         parsed = parse_flags(serve_flags(options), "the command")

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,11 +29,7 @@ SMOKE_REQUEST = {
 
 
 class ServerError(UserError):
-    """SGLang did not start, died or does not answer; :attr:`log_tail` holds the last lines of its log."""
-
-    def __init__(self, message: str, log_tail: str):
-        super().__init__(message)
-        self.log_tail = log_tail
+    """SGLang did not start, died or does not answer."""
 
 
 class SGLangProcess:
@@ -69,9 +66,9 @@ class SGLangProcess:
         return self.failure(f"SGLang ended with code {self._process.wait()} {when}")
 
     def failure(self, message: str) -> ServerError:
-        """A :class:`ServerError` with the last lines of the log."""
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-        return ServerError(f"{message}; its log is {self.log}", tail)
+        """A :class:`ServerError`; prints the last lines of the log."""
+        print(*self.log.read_text(errors="replace").splitlines()[-LAST_LINES:], sep="\n", file=sys.stderr)
+        return ServerError(f"{message}; its log is {self.log}")
 
     def stop(self) -> None:
         """Terminates the process, which ends its children; then kills what is left of its process group."""

@@ -37,11 +37,7 @@ def require_supported(sglang: str) -> None:
 
 
 def check_servable(shape: Any, sglang: str, key: str = EXPORTER_KEY) -> None:
-    """Refuses a draft that version ``sglang`` would serve wrongly or not at all; ``key`` names the version's option.
-
-    Raises:
-        UserError: it would; names the key and the version that can.
-    """
+    """Raises UserError if version ``sglang``, set by the option ``key``, would serve a draft wrongly or not at all."""
     needs = [(f"draft.{name}=true", since) for name, since in SINCE.items() if getattr(shape, name, False)]
     if shape.num_layers > 1 and hasattr(shape, "aux_layers"):
         needs.append((f"draft.num_layers={shape.num_layers}", SEVERAL_LAYERS))

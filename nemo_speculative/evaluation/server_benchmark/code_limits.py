@@ -15,8 +15,7 @@ FILE_MB, OPEN_FILES = 16, 64
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 REFUSED = (
     "socket.", "subprocess.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "pty.",
-    "ctypes.", "signal.pthread_kill", "webbrowser.", "os.setxattr",
-    "os.removexattr", "sys.remote_exec",
+    "ctypes.", "signal.pthread_kill", "webbrowser.", "os.setxattr", "os.removexattr", "sys.remote_exec",
     "sqlite3.",  # whose SQL attaches any file
 )  # fmt: skip
 CHANGES = (
@@ -24,13 +23,8 @@ CHANGES = (
     "os.truncate", "os.utime", "shutil.",
 )  # fmt: skip
 """Events that change files, in addition to ``open`` for writing."""
-UNAUDITED = {
-    "os": ("mkfifo", "mknod"),
-    "posix": ("mkfifo", "mknod"),
-    "signal": ("pidfd_send_signal",),
-    "_signal": ("pidfd_send_signal",),
-}
-"""Functions, by module, that raise no audit event; they are removed."""
+UNAUDITED = (("os", "posix", "mkfifo"), ("os", "posix", "mknod"), ("signal", "_signal", "pidfd_send_signal"))
+"""Functions, each after its modules, that raise no audit event; they are removed."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -80,10 +74,9 @@ def guard(directory: str) -> None:
         if any(outside(path) for path in paths):
             raise PermissionError(f"{event}: {paths[0]!r} is outside the sandbox")
 
-    for module, names in UNAUDITED.items():
-        for name in names:
-            if hasattr(sys.modules[module], name):
-                delattr(sys.modules[module], name)
+    for *modules, name in UNAUDITED:
+        for module in modules:
+            vars(sys.modules[module]).pop(name, None)
     sys.addaudithook(hook)
 
 

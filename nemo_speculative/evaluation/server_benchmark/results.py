@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nemo_speculative import __version__
@@ -23,7 +23,6 @@ from nemo_speculative.utils.append_log import AppendLog, read_lines
 from nemo_speculative.utils.errors import UserError
 
 FILE = "cells.jsonl"
-PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,7 @@ class BenchMetrics:
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Nearest-rank percentiles: the smallest value that p percent of ``values`` do not exceed; empty for no values."""
-    ordered = sorted(values)
-    ranks = {f"p{p}": max(math.ceil(p / 100 * len(ordered)), 1) - 1 for p in PERCENTILES}
-    return {name: ordered[rank] for name, rank in ranks.items()} if ordered else {}
+    return {f"p{p}": float(np.percentile(values, p, method="inverted_cdf")) for p in (50, 95, 99) if values}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from nemo_speculative.evaluation.server_benchmark.results import BenchMetrics, B
 from nemo_speculative.evaluation.server_benchmark.servers import BenchServer, servers_of
 from nemo_speculative.evaluation.server_benchmark.suites import Prompt, Suite, load_suite
 from nemo_speculative.serving.client import Answer, Client
-from nemo_speculative.serving.server import ServerError
 from nemo_speculative.targets.describe import load_tokenizer
 from nemo_speculative.targets.resolve import resolve_target
 from nemo_speculative.utils.errors import UserError
@@ -31,8 +30,7 @@ SCORER_THREADS = 4
 class Benchmark:
     """The points of a job, and the log of their results; no server is started yet.
 
-    Raises:
-        UserError: the suite, the checkpoint, the server or the target's tokenizer is not available.
+    Raises UserError if the suite, the checkpoint, the server or the target's tokenizer is not available.
     """
 
     def __init__(self, job: BenchmarkJob):
@@ -54,8 +52,7 @@ class Benchmark:
     def run(self) -> None:
         """Measures every point without metrics; a point that fails is recorded with the reason.
 
-        Raises:
-            Unauthorized: a server expects another token.
+        Raises Unauthorized if a server expects another token.
         """
         pending = [deque(point for point in points if not self.log.has(point)) for points in self.points]
         if any(pending) and self.suite.scorer and self.suite.scorer.note:
@@ -78,8 +75,6 @@ class Benchmark:
         except Unauthorized:
             raise
         except UserError as error:  # the server would not start or answer for the next point either
-            if isinstance(error, ServerError):
-                print(error.log_tail, file=sys.stderr)
             while points:
                 self._record(points.popleft(), error)
 
@@ -136,11 +131,7 @@ class Benchmark:
             )
 
     def write_back(self, best: BenchResult | None) -> None:
-        """Stores the settings of ``best`` in the checkpoint as those that it is served with.
-
-        Raises:
-            UserError: no setting was measured.
-        """
+        """Stores the settings of ``best`` in the checkpoint, to be served with; raises UserError if it is None."""
         speculative = best.point.speculative if best else None
         if speculative is None:
             raise UserError(f"write_back={self.job.write_back}: no setting of the draft was measured there")
@@ -170,8 +161,7 @@ class Conversation:
 async def measure(client: Client, tokenizer: Any, suite: Suite, concurrency: int, temperature: float) -> BenchMetrics:
     """The metrics of ``suite`` with ``concurrency`` conversations in flight.
 
-    Raises:
-        UserError: the server does not answer, or refuses every prompt.
+    Raises UserError if the server does not answer, or refuses every prompt.
     """
     await client.flush_cache()
     started = time.perf_counter()

@@ -54,8 +54,7 @@ class BenchServer:
 def servers_of(job: BenchmarkJob) -> list[BenchServer]:
     """All servers that ``job`` measures, the baseline first.
 
-    Raises:
-        UserError: neither or both of checkpoint and url are given, one of them is unusable, or a setting is impossible.
+    Raises UserError if not exactly one of checkpoint and url is set, one is unusable, or a setting is impossible.
     """
     if (job.checkpoint is None) == (job.url is None):
         raise UsageError(

@@ -100,11 +100,7 @@ def _other_shape(origin: str, row: Row, expected: str) -> UserError:
 
 
 def load_suite(config: SuiteConfig) -> Suite:
-    """The suite's prompts, from its file or from the hub.
-
-    Raises:
-        UserError: the prompts cannot be loaded, or a row has another shape than the suite.
-    """
+    """The suite's prompts, from its file or from the hub; raises UserError for a row of another shape."""
     reader: Turns | Template = instantiate(config.reader)
     scorer: Scorer | None = instantiate(config.scorer) if config.scorer else None
     prompts: list[Prompt] = []

@@ -15,6 +15,7 @@ are chained: ``next_token`` is a node's first child, ``next_sibling`` the next c
 import ctypes
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 __version__ = "0.5.23+plain.torch"
@@ -22,11 +23,10 @@ FULL_MASK, NEW_TOKENS_ONLY = 0, 1
 
 
 def decode_attention_cpu(
-    q: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor, k_scale: float, v_scale: float,
-    out: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, loc: torch.Tensor, attn_logits: torch.Tensor,
-    req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor, scale: float,
-    logit_cap: float, is_cross_attention: bool, window: int, encoder_lens: torch.Tensor | None,
-    sinks: torch.Tensor | None,
+    q: Tensor, k_buffer: Tensor, v_buffer: Tensor, k_scale: float, v_scale: float, out: Tensor, k: Tensor | None,
+    v: Tensor | None, loc: Tensor, attn_logits: Tensor, req_to_token: Tensor, req_pool_indices: Tensor,
+    seq_lens: Tensor, scale: float, logit_cap: float, is_cross_attention: bool, window: int,
+    encoder_lens: Tensor | None, sinks: Tensor | None,
 ) -> None:  # fmt: skip
     """One new token of each request: stores its key and value, then attends to all positions of its request.
 
@@ -51,12 +51,10 @@ def decode_attention_cpu(
 
 
 def extend_attention_cpu(
-    q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, out: torch.Tensor, k_buffer: torch.Tensor,
-    v_buffer: torch.Tensor, k_scale: float, v_scale: float, req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor, seq_lens: torch.Tensor, extend_seq_lens: torch.Tensor,
-    extend_start_loc: torch.Tensor, max_extend_len: int, scale: float, logit_cap: float, is_cross_attention: bool,
-    window: int, encoder_lens: torch.Tensor | None, sinks: torch.Tensor | None, tree_mask: torch.Tensor | None,
-    is_causal: bool,
+    q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, k_buffer: Tensor, v_buffer: Tensor, k_scale: float,
+    v_scale: float, req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, extend_seq_lens: Tensor,
+    extend_start_loc: Tensor, max_extend_len: int, scale: float, logit_cap: float, is_cross_attention: bool,
+    window: int, encoder_lens: Tensor | None, sinks: Tensor | None, tree_mask: Tensor | None, is_causal: bool,
 ) -> None:  # fmt: skip
     """Several new tokens of each request: a prefill, or the verification of a chain or a tree of draft tokens.
 
@@ -84,18 +82,18 @@ for kernel in (decode_attention_cpu, extend_attention_cpu):
     setattr(torch.ops.sgl_kernel, kernel.__name__, kernel)
 
 
-def _require_llama_like(logit_cap: float, other_attention: bool, sinks: torch.Tensor | None) -> None:
+def _require_llama_like(logit_cap: float, other_attention: bool, sinks: Tensor | None) -> None:
     if logit_cap > 0 or other_attention or sinks is not None:
         raise NotImplementedError("attention with capped logits, sinks or an encoder: serve this target on a GPU")
 
 
-def _causal(new: int, length: int, window: int) -> torch.Tensor:
+def _causal(new: int, length: int, window: int) -> Tensor:
     """bool [new, length]: the causal mask of the last ``new`` of ``length`` positions."""
     distance = torch.arange(length - new, length)[:, None] - torch.arange(length)
     return (distance >= 0) & (distance < window) if window > 0 else distance >= 0
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """[n, H, d] over [m, G, d] under bool [n, m] → [n, H, d]."""
     queries, keys, values = (x.transpose(0, 1)[None].to(q.dtype) for x in (q, k, v))
     attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
@@ -103,9 +101,8 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 
 
 def assign_req_to_token_pool_cpu(
-    req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, start: torch.Tensor, end: torch.Tensor,
-    slots: torch.Tensor, pool_len: int,
-) -> None:  # fmt: skip
+    req_pool_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, slots: Tensor, pool_len: int
+) -> None:
     """Positions start[r] to end[r] of each request get the next of ``slots`` int [Σ (end - start)]."""
     lengths = (end - start).tolist()
     for request, first, part in zip(req_pool_indices.tolist(), start.tolist(), slots.split(lengths), strict=True):
@@ -113,9 +110,8 @@ def assign_req_to_token_pool_cpu(
 
 
 def assign_extend_cache_locs_cpu(
-    req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, start: torch.Tensor, end: torch.Tensor,
-    slots: torch.Tensor, pool_len: int,
-) -> None:  # fmt: skip
+    req_pool_indices: Tensor, req_to_token: Tensor, start: Tensor, end: Tensor, slots: Tensor, pool_len: int
+) -> None:
     """The reverse: ``slots`` is filled with the slots of positions start[r] to end[r], request after request."""
     bounds = zip(req_pool_indices.tolist(), start.tolist(), end.tolist(), strict=True)
     stored = torch.cat([req_to_token[request, first:last] for request, first, last in bounds])
@@ -123,8 +119,8 @@ def assign_extend_cache_locs_cpu(
 
 
 def assign_draft_cache_locs_contiguous_cpu(
-    req_pool_indices: torch.Tensor, req_to_token: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor,
-    pool_len: int, topk: int, num_steps: int,
+    req_pool_indices: Tensor, req_to_token: Tensor, seq_lens: Tensor, slots: Tensor, pool_len: int, topk: int,
+    num_steps: int,
 ) -> None:  # fmt: skip
     """``slots`` int [R * topk * num_steps] is filled with those reserved after each sequence for its draft tokens."""
     end = seq_lens + topk * num_steps
@@ -132,9 +128,8 @@ def assign_draft_cache_locs_contiguous_cpu(
 
 
 def build_draft_decode_metadata_cpu(
-    req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor, topk: int, num_steps: int,
-    pool_len: int,
-) -> torch.Tensor:  # fmt: skip
+    req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, topk: int, num_steps: int, pool_len: int
+) -> Tensor:
     """A row of slots for each branch of each request: the sequence they share, then the branch's own.
 
     Args:
@@ -151,9 +146,7 @@ def build_draft_decode_metadata_cpu(
     return table
 
 
-def copy_all_layer_kv_cache_cpu(
-    data_ptrs: torch.Tensor, strides: torch.Tensor, targets: torch.Tensor, sources: torch.Tensor
-) -> None:
+def copy_all_layer_kv_cache_cpu(data_ptrs: Tensor, strides: Tensor, targets: Tensor, sources: Tensor) -> None:
     """Moves the accepted tokens' cache rows to the end of the sequence, in every layer.
 
     Args:
@@ -170,17 +163,13 @@ def copy_all_layer_kv_cache_cpu(
         buffer[targets.long()] = buffer[sources.long()]
 
 
-def fill_bonus_tokens_cpu(
-    accept_tokens: torch.Tensor, accept_lens: torch.Tensor, bonus_tokens: torch.Tensor, accept_stride: int
-) -> None:
+def fill_bonus_tokens_cpu(accept_tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, accept_stride: int) -> None:
     """``bonus_tokens`` [R] is filled with the last of each request's ``accept_lens`` [R] accepted tokens."""
     last = (accept_lens.long() - 1)[:, None]
     bonus_tokens.copy_(accept_tokens.view(-1, accept_stride)[: len(last)].gather(1, last)[:, 0])
 
 
-def fill_accept_out_cache_loc_cpu(
-    accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accept_out_cache_loc: torch.Tensor
-) -> None:
+def fill_accept_out_cache_loc_cpu(accept_index: Tensor, out_cache_loc: Tensor, accept_out_cache_loc: Tensor) -> None:
     """The front of ``accept_out_cache_loc`` is filled with the slots of the accepted tokens.
 
     ``accept_index`` int [R, depth] holds rows of ``out_cache_loc``; -1 where nothing was accepted.
@@ -190,8 +179,8 @@ def fill_accept_out_cache_loc_cpu(
 
 
 def rotate_input_ids_cpu(
-    input_ids: torch.Tensor, extend_start_loc: torch.Tensor, extend_seq_lens: torch.Tensor,
-    new_tokens: torch.Tensor, select_index: torch.Tensor | None = None,
+    input_ids: Tensor, extend_start_loc: Tensor, extend_seq_lens: Tensor, new_tokens: Tensor,
+    select_index: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Shifts each request's part of ``input_ids`` [T] left by one and puts its new token at the end.
 
@@ -209,9 +198,9 @@ def rotate_input_ids_cpu(
 
 
 def build_tree_kernel_efficient_cpu(
-    parent_list: torch.Tensor, selected_index: torch.Tensor, seq_lens: torch.Tensor, tree_mask: torch.Tensor,
-    positions: torch.Tensor, retrieve_index: torch.Tensor, next_token: torch.Tensor, next_sibling: torch.Tensor,
-    topk: int, depth: int, num_nodes: int, mask_mode: int,
+    parent_list: Tensor, selected_index: Tensor, seq_lens: Tensor, tree_mask: Tensor, positions: Tensor,
+    retrieve_index: Tensor, next_token: Tensor, next_sibling: Tensor, topk: int, depth: int, num_nodes: int,
+    mask_mode: int,
 ) -> None:  # fmt: skip
     """Links the selected candidates to a tree.
 
@@ -264,9 +253,8 @@ def _parents(parent_list: list[int], selected: list[int], topk: int) -> list[int
 
 
 def verify_tree_greedy_cpu(
-    predicts: torch.Tensor, accept_index: torch.Tensor, accept_token_num: torch.Tensor, candidates: torch.Tensor,
-    retrive_index: torch.Tensor, retrive_next_token: torch.Tensor, retrive_next_sibling: torch.Tensor,
-    target_predict: torch.Tensor,
+    predicts: Tensor, accept_index: Tensor, accept_token_num: Tensor, candidates: Tensor, retrive_index: Tensor,
+    retrive_next_token: Tensor, retrive_next_sibling: Tensor, target_predict: Tensor,
 ) -> None:  # fmt: skip
     """Follows the target's choices down the tree while a child matches.  ("retrive" is SGLang's spelling.)
 
