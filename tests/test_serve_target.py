@@ -63,7 +63,7 @@ def test_an_empty_token_is_rejected(refused, monkeypatch):
 def test_a_token_that_no_header_can_hold_is_rejected(refused, monkeypatch, token):
     monkeypatch.setenv(TOKEN_VARIABLE, token)
     line = refused("port=0")
-    assert f"{TOKEN_VARIABLE} has a space" in line and token not in line
+    assert f"{TOKEN_VARIABLE} is empty, or has a space" in line and token not in line
 
 
 def test_a_missing_package_is_named(refused, monkeypatch):
