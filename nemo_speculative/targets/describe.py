@@ -36,8 +36,8 @@ def describe_target(model: ModelConfig) -> TargetDescription:
     directory = directory_of(model) if isinstance(model, TinyModelConfig) else resolve_target(model, weights=False)
     if isinstance(model, TinyModelConfig) and not directory.exists():
         tokenizer = make_tokenizer(model)
-        return TargetDescription(config, tokenizer, stop_ids(config.eos_token_id, tokenizer))
-    tokenizer = load_tokenizer(directory, model.trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(directory, model.trust_remote_code)
     return TargetDescription(config, tokenizer, stop_ids_of(directory, config, tokenizer))
 
 
@@ -63,15 +63,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 
 def stop_ids_of(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer of the target in ``directory``, the same as the loaded model's."""
-    try:
-        eos = GenerationConfig.from_pretrained(directory).eos_token_id
-    except OSError:  # it has no generation_config.json
-        eos = config.eos_token_id
-    return stop_ids(eos, tokenizer)
-
-
-def stop_ids(eos: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
-    """The ids that end an answer: those of the generation configuration, and the tokenizer's end-of-text id."""
+    """The ids that end an answer of the target in ``directory``: its generation configuration's and the tokenizer's."""
+    has_own = (directory / "generation_config.json").is_file()
+    eos = GenerationConfig.from_pretrained(directory).eos_token_id if has_own else config.eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

@@ -23,7 +23,6 @@ class TransformersTarget(Target):
 
     Args:
         attn_implementation: transformers' name of the attention.
-        options: arguments of :class:`.base.Target`, and further options of transformers.
 
     Raises:
         UserError: the directory holds no usable model or tokenizer, the head does more to the last hidden state than
@@ -167,11 +166,7 @@ class TransformersTarget(Target):
 class HFTarget(TransformersTarget):
     """A model that this process holds whole: the only target that generates text and measures drafts in training.
 
-    Args:
-        device_map, max_memory: see :class:`nemo_speculative.config.schema.PlacementConfig`.
-
-    Raises:
-        UserError: ``device_map`` is given, and the accelerate package is missing.
+    ``device_map`` and ``max_memory``: see PlacementConfig.  Raises UserError if the accelerate package is missing.
     """
 
     def __init__(

@@ -7,16 +7,11 @@ from huggingface_hub import snapshot_download
 from nemo_speculative.config.schema import ModelConfig
 from nemo_speculative.utils.errors import UserError, describe_error
 
-CONFIG_AND_TOKENIZER = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-WEIGHTS = ["*.safetensors"]
-
 
 def resolve_target(config: ModelConfig, weights: bool = True, key: str = "model.path") -> Path:
     """The local directory of ``config.path``: a directory, the hub's cache, or a download into it.
 
-    Args:
-        weights: whether to download the weights too, or only configuration and tokenizer.
-        key: the configuration key that names the path, for errors.
+    ``weights``: whether to download these too; ``key``: the configuration key that names the path, for errors.
 
     Raises:
         UserError: it is neither a model directory nor available on the hub.
@@ -28,7 +23,7 @@ def resolve_target(config: ModelConfig, weights: bool = True, key: str = "model.
         return local
     if local.is_absolute() or config.path.startswith(".") or config.path.count("/") != 1:
         raise UserError(f"{key}: {config.path} does not exist; expected a Hugging Face model directory")
-    patterns = CONFIG_AND_TOKENIZER + WEIGHTS if weights else CONFIG_AND_TOKENIZER
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many classes

@@ -32,11 +32,7 @@ VERSIONS = ("0.5.23",)
 class SGLangTarget(Target):
     """A frozen model that SGLang runs, tensor-parallel over all ranks, which compute the batch of each rank in turn.
 
-    transformers' embedding and head are on every rank as a whole.
-
-    Args:
-        max_tokens: number of tokens in one forward pass; longer documents are refused.
-        flags: further flags of SGLang's server, such as ``--quantization``.
+    transformers' embedding and head are on every rank as a whole.  Its options are those of SGLangBackendConfig.
 
     Raises:
         UserError: see :func:`load_runner`; or SGLang's logits are not the head's.

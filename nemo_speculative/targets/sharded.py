@@ -4,7 +4,6 @@ Embedding and head are divided by rows.  The head stays gathered from the end of
 one: the draft's loss reads it in chunks of its own slots, whose number differs between ranks.
 """
 
-from abc import abstractmethod
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,18 @@ class DistributedTarget(TransformersTarget):
 
     Ranks also embed tokens together, and gather the head together, except right after :meth:`compute_hidden_states`,
     which leaves it gathered.  One process of the job reads the files into host memory and broadcasts tensor by tensor;
-    every rank keeps its part, so no device ever holds more than its parts and one whole tensor.
+    every rank keeps its part, so no device ever holds more than its parts and one whole tensor.  ``group``: the ranks
+    that share one copy.
 
     Raises:
         UserError: the model cannot be divided.
     """
 
     collective = True
-    group: dist.ProcessGroup
-    """The ranks that share one copy of the model."""
 
-    def __init__(self, path: Path, **options: Any):
+    def __init__(self, path: Path, group: dist.ProcessGroup, **options: Any):
+        # A group of its own: the draft's collectives run in an order of their own.
+        self.group = register_group(group)
         super().__init__(path, **options)
         self.release()
 
@@ -74,9 +74,9 @@ class DistributedTarget(TransformersTarget):
     def _check(self, model: Any, layers: nn.ModuleList) -> None:
         """Raises UserError if ``model`` cannot be divided."""
 
-    @abstractmethod
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         """Replaces the parameters of ``layers``, which have no storage yet, by this rank's parts of them."""
+        raise NotImplementedError
 
     def compute_hidden_states(self, batch: Batch) -> TargetOutput:
         self.release()
@@ -111,9 +111,7 @@ class FSDP2Target(DistributedTarget):
     """A target sharded over all ranks by FSDP2; each rank computes its own batches, and gathers layer by layer."""
 
     def __init__(self, path: Path, **options: Any):
-        # A group of its own: the draft's collectives run in an order of their own.
-        self.group = register_group(dist.new_group())
-        super().__init__(path, **options)
+        super().__init__(path, dist.new_group(), **options)
 
     def _divide(self, model: Any, layers: nn.ModuleList, mesh: DeviceMesh) -> None:
         # Frees the embedding before the layers are gathered.
@@ -131,17 +129,13 @@ class TensorParallelTarget(DistributedTarget):
     Every rank trains on rows of its own: the ranks of a group compute the batch of the first rank together, then that
     of the second, and so on, and each keeps the output for its own batch.
 
-    Args:
-        tp_size: number of ranks that share a copy; -1: all.
-
     Raises:
         UserError: there is no such plan, or ``tp_size`` does not divide the number of ranks.
     """
 
     def __init__(self, path: Path, *, tp_size: int = -1, **options: Any):
         group, _ = dist.new_subgroups(TensorParallelHFBackendConfig(tp_size=tp_size).group(dist.get_world_size()))
-        self.group = register_group(group)
-        super().__init__(path, **options)
+        super().__init__(path, group, **options)
 
     def _check(self, model: Any, layers: nn.ModuleList) -> None:
         if not hasattr(transformers_tp, "apply_tensor_parallelism"):

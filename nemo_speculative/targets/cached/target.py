@@ -32,10 +32,7 @@ from nemo_speculative.utils.files import JobLock
 class FeaturesTarget(Target):
     """Hidden states from the feature directory ``directory``; positions that no loss reads are zeros.
 
-    Args:
-        mask_convention, draft: those of the training; features for others are refused.
-        fill: whether the model itself computes missing documents when they are first needed, and stores them.
-        shard_mb: size in MiB of the shards that ``fill`` writes.
+    Its options are those of FeaturesBackendConfig; features for another draft or mask convention are refused.
 
     Raises:
         UserError: the directory holds no features or those of another target, or a shard is damaged or missing.

@@ -39,11 +39,7 @@ class RemoteTarget(Target):
     """Hidden states from target servers that run the model in ``path``.
 
     A batch goes to the server with the fewest requests of this rank, and to another one if that fails.  Several threads
-    may call.
-
-    Args:
-        urls, timeout, connect_timeout, attempts, backoff_seconds: see
-            :class:`nemo_speculative.config.schema.RemoteBackendConfig`.
+    may call.  Its options are those of RemoteBackendConfig.
 
     Raises:
         UserError: a server cannot be reached, refuses the token, or runs another target.

@@ -5,9 +5,11 @@ Targets are not thread-safe: one thread runs the target, and further requests wa
 
 import asyncio
 import hmac
+import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,7 +83,9 @@ class TargetServer:
         """Requests in the queue now, and accepted requests that were cut off by the shutdown."""
         self._failures = 0
         self._running_since: float | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="target")
+        self._jobs: queue.SimpleQueue[tuple[Future[TargetOutput], Batch]] = queue.SimpleQueue()
+        # A daemon, unlike an executor's thread: the process can exit while a forward pass hangs.
+        threading.Thread(target=self._run_jobs, name="target", daemon=True).start()
         self._arriving = asyncio.Semaphore(limits.queue)
         versions = {"nemo_speculative": __version__, "torch": torch.__version__}
         info = asdict(self.identity) | {
@@ -169,7 +173,9 @@ class TargetServer:
 
     async def _result(self, batch: Batch, receive: Receive) -> TargetOutput:
         """Waits for the thread; the batch is not computed if the client disconnects before its turn."""
-        output = asyncio.wrap_future(self._thread.submit(self._compute, batch))
+        job: Future[TargetOutput] = Future()
+        self._jobs.put((job, batch))
+        output = asyncio.wrap_future(job)
         disconnected = asyncio.ensure_future(receive())  # nothing else follows the body
         try:
             await asyncio.wait((output, disconnected), return_when=asyncio.FIRST_COMPLETED)
@@ -188,8 +194,17 @@ class TargetServer:
             disconnected.cancel()
             output.cancel()
 
+    def _run_jobs(self) -> None:
+        while True:
+            job, batch = self._jobs.get()
+            if job.set_running_or_notify_cancel():
+                try:
+                    job.set_result(self._compute(batch))
+                except Exception as error:
+                    job.set_exception(error)
+
     def _compute(self, batch: Batch) -> TargetOutput:
-        """The output for a batch, on the CPU; runs in the thread."""
+        """The output for a batch, on the CPU."""
         self._running_since = started = time.monotonic()
         try:
             output = self.target.compute_hidden_states(batch.to(self.target.device))
