@@ -168,7 +168,6 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
 
     from nemo_speculative.distributed.parallelism import context_group, fast_float32_matmuls, process_group
     from nemo_speculative.training import build, estimate
-    from nemo_speculative.training.build_data import build_data, build_loader, load_split
     from nemo_speculative.training.checks import draft_shape
     from nemo_speculative.utils.progress import quiet_transformers
 
@@ -176,7 +175,7 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
     job, device = _job("train_eagle3", overrides), torch.device("cpu")
     with process_group(device, job.parallelism) as dims, fast_float32_matmuls(device):
         target = build.build_target(job, device)
-        data = build_data(job, target, load_split(job))
+        data = build.build_data(job, target, build.load_split(job))
         vocabulary = build.build_draft_vocabulary(job, target, data.training)
         draft = build.build_draft(job, target, vocabulary)
         trainer = build.build_trainer(
@@ -196,13 +195,13 @@ def run_case(overrides: list[str], rounds: int) -> dict[str, Any]:
             most = torch.tensor([peak + _bytes(weights), added - peak], dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             shape = draft_shape(job, target.config, vocabulary.size)
-            batches = build_loader(job, target, data, dims).next_global_batch()
+            batches = build.build_loader(job, target, data, dims).next_global_batch()
             ranks = torch.distributed.get_world_size()
             counted = estimate.count(job, target.config, shape, batches, device, ranks)
             predicted, measured = [], []
             for _ in range(rounds):
                 rates = estimate.measure(job, target.config, shape, batches[0], counted[0], device)
-                predicted.append(sum(estimate.step_seconds(counted, rates, len(batches), device)))
+                predicted.append(sum(estimate.step_seconds(counted, rates, len(batches))))
                 measured.append(_steps(trainer, STEPS))
             parts = estimate.peak_memory(
                 job, estimate.size_models(job, target.config, shape), max(counted, key=lambda c: c.loss_bytes),

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from benchmarks.training_step.case import SIZES, Case, Setup
 from benchmarks.training_step.implementations.own import CPU, Ours
 from benchmarks.training_step.setup import write_setup
 from benchmarks.training_step.table import machine
+from nemo_speculative.checkpoint.draft_checkpoint import write_servable
 from nemo_speculative.checkpoint.metadata import Provenance
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.schema import OptimizerConfig
@@ -46,10 +48,12 @@ class Saved(Ours):
         self.state = ResumeState(self.trainee, self.optimizer, schedules, average, CPU)
         draft = self.trainee.draft
         served = Provenance(str(setup.target), "", "float32", SpeculativeSettings(3, 1, 4), 0)
-        self.saver = Checkpointer(
-            run=RunDirectory(out), keep=1, draft=type(draft), shape=draft.shape, provenance=served,
-            export_dtype=torch.float32, special_ids={}, start=ResumeMetadata(0, {}, {}, "", ""), measure=None,
-        )  # fmt: skip
+
+        def export(directory: Path, weights: dict[str, torch.Tensor], step: int) -> None:
+            write_servable(directory, type(draft), weights, draft.shape, replace(served, step=step), torch.float32, {})
+
+        start = ResumeMetadata(0, {}, {}, "", "")
+        self.saver = Checkpointer(run=RunDirectory(out), keep=1, export=export, start=start, measure=None)
         self.saved = 0
 
     def timed_step(self) -> float:

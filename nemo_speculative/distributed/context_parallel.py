@@ -8,7 +8,7 @@ that it does not own, the halo: they are what its slots read there, so nothing e
 A token's *global* position counts over the N = B * L tokens of the batch, its *local* one over the m tokens of a rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -26,10 +26,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class ContextShard:
-    """The m of N = B * L packed tokens that this rank computes, in ascending order.
-
-    This base class means "no context parallelism": all N tokens, unchanged.
-    """
+    """The m of N = B * L packed tokens that this rank computes, ascending; this base class: all N tokens, unchanged."""
 
     @property
     def is_first(self) -> bool:
@@ -66,12 +63,10 @@ FULL_BATCH = ContextShard()
 
 @dataclass(frozen=True)
 class ContextGroup:
-    """The ranks that share the tokens of a batch."""
+    """The ranks that share the tokens of a batch, also over separate connections; None: no context parallelism."""
 
     group: dist.ProcessGroup | None = None
-    """Process group of the ranks; None: no context parallelism."""
     prefetch_group: dist.ProcessGroup | None = None
-    """The same ranks over separate connections."""
 
     @classmethod
     def planned(cls, ranks: int) -> "ContextGroup":
@@ -79,10 +74,7 @@ class ContextGroup:
         return cls(SimpleNamespace(size=lambda: ranks, rank=lambda: 0)) if ranks > 1 else NO_CONTEXT_PARALLELISM  # type: ignore[arg-type]
 
     def shard(self, num_tokens: int, halo: int) -> ContextShard:
-        """This rank's shard of a batch.
-
-        Args:
-            halo: the number of tokens after a token that its slot reads.
+        """This rank's shard of a batch in which a slot reads ``halo`` tokens after its own.
 
         Raises:
             UserError: there are fewer tokens than chunks.
@@ -111,20 +103,21 @@ class ChunkPairShard(ContextShard):
     halo: int
 
     @cached_property
-    def _chunks(self) -> list[list[range]]:
-        """The two chunks of each rank; lengths of chunks differ by at most one token."""
-        ranks = self.group.size()
-        edges = [n * self.num_tokens // (2 * ranks) for n in range(2 * ranks + 1)]
-        chunks = [range(start, end) for start, end in pairwise(edges)]
-        return [[chunks[rank], chunks[-1 - rank]] for rank in range(ranks)]
+    def _chunks(self) -> list[range]:
+        """All 2c chunks; their lengths differ by at most one token."""
+        count = 2 * self.group.size()
+        edges = [n * self.num_tokens // count for n in range(count + 1)]
+        return [range(start, end) for start, end in pairwise(edges)]
+
+    @cached_property
+    def _own_chunks(self) -> list[range]:
+        return [self._chunks[self.group.rank()], self._chunks[-1 - self.group.rank()]]
 
     @cached_property
     def _ranges(self) -> list[range]:
-        first, second = self._chunks[self.group.rank()]
-        last = range(second.start, min(second.stop + self.halo, self.num_tokens))
-        if first.stop == second.start:
-            return [range(first.start, last.stop)]
-        return [range(first.start, min(first.stop + self.halo, self.num_tokens)), last]
+        with_halo = [range(chunk.start, min(chunk.stop + self.halo, self.num_tokens)) for chunk in self._own_chunks]
+        first, second = self._own_chunks
+        return with_halo if first.stop < second.start else [range(first.start, with_halo[1].stop)]
 
     @cached_property
     def _positions(self) -> torch.Tensor:
@@ -134,14 +127,15 @@ class ChunkPairShard(ContextShard):
     @cached_property
     def _owned(self) -> list[slice]:
         """Local positions of the two chunks that this rank owns."""
-        first, second = self._chunks[self.group.rank()]
+        first, second = self._own_chunks
         start = len(self._positions) - (self._ranges[-1].stop - second.start)
         return [slice(0, len(first)), slice(start, start + len(second))]
 
     @property
-    def _padded_length(self) -> int:
-        """Length of the longest chunk."""
-        return -(-self.num_tokens // (2 * self.group.size()))
+    def _places(self) -> list[tuple[int, int, int]]:
+        """Owner, index among the owner's two chunks, and length of every chunk."""
+        last = len(self._chunks) - 1
+        return [(min(n, last - n), int(2 * n > last), len(chunk)) for n, chunk in enumerate(self._chunks)]
 
     @property
     def is_first(self) -> bool:
@@ -156,7 +150,7 @@ class ChunkPairShard(ContextShard):
 
     def mask_owned(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_zeros(*x.shape[:-1], len(self._positions))
-        for owned, chunk in zip(self._owned, self._chunks[self.group.rank()], strict=True):
+        for owned, chunk in zip(self._owned, self._own_chunks, strict=True):
             out[..., owned] = x[..., chunk.start : chunk.stop]
         return out
 
@@ -173,20 +167,18 @@ class ChunkPairShard(ContextShard):
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """[m, w] → [N, w]"""
-        sent = x.new_empty(2, self._padded_length, x.shape[1])
+        sent = x.new_empty(2, max(map(len, self._chunks)), x.shape[1])
         for chunk, owned in zip(sent, self._owned, strict=True):
             chunk[: owned.stop - owned.start] = x[owned]
         received = x.new_empty(self.group.size(), *sent.shape)
         _all_gather(received.flatten(0, 2), sent.flatten(0, 1), group=self.group)
-        return torch.cat([received[rank, half, :length] for rank, half, length in self._chunks_in_order()])
+        return torch.cat([received[rank, half, :length] for rank, half, length in self._places])
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """The transpose of :meth:`gather`: the sum over all ranks of [N, w] → [m, w], zero in the halo."""
-        sent = x.new_zeros(
-            self.group.size(), 2, self._padded_length, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
-        )
-        parts = x.split([length for *_, length in self._chunks_in_order()])
-        for (rank, half, length), part in zip(self._chunks_in_order(), parts, strict=True):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        sent = x.new_zeros(self.group.size(), 2, max(map(len, self._chunks)), x.shape[1], dtype=dtype)
+        for (rank, half, length), part in zip(self._places, x.split([*map(len, self._chunks)]), strict=True):
             sent[rank, half, :length] = part
         received = torch.empty_like(sent[0])
         _reduce_scatter(received.flatten(0, 1), sent.flatten(0, 2), group=self.group)
@@ -194,12 +186,6 @@ class ChunkPairShard(ContextShard):
         for chunk, owned in zip(received, self._owned, strict=True):
             out[owned] = chunk[: owned.stop - owned.start]
         return out
-
-    def _chunks_in_order(self) -> Iterator[tuple[int, int, int]]:
-        """Owner, index among the owner's two chunks, and length of every chunk, in the order of the batch."""
-        for half in (0, 1):
-            for rank in sorted(range(self.group.size()), reverse=bool(half)):
-                yield rank, half, len(self._chunks[rank][half])
 
 
 class _AllGatherTokens(torch.autograd.Function):

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,19 +18,11 @@ import torch.distributed as dist
 from nemo_speculative.distributed.parallelism import ignore_sigterm
 from nemo_speculative.utils.errors import PeerLostError
 
-BEAT_SECONDS = 2.0
-STALL_SECONDS = 60.0
-"""A rank that has made no progress for this long, while others have, is reported."""
-MISSED_BEATS = 2.5
-"""A rank that misses this many beats counts as gone."""
-
-SLOW_RATIO = 1.5
-"""A rank is slow in a comparison if it takes this many times the median of all ranks."""
-COMPARED_STEPS = 10
-"""Fewest steps in one comparison."""
-SLOW_COMPARISONS = 3
-"""A rank that is slow in this many comparisons in a row is reported."""
-HOST_BYTES = 255
+BEAT_SECONDS, STALL_SECONDS, MISSED_BEATS = 2.0, 60.0, 2.5
+"""A rank without progress for this long, while others have some, is reported; one that misses these beats is gone."""
+COMPARED_STEPS, SLOW_RATIO, SLOW_COMPARISONS = 10, 1.5, 3
+"""Fewest steps of a comparison, multiple of the median from which a rank is slow in it, and slow comparisons in a row
+after which it is reported."""
 
 
 class Progress(NamedTuple):
@@ -47,8 +38,7 @@ class Progress(NamedTuple):
         return f"at step {self.step}" + (f" ({self.section})" if self.section else "")
 
 
-@dataclass(frozen=True)
-class Beat:
+class Beat(NamedTuple):
     """One heartbeat of a rank, as written to the store."""
 
     number: int
@@ -59,26 +49,25 @@ class Beat:
 
     @classmethod
     def from_json(cls, text: bytes) -> "Beat":
-        values = json.loads(text)
-        return cls(**values | {"progress": Progress(*values["progress"])})
+        number, host, progress, ended = json.loads(text)
+        return cls(number, host, Progress(*progress), ended)
 
 
-@dataclass
 class StallDetector:
     """Reports the ranks that the others wait for, once per stall.  It has no clock: the caller passes the time."""
 
-    seconds: float = STALL_SECONDS
-    _latest: dict[int, tuple[Beat, float, float]] = field(default_factory=dict)
-    """The latest beat of each rank, and when its progress and its beat number last changed."""
-    _reported: dict[int, Progress] = field(default_factory=dict)
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._latest: dict[int, tuple[Beat, float, float]] = {}
+        """The latest beat of each rank, and when its progress and its beat number last changed."""
+        self._reported: dict[int, Progress] = {}
 
     def update(self, beats: dict[int, Beat], now: float) -> list[str]:
         """Lines to print after ``beats`` were read at ``now`` seconds."""
         for rank, beat in beats.items():
-            before, moved, heard = self._latest.get(rank, (None, now, now))
-            has_moved = before is None or before.progress != beat.progress
-            is_new = before is None or before.number != beat.number
-            self._latest[rank] = beat, now if has_moved else moved, now if is_new else heard
+            before, moved, heard = self._latest.get(rank, (beat, now, now))
+            moved = moved if before.progress == beat.progress else now
+            self._latest[rank] = beat, moved, heard if before.number == beat.number else now
         furthest = max((beat.progress for beat in beats.values()), default=None)
         return [line for rank in sorted(beats) if (line := self._stall_of(rank, furthest, now))]
 
@@ -88,12 +77,10 @@ class StallDetector:
         if beat.ended or self._reported.get(rank) == beat.progress or not (silent or stalled):
             return None
         self._reported[rank] = beat.progress
+        who = f"rank {rank} (host {beat.host}) has"
         if silent:
-            return f"rank {rank} (host {beat.host}) has not been heard for {now - heard:.0f} s, it was {beat.progress}"
-        return (
-            f"rank {rank} (host {beat.host}) has been {beat.progress} for {now - moved:.0f} s, "
-            f"the others wait {furthest}"
-        )
+            return f"{who} not been heard for {now - heard:.0f} s, it was {beat.progress}"
+        return f"{who} been {beat.progress} for {now - moved:.0f} s, the others wait {furthest}"
 
 
 class Heartbeat:
@@ -125,7 +112,7 @@ class Heartbeat:
     def _write(self, ended: bool = False) -> None:
         self._count += 1
         beat = Beat(self._count, socket.gethostname(), self.get_progress(), ended)
-        self._store.set(str(self.rank), json.dumps(asdict(beat)))
+        self._store.set(str(self.rank), json.dumps(beat))
 
     def _read(self) -> dict[int, Beat]:
         present = [rank for rank in range(self.ranks) if self._store.check([str(rank)])]
@@ -136,17 +123,16 @@ class Heartbeat:
         try:
             before = self._read()
             time.sleep(MISSED_BEATS * self._seconds)
-            after = self._read()
+            after = {rank: beat for rank, beat in self._read().items() if rank != self.rank}
         except RuntimeError:
             return "rank 0, which held the store of the job, is gone"
-        peers = {rank: beat for rank, beat in after.items() if rank != self.rank}
-        ended = [f"rank {rank} (host {beat.host}) has ended" for rank, beat in peers.items() if beat.ended]
-        gone = [
-            f"rank {rank} (host {beat.host}, {beat.progress}) is gone or stopped"
-            for rank, beat in peers.items()
-            if not beat.ended and rank in before and before[rank].number == beat.number
-        ]
-        silent = [f"rank {rank} (host {beat.host}, {beat.progress}) does not answer" for rank, beat in peers.items()]
+        gone, ended, silent = [], [], []
+        for rank, beat in after.items():
+            if beat.ended:
+                ended.append(f"rank {rank} (host {beat.host}) has ended")
+            elif rank in before and before[rank].number == beat.number:
+                gone.append(f"rank {rank} (host {beat.host}, {beat.progress}) is gone or stopped")
+            silent.append(f"rank {rank} (host {beat.host}, {beat.progress}) does not answer")
         return ", ".join(gone or ended or silent)
 
     def close(self) -> None:
@@ -160,11 +146,7 @@ class Heartbeat:
 
 @contextlib.contextmanager
 def report_lost_ranks(heartbeat: Heartbeat) -> Iterator[None]:
-    """Replaces torch's error about a rank that is gone or does not answer by one line that names it.
-
-    Raises:
-        PeerLostError: a collective failed inside.
-    """
+    """Turns torch's error about a rank that is gone or does not answer into a PeerLostError that names it."""
     try:
         yield
     except RuntimeError as error:
@@ -188,16 +170,13 @@ class StragglerDetector:
     All ranks end a step together, so its time does not tell them apart: each measures what it computes without waiting
     for another, which is the target's forward pass where the rank holds the whole target, and the draft's loss.  Rows
     have equal lengths but not equally many supervised tokens, so several steps are compared at once, several times.
-    (Where ranks hold the target together they also embed the draft's tokens together, and wait inside the loss for
-    any rank that was slow before it.)
 
     Args:
         log: called with a line about each rank that has been slow for some time, once until it no longer is.
     """
 
     def __init__(self, log: Callable[[str], None]):
-        self._log = log
-        self._seconds = 0.0
+        self._log, self._seconds = log, 0.0
         self._since: int | None = None
         self._slow_in_a_row = torch.zeros(dist.get_world_size(), dtype=torch.int64)
 
@@ -230,8 +209,7 @@ class StragglerDetector:
 
 def _host_of(rank: int) -> str:
     """Host name of ``rank``, which broadcasts it to all."""
-    name = socket.gethostname().encode()[:HOST_BYTES]
-    buffer = torch.zeros(HOST_BYTES, dtype=torch.uint8)
-    buffer[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+    name = list(socket.gethostname().encode()[:255])
+    buffer = torch.tensor(name + [0] * (255 - len(name)), dtype=torch.uint8)
     dist.broadcast(buffer, src=rank)
     return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")

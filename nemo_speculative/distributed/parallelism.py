@@ -31,12 +31,14 @@ _first_rank_group: dist.ProcessGroup | None = None
 """Group in which ranks wait for rank 0; None: the default group, whose timeout is shorter while a draft trains."""
 
 _registered_groups: list[dist.ProcessGroup] = []
-"""Groups, besides the default one and the mesh's, whose timeout a training sets."""
+"""Groups, in addition to the default one and the mesh's, whose timeout a training sets."""
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[titan.ParallelDims]:
     """Joins the process group and yields torchtitan's mesh; a process without a launcher is a job of one rank.
+
+    It listens on the loopback only if all processes are on this machine.
 
     Raises:
         UserError: the sizes of ``config`` do not multiply to the number of processes, a restart would hang, or the
@@ -44,10 +46,18 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
     """
     check_restarts()
     titan.bind_device(device.type)
-    config.sizes(_world_size())  # before any rank waits for the others
-    if device.type == "cuda":
+    ranks, on_cuda = _world_size(), device.type == "cuda"
+    config.sizes(ranks)  # before any rank waits for the others
+    if on_cuda:
         torch.cuda.set_device(device)
-    _join(device)
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        bind_collectives_to(LOOPBACK)
+    if ranks > 1:
+        comm = titan.CommConfig(init_timeout_seconds=int(FIRST_RANK_TIMEOUT.total_seconds()), trace_buf_size=0)
+        titan.init_distributed(comm, enable_cpu_backend=on_cuda)
+    else:  # a store in memory needs no port
+        backend = "cuda:nccl,cpu:gloo" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with first_rank_waiting_group():
             yield mesh(config)
@@ -56,13 +66,9 @@ def process_group(device: torch.device, config: ParallelismConfig) -> Iterator[t
 
 
 def check_restarts() -> None:
-    """Refuses a launcher that restarts ranks without a fresh store.
+    """Raises UserError for a launcher that may restart ranks and keeps its store.
 
-    torch's agent keeps one store over its restarts (pytorch issue 135712): gloo then finds the addresses of the ranks
-    that are gone, and waits for them.
-
-    Raises:
-        UserError: the launcher may restart ranks and keeps its store.
+    torch's agent does (pytorch issue 135712): gloo then finds the addresses of ranks that are gone, and waits for them.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and FRESH_STORE not in os.environ:
@@ -73,11 +79,7 @@ def check_restarts() -> None:
 
 
 def _world_size() -> int:
-    """World size of the job; sets the variables of a job of one rank where no launcher did.
-
-    Raises:
-        UserError: there are several ranks, but no address at which they meet.
-    """
+    """World size; sets the variables of a job of one rank where no launcher did.  Raises UserError without address."""
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     ranks = num_ranks()
@@ -87,19 +89,6 @@ def _world_size() -> int:
             ", or unset WORLD_SIZE"
         )
     return ranks
-
-
-def _join(device: torch.device) -> None:
-    """Initializes the process group; it listens on the loopback only if all its processes are on this machine."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        bind_collectives_to(LOOPBACK)
-    on_cuda = device.type == "cuda"
-    if os.environ["WORLD_SIZE"] != "1":
-        comm = titan.CommConfig(init_timeout_seconds=int(FIRST_RANK_TIMEOUT.total_seconds()), trace_buf_size=0)
-        titan.init_distributed(comm, enable_cpu_backend=on_cuda)
-    else:  # a store in memory needs no port
-        backend = "cuda:nccl,cpu:gloo" if on_cuda else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def mesh(config: ParallelismConfig) -> titan.ParallelDims:
@@ -115,13 +104,10 @@ def mesh(config: ParallelismConfig) -> titan.ParallelDims:
 
 
 def limit_collective_waits(dims: titan.ParallelDims, seconds: float) -> None:
-    """Sets the timeout of all collectives: one in which a rank is missing for ``seconds`` fails on the others.
-
-    Before, the timeout is that of the set-up, in which rank 0 may spend hours on what the others wait for.
-    """
+    """Sets the timeout of all collectives, for the training; in the set-up rank 0 may work for hours."""
     dist.all_reduce(torch.zeros(1))  # all ranks have finished the set-up
     axes = dims.get_all_one_dimensional_meshes().values()
-    for group in (None, *(axis.get_group() for axis in axes), *registered_groups()):
+    for group in (None, *(axis.get_group() for axis in axes), *_registered_groups):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
@@ -145,10 +131,7 @@ def fast_float32_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def data_rank(dims: titan.ParallelDims) -> tuple[int, int]:
-    """Data-parallel rank and size: which part of a global batch's rows this rank reads, and the number of parts.
-
-    Ranks that share rows are neighbors: context is the innermost axis of the mesh.
-    """
+    """Data-parallel rank and size; ranks that share rows are neighbors: context is the mesh's innermost axis."""
     return dist.get_rank() // dims.cp, dims.world_size // dims.cp
 
 
@@ -166,24 +149,19 @@ def shard_draft(
 ) -> nn.Module:
     """Applies FSDP2 to ``module`` as one unit: float32 shards and reductions, computation in ``compute_dtype``.
 
-    It is one unit, gathered once per optimizer step, because the unroll runs the same layer at each of its T steps: as
-    a unit of its own the layer would be gathered and reduced T times.  Replicas are the second mesh axis; with one
-    rank per shard that is DDP, in the same layout on disk.  A single process that computes in float32 needs no FSDP.
+    One unit is gathered once per optimizer step: as a unit of its own a layer would be gathered at each of the T steps
+    of the unroll.  Replicas are the second mesh axis; with one rank per shard that is DDP, in the same layout on disk.
+    A single process that computes in float32 needs no FSDP.
 
     Args:
         offload: keep the shards, and the optimizer's state of them, in the host's memory.
     """
     if dims.world_size == 1 and compute_dtype == torch.float32 and not offload:
         return module
-    names = ["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else "fsdp"
+    axes = dims.get_mesh(["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else "fsdp")
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(
-        module,
-        mesh=dims.get_mesh(names),
-        mp_policy=precision,
-        offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
-        reshard_after_forward=False,
-    )
+    offloading = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
+    fully_shard(module, mesh=axes, mp_policy=precision, offload_policy=offloading, reshard_after_forward=False)
     titan.disable_fsdp_gradient_division(module)
     assert isinstance(module, FSDPModule)
     # gloo has no PREMUL_SUM, which a divide factor of 1 would choose.
@@ -205,11 +183,7 @@ def start_unshard(module: nn.Module) -> None:
 
 
 def num_ranks() -> int:
-    """Number of processes that the launcher started; valid before the process group exists.
-
-    Raises:
-        UserError: WORLD_SIZE is not a positive number.
-    """
+    """Number of processes that the launcher started, from WORLD_SIZE: valid before the process group exists."""
     value = os.environ.get("WORLD_SIZE", "1")
     if not value.isdecimal() or not int(value):
         raise UserError(f"WORLD_SIZE={value}: expected the number of processes; set it to that, or unset it")
@@ -237,11 +211,6 @@ def register_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """Registers ``group`` among those whose timeout a training sets, until the process group ends; returns it."""
     _registered_groups.append(group)
     return group
-
-
-def registered_groups() -> list[dist.ProcessGroup]:
-    """The groups passed to :func:`register_group`."""
-    return list(_registered_groups)
 
 
 def on_first_rank(function: Callable[[], T]) -> T | None:

@@ -24,30 +24,17 @@ from torchtitan.distributed.utils import clip_grad_norm_, init_distributed
 from torchtitan.tools.profiler import Profiler
 
 __all__ = [
-    "BaseLogger",
-    "CommConfig",
-    "LRSchedulersContainer",
-    "ModelWrapper",
-    "OptimizersContainer",
-    "ParallelDims",
-    "ParamGroupConfig",
-    "Profiler",
-    "TensorBoardLogger",
-    "bind_device",
-    "clip_grad_norm_",
-    "disable_fsdp_gradient_division",
-    "init_distributed",
-]
+    "BaseLogger", "CommConfig", "LRSchedulersContainer", "ModelWrapper", "OptimizersContainer", "ParallelDims",
+    "ParamGroupConfig", "Profiler", "TensorBoardLogger", "bind_device", "clip_grad_norm_",
+    "disable_fsdp_gradient_division", "init_distributed",
+]  # fmt: skip
 
 
 def bind_device(device_type: str) -> None:
     """Sets the device that torchtitan uses: it guesses at import ("cuda" where there is none), and copies by value."""
-    chosen = {"device_type": device_type, "device_module": torch.cuda if device_type == "cuda" else _CPU}
+    names = ("current_device", "device_count", "synchronize", "set_device")
+    cpu = SimpleNamespace(**{name: getattr(torch.cpu, name) for name in names})
+    chosen = {"device_type": device_type, "device_module": torch.cuda if device_type == "cuda" else cpu}
     for name, loaded in list(sys.modules.items()):
         if name.startswith("torchtitan"):
             vars(loaded).update({key: value for key, value in chosen.items() if key in vars(loaded)})
-
-
-_CPU = SimpleNamespace(
-    **{name: getattr(torch.cpu, name) for name in ("current_device", "device_count", "synchronize", "set_device")}
-)

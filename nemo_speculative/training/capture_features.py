@@ -18,28 +18,17 @@ from nemo_speculative.data.batch import Batch, collate, pack
 from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.distributed.parallelism import fast_float32_matmuls, ignore_sigterm, on_first_rank, process_group
 from nemo_speculative.targets.base import Target
+from nemo_speculative.targets.cached import store
 from nemo_speculative.targets.cached.eagle_files import EagleFiles
 from nemo_speculative.targets.cached.manifest import FP8, Manifest
 from nemo_speculative.targets.cached.shards import MIB, ShardWriter
-from nemo_speculative.targets.cached.store import (
-    HELD_OUT,
-    TRAINING,
-    Budget,
-    FeatureStore,
-    prepare_directory,
-    remove_partial_files,
-    require_same_manifest,
-    seal,
-)
-from nemo_speculative.training.build import build_target
-from nemo_speculative.training.build_data import build_data, load_split
+from nemo_speculative.training.build import build_data, build_target, load_split, rank_batches
 from nemo_speculative.training.checks import check_target
 from nemo_speculative.utils.devices import choose_device
 from nemo_speculative.utils.errors import PeerLostError, UserError
 from nemo_speculative.utils.files import atomic_write, dir_lock
 from nemo_speculative.utils.progress import Progress
 
-INTERRUPTED = 130
 ENCODINGS = {FeatureDtype.target: None, FeatureDtype.bf16: "bfloat16", FeatureDtype.fp8: FP8}
 
 
@@ -52,21 +41,21 @@ def capture(job: CaptureJob) -> None:
     """
     check_target(job)
     device = choose_device(job.trainer.device, "trainer.device")
-    with process_group(device, job.parallelism), fast_float32_matmuls(device):
+    with process_group(device, job.parallelism), fast_float32_matmuls(device), ExitStack() as lock:
         target, sides, row_tokens = _target_and_documents(job, device)
         documents: Any = ConcatDataset(list(sides.values()))  # reads them lazily
         manifest = Manifest.of(target, job.draft.mask_convention, job.draft._target_, ENCODINGS[job.dtype])
         output = Path(job.output)
-        require_same_manifest(output, manifest)
-        budget = Budget(FeatureStore(output, manifest), *sides.values())
+        store.require_same_manifest(output, manifest)
+        budget = store.Budget(store.FeatureStore(output, manifest), *sides.values())
         on_first_rank(lambda: print(budget.report(output), flush=True))
         if job.plan:
             return
-        with _first_rank_lock(output):
-            on_first_rank(lambda: _prepare_output(output, manifest, budget, sides))
-            rows = job.trainer.micro_batch_size
-            run(target, documents, budget, output, row_tokens=row_tokens, rows=rows, megabytes=job.shard_mb)
-            on_first_rank(lambda: print(seal(output), flush=True))
+        on_first_rank(lambda: lock.enter_context(dir_lock(output, "output")))
+        on_first_rank(lambda: _prepare_output(output, budget, sides))
+        rows = job.trainer.micro_batch_size
+        run(target, documents, budget, output, row_tokens=row_tokens, rows=rows, megabytes=job.shard_mb)
+        on_first_rank(lambda: print(store.seal(output), flush=True))
 
 
 def _target_and_documents(job: CaptureJob, device: torch.device) -> tuple[Target, dict[str, Any], int]:
@@ -74,25 +63,16 @@ def _target_and_documents(job: CaptureJob, device: torch.device) -> tuple[Target
     if job.eagle:
         files = EagleFiles.of(job, device)
         on_first_rank(lambda: print(files.report(), flush=True))
-        return files, {TRAINING: files.documents}, files.row_tokens
-    split = load_split(job)
-    target = build_target(job, device)
+        return files, {store.TRAINING: files.documents}, files.row_tokens
+    split, target = load_split(job), build_target(job, device)
     data = build_data(job, target, split)
-    return target, {TRAINING: data.training.rows, HELD_OUT: data.held_out.rows}, data.row_tokens
+    return target, {store.TRAINING: data.training.rows, store.HELD_OUT: data.held_out.rows}, data.row_tokens
 
 
-@contextmanager
-def _first_rank_lock(output: Path) -> Iterator[None]:
-    """Rank 0 locks ``output`` for all ranks."""
-    with ExitStack() as stack:
-        on_first_rank(lambda: stack.enter_context(dir_lock(output, "output")))
-        yield
-
-
-def _prepare_output(output: Path, manifest: Manifest, budget: Budget, sides: dict[str, Sequence[TokenRow]]) -> None:
-    remove_partial_files(output)
+def _prepare_output(output: Path, budget: store.Budget, sides: dict[str, Sequence[TokenRow]]) -> None:
+    store.remove_partial_files(output)
     budget.require_room(output, "output")
-    prepare_directory(output, manifest)
+    store.prepare_directory(output, budget.manifest)
     for name, documents in sides.items():
         write_documents(output / name, documents)
 
@@ -106,7 +86,7 @@ def write_documents(path: Path, documents: Iterable[TokenRow]) -> None:
 
 
 def run(
-    target: Target, documents: Sequence[TokenRow], budget: Budget, output: Path, *, row_tokens: int, rows: int,
+    target: Target, documents: Sequence[TokenRow], budget: store.Budget, output: Path, *, row_tokens: int, rows: int,
     megabytes: int,
 ) -> None:  # fmt: skip
     """Captures this rank's part of the documents that ``budget`` lists as missing, into shards of its own.
@@ -119,7 +99,8 @@ def run(
         UserError: the disk is full.
         SystemExit: interrupted.
     """
-    batches = _rank_batches(pack(budget.lengths, row_tokens, seed=0), rows)
+    # Every rank has equally many batches, as ranks may compute the target together.
+    batches = rank_batches(pack(budget.lengths, row_tokens, seed=0), rows, dist.get_rank(), dist.get_world_size())
     progress = Progress("capturing", sum(len(row) for batch in batches for row in batch))
     writer = ShardWriter(output, budget.manifest, megabytes * MIB)
     with closing(writer), _stop_on_signal() as stop:
@@ -131,7 +112,7 @@ def run(
             if _any_rank(stop.is_set()):
                 on_all_ranks(writer.flush)
                 print("interrupted; every document so far was written, the same command resumes", flush=True)
-                raise SystemExit(INTERRUPTED)
+                raise SystemExit(130)
         on_all_ranks(writer.flush)
     progress.close()
 
@@ -155,11 +136,10 @@ def on_all_ranks(work: Callable[[], None]) -> None:
         raise failure or PeerLostError("another rank failed; its message says why")
 
 
-def _rank_batches(rows: Sequence[list[int]], size: int) -> list[list[list[int]]]:
-    """This rank's batches; every rank has equally many, as ranks may compute the target together."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    own_rows, count = rows[rank::ranks], -(-len(rows) // (size * ranks))
-    return [list(own_rows[n * size : (n + 1) * size]) or [[]] for n in range(count)]
+def _any_rank(flag: bool) -> bool:
+    count = torch.tensor([float(flag)])
+    dist.all_reduce(count)
+    return bool(count)
 
 
 @contextmanager
@@ -172,9 +152,3 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _any_rank(flag: bool) -> bool:
-    count = torch.tensor([float(flag)])
-    dist.all_reduce(count)
-    return bool(count)

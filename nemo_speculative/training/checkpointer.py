@@ -1,12 +1,9 @@
-"""Checkpoints of a run: a resume state that DCP writes in the background, and a servable model next to it.
+"""Checkpoints of a run: a resume state in torch's distributed checkpoint format (DCP), and a servable model next to it.
 
 Training pauses only while the tensors are copied to host memory.  Threads write them from there, on every rank its own
 part; rank 0's thread then reads the weights back and writes ``model/``.  A later step finds that everything is on disk,
-and only then publishes the checkpoint under its name.
-
-``state/`` holds float32 weights, optimizer and schedule in torch's distributed checkpoint format (DCP), and metadata as
-JSON.  A checkpoint saved on N ranks resumes on M: DCP reshards, and the position in the data is a count of rows.
-Contradictions in the metadata and damaged files are found before anything is loaded.
+and only then publishes the checkpoint under its name.  One saved on N ranks resumes on M: DCP reshards, and the
+position in the data is a count of rows.
 """
 
 import contextlib
@@ -28,10 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from nemo_speculative.algorithms.common.contract import DraftShape
-from nemo_speculative.algorithms.common.draft import Draft
-from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable, write_servable
-from nemo_speculative.checkpoint.metadata import Provenance
+from nemo_speculative.checkpoint.draft_checkpoint import Servable, read_servable
 from nemo_speculative.checkpoint.run_dir import RunDirectory
 from nemo_speculative.config.renames import translate
 from nemo_speculative.distributed import titan
@@ -44,20 +38,16 @@ from nemo_speculative.utils.files import atomic_write_text
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 METADATA = "position.json"
-CRC_CHUNK = 1 << 24
 REUSABLE_STAGER = "2.13"
 """The first torch whose stager works for more than one save, and then reuses its memory."""
-
 FREE_TO_CHANGE = (
     "resume", "plan", "output_dir", "logger", "parallelism", "exporter.dtype", "exporter.topk",
     "exporter.num_draft_tokens", "evaluation.num_questions", "evaluation.num_threads", "evaluation.ngram",
-    "trainer.max_steps",
-    "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.ttt_chunk_slots",
+    "trainer.max_steps", "trainer.epochs", "trainer.micro_batch_size", "trainer.device", "trainer.ttt_chunk_slots",
     "trainer.compile", "trainer.log_interval", "trainer.save_interval", "trainer.save_minutes", "trainer.async_save",
-    "trainer.keep_checkpoints", "trainer.timeout_seconds",
-    "trainer.val_interval", "trainer.val_rows", "trainer.profile", "data.cache_dir", "data.generation_batch_size",
-    "data.workers",
-    "model.cache_dir", "model.path", "data.path", "data.held_out_path", "backend",
+    "trainer.keep_checkpoints", "trainer.timeout_seconds", "trainer.val_interval", "trainer.val_rows",
+    "trainer.profile", "data.cache_dir", "data.generation_batch_size", "data.workers", "model.cache_dir",
+    "model.path", "data.path", "data.held_out_path", "backend",
 )  # fmt: skip
 """Keys that a resumed run may change; for model.path and data.path the contents are compared instead."""
 
@@ -143,41 +133,28 @@ class ResumeState:
         self, model: nn.Module, optimizers: titan.OptimizersContainer, schedules: titan.LRSchedulersContainer,
         average: WeightAverage, device: torch.device,
     ):  # fmt: skip
-        self.model, self.optimizers, self.schedules = titan.ModelWrapper(model), optimizers, schedules
-        self.average = average
+        self.model, self.average = titan.ModelWrapper(model), average
+        self._stateful = {"optimizer": optimizers, "lr_scheduler": schedules, "ema": average}
         self._exported = {name: (x.shape, x.dtype) for name, x in self.model.state_dict().items()}
         # A group of its own: a thread uses it next to the training's collectives, and a slow disk is no lost rank.
         self._group = dist.new_group(backend="gloo", timeout=FIRST_RANK_TIMEOUT)
-        self._pin = device.type == "cuda"
-        self._stager = self._new_stager()
-
-    def _new_stager(self) -> DefaultStager:
-        return DefaultStager(StagingOptions(self._pin, False, False, self._pin))
-
-    def _states(self) -> dict[str, Any]:
-        rest = {"optimizer": self.optimizers, "lr_scheduler": self.schedules, "ema": self.average}
-        return {**self.model.state_dict(), **rest}
+        pin = device.type == "cuda"
+        self._staging = StagingOptions(pin, False, False, pin)
+        self._stager = DefaultStager(self._staging)
 
     def save(self, checkpoint: Path) -> "Future[Any]":
-        """Copies the tensors to host memory and starts to write them, on every rank at once.
-
-        Returns:
-            A future that is done when the tensors of all ranks are on disk.
-        """
+        """Copies the tensors to host memory and starts to write them; done when those of all ranks are on disk."""
         if torch.__version__ < REUSABLE_STAGER:
-            self._stager = self._new_stager()
+            self._stager = DefaultStager(self._staging)
         written = dcp.async_save(
-            self._states(), checkpoint_id=str(checkpoint / "state"), process_group=self._group,
-            async_stager=self._stager,
+            self.model.state_dict() | self._stateful, checkpoint_id=str(checkpoint / "state"),
+            process_group=self._group, async_stager=self._stager,
         )  # fmt: skip
         assert isinstance(written, Future)  # staging is synchronous
         return written
 
     def weights(self, checkpoint: Path) -> dict[str, torch.Tensor]:
-        """The full weights that a checkpoint exports, float32 and on the host: their average if there is one.
-
-        This rank reads them from ``state/`` alone, so that the ranks that train need not gather them.
-        """
+        """The full float32 weights, or their average, of a checkpoint, which this rank alone reads from disk."""
         weights = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self._exported.items()}
         averaged = {name: weights[name] for name in self.average.names}
         requested: dict[str, Any] = {name: x for name, x in weights.items() if name not in averaged}
@@ -188,7 +165,7 @@ class ResumeState:
 
     def load(self, checkpoint: Path) -> None:
         """Raises DamagedError if the checkpoint is truncated or belongs to another draft shape."""
-        states = self._states()
+        states = self.model.state_dict() | self._stateful
         try:
             # Read the metadata first: for a damaged file DCP prints a traceback of its own.
             dcp.FileSystemReader(str(checkpoint / "state")).read_metadata()
@@ -219,11 +196,8 @@ class Checkpointer:
 
     run: RunDirectory
     keep: int
-    draft: type[Draft]
-    shape: DraftShape
-    provenance: Provenance
-    export_dtype: torch.dtype
-    special_ids: dict[str, Any]
+    export: Callable[[Path, dict[str, torch.Tensor], int], None]
+    """Writes the full weights of the draft after a step as a servable directory."""
     start: ResumeMetadata
     """Metadata of a fresh start, with which a resumed run must agree."""
     measure: Callable[[Servable], float] | None
@@ -236,11 +210,7 @@ class Checkpointer:
         return dist.get_rank() == 0
 
     def begin(self, step: int, state: ResumeState, data: dict[str, int]) -> None:
-        """Copies ``state`` and starts to write the checkpoint of ``step``; no other may be pending.
-
-        Raises:
-            UserError: it could not be started; earlier checkpoints are unchanged.
-        """
+        """Copies ``state`` and starts to write a checkpoint, none other pending; raises UserError if it cannot."""
         assert self.pending is None
         started = time.perf_counter()
         with self._write_errors(step):
@@ -254,17 +224,10 @@ class Checkpointer:
         """Rank 0's part, once the tensors of all ranks are on disk."""
         tensors.result()
         partial = self.run.partial(step)
-        self._write_model(step, state)
+        weights = {name.removeprefix("draft."): x for name, x in state.weights(partial).items()}
+        self.export(partial / "model", weights, step)
         files = {f.name: [f.stat().st_size, crc32(f)] for f in sorted((partial / "state").iterdir())}
         replace(self.start, step=step, data=data, files=files).write(partial)
-
-    def _write_model(self, step: int, state: ResumeState) -> None:
-        partial = self.run.partial(step)
-        tensors = {name.removeprefix("draft."): value for name, value in state.weights(partial).items()}
-        provenance = replace(self.provenance, step=step)
-        write_servable(
-            partial / "model", self.draft, tensors, self.shape, provenance, self.export_dtype, self.special_ids
-        )
 
     def finish(self, *, measure: bool, before_publishing: Callable[[dict[str, float]], None]) -> None:
         """Waits for the pending checkpoint, on all ranks at once, and publishes it.
@@ -309,13 +272,8 @@ class Checkpointer:
             ) from error
 
     def load_latest(self, state: ResumeState) -> ResumeMetadata | None:
-        """Loads the newest checkpoint into ``state``; None where there is none.
-
-        Raises:
-            UserError: it is damaged, or was made by a run with another configuration, target or data.
-        """
-        checkpoint = self.run.newest()
-        if checkpoint is None:
+        """Loads the newest checkpoint into ``state``, if any; raises UserError if it is damaged or of another run."""
+        if (checkpoint := self.run.newest()) is None:
             return None
         with _damage_errors(self.run):
             metadata = ResumeMetadata.read(checkpoint)
@@ -340,18 +298,12 @@ class Checkpointer:
 
 
 def check_newest(run: RunDirectory, config: dict[str, Any]) -> None:
-    """Checks, before anything is loaded, that a run of ``config`` can resume from the newest checkpoint, if any.
-
-    Raises:
-        UserError: the checkpoint is damaged, or the configuration is another.
-    """
-    checkpoint = run.newest()
-    if checkpoint is None:
-        return
-    with _damage_errors(run):
-        metadata = ResumeMetadata.read(checkpoint)
-        metadata.check_same_config(config, checkpoint)
-        metadata.check_files(checkpoint)
+    """Raises UserError if the newest checkpoint is damaged, or is of a run with another configuration."""
+    if checkpoint := run.newest():
+        with _damage_errors(run):
+            metadata = ResumeMetadata.read(checkpoint)
+            metadata.check_same_config(config, checkpoint)
+            metadata.check_files(checkpoint)
 
 
 @contextlib.contextmanager
@@ -372,7 +324,7 @@ def crc32(file: Path) -> int:
     """CRC-32 of a file's contents."""
     checksum = 0
     with file.open("rb") as content:
-        while chunk := content.read(CRC_CHUNK):
+        while chunk := content.read(1 << 24):
             checksum = zlib.crc32(chunk, checksum)
     return checksum
 

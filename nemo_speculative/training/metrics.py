@@ -35,8 +35,8 @@ class MetricsLogger:
         self.device, self.total_steps, self.logger = device, total_steps, logger
         self._file = output_dir / "metrics.jsonl"
         self._tokens = self._steps = 0
-        self._first_step: int | None = None
-        self._started = time.perf_counter()
+        self._first: tuple[int, float] | None = None
+        """The first step printed, and when."""
         self._held: list[tuple[int, dict[str, float]]] | None = None
 
     def print(self, text: str) -> None:
@@ -50,20 +50,20 @@ class MetricsLogger:
 
     def performance(self, times: StepTimes, data_ranks: int) -> dict[str, float]:
         """``perf/*`` of the steps since the last call; tokens are those of all ranks, padding included."""
-        metrics = {
-            "perf/tokens_per_second": self._tokens * data_ranks / max(times.wall, 1e-9),
-            "perf/step_seconds": times.wall / max(self._steps, 1),
+        tokens, steps, self._tokens, self._steps = self._tokens, self._steps, 0, 0
+        return {
+            "perf/tokens_per_second": tokens * data_ranks / max(times.wall, 1e-9),
+            "perf/step_seconds": times.wall / max(steps, 1),
             "perf/memory_gib": peak_memory_gib(self.device),
+            **{f"perf/share_{name}": share for name, share in times.shares.items()},
         }
-        self._tokens = self._steps = 0
-        return metrics | {f"perf/share_{name}": share for name, share in times.shares.items()}
 
     def print_step(self, step: int, m: Mapping[str, float]) -> None:
         """Prints step, time left, loss, accuracy per TTT step, τ, tokens/s, time shares and memory."""
-        if self._first_step is None:
-            self._first_step, self._started = step, time.perf_counter()
-        done = step - self._first_step
-        left = duration((time.perf_counter() - self._started) / done * (self.total_steps - step)) if done else "?"
+        now, left = time.perf_counter(), "?"
+        first, started = self._first = self._first or (step, now)
+        if step > first:
+            left = duration((now - started) / (step - first) * (self.total_steps - step))
         accuracy = " ".join(f"{value:.2f}" for key, value in m.items() if key.startswith("train/acc_"))
         shares = " ".join(f"{name} {m.get(f'perf/share_{name}', 0):.0%}" for name in ("target", "draft", "data"))
         validation = f"  val loss {m['val/loss']:.3f} tau {m['val/tau']:.2f}" if "val/loss" in m else ""
@@ -90,8 +90,9 @@ class MetricsLogger:
     def release(self, metrics: Mapping[str, float]) -> None:
         """Writes the lines that were held back, the first one with ``metrics`` added."""
         held, self._held = self._held or [], None
-        for number, (step, own) in enumerate(held):
-            self.write(step, own if number else {**own, **metrics})
+        for step, own in held:
+            self.write(step, {**own, **metrics})
+            metrics = {}
 
     def close(self) -> None:
         self.release({})

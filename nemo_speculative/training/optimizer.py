@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from hydra.utils import get_method
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.placement_types import Placement
 
 from nemo_speculative.config.schema import MuonConfig, OptimizerConfig
 from nemo_speculative.distributed import titan
@@ -28,7 +27,7 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> titan.Optimiz
 
 def adamw(config: OptimizerConfig, model: nn.Module) -> titan.OptimizersContainer:
     """AdamW, in one fused kernel."""
-    return _container([_adamw_group(config)], model)
+    return _optimizers(model, _adamw_group(config))
 
 
 def muon(config: MuonConfig, model: nn.Module) -> titan.OptimizersContainer:
@@ -37,12 +36,16 @@ def muon(config: MuonConfig, model: nn.Module) -> titan.OptimizersContainer:
     Updates of the matrices are scaled to the RMS of AdamW's (2502.16982, section 2.2), so that one learning rate suits
     both.
     """
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [name for name, p in parameters if p.ndim == 2 and not name.endswith(NOT_HIDDEN)]
-    groups = [_muon_group(config, matrices)] if matrices else []
-    if len(matrices) < len(parameters):
-        groups.append(_adamw_group(config))
-    return _container(groups, model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [name for name, p in parameters.items() if p.ndim == 2 and not name.endswith(NOT_HIDDEN)]
+    kwargs = {
+        "lr": config.muon_lr or config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay,
+        "adjust_lr_fn": "match_rms_adamw", "fused": False,
+    }  # fmt: skip
+    exactly = f"^(?:{'|'.join(map(re.escape, matrices))})$"
+    hidden = titan.ParamGroupConfig(pattern=exactly, optimizer_name="Muon", optimizer_kwargs=kwargs)
+    rest = [_adamw_group(config)] if len(matrices) < len(parameters) else []
+    return _optimizers(model, *([hidden] if matrices else []), *rest)
 
 
 def _adamw_group(config: OptimizerConfig) -> titan.ParamGroupConfig:
@@ -50,20 +53,8 @@ def _adamw_group(config: OptimizerConfig) -> titan.ParamGroupConfig:
     return titan.ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs=kwargs)
 
 
-def _muon_group(config: MuonConfig, names: Sequence[str]) -> titan.ParamGroupConfig:
-    kwargs = {
-        "lr": config.muon_lr or config.lr,
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-        "adjust_lr_fn": "match_rms_adamw",
-        "fused": False,
-    }
-    exactly = f"^(?:{'|'.join(map(re.escape, names))})$"
-    return titan.ParamGroupConfig(pattern=exactly, optimizer_name="Muon", optimizer_kwargs=kwargs)
-
-
-def _container(groups: list[titan.ParamGroupConfig], model: nn.Module) -> titan.OptimizersContainer:
-    config = titan.OptimizersContainer.Config(param_groups=groups, implementation="fused")
+def _optimizers(model: nn.Module, *groups: titan.ParamGroupConfig) -> titan.OptimizersContainer:
+    config = titan.OptimizersContainer.Config(param_groups=list(groups), implementation="fused")
     return Optimizers(config, model_parts=[model])
 
 
@@ -82,32 +73,20 @@ def gathered_muon(params: Any, **kwargs: Any) -> torch.optim.Muon:
     step, and round partial sums to bfloat16, so that the result would depend on the number of ranks.
     """
     optimizer = torch.optim.Muon(params, **kwargs)
-    optimizer.register_step_pre_hook(_gather)
-    optimizer.register_step_post_hook(_scatter)
+    optimizer.register_step_pre_hook(lambda stepped, *_: _redistribute(stepped, gather=True))
+    optimizer.register_step_post_hook(lambda stepped, *_: _redistribute(stepped, gather=False))
     return optimizer
 
 
-def _gather(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for p in _sharded_parameters(optimizer):
-        _redistribute(optimizer, p, [Replicate()] * p.device_mesh.ndim)
-
-
-def _scatter(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for p in _sharded_parameters(optimizer):
-        _redistribute(optimizer, p, p.placements)
-
-
-def _sharded_parameters(optimizer: torch.optim.Optimizer) -> list[DTensor]:
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return [p for p in parameters if isinstance(p, DTensor) and p.grad is not None]
-
-
-def _redistribute(optimizer: torch.optim.Optimizer, p: DTensor, placements: Sequence[Placement]) -> None:
-    """Changes the placement of a parameter's gradient and momentum."""
-    gradient: Any = p.grad
-    p.grad = gradient.redistribute(placements=placements)
-    if state := optimizer.state.get(p):
-        state["momentum_buffer"] = state["momentum_buffer"].redistribute(placements=placements)
+def _redistribute(optimizer: torch.optim.Optimizer, gather: bool) -> None:
+    """Gathers the gradients and momenta of sharded parameters on every rank, or shards them again."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if isinstance(p, DTensor) and p.grad is not None:
+            placements = [Replicate()] * p.device_mesh.ndim if gather else p.placements
+            gradient: Any = p.grad
+            p.grad = gradient.redistribute(placements=placements)
+            if state := optimizer.state.get(p):
+                state["momentum_buffer"] = state["momentum_buffer"].redistribute(placements=placements)
 
 
 def build_schedules(
@@ -136,9 +115,8 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float | None):
         self.model, self.decay = model, decay or 0.0
-        named = [] if decay is None else [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._weights = dict(named)
-        self._averages = {name: p.detach().to(torch.float32, copy=True) for name, p in named}
+        self._weights = {n: p for n, p in model.named_parameters() if p.requires_grad and decay is not None}
+        self._averages = {n: p.detach().to(torch.float32, copy=True) for n, p in self._weights.items()}
 
     @property
     def names(self) -> list[str]:

@@ -5,16 +5,15 @@ micro-batch on a stream of its own while the draft trains, unless ranks compute 
 requested ahead in threads.
 """
 
-import contextlib
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -67,13 +66,8 @@ class BatchPrefetcher:
         return batch
 
     def peek(self) -> GlobalBatch:
-        """Returns what :meth:`next` will return.
-
-        Raises:
-            UserError: it could not be made.
-        """
-        if self._future is None:
-            self._future = self._thread.submit(self._make)
+        """Returns what :meth:`next` will return; raises UserError if it could not be made."""
+        self._future = self._future or self._thread.submit(self._make)
         try:
             return self._future.result()
         except UserError:
@@ -102,113 +96,24 @@ class BatchPrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
 
-T = TypeVar("T")
-GetOutput = Callable[[], TargetOutput]
-"""Waits for the target's output and returns it."""
-
-
-class SynchronousTarget:
-    """Computes the target's output when it is needed."""
-
-    ahead = 0
-
-    def __init__(self, target: Target, timer: StepTimer):
-        self.target, self.timer = target, timer
-
-    def start(self, batch: Batch) -> GetOutput:
-        return partial(self._compute, batch)
-
-    def _compute(self, batch: Batch) -> TargetOutput:
-        timed = contextlib.nullcontext if self.target.collective else self.timer.local
-        with self.timer.section("target"), timed():
-            return self.target.compute_hidden_states(batch)
-
-    def close(self) -> None:
-        """Nothing is pending."""
-
-
-class SideStreamTarget:
-    """Computes the target's output on a CUDA stream of its own, overlapping with the draft."""
-
-    ahead = 1
-
-    def __init__(self, target: Target, timer: StepTimer, device: torch.device):
-        self.target, self.timer, self.stream = target, timer, torch.cuda.Stream(device)
-
-    def start(self, batch: Batch) -> GetOutput:
-        # The batch is copied on the draft's stream; waiting also limits the outputs in memory to one step's.
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream), self.timer.section("target"), self.timer.local():
-            return partial(_to_current_stream, self.target.compute_hidden_states(batch), self.stream.record_event())
-
-    def close(self) -> None:
-        """Nothing is pending that has to be waited for."""
-
-
-class ThreadedTarget:
-    """Requests a remote target's outputs in threads; the timer counts only the time spent waiting."""
-
-    def __init__(self, target: Target, timer: StepTimer, device: torch.device, stop: threading.Event):
-        self.target, self.timer, self.stop, self.ahead = target, timer, stop, target.requests_ahead
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._threads = ThreadPoolExecutor(max_workers=1 + self.ahead, thread_name_prefix="target")
-
-    def start(self, batch: Batch) -> GetOutput:
-        if self.stream is None:
-            return partial(self._wait, self._threads.submit(self.target.compute_hidden_states, batch))
-        batch_ready = torch.cuda.current_stream().record_event()
-        request = self._threads.submit(self._compute_on, self.stream, batch, batch_ready)
-        return lambda: _to_current_stream(*self._wait(request))
-
-    def _compute_on(self, stream: torch.cuda.Stream, batch: Batch, ready: torch.cuda.Event) -> tuple[TargetOutput, Any]:
-        """Copies to and from the device on ``stream``, which does not wait for pending work of the draft."""
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):
-            return self.target.compute_hidden_states(batch), stream.record_event()
-
-    def _wait(self, request: Future[T]) -> T:
-        """
-        Raises:
-            InterruptedTargetError: the run was stopped, and there is no answer.
-        """
-        with self.timer.section("target"):
-            while not wait([request], POLL_SECONDS).done:
-                if self.stop.is_set() and not wait([request], STOP_SECONDS).done:
-                    raise InterruptedTargetError(
-                        "interrupted while no target server answered: this step is lost; resume with resume=auto"
-                    )
-            return request.result()
-
-    def close(self) -> None:
-        # Does not wait: the server may not answer.
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _to_current_stream(output: TargetOutput, done: torch.cuda.Event) -> TargetOutput:
-    """Makes ``output``, computed on another stream, usable on the current one."""
-    current = torch.cuda.current_stream()
-    current.wait_event(done)
-    for states in (output.aux_hidden_states, output.last_hidden_state):
-        states.record_stream(current)
-    return output
-
-
 class TargetPrefetcher:
     """Yields the target's outputs for one schedule after another, computed ahead where the target allows it.
 
     Args:
         stop: set when the run is to stop: a remote target that does not answer is then not waited for any longer.
+
+    Attributes:
+        ahead: number of batches computed or requested ahead.
     """
 
     def __init__(self, target: Target, device: torch.device, timer: StepTimer, stop: threading.Event | None = None):
-        self.runner: SynchronousTarget | SideStreamTarget | ThreadedTarget
-        if target.requests_ahead:
-            self.runner = ThreadedTarget(target, timer, device, stop or threading.Event())
-        elif device.type == "cuda" and not target.collective:
-            self.runner = SideStreamTarget(target, timer, device)
-        else:  # ranks that compute the target together keep one order of all collectives
-            self.runner = SynchronousTarget(target, timer)
-        self._pending: deque[GetOutput] = deque()
+        self.target, self.timer, self.stop = target, timer, stop or threading.Event()
+        # Ranks that compute the target together keep one order of all collectives, on the draft's stream.
+        apart = device.type == "cuda" and (target.requests_ahead or not target.collective)
+        self.stream = torch.cuda.Stream(device) if apart else None
+        self.ahead = target.requests_ahead or int(self.stream is not None)
+        self._threads = ThreadPoolExecutor(1 + self.ahead, "target") if target.requests_ahead else None
+        self._pending: deque[Callable[[], TargetOutput]] = deque()
 
     def iterate(
         self, schedules: list[Any], next_schedules: Callable[[], list[Any]]
@@ -219,17 +124,67 @@ class TargetPrefetcher:
             next_schedules: returns the schedules of the next call.
         """
         for n, schedule in enumerate(schedules):
-            upcoming, depth = schedules[n:], 1 + self.runner.ahead
+            upcoming, depth = schedules[n:], 1 + self.ahead
             if depth > len(upcoming):
                 upcoming = upcoming + next_schedules()
             for other in upcoming[len(self._pending) : depth]:
-                self._pending.append(self.runner.start(other.batch))
+                self._pending.append(self._start(other.batch))
             yield schedule, self._pending.popleft()()
 
     def compute_now(self, batch: Batch) -> TargetOutput:
-        """The target's output for a batch out of order; outputs that are pending stay so."""
-        return self.runner.start(batch)()
+        """The target's output for a batch out of order; outputs that are pending stay so.
+
+        Raises:
+            InterruptedTargetError: the run was stopped, and a remote target does not answer.
+        """
+        return self._start(batch)()
+
+    def _start(self, batch: Batch) -> Callable[[], TargetOutput]:
+        """Starts to compute a batch, if it can be ahead; the function waits for the output and returns it."""
+        if self._threads:
+            ready = torch.cuda.current_stream().record_event() if self.stream else None
+            request = self._threads.submit(self._request, batch, ready)
+            return lambda: _to_current_stream(*self._wait(request))
+        if self.stream:
+            # The batch is copied on the draft's stream; waiting also limits the outputs in memory to one step's.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream), self.timer.section("target"), self.timer.local():
+                computed = self.target.compute_hidden_states(batch), self.stream.record_event()
+            return lambda: _to_current_stream(*computed)
+        return lambda: self._compute(batch)
+
+    def _compute(self, batch: Batch) -> TargetOutput:
+        with self.timer.section("target"), nullcontext() if self.target.collective else self.timer.local():
+            return self.target.compute_hidden_states(batch)
+
+    def _request(self, batch: Batch, ready: Any) -> tuple[TargetOutput, torch.cuda.Event | None]:
+        """A remote target's output; copies to and from the device do not wait for pending work of the draft."""
+        if self.stream is None:
+            return self.target.compute_hidden_states(batch), None
+        self.stream.wait_event(ready)
+        with torch.cuda.stream(self.stream):
+            return self.target.compute_hidden_states(batch), self.stream.record_event()
+
+    def _wait(self, request: Future[tuple[TargetOutput, Any]]) -> tuple[TargetOutput, Any]:
+        with self.timer.section("target"):  # of a remote target, only the time spent waiting
+            while not wait([request], POLL_SECONDS).done:
+                if self.stop.is_set() and not wait([request], STOP_SECONDS).done:
+                    raise InterruptedTargetError(
+                        "interrupted while no target server answered: this step is lost; resume with resume=auto"
+                    )
+            return request.result()
 
     def close(self) -> None:
-        """Abandons pending requests."""
-        self.runner.close()
+        """Abandons pending requests without waiting: the server may not answer."""
+        if self._threads:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _to_current_stream(output: TargetOutput, done: torch.cuda.Event | None) -> TargetOutput:
+    """Makes ``output``, computed on another stream, usable on the current one."""
+    if done is not None:
+        current = torch.cuda.current_stream()
+        current.wait_event(done)
+        for states in (output.aux_hidden_states, output.last_hidden_state):
+            states.record_stream(current)
+    return output

@@ -21,15 +21,8 @@ from nemo_speculative.algorithms.common.draft import Draft
 from nemo_speculative.algorithms.common.ttt import LossSum, TTTObjective
 from nemo_speculative.config.schema import TrainJob
 from nemo_speculative.data.batch import Batch, PackedLoader
-from nemo_speculative.distributed import titan
+from nemo_speculative.distributed import parallelism, titan
 from nemo_speculative.distributed.health import Progress, StragglerDetector
-from nemo_speculative.distributed.parallelism import (
-    data_rank,
-    limit_collective_waits,
-    set_gradient_sync,
-    shard_draft,
-    start_unshard,
-)
 from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.training.checkpointer import Checkpointer, ResumeState
 from nemo_speculative.training.metrics import MetricsLogger
@@ -57,32 +50,21 @@ class TTTModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class StepSync:
-    """Values that all ranks agree on before a step."""
-
-    counts: torch.Tensor
-    """float64 [T]: supervised slots of the global batch, per TTT step."""
-    stop_signal: signal.Signals | None
-    """The signal that any rank has received."""
-    save_due: bool
-    """Whether trainer.save_minutes have passed on rank 0's clock."""
-    save_written: bool
-    """Whether the pending checkpoint is on disk on every rank, or has failed."""
-
-
-@dataclass(frozen=True)
 class StepResult:
-    """The result of an optimizer step on this rank; its tensors are still being computed on a GPU."""
+    """An optimizer step on this rank; its tensors are still being computed on a GPU."""
 
-    step: int
     batch: GlobalBatch
-    sync: StepSync
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    """The norm of the gradient over all ranks, before clipping."""
+    values: torch.Tensor
+    """[2]: this rank's loss, and the norm of the gradient over all ranks before clipping."""
     learning_rate: float
     sums: dict[str, torch.Tensor]
     """Sums of metrics over this rank's micro-batches."""
+    stop_signal: signal.Signals | None
+    """The signal that any rank had received before the step."""
+    save_due: bool
+    """Whether trainer.save_minutes had passed on rank 0's clock."""
+    save_written: bool
+    """Whether the pending checkpoint was on disk on every rank, or had failed."""
 
 
 class DraftTrainer:
@@ -93,7 +75,7 @@ class DraftTrainer:
         validation: list[Batch], total_steps: int, parallel_dims: titan.ParallelDims, device: torch.device,
         checkpointer: Checkpointer, metrics: MetricsLogger,
     ):  # fmt: skip
-        self.job, self.config, self.device = job, job.trainer, device
+        self.job, self.config = job, job.trainer
         self.objective, self.loader, self.parallel_dims = objective, loader, parallel_dims
         self.validation = [objective.schedule(batch, device, training=False) for batch in validation]
         self.checkpointer, self.metrics = checkpointer, metrics
@@ -105,7 +87,7 @@ class DraftTrainer:
         self.timer, self.stragglers = StepTimer(device), StragglerDetector(metrics.print)
         dtype = getattr(torch, job.trainer.dtype.value)
         module = TTTModule(draft.to(device), objective, self.timer.local)
-        self.module = shard_draft(module, parallel_dims, dtype, job.parallelism.offload)
+        self.module = parallelism.shard_draft(module, parallel_dims, dtype, job.parallelism.offload)
         self.optimizers = build_optimizers(job.optimizer, self.module)
         self.lr_schedulers = build_schedules(job.optimizer, self.optimizers, total_steps)
         self.average = WeightAverage(self.module, job.optimizer.ema_decay)
@@ -115,12 +97,11 @@ class DraftTrainer:
         self.batches = BatchPrefetcher(loader, objective, device)
         self.targets = TargetPrefetcher(target, device, self.timer, self._stop)
         self._unchecked: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
-        """Step, ids of its conversations, and [loss, gradient norm] on the device, of steps not yet checked."""
+        """Step, ids of its conversations, and ``StepResult.values``, of steps not yet checked."""
 
     def resume(self) -> None:
         """Resumes from the newest checkpoint of the run directory, if there is one."""
-        metadata = self.checkpointer.load_latest(self.state)
-        if metadata:
+        if metadata := self.checkpointer.load_latest(self.state):
             self.step = metadata.step
             self.loader.load_state_dict(metadata.data)
             ended = self.step >= self.total_steps
@@ -134,7 +115,8 @@ class DraftTrainer:
             UserError: a loss is not finite, or no target server answers, possibly after a signal; nothing is saved.
             SystemExit: after a signal, with status 130 for SIGINT and 0 for SIGTERM.
         """
-        limit_collective_waits(self.parallel_dims, max(self.config.timeout_seconds, self.job.backend.longest_wait))
+        seconds = max(self.config.timeout_seconds, self.job.backend.longest_wait)
+        parallelism.limit_collective_waits(self.parallel_dims, seconds)
         handlers = {number: signal.signal(number, self._on_signal) for number in EXIT_STATUS}
         profiler_config = titan.Profiler.Config(enable_profiling=self.config.profile, save_traces_folder="profile")
         try:
@@ -150,43 +132,54 @@ class DraftTrainer:
         """Runs one optimizer step over a global batch."""
         with self.timer.section("data"):
             batch = self.batches.next()
-            sync = self._sync_ranks(batch.counts)
-        start_unshard(self.module)
+            counts, stop_signal, save_due, save_written = self._sync_ranks(batch.counts)
+        parallelism.start_unshard(self.module)
         sums: dict[str, torch.Tensor] = {}
         losses: list[torch.Tensor] = []
         for schedule, supervision in self.targets.iterate(batch.schedules, lambda: self.batches.peek().schedules):
             with self.timer.section("draft"):
-                set_gradient_sync(self.module, last=len(losses) + 1 == len(batch.schedules))
-                out = self.module(schedule, supervision, sync.counts)
+                parallelism.set_gradient_sync(self.module, last=len(losses) + 1 == len(batch.schedules))
+                out = self.module(schedule, supervision, counts)
                 out.loss.backward()
             losses.append(out.loss.detach())
             sums = _add(sums, out.sums)
         with self.timer.section("draft"):
-            grad_norm = titan.clip_grad_norm_(self.module.parameters(), self.job.optimizer.clip_norm)
+            norm = titan.clip_grad_norm_(self.module.parameters(), self.job.optimizer.clip_norm)
             learning_rate = float(self.lr_schedulers.schedulers[0].get_last_lr()[0])
             self.optimizers.step()
             self.lr_schedulers.step()
             self.optimizers.zero_grad()
         self.step += 1
         self.average.update(self.step)
-        grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()
-        return StepResult(self.step, batch, sync, torch.stack(losses).sum(), grad_norm, learning_rate, sums)
+        loss, norm = torch.stack(losses).sum(), getattr(norm, "full_tensor", lambda: norm)()
+        values = torch.stack([loss, norm.to(loss.device)])
+        return StepResult(batch, values, learning_rate, sums, stop_signal, save_due, save_written)
+
+    def _sync_ranks(self, counts: torch.Tensor) -> tuple[torch.Tensor, signal.Signals | None, bool, bool]:
+        """The supervised slots of the global batch per TTT step, float64 [T], and the last fields of StepResult.
+
+        One small reduction on the CPU; ``counts`` are this rank's.
+        """
+        signals, minutes, pending = list(EXIT_STATUS), self.config.save_minutes, self.checkpointer.pending
+        save_due = minutes is not None and dist.get_rank() == 0 and time.monotonic() - self._last_save > 60 * minutes
+        save_written = pending is not None and pending.written.done()
+        flags = [*(number in self._signals for number in signals), save_due, save_written]
+        packed = torch.cat([counts, torch.tensor(flags, dtype=torch.float64)])
+        dist.all_reduce(packed)
+        *stopping, due, written = packed[len(counts) :].tolist()
+        stop_signal = next((number for number, ranks in zip(signals, stopping, strict=True) if ranks), None)
+        return packed[: len(counts)], stop_signal, due > 0, written == dist.get_world_size()
 
     def _finish_step(self, result: StepResult) -> None:
-        """Checks, validates, logs and saves after a step, where they are due.
-
-        Raises:
-            SystemExit: a rank has received a signal.
-        """
-        values = torch.stack([result.loss, result.grad_norm.to(result.loss.device)])
-        self._unchecked.append((result.step, result.batch.ids, values))
+        """Checks, validates, logs and saves after a step, where they are due; raises SystemExit after a signal."""
+        self._unchecked.append((self.step, result.batch.ids, result.values))
         self.metrics.count_tokens(result.batch.num_tokens)
-        if result.sync.save_written:
+        if result.save_written:
             with self.timer.excluded():
                 self._finish_save()
-        last, stop_signal = self.step == self.total_steps, result.sync.stop_signal
-        ending = last or stop_signal is not None
-        save = ending or result.sync.save_due or self.step % self.config.save_interval == 0
+        last = self.step == self.total_steps
+        ending = last or result.stop_signal is not None
+        save = ending or result.save_due or self.step % self.config.save_interval == 0
         validate = last or self.step % self.config.val_interval == 0
         if save or validate or self.step == 1 or self.step % self.config.log_interval == 0:
             self._check_losses()
@@ -204,50 +197,33 @@ class DraftTrainer:
                     self._finish_save()
             # Time for validation, measurement and saving is not part of the following steps.
             self.timer.reset()
-        if stop_signal:
+        if result.stop_signal:
             self.metrics.print(f"interrupted: saved step {self.step}; resume with resume=auto")
-            raise SystemExit(EXIT_STATUS[stop_signal])
+            raise SystemExit(EXIT_STATUS[result.stop_signal])
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signals.add(number)
         self._stop.set()
 
-    def _sync_ranks(self, counts: torch.Tensor) -> StepSync:
-        """One small reduction on the CPU; ``counts`` [T] are this rank's."""
-        signals, minutes, pending = list(EXIT_STATUS), self.config.save_minutes, self.checkpointer.pending
-        save_due = minutes is not None and dist.get_rank() == 0 and time.monotonic() - self._last_save > 60 * minutes
-        save_written = pending is not None and pending.written.done()
-        flags = [*(number in self._signals for number in signals), save_due, save_written]
-        packed = torch.cat([counts, torch.tensor(flags, dtype=torch.float64)])
-        dist.all_reduce(packed)
-        *stopping, due, written = packed[len(counts) :].tolist()
-        stop_signal = next((number for number, ranks in zip(signals, stopping, strict=True) if ranks), None)
-        return StepSync(packed[: len(counts)], stop_signal, due > 0, written == dist.get_world_size())
-
     def _check_losses(self) -> None:
-        """Checks the losses of all steps since the last check at once, so that a step needs no synchronization.
+        """Raises UserError if a loss or gradient of any rank since the last check is not finite.
 
-        Gradients are checked as well: they can overflow where the loss does not.
-
-        Raises:
-            UserError: a loss or gradient of any rank is not finite.
+        One check of several steps, so that a step needs no synchronization.  Gradients can overflow where the loss
+        does not.
         """
-        finite = torch.stack([values for *_, values in self._unchecked]).isfinite().tolist()
-        bad, loss_is_finite = None, True
-        for (step, ids, _), (loss_is_finite, norm_is_finite) in zip(self._unchecked, finite, strict=True):
-            if not (loss_is_finite and norm_is_finite):
-                bad = step, ids
-                break
+        finite = torch.stack([values for *_, values in self._unchecked]).isfinite()
+        bad = (~finite.all(1)).nonzero().flatten().tolist()
+        step, ids, _ = self._unchecked[bad[0] if bad else 0]
+        bad_loss = bool(bad) and not finite[bad[0], 0]
         self._unchecked.clear()
-        ranks = torch.tensor([float(bad is not None), float(not loss_is_finite)])
+        ranks = torch.tensor([float(bool(bad)), float(bad_loss)])
         dist.all_reduce(ranks)
         any_bad, any_bad_loss = ranks.tolist()
         if not any_bad:
             return
         self._finish_save()  # of an earlier step, whose losses were finite
-        if bad is None or (any_bad_loss and loss_is_finite):
+        if not bad or (any_bad_loss and not bad_loss):
             raise UserError("the loss or its gradient is not finite on another rank; its message names the batch")
-        step, ids = bad
         shown = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
         raise UserError(
             f"step {step}: the loss or its gradient is not finite on the batch of {shown}; training stopped, "
@@ -256,18 +232,17 @@ class DraftTrainer:
         )
 
     def _train_metrics(self, result: StepResult) -> dict[str, float]:
-        sums = _reduce(result.sums)
+        sums, times = _reduce(result.sums), self.timer.reset()
         metrics = {f"train/{k}": v for k, v in self.objective.metrics(sums).items()}
-        metrics |= {"train/lr": result.learning_rate, "train/grad_norm": float(result.grad_norm)}
-        times = self.timer.reset()
-        metrics |= self.metrics.performance(times, data_rank(self.parallel_dims)[1])
+        metrics |= {"train/lr": result.learning_rate, "train/grad_norm": float(result.values[1])}
+        metrics |= self.metrics.performance(times, parallelism.data_rank(self.parallel_dims)[1])
         if self.job.parallelism.context == 1:  # else ranks that share rows wait for each other in all they compute
             metrics |= self.stragglers.compare(self.step, times.local)
+        slots = self.config.global_batch_size * self.loader.packed_length
         return metrics | {
             "data/epoch": result.batch.epoch,
             "data/rows": result.batch.loader_state["rows_consumed"],
-            "data/supervised_share": float(sums["count"][0])
-            / (self.config.global_batch_size * self.loader.packed_length),
+            "data/supervised_share": float(sums["count"][0]) / slots,
         }
 
     @torch.no_grad()
@@ -286,8 +261,7 @@ class DraftTrainer:
 
     def _finish_save(self) -> None:
         """Publishes the pending checkpoint, if any; waits until it is written."""
-        pending = self.checkpointer.pending
-        if pending:
+        if pending := self.checkpointer.pending:
             measure = self.step == self.total_steps or not self._stop.is_set()
             self.checkpointer.finish(measure=measure, before_publishing=self.metrics.release)
             self.metrics.print(self.checkpointer.describe(pending.step))

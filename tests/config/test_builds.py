@@ -21,7 +21,7 @@ from nemo_speculative.targets import demo
 from nemo_speculative.targets.describe import text_config
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import build
-from nemo_speculative.training.build_data import load_split
+from nemo_speculative.training.build import load_split
 from nemo_speculative.training.optimizer import build_optimizers, build_schedules
 from nemo_speculative.utils.errors import UserError
 from tests.config.test_groups import GROUPS, composed

@@ -19,7 +19,7 @@ from nemo_speculative.distributed import health
 from nemo_speculative.distributed.health import Heartbeat
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.training import run as training
-from nemo_speculative.training.checkpointer import Checkpointer
+from nemo_speculative.training.checkpointer import Checkpointer, ResumeState
 from nemo_speculative.training.prefetch import BatchPrefetcher
 from nemo_speculative.training.trainer import DraftTrainer
 from nemo_speculative.utils.append_log import AppendLog
@@ -132,8 +132,10 @@ def break_data_at(step):
 
 def kill_in_save(step):
     """Kills the process within a save: the resume state is on disk, the model is not yet."""
-    write = Checkpointer._write_model
-    Checkpointer._write_model = lambda self, at, state: (die if at == step else write)(self, at, state)
+    read = ResumeState.weights
+    ResumeState.weights = lambda self, checkpoint: (die if checkpoint.name == f".step_{step}.partial" else read)(
+        self, checkpoint
+    )
 
 
 def kill_after_rename(step):

@@ -139,9 +139,8 @@ def one_rank():
     dist.destroy_process_group()
 
 
-def make_checkpointer(root: Path, **settings) -> Checkpointer:
-    none = dict.fromkeys(("draft", "shape", "provenance", "export_dtype", "special_ids", "measure"))
-    return Checkpointer(run=RunDirectory(root), keep=2, start=START, **none | settings)
+def make_checkpointer(root: Path) -> Checkpointer:
+    return Checkpointer(run=RunDirectory(root), keep=2, start=START, export=None, measure=None)
 
 
 def checkpoints(root: Path, *steps: int) -> Path:

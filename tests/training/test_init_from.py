@@ -10,8 +10,7 @@ from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset, count_supervised
 from nemo_speculative.data.vocab_mapping import vocab_mapping_from_d2t
 from nemo_speculative.training import build
-from nemo_speculative.training.checks import resolve_draft
-from nemo_speculative.training.init_from import read_init_from, use_init_shape
+from nemo_speculative.training.checks import read_init_from, resolve_draft, use_init_shape
 from nemo_speculative.utils.errors import UserError
 from tests.checkpoint import layouts
 from tests.config.test_groups import composed

@@ -14,7 +14,6 @@ from nemo_speculative.targets.base import TargetOutput
 from nemo_speculative.training.prefetch import (
     BatchPrefetcher,
     InterruptedTargetError,
-    SynchronousTarget,
     TargetPrefetcher,
 )
 from nemo_speculative.utils.devices import StepTimer
@@ -157,14 +156,14 @@ class CollectiveTarget(LocalTarget):
 
 def test_a_collective_target_is_synchronous_on_a_gpu():
     targets = TargetPrefetcher(CollectiveTarget(), torch.device("cuda"), StepTimer(CPU))
-    assert isinstance(targets.runner, SynchronousTarget)
+    assert targets.ahead == 0 and targets.stream is None
 
 
 def test_a_targets_time_is_rank_local_unless_it_is_collective(prefetch):
     (schedule, *_), local = prefetch(make_loader()).next().schedules, {}
     for target in (LocalTarget(), CollectiveTarget()):
         timer = StepTimer(CPU)
-        SynchronousTarget(target, timer).start(schedule.batch)()
+        TargetPrefetcher(target, CPU, timer).compute_now(schedule.batch)
         times = timer.reset()
         local[target.collective] = times.local
         assert times.shares["target"] > 0
