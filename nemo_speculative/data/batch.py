@@ -1,15 +1,14 @@
 """Batches of packed rows, the one form in which tokens reach the target and the draft, and the loader that makes them.
 
-Rows are packed again for each epoch and dealt out in global batches.  A global batch does not depend on the number of
-ranks and micro-batches, and the only state is the number of rows consumed, so a run resumes exactly on any number of
-ranks.
+Rows are packed again for each epoch and dealt out in global batches, which do not depend on the number of ranks and
+micro-batches.  The only state is the number of rows consumed, so a run resumes exactly on any number of ranks.
 """
 
 import bisect
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,14 +16,13 @@ import torch
 from torch.nn.functional import pad
 
 from nemo_speculative.config.schema import MaskConvention
-from nemo_speculative.data.conversations import Indexed, TokenRow
+from nemo_speculative.data.conversations import TokenRow
 from nemo_speculative.data.tokenized_dataset import TokenizedDataset
 from nemo_speculative.distributed.context_parallel import FULL_BATCH, ContextShard
 from nemo_speculative.utils.devices import to_device
 
 WINDOW = 2048
 """Documents packed together: enough to fill rows, few enough to keep the shuffled order."""
-_TENSORS = ("input_ids", "loss_mask", "positions", "documents")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,8 @@ class Batch:
     """The tokens that this context-parallel rank computes."""
 
     def to(self, device: torch.device) -> "Batch":
-        moved: dict[str, Any] = {k: to_device(getattr(self, k), device) for k in _TENSORS}
+        names = ("input_ids", "loss_mask", "positions", "documents")
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
         return replace(self, **moved, host=None if device.type == "cpu" else self.host or self)
 
     @property
@@ -97,24 +96,7 @@ class Batch:
         return self.input_ids.numel()
 
 
-class PackedRows(Indexed[list[int]]):
-    """The indices of the documents in each row; takes four bytes for each document and each row."""
-
-    def __init__(self) -> None:
-        self._documents, self._ends = array("i"), array("i", [0])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def _item(self, index: int) -> list[int]:
-        return self._documents[self._ends[index] : self._ends[index + 1]].tolist()
-
-    def append(self, documents: Sequence[int]) -> None:
-        self._documents.extend(documents)
-        self._ends.append(len(self._documents))
-
-
-def pack(lengths: Sequence[int], packed_length: int, seed: int) -> PackedRows:
+def pack(lengths: Sequence[int], packed_length: int, seed: int) -> list[Sequence[int]]:
     """Packs documents into rows: best-fit decreasing within windows of a shuffled order.
 
     A function of its arguments alone, so that every rank and every restart makes the same rows.
@@ -128,13 +110,12 @@ def pack(lengths: Sequence[int], packed_length: int, seed: int) -> PackedRows:
     rng = random.Random(seed)
     order = array("i", range(len(lengths)))
     rng.shuffle(order)
-    rows = PackedRows()
+    rows: list[Sequence[int]] = []
     for start in range(0, len(order), WINDOW):
         window = sorted(order[start : start + WINDOW], key=lambda i: (-lengths[i], i))
         packed = _best_fit(window, lengths, packed_length)
         rng.shuffle(packed)
-        for row in packed:
-            rows.append(row)
+        rows += (array("i", row) for row in packed)
     return rows
 
 
@@ -175,34 +156,29 @@ def collate(
     return Batch(input_ids, loss_mask, positions, documents, tuple(spans))
 
 
+@dataclass(eq=False, kw_only=True)
 class PackedLoader:
     """Endless global batches of ``global_batch_size`` rows, of which each rank gets its part as micro-batches."""
 
-    def __init__(
-        self,
-        dataset: TokenizedDataset,
-        *,
-        packed_length: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        pad_id: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.documents, self.packed_length, self.pad_id, self.seed = dataset.rows, packed_length, pad_id, seed
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size = rank, world_size
-        self.rows_consumed = 0
-        self._lengths = dataset.lengths
-        self._epochs: dict[int, PackedRows] = {}
+    dataset: TokenizedDataset = field(kw_only=False)
+    packed_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    pad_id: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    rows_consumed: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._epochs: dict[int, list[Sequence[int]]] = {}
         self._epoch, self._epoch_start = 0, 0
 
-    def rows_of(self, epoch: int) -> PackedRows:
+    def rows_of(self, epoch: int) -> list[Sequence[int]]:
         """The packed rows of an epoch; those of the last two epochs requested are cached."""
         if epoch not in self._epochs:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = pack(self._lengths, self.packed_length, seed=self.seed * 1_000_003 + epoch)
+            self._epochs[epoch] = pack(self.dataset.lengths, self.packed_length, seed=self.seed * 1_000_003 + epoch)
         return self._epochs[epoch]
 
     @property
@@ -211,7 +187,7 @@ class PackedLoader:
         self._row_at(self.rows_consumed)
         return self._epoch
 
-    def _row_at(self, index: int) -> list[int]:
+    def _row_at(self, index: int) -> Sequence[int]:
         """Row ``index`` of the endless sequence of epochs (indices never decrease)."""
         while index - self._epoch_start >= len(self.rows_of(self._epoch)):
             self._epoch_start += len(self.rows_of(self._epoch))
@@ -223,16 +199,12 @@ class PackedLoader:
         indices = range(self.rows_consumed, self.rows_consumed + self.global_batch_size)
         rows = [(self._row_at(i), self._epoch) for i in indices][self.rank :: self.world_size]
         self.rows_consumed += self.global_batch_size
-        chunks = [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
-        return [
-            collate(
-                [[self.documents[d] for d in row] for row, _ in chunk],
-                self.packed_length,
-                self.pad_id,
-                [epoch for _, epoch in chunk],
-            )
-            for chunk in chunks
-        ]
+        batches = []
+        for start in range(0, len(rows), self.micro_batch_size):
+            packed, epochs = zip(*rows[start : start + self.micro_batch_size], strict=True)
+            documents = [[self.dataset.rows[d] for d in row] for row in packed]
+            batches.append(collate(documents, self.packed_length, self.pad_id, epochs))
+        return batches
 
     def state_dict(self) -> dict[str, int]:
         return {"rows_consumed": self.rows_consumed}
@@ -255,10 +227,9 @@ def supervision_mask(
     - automodel (NeMo AutoModel): shifted by one, m[t+1+i].  One label past the end is trained.
     """
     same = [_ahead(documents, 2 + i, -1) == documents for i in range(num_steps)]
-    if convention is MaskConvention.official:
-        return torch.stack([_ahead(loss_mask, i, False) & same[i] for i in range(num_steps)])
-    if convention is MaskConvention.automodel:
-        return torch.stack([_ahead(loss_mask, 1 + i, False) & same[i] for i in range(num_steps)])
+    if convention is not MaskConvention.serving:
+        shift = 0 if convention is MaskConvention.official else 1
+        return torch.stack([_ahead(loss_mask, shift + i, False) & same[i] for i in range(num_steps)])
     unbroken, steps = _ahead(loss_mask, 1, False), []
     for i in range(num_steps):
         unbroken = unbroken & _ahead(loss_mask, 2 + i, False) & same[i]

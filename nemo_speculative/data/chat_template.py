@@ -20,24 +20,43 @@ def tokenize(tokenizer, conversation: Conversation, stop_ids: Collection[int]) -
     """Token ids and assistant mask of one conversation.
 
     An assistant span ends with its first stop token where it has one: what the template prints after it (a newline,
-    for example) is never generated.
-
-    Raises:
-        UserError: no chat template, a conversation that the template rejects, or one that cannot be masked.
+    for example) is never generated.  Raises UserError if the template rejects the conversation or hides its answers.
     """
-    if "{% generation" in chat_template_of(tokenizer) or "{%- generation" in chat_template_of(tokenizer):
-        ids, mask = _by_generation_tag(tokenizer, conversation)
+    messages, origin, tools = conversation.messages, conversation.origin, conversation.tools
+    template = chat_template_of(tokenizer)
+    if "{% generation" in template or "{%- generation" in template:
+        rendered = render(tokenizer, messages, origin, tools=tools, return_assistant_tokens_mask=True)
+        ids, mask = rendered["input_ids"], [bool(inside) for inside in rendered["assistant_masks"]]
     else:
-        ids, mask = _by_prefixes(tokenizer, conversation)
-    return TokenRow(conversation.id, ids, _end_at_stop(ids, mask, stop_ids), conversation.origin, conversation.source)
+        ids = render(tokenizer, messages, origin, tools=tools)["input_ids"]
+        mask = _mask_by_prefixes(tokenizer, conversation, ids)
+    stopped = False
+    for i, inside in enumerate(mask):
+        mask[i] = inside and not stopped
+        stopped = inside and (stopped or ids[i] in stop_ids)
+    return TokenRow(conversation.id, ids, mask, origin, conversation.source)
+
+
+def _mask_by_prefixes(tokenizer, conversation: Conversation, ids: list[int]) -> list[bool]:
+    """The mask of a conversation's ``ids``: an assistant turn is the part that it adds to the prompt before it."""
+    messages, origin, tools = conversation.messages, conversation.origin, conversation.tools
+    mask = [False] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = prompt_ids(tokenizer, messages[:turn], origin, tools)
+            after = render(tokenizer, messages[: turn + 1], origin, tools=tools)["input_ids"]
+            if ids[: len(after)] != after or after[: len(before)] != before:
+                raise UserError(
+                    f"{origin}: the chat template of {tokenizer.name_or_path} renders message {turn} differently "
+                    "within the whole conversation and at its end, so the assistant's tokens cannot be located; add "
+                    "{% generation %} to the template, or give input_ids and loss_mask (recipes/generate_data.py does)"
+                )
+            mask[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return mask
 
 
 def chat_template_of(tokenizer) -> str:
-    """The tokenizer's chat template.
-
-    Raises:
-        UserError: it has none.
-    """
+    """The tokenizer's chat template; raises UserError if it has none."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one to it, or give data that is "
@@ -69,8 +88,7 @@ def prompt_ids(tokenizer, messages: list[Message], origin: str, tools: list[Mess
 def render(tokenizer, messages: list[Message], origin: str, **options) -> dict[str, list[int]]:
     """Renders and tokenizes ``messages`` by the chat template: ``input_ids``, and what ``options`` request.
 
-    Raises:
-        UserError: no chat template, or messages that it rejects.
+    Raises UserError if there is no chat template, or if it rejects the messages.
     """
     chat_template_of(tokenizer)
     try:
@@ -81,10 +99,9 @@ def render(tokenizer, messages: list[Message], origin: str, **options) -> dict[s
 
 
 def normalize_messages(messages: list[Message]) -> list[Message]:
-    """``messages`` as chat servers pass them to the template.
+    """``messages`` as chat servers pass them to the template: without null values and with text as content.
 
-    No null values, empty text for missing content, and the arguments of tool calls as objects, which OpenAI writes as
-    text.
+    The arguments of tool calls, which OpenAI writes as text, become objects.
     """
     messages = [{k: v for k, v in m.items() if v is not None} | {"content": m.get("content") or ""} for m in messages]
     for message in messages:
@@ -101,38 +118,3 @@ def _with_parsed_arguments(call: Message) -> Message:
         return call | {"function": function | {"arguments": json.loads(function["arguments"])}}
     except json.JSONDecodeError:
         return call
-
-
-def _by_generation_tag(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    rendered = render(
-        tokenizer, conversation.messages, conversation.origin, tools=conversation.tools,
-        return_assistant_tokens_mask=True,
-    )  # fmt: skip
-    return rendered["input_ids"], [bool(m) for m in rendered["assistant_masks"]]
-
-
-def _by_prefixes(tokenizer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    messages, origin, tools = conversation.messages, conversation.origin, conversation.tools
-    whole = render(tokenizer, messages, origin, tools=tools)["input_ids"]
-    mask = [False] * len(whole)
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = prompt_ids(tokenizer, messages[:turn], origin, tools)
-            after = render(tokenizer, messages[: turn + 1], origin, tools=tools)["input_ids"]
-            if whole[: len(after)] != after or after[: len(before)] != before:
-                raise UserError(
-                    f"{origin}: the chat template of {tokenizer.name_or_path} renders message {turn} differently "
-                    "within the whole conversation and at its end, so the assistant's tokens cannot be located; add "
-                    "{% generation %} to the template, or give input_ids and loss_mask (recipes/generate_data.py does)"
-                )
-            mask[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return whole, mask
-
-
-def _end_at_stop(ids: list[int], mask: list[bool], stop_ids: Collection[int]) -> list[bool]:
-    """``mask`` with each assistant span cut after its first stop token."""
-    result, stopped = list(mask), False
-    for i, inside in enumerate(mask):
-        result[i] = inside and not stopped
-        stopped = inside and (stopped or ids[i] in stop_ids)
-    return result

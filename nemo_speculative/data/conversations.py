@@ -1,25 +1,22 @@
-"""Conversations: the lines of a data file parsed into them, sequences of them, and their split into two sides.
-
-A file's conversations are read when they are indexed; only the line offsets are in memory.
-"""
+"""Conversations: the lines of a data file parsed into them, sequences of them, and their split into two sides."""
 
 import hashlib
 import json
 import os
 import random
+import struct
 from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.progress import Progress
 
-T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
 SPLIT_SALT = "side in training:"
 """A prepared file holds one side of an earlier split by id, so a training's own split hashes ids with this salt."""
@@ -64,24 +61,34 @@ class TokenRow:
 Item = Conversation | TokenRow
 
 
-def parse_line(line: bytes, origin: str, number: str) -> list[Item]:
-    """Parses a line of a data file: a conversation, a token row, or the several token rows of a generated conversation.
+def item_content(item: Item) -> list[Any]:
+    """Everything that identifies an item: its id, source and content, but not its origin."""
+    if isinstance(item, Conversation):
+        return [item.id, item.source, item.messages, item.tools]
+    return [item.id, item.source, item.input_ids, item.loss_mask]
 
-    Args:
-        origin: ``file:line``, for error messages.
-        number: the id of a line that has none.
 
-    Raises:
-        UserError: the line is malformed.
+def parse_line(line: bytes, file: Path | str, number: int) -> list[Item]:
+    """Parses line ``number`` of a data file: a conversation, a token row, or the token rows of generated answers.
+
+    A line without an id is identified by its number.  Raises UserError if the line is malformed.
     """
+    origin = f"{file}:{number}"
     record = parse_json(line, origin)
-    identity = number if record.get("id") is None else str(record["id"])
+    identity = str(number if record.get("id") is None else record["id"])
     source = str(record.get("source") or "")
     if "rows" in record:  # as generated: tokenizing the text again could give other ids
-        return _generated_rows(record["rows"], identity, origin, source)
+        rows = record["rows"]
+        if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and "input_ids" in r for r in rows):
+            raise UserError(f'{origin}: "rows" must be a list of {{"input_ids", "loss_mask"}}, not {rows!r:.60}')
+        names = [identity] if len(rows) == 1 else [f"{identity}#{turn}" for turn in range(len(rows))]
+        return [_token_row(row, name, origin, source) for row, name in zip(rows, names, strict=True)]
     if "conversations" in record:
-        messages = check_messages(record["conversations"], origin)
-        return [Conversation(identity, messages, origin, _tools(record.get("tools"), origin), source)]
+        messages, tools = record["conversations"], record.get("tools")
+        _check_messages(messages, origin)
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise UserError(f'{origin}: "tools" must be a list of JSON objects, not {tools!r:.60}')
+        return [Conversation(identity, messages, origin, tools or None, source)]
     if "input_ids" in record:
         return [_token_row(record, identity, origin, source)]
     raise UserError(
@@ -91,11 +98,7 @@ def parse_line(line: bytes, origin: str, number: str) -> list[Item]:
 
 
 def parse_json(line: bytes, origin: str) -> dict[str, Any]:
-    """Parses a line as a JSON object.
-
-    Raises:
-        UserError: it is not one.
-    """
+    """Parses a line as a JSON object; raises UserError if it is none."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -110,61 +113,37 @@ def parse_json(line: bytes, origin: str) -> dict[str, Any]:
     return record
 
 
-def check_messages(value: Any, origin: str, key: str = "conversations") -> list[dict[str, Any]]:
-    """Returns ``value`` unchanged.
-
-    Raises:
-        UserError: it is not a list of chat messages in a valid order; names ``origin``.
-    """
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{origin}: "{key}" must be a list of messages, not {value!r:.60}')
-    for index, message in enumerate(value):
-        _check_message(message, index, origin)
-        if problem := _order_problem(message, index, value[index - 1] if index else None):
+def _check_messages(messages: Any, origin: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{origin}: "conversations" must be a list of messages, not {messages!r:.60}')
+    for index, message in enumerate(messages):
+        if problem := _message_problem(message, messages[index - 1] if index else None):
             raise UserError(
                 f"{origin}: message {index} {problem}; correct it "
                 "(recipes/prepare_data.py leaves such rows out, counted)"
             )
-    return value
 
 
-def _order_problem(message: dict[str, Any], index: int, before: dict[str, Any] | None) -> str | None:
-    """Why no chat has this message after ``before``, though a template may render it; None if one may."""
-    role = message["role"]
-    if role == "system" and index:
+def _message_problem(message: Any, before: dict[str, Any] | None) -> str | None:
+    """Why ``message`` is none, or why no chat has it after ``before``, though a template may render it."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        return f"is {message!r:.60}, expected a role among {', '.join(ROLES)}"
+    role, content = message["role"], message.get("content")
+    reasoning, calls = message.get("reasoning_content"), message.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and role == "assistant" and calls):
+        return f"has the content {content!r:.60}, expected text"
+    if not isinstance(reasoning, str | None):
+        return f'has the "reasoning_content" {reasoning!r:.60}, expected text'
+    if not isinstance(calls or [], list):
+        return f'has the "tool_calls" {calls!r:.60}, expected a list'
+    if role == "system" and before:
         return "is the system's, expected first"
     if role == "assistant" and before and before["role"] == "assistant":
         return "is a second answer in a row, expected the user's or a tool's before it"
-    content = message.get("content") or message.get("reasoning_content") or message.get("tool_calls")
-    if role in ("user", "assistant") and not (content.strip() if isinstance(content, str) else content):
+    text = content or reasoning or calls
+    if role in ("user", "assistant") and not (text.strip() if isinstance(text, str) else text):
         return f"of the {role} is empty, expected text"
     return None
-
-
-def _check_message(message: Any, index: int, origin: str) -> None:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise UserError(f"{origin}: message {index} is {message!r:.60}, expected a role among {', '.join(ROLES)}")
-    if not isinstance(message.get("content"), str) and not (
-        message.get("content") is None and message["role"] == "assistant" and message.get("tool_calls")
-    ):
-        raise UserError(f"{origin}: message {index} has the content {message.get('content')!r:.60}, expected text")
-    if not isinstance(message.get("reasoning_content", ""), str | None):
-        raise UserError(f'{origin}: message {index}: "reasoning_content" must be text')
-    if not isinstance(message.get("tool_calls") or [], list):
-        raise UserError(f'{origin}: message {index}: "tool_calls" must be a list')
-
-
-def _tools(value: Any, origin: str) -> list[dict[str, Any]] | None:
-    if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
-        raise UserError(f'{origin}: "tools" must be a list of JSON objects, not {value!r:.60}')
-    return value or None
-
-
-def _generated_rows(rows: Any, identity: str, origin: str, source: str) -> list[Conversation | TokenRow]:
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "input_ids" in row for row in rows):
-        raise UserError(f'{origin}: "rows" must be a list of {{"input_ids", "loss_mask"}}, not {rows!r:.60}')
-    names = [identity] if len(rows) == 1 else [f"{identity}#{turn}" for turn in range(len(rows))]
-    return [_token_row(row, name, origin, source) for row, name in zip(rows, names, strict=True)]
 
 
 def _token_row(record: dict[str, Any], identity: str, origin: str, source: str) -> TokenRow:
@@ -176,38 +155,24 @@ def _token_row(record: dict[str, Any], identity: str, origin: str, source: str) 
     return TokenRow(identity, ids, [bool(m) for m in mask], origin, source)
 
 
-class Indexed(Sequence[T]):
-    """A sequence whose elements are made when they are read; a slice is a list of them."""
+class Conversations(Sequence[Item]):
+    """A sequence of conversations and token rows; a slice of it, like any selection, is a :class:`Selection`."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content, wherever it is stored."""
+        raise NotImplementedError
 
     @abstractmethod
-    def _item(self, index: int) -> T:
-        """The element at 0 <= ``index`` < len(self)."""
-
-    def _slice(self, indices: range) -> Sequence[T]:
-        return [self._item(index) for index in indices]
+    def _item(self, index: int) -> Item:
+        """The item at 0 <= ``index`` < len(self)."""
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self._slice(range(*index.indices(len(self))))
+            return Selection(self, array("q", range(*index.indices(len(self)))))
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self._item(index % len(self))
-
-
-class Conversations(Indexed[Item]):
-    """A sequence of conversations and token rows; a slice of it, like any selection, is a :class:`Selection`."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Hash of the content, wherever it is stored."""
-
-    def _slice(self, indices: range) -> "Conversations":
-        return Selection(self, array("q", indices))
-
-    def split_fraction(self, index: int) -> float:
-        """A number in [0, 1) that depends on the item's id alone, so that a split by it survives added rows."""
-        return hash_fraction(self[index].id, SPLIT_SALT)
 
     def in_order(self) -> "Conversations":
         """The same items in the order of the sequence they were selected from."""
@@ -237,9 +202,6 @@ class Selection(Conversations):
     def in_order(self) -> Conversations:
         return Selection(self._items, array("q", sorted(self._indices)))
 
-    def split_fraction(self, index: int) -> float:
-        return self._items.split_fraction(self._indices[index])
-
 
 class ConversationList(Conversations):
     """Conversations in memory."""
@@ -261,30 +223,19 @@ class ConversationList(Conversations):
 class ConversationFile(Conversations):
     """The conversations of a JSONL file; every line is checked once, when the file is opened.
 
-    Memory holds some 40 bytes a line; a line is read from disk each time it is indexed.
-
-    Args:
-        key: configuration key of the path, for error messages.
-
-    Raises:
-        UserError: the file is missing, empty, not UTF-8 or a line of it is malformed; the line is named.
+    Memory holds some 40 bytes a line; a line is read from disk each time it is indexed.  Raises UserError, which names
+    the line or the configuration ``key`` of the path, if the file is missing or empty, or a line is malformed.
     """
+
+    _ENTRY = struct.Struct("qqqdi")
+    """Per item: the offset, length and number of its line, its split fraction, and which of the line's items it is."""
 
     def __init__(self, path: str | Path, key: str = "data.path"):
         self.path = Path(path)
         if not self.path.is_file():
             problem = "is a directory" if self.path.is_dir() else "does not exist or is not a file"
             raise UserError(f"{key}: {self.path} {problem}; expected a JSONL file")
-        # Per item: the offset, length and number of its line, which of the line's items it is, its split fraction.
-        self._offsets, self._lengths, self._numbers = array("q"), array("q"), array("q")
-        self._parts, self._fractions = array("i"), array("d")
-        self._descriptor: int | None = None
-        self._digest = self._scan()
-        if not self._offsets:
-            raise UserError(f"{key}: {self.path} is empty; expected one JSON object a line")
-
-    def _scan(self) -> str:
-        digest, offset = hashlib.sha256(), 0
+        self._entries, digest, offset = bytearray(), hashlib.sha256(), 0
         progress = Progress(f"reading {self.path.name}, bytes", self.path.stat().st_size, quiet=True)
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -294,58 +245,48 @@ class ConversationFile(Conversations):
                 offset += len(line)
                 progress.advance(by=len(line))
         progress.close()
-        return digest.hexdigest()[:16]
+        self.fingerprint = digest.hexdigest()[:16]
+        if not self._entries:
+            raise UserError(f"{key}: {self.path} is empty; expected one JSON object a line")
 
     def _add(self, line: bytes, offset: int, number: int) -> None:
-        items = parse_line(line, f"{self.path}:{number}", str(number))
+        items = parse_line(line, self.path, number)
         # Hash of the line's own id: all rows of one conversation are on the same side of a split.
         fraction = hash_fraction(items[0].id.removesuffix("#0") if len(items) > 1 else items[0].id, SPLIT_SALT)
         for part in range(len(items)):
-            self._offsets.append(offset)
-            self._lengths.append(len(line))
-            self._numbers.append(number)
-            self._parts.append(part)
-            self._fractions.append(fraction)
-
-    @property
-    def fingerprint(self) -> str:
-        return self._digest
+            self._entries += self._ENTRY.pack(offset, len(line), number, fraction, part)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._entries) // self._ENTRY.size
 
     def _item(self, index: int) -> Item:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        line = os.pread(self._descriptor, self._lengths[index], self._offsets[index])
-        number = self._numbers[index]
-        return parse_line(line, f"{self.path}:{number}", str(number))[self._parts[index]]
+        offset, length, number, _, part = self._ENTRY.unpack_from(self._entries, index * self._ENTRY.size)
+        return parse_line(os.pread(self._file.fileno(), length, offset), self.path, number)[part]
 
-    def split_fraction(self, index: int) -> float:
-        return self._fractions[index]
+    @property
+    def split_fractions(self) -> list[float]:
+        """For each item a number in [0, 1) that depends on its line's id alone, so that a split survives added rows."""
+        return [fraction for _, _, _, fraction, _ in self._ENTRY.iter_unpack(self._entries)]
+
+    @cached_property
+    def _file(self) -> BinaryIO:
+        return self.path.open("rb")
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_descriptor": None}
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # type: ignore[arg-type]
+        return {name: value for name, value in vars(self).items() if name != "_file"}
 
 
-def split_by_hash(items: Conversations, held_out: float) -> tuple[Conversations, Conversations]:
+def split_by_hash(file: ConversationFile, held_out: float) -> tuple[Conversations, Conversations]:
     """The training and the held-out side: an item is held out if its split fraction is below ``held_out``.
 
     Where none of a few items is below it, those with the last id are held out.
     """
-    fractions = array("d", (items.split_fraction(index) for index in range(len(items))))
-    if held_out and fractions and not any(fraction < held_out for fraction in fractions):
-        last = fractions[-1]
-        if any(fraction != last for fraction in fractions):
-            fractions = array("d", (-1.0 if fraction == last else fraction for fraction in fractions))
-    sides = (array("q"), array("q"))
-    for index, fraction in enumerate(fractions):
-        sides[fraction < held_out].append(index)
-    return Selection(items, sides[False]), Selection(items, sides[True])
+    fractions = file.split_fractions
+    chosen = [fraction < held_out for fraction in fractions]
+    if held_out and not any(chosen) and len(set(fractions)) > 1:
+        chosen = [fraction == fractions[-1] for fraction in fractions]
+    sides = [array("q", (i for i, held in enumerate(chosen) if held == side)) for side in (False, True)]
+    return Selection(file, sides[0]), Selection(file, sides[1])
 
 
 def shuffled(items: Conversations, seed: int) -> Conversations:
@@ -353,13 +294,6 @@ def shuffled(items: Conversations, seed: int) -> Conversations:
     order = array("q", range(len(items)))
     random.Random(seed).shuffle(order)
     return Selection(items, order)
-
-
-def item_content(item: Item) -> list[Any]:
-    """Everything that identifies an item: its id, source and content, but not its origin."""
-    if isinstance(item, Conversation):
-        return [item.id, item.source, item.messages, item.tools]
-    return [item.id, item.source, item.input_ids, item.loss_mask]
 
 
 def hash_fraction(identity: str, salt: str = "") -> float:
@@ -385,15 +319,14 @@ class Split:
 def load_jsonl(config: DataConfig, seed: int) -> Split:
     """A JSONL file, and as held out a second one, or a share of the first chosen by the hash of the id.
 
-    Raises:
-        UserError: a file is missing, empty or malformed, or one side of the split is empty.
+    Raises UserError if a file is missing, empty or malformed, or if nothing is left to train on.
     """
-    training: Conversations = ConversationFile(config.path or "")
-    count = len(training)
+    file = ConversationFile(config.path or "")
     if config.held_out_path:
+        training: Conversations = file
         held_out: Conversations = ConversationFile(config.held_out_path, "data.held_out_path")
     else:
-        training, held_out = split_by_hash(training, config.held_out_share)
+        training, held_out = split_by_hash(file, config.held_out_share)
     if not training:
-        raise UserError(f"data: {count} conversations leave nothing to train on; lower data.held_out_share")
+        raise UserError(f"data: {len(file)} conversations leave nothing to train on; lower data.held_out_share")
     return Split(shuffled(training, seed)[: config.max_conversations], shuffled(held_out, seed))

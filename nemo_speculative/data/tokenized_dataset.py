@@ -4,32 +4,31 @@ Rows are tokenized once, by several processes for a long file, and stored as an 
 The directory's name is a hash of everything that shapes the rows, so a later run finds them again.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
 import signal
 import threading
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import accumulate, compress, groupby, islice
+from functools import cached_property
+from itertools import compress, groupby, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data.chat_template import tokenize, tokenizer_digest
-from nemo_speculative.data.conversations import Conversation, Conversations, Indexed, TokenRow
+from nemo_speculative.data.conversations import Conversation, Conversations, TokenRow
 from nemo_speculative.utils.errors import UserError
 from nemo_speculative.utils.files import dir_lock, file_sizes, read_manifest, write_manifest
 from nemo_speculative.utils.progress import Progress
@@ -37,15 +36,15 @@ from nemo_speculative.utils.progress import Progress
 VERSION = 1
 """Raised when the same conversations would give other rows."""
 CHUNK = 512
-"""Conversations tokenized at once, and rows read from disk at once."""
-ROWS_COUNTED_AT_ONCE = 256
-"""Each count of ids is an array of the vocabulary's size, however few rows it covers."""
+"""Conversations tokenized at once, and rows of one batch of the file."""
 MIN_ITEMS_FOR_WORKERS = 4096
 """Number of conversations below which starting further processes takes longer than they save."""
 MAX_WORKERS = 8
 POLL_SECONDS = 0.2
 """Seconds between two checks whether the rows are still needed."""
 ROWS, COUNTS, META = "rows.arrow", "counts.safetensors", "meta.json"
+LEFT_OUT = ("unsupervised", "truncated", "supervised_tokens_cut")
+"""Fields of :class:`TokenizedDataset` that are summed over the chunks."""
 SCHEMA = pa.schema(
     {"id": pa.string(), "source": pa.string(), "input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.bool_())}
 )
@@ -81,7 +80,7 @@ class TokenizedDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all rows in their order."""
-        return hashlib.sha256(b"".join(map(row_digest, self.rows))).hexdigest()[:16]
+        return hashlib.sha256(b"".join(map(_row_digest, self.rows))).hexdigest()[:16]
 
     @property
     def all_counts(self) -> torch.Tensor:
@@ -92,14 +91,10 @@ class TokenizedDataset:
     def tokens(self) -> int:
         return sum(self.lengths)
 
-    @property
-    def supervised_tokens(self) -> int:
-        return int(self.all_counts.sum())
-
     def report(self) -> str:
         """One line: rows, tokens, supervised share, and what was left out."""
         line = f"{len(self.rows)} conversations, {self.tokens} tokens, "
-        line += f"{self.supervised_tokens / max(self.tokens, 1):.0%} supervised"
+        line += f"{int(self.all_counts.sum()) / max(self.tokens, 1):.0%} supervised"
         if self.truncated:
             line += f"; {self.truncated} cut to length, losing {self.supervised_tokens_cut} supervised tokens"
         if self.unsupervised:
@@ -108,55 +103,18 @@ class TokenizedDataset:
         return line
 
 
-def row_digest(row: TokenRow) -> bytes:
+def _row_digest(row: TokenRow) -> bytes:
     """16-byte hash of a row's id, tokens and mask."""
     identity = row.id.encode()
     digest = hashlib.sha256(len(identity).to_bytes(4, "little") + identity)
-    digest.update(array("i", row.input_ids).tobytes())
-    digest.update(bytes(row.loss_mask))
+    digest.update(array("i", row.input_ids).tobytes() + bytes(row.loss_mask))
     return digest.digest()[:16]
 
 
 def count_supervised(rows: Iterable[TokenRow], vocab_size: int) -> torch.Tensor:
-    """int64 [V]: how often the assistant wrote each id; linear in the tokens."""
-    counts, remaining = torch.zeros(vocab_size, dtype=torch.long), iter(rows)
-    while some := list(islice(remaining, ROWS_COUNTED_AT_ONCE)):
-        ids = [i for row in some for i in compress(row.input_ids, row.loss_mask)]
-        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=vocab_size)
-    return counts
-
-
-def tokenize_conversations(
-    items: Iterable[Conversation | TokenRow], tokenizer, stop_ids: Collection[int], max_length: int, vocab_size: int
-) -> TokenizedDataset:
-    """Tokenizes, checks and truncates ``items``.
-
-    Raises:
-        UserError: a conversation has no assistant turn or cannot be masked, or an id is outside the vocabulary.
-    """
-    rows: list[TokenRow] = []
-    dataset = TokenizedDataset(vocab_size, rows)
-    for item in items:
-        if isinstance(item, TokenRow):
-            row = item
-        elif item.has_answer:
-            row = tokenize(tokenizer, item, stop_ids)
-        else:
-            raise UserError(
-                f"{item.origin}: the conversation has no assistant turn, so there is nothing to train on; add one, "
-                "or let the target answer with data.answers=target"
-            )
-        if (largest := max(row.input_ids, default=0)) >= vocab_size:
-            raise UserError(f"{row.origin}: token id {largest} is not in the target's vocabulary of {vocab_size}")
-        cut = row.cut(max_length)
-        if cut is not row:
-            dataset.truncated += 1
-            dataset.supervised_tokens_cut += sum(row.loss_mask) - sum(cut.loss_mask)
-        if any(cut.loss_mask):
-            rows.append(cut)
-        else:
-            dataset.unsupervised.append(row.id)
-    return dataset
+    """int64 [V]: how often the assistant wrote each id."""
+    ids = np.fromiter((i for row in rows for i in compress(row.input_ids, row.loss_mask)), np.int64)
+    return torch.from_numpy(np.bincount(ids, minlength=vocab_size))
 
 
 def preview(row: TokenRow, tokenizer, color: bool) -> str:
@@ -171,15 +129,37 @@ def preview(row: TokenRow, tokenizer, color: bool) -> str:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """The settings by which conversations become rows: the arguments of :func:`tokenize_conversations`."""
+    """The settings by which conversations become rows."""
 
     tokenizer: Any
     stop_ids: Collection[int]
     max_length: int
     vocab_size: int
 
-    def __call__(self, items: Sequence[Any]) -> TokenizedDataset:
-        return tokenize_conversations(items, self.tokenizer, self.stop_ids, self.max_length, self.vocab_size)
+    def __call__(self, items: Iterable[Conversation | TokenRow]) -> TokenizedDataset:
+        """Tokenizes, checks and truncates ``items``; raises UserError if one cannot be trained on."""
+        rows: list[TokenRow] = []
+        dataset = TokenizedDataset(self.vocab_size, rows)
+        for item in items:
+            if isinstance(item, Conversation) and not item.has_answer:
+                raise UserError(
+                    f"{item.origin}: the conversation has no assistant turn, so there is nothing to train on; add "
+                    "one, or let the target answer with data.answers=target"
+                )
+            row = item if isinstance(item, TokenRow) else tokenize(self.tokenizer, item, self.stop_ids)
+            if (largest := max(row.input_ids, default=0)) >= self.vocab_size:
+                raise UserError(
+                    f"{row.origin}: token id {largest} is not in the target's vocabulary of {self.vocab_size}"
+                )
+            cut = row.cut(self.max_length)
+            if cut is not row:
+                dataset.truncated += 1
+                dataset.supervised_tokens_cut += sum(row.loss_mask) - sum(cut.loss_mask)
+            if any(cut.loss_mask):
+                rows.append(cut)
+            else:
+                dataset.unsupervised.append(row.id)
+        return dataset
 
     def key(self, items: Conversations) -> str:
         """Hash of everything that shapes the rows of ``items``."""
@@ -209,37 +189,33 @@ def load_or_tokenize(
     directory = Path(config.cache_dir) / "tokens" / tokenization.key(items)
     with dir_lock(directory, "data.cache_dir", wait=True):
         if not _is_complete(directory):
-            _create(items, tokenization, directory, config.workers, title, check_canceled)
-    return _load(directory, tokenization.vocab_size)
+            chunks = _tokenize_chunks(items, tokenization, config, title, check_canceled)
+            _create(directory, chunks, tokenization.vocab_size)
+    meta, rows = json.loads((directory / META).read_text()), StoredRows(directory / ROWS)
+    left_out = {name: meta[name] for name in LEFT_OUT}
+    dataset = TokenizedDataset(tokenization.vocab_size, rows, directory=directory, **left_out)
+    # Without these, each would read every row.
+    dataset.lengths = array("i", pa.compute.list_value_length(rows.table["input_ids"]).to_numpy().tobytes())
+    dataset.counts = dict(zip(meta["sources"], load_file(directory / COUNTS)["counts"], strict=True))
+    dataset.fingerprint = meta["fingerprint"]
+    return dataset
 
 
-class StoredRows(Indexed[TokenRow]):
-    """The rows of an Arrow file, read when they are indexed."""
+class StoredRows(Sequence[TokenRow]):
+    """The rows of an Arrow file, mapped into memory and read when they are indexed; a slice is a list of them."""
 
     def __init__(self, file: Path):
-        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        batches = range(self._reader.num_record_batches)
-        self._ends = list(accumulate(self._reader.get_batch(number).num_rows for number in batches))
-        self._batch = lru_cache(maxsize=64)(self._reader.get_batch)
-        self._file = file
+        self._file, self.table = file, pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self.table)
 
-    def _item(self, index: int) -> TokenRow:
-        number = bisect_right(self._ends, index)
-        row = index - (self._ends[number - 1] if number else 0)
-        identity, source, ids, mask = self._batch(number).columns
-        values = ids[row].values.to_numpy().tolist(), mask[row].values.to_numpy(zero_copy_only=False).tolist()
-        return TokenRow(identity[row].as_py(), *values, f"{self._file}:{index}", source[row].as_py())
-
-    @property
-    def lengths(self) -> "array[int]":
-        """Tokens of each row."""
-        lengths = array("i")
-        for number in range(self._reader.num_record_batches):
-            lengths.frombytes(self._reader.get_batch(number).column("input_ids").value_lengths().to_numpy().tobytes())
-        return lengths
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        identity, source, ids, mask = (column[index] for column in self.table.columns)
+        values = ids.values.to_numpy().tolist(), mask.values.to_numpy(zero_copy_only=False).tolist()
+        return TokenRow(identity.as_py(), *values, f"{self._file}:{index % len(self)}", source.as_py())
 
 
 def _is_complete(directory: Path) -> bool:
@@ -250,119 +226,74 @@ def _is_complete(directory: Path) -> bool:
         return False
 
 
-def _load(directory: Path, vocab_size: int) -> TokenizedDataset:
-    meta, rows = json.loads((directory / META).read_text()), StoredRows(directory / ROWS)
-    left_out = meta["unsupervised"], meta["truncated"], meta["supervised_tokens_cut"]
-    dataset = TokenizedDataset(vocab_size, rows, *left_out, directory)
-    # Without these, each would read every row.
-    dataset.lengths = rows.lengths
-    dataset.counts = dict(zip(meta["sources"], load_file(directory / COUNTS)["counts"], strict=True))
-    dataset.fingerprint = meta["fingerprint"]
-    return dataset
-
-
-def _create(
-    items: Conversations,
-    tokenization: Tokenization,
-    directory: Path,
-    workers: int | None,
-    title: str,
-    check_canceled: Callable[[], None],
-) -> None:
-    partial = directory / "partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-    partial.mkdir()
+def _create(directory: Path, chunks: Iterator[TokenizedDataset], vocab_size: int) -> None:
+    """Writes the rows of ``chunks`` and their counts; meta.json comes last: it marks the others as complete."""
+    (directory / META).unlink(missing_ok=True)
+    counts: dict[str, torch.Tensor] = {}
+    meta: dict[str, Any] = {"unsupervised": [], "truncated": 0, "supervised_tokens_cut": 0}
+    digest = hashlib.sha256()
     try:
-        _write(partial, _tokenize_chunks(items, tokenization, workers, title, check_canceled), tokenization.vocab_size)
-        for name in (ROWS, COUNTS, META):  # meta.json last: it marks the others as complete
-            os.replace(partial / name, directory / name)
+        with pa.OSFile(str(directory / ROWS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            for chunk in chunks:
+                rows = chunk.rows
+                columns: list[Any] = [[row.id for row in rows], [row.source for row in rows]]
+                columns += [[row.input_ids for row in rows], [row.loss_mask for row in rows]]
+                writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+                digest.update(b"".join(map(_row_digest, rows)))
+                for name in LEFT_OUT:
+                    meta[name] += getattr(chunk, name)
+                for source, times in chunk.counts.items():
+                    counts[source] = counts.get(source, 0) + times
+        meta |= {"sources": sorted(counts), "fingerprint": digest.hexdigest()[:16]}
+        empty = torch.zeros(0, vocab_size, dtype=torch.long)
+        stacked = torch.stack([counts[source] for source in meta["sources"]]) if counts else empty
+        save_file({"counts": stacked}, directory / COUNTS)
+        meta["bytes"] = file_sizes(directory, (ROWS, COUNTS))
+        write_manifest(directory / META, meta, indent=None)
     except OSError as error:
         raise UserError(
             f"data.cache_dir: {directory} cannot be written ({error}); make room there, or name another directory"
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write(directory: Path, chunks: Iterator["_Chunk"], vocab_size: int) -> None:
-    counts: dict[str, torch.Tensor] = {}
-    meta: dict[str, Any] = {"unsupervised": [], "truncated": 0, "supervised_tokens_cut": 0}
-    digest = hashlib.sha256()
-    with pa.OSFile(str(directory / ROWS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-        for chunk in chunks:
-            writer.write_batch(chunk.rows)
-            digest.update(chunk.digests)
-            for name in meta:
-                meta[name] += chunk.left_out[name]
-            for source, (ids, times) in chunk.counts.items():
-                counts.setdefault(source, torch.zeros(vocab_size, dtype=torch.long))[ids] += times
-    meta |= {"sources": sorted(counts), "fingerprint": digest.hexdigest()[:16]}
-    empty = torch.zeros(0, vocab_size, dtype=torch.long)
-    stacked = torch.stack([counts[source] for source in meta["sources"]]) if counts else empty
-    save_file({"counts": stacked}, directory / COUNTS)
-    meta["bytes"] = file_sizes(directory, (ROWS, COUNTS))
-    write_manifest(directory / META, meta, indent=None)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A tokenized chunk of conversations, as a worker process returns it."""
-
-    rows: pa.RecordBatch
-    digests: bytes
-    counts: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """For each source, the ids that the assistant wrote, and how often each."""
-    left_out: dict[str, Any]
-
-    @classmethod
-    def of(cls, dataset: TokenizedDataset) -> "_Chunk":
-        rows = dataset.rows
-        columns = [[row.id for row in rows], [row.source for row in rows]]
-        lists = [[row.input_ids for row in rows], [row.loss_mask for row in rows]]
-        batch = pa.record_batch([*columns, *lists], schema=SCHEMA)
-        counts = {source: (ids.nonzero()[:, 0], ids[ids > 0]) for source, ids in dataset.counts.items()}
-        left_out = {name: getattr(dataset, name) for name in ("unsupervised", "truncated", "supervised_tokens_cut")}
-        return cls(batch, b"".join(map(row_digest, rows)), counts, left_out)
+        if not (directory / META).is_file():
+            for name in (ROWS, COUNTS):
+                (directory / name).unlink(missing_ok=True)
 
 
 def _tokenize_chunks(
-    items: Conversations,
-    tokenization: Tokenization,
-    workers: int | None,
-    title: str,
-    check_canceled: Callable[[], None],
-) -> Iterator[_Chunk]:
-    """Chunks in the order of ``items``, from this process or from ``workers`` others."""
+    items: Conversations, tokenization: Tokenization, config: DataConfig, title: str, check_canceled: Callable[[], None]
+) -> Iterator[TokenizedDataset]:
+    """Chunks in the order of ``items``, from this process or from ``config.workers`` others."""
     progress = Progress(title, len(items), quiet=True)
-    count = min(os.cpu_count() or 1, MAX_WORKERS) if workers is None else workers
-    ranges = [(start, min(start + CHUNK, len(items))) for start in range(0, len(items), CHUNK)]
+    count = min(os.cpu_count() or 1, MAX_WORKERS) if config.workers is None else config.workers
+    parts = [slice(start, min(start + CHUNK, len(items))) for start in range(0, len(items), CHUNK)]
     if len(items) < MIN_ITEMS_FOR_WORKERS or count < 2:
-        chunks: Iterator[_Chunk] = (_Chunk.of(tokenization(items[start:end])) for start, end in ranges)
+        chunks: Iterator[TokenizedDataset] = (tokenization(items[part]) for part in parts)
     else:
-        chunks = _tokenize_in_workers(items, tokenization, ranges, count, check_canceled)
-    for (start, end), chunk in zip(ranges, chunks, strict=True):
-        progress.advance(by=end - start)
+        chunks = _tokenize_in_workers(items, tokenization, parts, count, check_canceled)
+    for part, chunk in zip(parts, chunks, strict=True):
+        progress.advance(by=part.stop - part.start)
         check_canceled()
         yield chunk
     progress.close()
 
 
 def _tokenize_in_workers(
-    items: Conversations,
-    tokenization: Tokenization,
-    ranges: list[tuple[int, int]],
-    count: int,
-    check_canceled: Callable[[], None],
-) -> Iterator[_Chunk]:
+    items: Conversations, tokenization: Tokenization, parts: list[slice], count: int, check_canceled: Callable[[], None]
+) -> Iterator[TokenizedDataset]:
     """Chunks of ``count`` worker processes, which stay at most 2 chunks each ahead of the writer."""
     with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (items, tokenization)) as pool:
-        remaining, pending = iter(ranges), list[Future[_Chunk]]()
+        remaining, pending = iter(parts), list[Future[TokenizedDataset]]()
         try:
             while True:
-                for start, end in islice(remaining, 2 * count - len(pending)):
+                for part in islice(remaining, 2 * count - len(pending)):
                     check_canceled()  # starting a process takes seconds
-                    with _interrupts_blocked():
-                        pending.append(pool.submit(_tokenize_range, start, end))
+                    # A process that is started here ignores Ctrl-C: the parent ends it.
+                    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                    try:
+                        pending.append(pool.submit(_tokenize_in_worker, part))
+                    finally:
+                        signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if not pending:
                     return
                 while not pending[0].done():
@@ -375,16 +306,6 @@ def _tokenize_in_workers(
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started within, by any thread, ignore Ctrl-C: the parent ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: tuple[Conversations, Tokenization]
@@ -406,6 +327,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _tokenize_range(start: int, end: int) -> _Chunk:
+def _tokenize_in_worker(part: slice) -> TokenizedDataset:
     items, tokenization = _worker
-    return _Chunk.of(tokenization(items[start:end]))
+    return tokenization(items[part])

@@ -1,10 +1,8 @@
 """The draft vocabulary: the target ids that a draft can propose, chosen by how often the assistant wrote them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from nemo_speculative.config.schema import VocabularySize
@@ -14,8 +12,6 @@ from nemo_speculative.utils.files import atomic_write
 
 ENTRIES_MULTIPLE = 64
 """Matrix products are fastest where the number of the head's rows is a multiple of this."""
-RULE = "the most frequent ids of the assistant, 1"
-"""Stored next to a vocabulary; its number is raised when the same counts would give another one."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +42,7 @@ class VocabMapping:
 
 
 def build_vocab_mapping(counts: torch.Tensor, size: VocabularySize) -> VocabMapping:
-    """The ids that the assistant wrote most often; ties, and ids never written, go to the lower id.
-
-    Args:
-        counts: int64 [V], how often it wrote each: see :attr:`TokenizedDataset.counts`.
-    """
+    """The ids of the highest ``counts`` int64 [V]; ties, and ids that the assistant never wrote, go to the lower id."""
     entries = size.entries if size.entries is not None else entries_for_coverage(counts, size.coverage)
     ids = torch.sort(counts, descending=True, stable=True).indices[:entries].sort().values
     return VocabMapping(ids, len(counts), coverage(counts, ids))
@@ -75,41 +67,20 @@ def entries_for_coverage(counts: torch.Tensor, coverage: float) -> int:
     return min(-(-fewest // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE, len(counts))
 
 
-def load_or_build_vocab_mapping(dataset: TokenizedDataset, size: VocabularySize) -> VocabMapping:
+def build_and_store_vocab_mapping(dataset: TokenizedDataset, size: VocabularySize) -> VocabMapping:
     """The ids that the assistant wrote most often in ``dataset``.
 
-    Where the dataset is stored, so is the mapping, as ``vocabulary-<size>.safetensors``: ``d2t`` and ``t2d`` as in
-    checkpoints, and in the header what determined it; a later run with the same values reads it.
-
-    Raises:
-        UserError: the disk is full.
+    A mapping smaller than the target's vocabulary is written next to a dataset that is stored, as
+    ``vocabulary-<size>.safetensors``: ``d2t`` and ``t2d`` as in checkpoints, and in the header what determined it.
+    Raises UserError if the disk is full.
     """
+    mapping = build_vocab_mapping(dataset.all_counts, size)
     if dataset.directory is None or not size.own_head:
-        return build_vocab_mapping(dataset.all_counts, size)
-    requested = f"{size.entries}" if size.entries is not None else f"{size.coverage:.10g}"
-    file = dataset.directory / f"vocabulary-{requested}.safetensors"
-    header = {"rule": RULE, "rows": dataset.fingerprint, "size": requested}
-    mapping = _read(file, header, dataset)
-    if mapping is None:
-        mapping = build_vocab_mapping(dataset.all_counts, size)
-        _write(file, mapping, header)
-    return mapping
-
-
-def _read(file: Path, header: dict[str, str], dataset: TokenizedDataset) -> VocabMapping | None:
-    """The stored mapping; None: it does not exist, was determined by other values, or is damaged."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            if {key: stored.metadata().get(key) for key in header} != header:
-                return None
-            mapping = vocab_mapping_from_d2t(stored.get_tensor("d2t"), dataset.all_counts)
-            return mapping if torch.equal(mapping.t2d, stored.get_tensor("t2d")) else None
-    except (OSError, SafetensorError, IndexError, AttributeError):
-        return None
-
-
-def _write(file: Path, mapping: VocabMapping, header: dict[str, str]) -> None:
-    header = header | {"entries": str(mapping.size), "coverage": f"{mapping.coverage:.6f}"}
+        return mapping
+    name = f"{size.entries}" if size.entries is not None else f"{size.coverage:.10g}"
+    file = dataset.directory / f"vocabulary-{name}.safetensors"
+    header = {"rule": "the most frequent ids of the assistant, 1", "rows": dataset.fingerprint, "size": name}
+    header |= {"entries": str(mapping.size), "coverage": f"{mapping.coverage:.6f}"}
     try:
         with atomic_write(file) as out:
             out.write(save({"d2t": mapping.d2t, "t2d": mapping.t2d}, header))
@@ -117,3 +88,4 @@ def _write(file: Path, mapping: VocabMapping, header: dict[str, str]) -> None:
         raise UserError(
             f"data.cache_dir: {file} cannot be written ({error.strerror}); make room there, or name another directory"
         ) from None
+    return mapping

@@ -91,7 +91,7 @@ class PromptFile:
             if "conversations" in record:
                 record.pop("rows", None)
                 line = json.dumps(record).encode()
-        items = parse_line(line, origin, str(number))
+        items = parse_line(line, self.file, number)
         if len(items) != 1:
             raise UserError(f'{origin}: found {len(items)} "rows" and no "conversations"; expected one question a line')
         return items[0]

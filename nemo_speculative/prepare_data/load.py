@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from nemo_speculative.config.schema import DatasetConfig, MixDataConfig, PrepareJob
 from nemo_speculative.data.conversations import Split, load_jsonl
-from nemo_speculative.prepare_data.output import finished, stored_request, table
+from nemo_speculative.prepare_data.output import read_complete, table
 from nemo_speculative.prepare_data.run import prepare
 from nemo_speculative.prepare_data.streams import requested_values, sources_of
 from nemo_speculative.utils.errors import UserError
@@ -22,34 +24,25 @@ def load_prepared(config: DatasetConfig | MixDataConfig, seed: int) -> Split:
         UserError: the dataset cannot be loaded, or the directory holds another one.
     """
     job = PrepareJob(data=config)
-    if finished(job.directory) is None:
+    if manifest := read_complete(job.directory):
+        _require_same_data(job, manifest.get("asked", {}))
+    else:
         prepared = prepare(job, wait=True)
         if not prepared.up_to_date:
             print(f"{job.directory}: prepared\n{table(prepared.counts)}", flush=True)
-    else:
-        _require_same_data(job)
     train, held_out = job.directory / "train.jsonl", job.directory / "held_out.jsonl"
     held_out_path = str(held_out) if held_out.stat().st_size else None
     return load_jsonl(replace(config, path=str(train), held_out_path=held_out_path), seed)
 
 
 def load_file_or_prepared(config: DatasetConfig, seed: int) -> Split:
-    """The JSONL file ``config.path`` where it is given, else the dataset.
-
-    Raises:
-        UserError: the file or the dataset cannot be read.
-    """
+    """The JSONL file ``config.path`` where it is given, else the dataset; raises UserError if it cannot be read."""
     return load_jsonl(config, seed) if config.path else load_prepared(config, seed)
 
 
-def _require_same_data(job: PrepareJob) -> None:
-    """Compares the data that was prepared, but not the options, which may differ from the defaults.
-
-    Raises:
-        UserError: the directory was prepared from other data.
-    """
-    stored = stored_request(job.directory)
-    requested = requested_values(sources_of(job), job.data.held_out_share)
+def _require_same_data(job: PrepareJob, stored: Mapping[str, Any]) -> None:
+    """Raises UserError if other data was prepared than ``job`` requests; the options may differ from the defaults."""
+    requested = requested_values(job, sources_of(job))
     for key, value in requested.items():
         if key not in stored or stored[key] != value:
             before = json.dumps(stored[key]) if key in stored else "no such key"

@@ -10,48 +10,52 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nemo_speculative.prepare_data import reasons
-from nemo_speculative.prepare_data.reasons import LeftOut
 from nemo_speculative.utils.errors import UserError, describe_error
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 BATCH_ROWS = 256
 CHUNK_CHARACTERS = 1 << 20
-CUT_CHARACTERS = 16
-"""A JSON error this close to the end of the buffer may only mean that more must be read."""
+SEPARATORS = re.compile(r"[\s,]*")
+"""Between the elements of a JSON array."""
+
+
+class LeftOut(Exception):
+    """A row cannot be used: the reason, as the table and left_out.jsonl state it, and what was found."""
+
+    def __init__(self, reason: str, found: str = ""):
+        super().__init__(reason, found)
+        self.reason, self.found = reason, found
 
 
 @dataclass(frozen=True)
 class Row:
-    """A record as it is stored, or why it cannot be read."""
+    """A record, or why it cannot be used."""
 
     origin: str
     """``file:line``, ``file[element]`` or ``table:row``."""
     record: dict[str, Any] | LeftOut
     size: int
     """Approximate bytes in the file."""
+    id: str | None = None
+    """The row's own id; None: it has none, or the record is as it is stored."""
 
 
-class Part(ABC):
+@dataclass(frozen=True)
+class Part:
     """A file or table."""
 
     name: str
     files: list[Path]
-
-    @abstractmethod
-    def rows(self) -> Iterator[Row]:
-        """The rows of the file or table, in order.
-
-        Raises:
-            UserError: it cannot be read, or not any further.
-        """
+    rows: Callable[[], Iterator[Row]]
+    """The rows in order; raises UserError if the file cannot be read, or not any further."""
 
     def sha256(self) -> str:
         """SHA-256 over the contents of its files, regardless of their names."""
@@ -65,12 +69,8 @@ class Part(ABC):
 def local_parts(path: str, key: str, split: str | None) -> list[Part]:
     """The data at ``path``: a file, a folder of files, or a dataset that `datasets` saved.
 
-    Args:
-        key: configuration key of the path, for error messages.
-        split: of a dataset that `datasets` saved; None: all splits.
-
-    Raises:
-        UserError: there is nothing that can be read.
+    ``split`` is that of a saved dataset; None: all splits.  Raises UserError, which names the configuration ``key`` of
+    the path, if there is nothing that can be read.
     """
     root = Path(path)
     if root.is_file():
@@ -87,11 +87,7 @@ def local_parts(path: str, key: str, split: str | None) -> list[Part]:
 
 
 def hub_parts(repository: str, split: str, subset: str | None, revision: str | None) -> list[Part]:
-    """A split of a repository on the hub.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
+    """A split of a repository on the hub; raises UserError if it cannot be downloaded."""
     import datasets  # slow to import, and needed here only
 
     try:
@@ -101,12 +97,13 @@ def hub_parts(repository: str, split: str, subset: str | None, revision: str | N
             f"data.repository: {repository} cannot be loaded here ({describe_error(error, 100)}); download it "
             "elsewhere and give data.path=FILE_OR_FOLDER"
         ) from None
-    return [Table(f"{repository}:{split}", table)]
+    return [_table(f"{repository}:{split}", table)]
 
 
 def _file(path: Path) -> Part:
     with path.open("rb") as stream:
-        return ParquetFile(path) if stream.read(4) == b"PAR1" else JsonFile(path)
+        read = _parquet_rows if stream.read(4) == b"PAR1" else _json_rows
+    return Part(str(path), [path], partial(read, path))
 
 
 def _saved(root: Path, key: str, split: str | None) -> list[Part]:
@@ -119,50 +116,35 @@ def _saved(root: Path, key: str, split: str | None) -> list[Part]:
             f"{key}: {root}: what `datasets` saved there cannot be read ({describe_error(error, 100)})"
         ) from None
     if isinstance(saved, datasets.Dataset):
-        return [Table(str(root), saved)]
+        return [_table(str(root), saved)]
     if split is not None and split not in saved:
         raise UserError(f"{key}: {root} has the splits {', '.join(saved)}, not {split!r}; set data.split")
-    return [Table(f"{root}:{name}", saved[name]) for name in ([split] if split else saved)]
+    return [_table(f"{root}:{name}", saved[name]) for name in ([split] if split else saved)]
 
 
-@dataclass(frozen=True)
-class Table(Part):
+def _table(name: str, table: Any) -> Part:
     """A memory-mapped table of the `datasets` library."""
+    files = [Path(file["filename"]) for file in table.cache_files]
+    size = sum(file.stat().st_size for file in files) // max(len(table), 1)
 
-    name: str
-    table: Any
+    def rows() -> Iterator[Row]:
+        return _numbered(name, table.with_format("arrow").iter(BATCH_ROWS), size)
 
-    @property
-    def files(self) -> list[Path]:  # type: ignore[override]
-        return [Path(file["filename"]) for file in self.table.cache_files]
-
-    def rows(self) -> Iterator[Row]:
-        size = sum(file.stat().st_size for file in self.files) // max(len(self.table), 1)
-        yield from _numbered(self.name, self.table.with_format("arrow").iter(BATCH_ROWS), size)
+    return Part(name, files, rows)
 
 
-class DataFile(Part):
-    """A single file."""
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
 
-    def __init__(self, path: Path):
-        self.path, self.name, self.files = path, str(path), [path]
-
-
-class ParquetFile(DataFile):
-    """A Parquet file, read some rows at a time."""
-
-    def rows(self) -> Iterator[Row]:
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(self.path, pre_buffer=False) as file:
-                size = self.path.stat().st_size // max(file.metadata.num_rows, 1)
-                yield from _numbered(self.name, file.iter_batches(BATCH_ROWS), size)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{self.path}: cannot be read as Parquet ({describe_error(error, 100)}); download it again"
-            ) from None
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            size = path.stat().st_size // max(file.metadata.num_rows, 1)
+            yield from _numbered(str(path), file.iter_batches(BATCH_ROWS), size)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path}: cannot be read as Parquet ({describe_error(error, 100)}); download it again"
+        ) from None
 
 
 def _numbered(name: str, batches: Iterable[Any], size: int) -> Iterator[Row]:
@@ -181,116 +163,70 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-class JsonFile(DataFile):
-    """One object a line, or an array of objects; gzipped or not.  Its first bytes tell which."""
-
-    def rows(self) -> Iterator[Row]:
-        with self.path.open("rb") as file:
-            zipped = file.peek(2)[:2] == b"\x1f\x8b"
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=file)) if zipped else file  # type: ignore[arg-type]
-            try:
-                start = stream.peek(CHUNK_CHARACTERS).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-                yield from self._measured(self._elements(stream) if start == b"[" else self._lines(stream), file)
-            except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-                raise UserError(
-                    f"{self.path}: cannot be unzipped ({describe_error(error, 100)}); download it again"
-                ) from None
-
-    @staticmethod
-    def _measured(records: Iterator[tuple[str, Any]], file: BinaryIO) -> Iterator[Row]:
-        """``records`` with the bytes of ``file`` that each took."""
+def _json_rows(path: Path) -> Iterator[Row]:
+    """One object a line, or an array of objects; gzipped or not.  The first bytes tell which."""
+    with path.open("rb") as file:
+        zipped = file.peek(2)[:2] == b"\x1f\x8b"
+        stream: Any = io.BufferedReader(gzip.GzipFile(fileobj=file)) if zipped else file  # type: ignore[arg-type]
         read = 0
-        for origin, record in records:
-            if not isinstance(record, dict | LeftOut):
-                record = LeftOut(reasons.NOT_AN_OBJECT, f"a {type(record).__name__}")
-            before, read = read, file.tell()
-            yield Row(origin, record, read - before)
-
-    def _lines(self, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield f"{self.path}:{number}", _parsed(line)
-
-    def _elements(self, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-        """The elements of an array, which cannot be read past an error in it, unlike lines."""
-        array = _Array(io.TextIOWrapper(stream, encoding="utf-8-sig"))  # type: ignore[arg-type]
-        number = 0
         try:
-            while (element := array.next()) is not _END:
-                yield f"{self.path}[{number}]", element
-                number += 1
+            start = stream.peek(CHUNK_CHARACTERS).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            for origin, record in _elements(path, stream) if start == b"[" else _lines(path, stream):
+                if not isinstance(record, dict | LeftOut):
+                    record = LeftOut("not a JSON object", f"a {type(record).__name__}")
+                before, read = read, file.tell()
+                yield Row(origin, record, read - before)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{path}: cannot be unzipped ({describe_error(error, 100)}); download it again") from None
+
+
+def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        record: Any
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.path}: not UTF-8 ({error.reason}, after element {number}); convert it") from None
+            record = LeftOut("not UTF-8", f"{error.reason} at byte {error.start}")
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{self.path}: not JSON at line {array.lines_before + error.lineno} ({error.msg}, element {number}); "
-                "an array cannot be read past that: correct it, or write one object a line"
-            ) from None
+            record = LeftOut("not JSON", f"{error.msg} at column {error.colno}")
         except RecursionError:
-            raise UserError(f"{self.path}: element {number} is nested too deeply; take it out") from None
+            record = LeftOut("not JSON", "nested too deeply")
+        yield f"{path}:{number}", record
 
 
-def _parsed(line: bytes) -> Any:
+def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """The elements of an array, which cannot be read past an error in it, unlike lines.
+
+    Memory holds one chunk, and an element that is longer.
+    """
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig")  # type: ignore[arg-type]
+    decoder, number, buffer = json.JSONDecoder(), 0, ""
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return LeftOut(reasons.NOT_UTF8, f"{error.reason} at byte {error.start}")
-    except json.JSONDecodeError as error:
-        return LeftOut(reasons.BAD_JSON, f"{error.msg} at column {error.colno}")
-    except RecursionError:
-        return LeftOut(reasons.BAD_JSON, "nested too deeply")
-
-
-_END = object()
-
-
-class _Array:
-    """The elements of a JSON array, read in chunks; memory holds one element and one chunk."""
-
-    def __init__(self, text: io.TextIOWrapper):
-        self.text, self.buffer, self.at, self.lines_before = text, "", 0, 0
-        self.decoder, self.opened = json.JSONDecoder(), False
-
-    def next(self) -> Any:
-        """The next element, or ``_END``.
-
-        Raises:
-            json.JSONDecodeError, UnicodeDecodeError, RecursionError
-        """
-        first, self.opened = not self.opened, True
-        if first:
-            self._take("[")
-        if self._peek() == "]":
-            return _END
-        if not first:
-            self._take(",")
-            self._peek()
+        while not buffer.endswith("["):
+            buffer += text.read(1)
+        at, lines_before = len(buffer), 0
         while True:
+            at = SEPARATORS.match(buffer, at).end()  # type: ignore[union-attr]
+            if buffer.startswith("]", at):
+                return
             try:
-                element, self.at = self.decoder.raw_decode(self.buffer, self.at)
-                return element
+                element, end = decoder.raw_decode(buffer, at)
             except json.JSONDecodeError as error:
-                if not (self._may_be_cut(error) and self._read_more()):
-                    raise
-
-    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        return error.msg.startswith("Unterminated") or error.pos > len(self.buffer) - CUT_CHARACTERS
-
-    def _peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
-        while True:
-            while self.at < len(self.buffer) and self.buffer[self.at].isspace():
-                self.at += 1
-            if self.at < len(self.buffer) or not self._read_more():
-                return self.buffer[self.at : self.at + 1]
-
-    def _take(self, expected: str) -> None:
-        if self._peek() != expected:
-            raise json.JSONDecodeError(f"Expecting {expected!r}", self.buffer, self.at)
-        self.at += 1
-
-    def _read_more(self) -> bool:
-        more = self.text.read(CHUNK_CHARACTERS)
-        self.lines_before += self.buffer.count("\n", 0, self.at)
-        self.buffer, self.at = self.buffer[self.at :] + more, 0
-        return bool(more)
+                # The element may only be cut off.  Longer chunks each time: an error is found after few attempts.
+                more = text.read(max(CHUNK_CHARACTERS, len(buffer) - at))
+                if not more:
+                    raise UserError(
+                        f"{path}: not JSON at line {lines_before + error.lineno} ({error.msg}, element {number}); "
+                        "an array cannot be read past that: correct it, or write one object a line"
+                    ) from None
+                lines_before += buffer.count("\n", 0, at)
+                buffer, at = buffer[at:] + more, 0
+                continue
+            yield f"{path}[{number}]", element
+            at, number = end, number + 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}, after element {number}); convert it") from None
+    except RecursionError:
+        raise UserError(f"{path}: element {number} is nested too deeply; take it out") from None

@@ -2,45 +2,38 @@
 
 import hashlib
 import json
+import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nemo_speculative.config.schema import MixDataConfig, PrepareJob
+from nemo_speculative.config.schema import FilterConfig, MixDataConfig, PrepareJob
 from nemo_speculative.data.conversations import hash_fraction
-from nemo_speculative.prepare_data import reasons
-from nemo_speculative.prepare_data.filters import DigestSet, check, digest
-from nemo_speculative.prepare_data.output import (
-    HELD_OUT,
-    TRAIN,
-    Counts,
-    Output,
-    by_key,
-    determining_values,
-    finished,
-    total,
-)
-from nemo_speculative.prepare_data.reasons import LeftOut
-from nemo_speculative.prepare_data.shapes import FormattedText, Item
-from nemo_speculative.prepare_data.streams import (
-    Source,
-    Stream,
-    StreamRow,
-    hub_hashes,
-    interleave,
-    requested_values,
-    sources_of,
-)
+from nemo_speculative.prepare_data.output import HELD_OUT, LEFT_OUT, TRAIN, Counts, Output, read_complete, read_counts
+from nemo_speculative.prepare_data.readers import LeftOut, Row
+from nemo_speculative.prepare_data.shapes import FormattedText, Item, Message
+from nemo_speculative.prepare_data.streams import Stream, interleave, requested_values, sources_of
 from nemo_speculative.utils.errors import UserError
-from nemo_speculative.utils.files import dir_lock
+from nemo_speculative.utils.files import differing_keys, dir_lock, disk_full_error
 from nemo_speculative.utils.progress import Progress
 
 FORMAT = 2
 """Raised when the same input would give other rows."""
 PROGRESS_BYTES = 1000
+NEXT_ROLES = {
+    "system": {"user"},
+    "user": {"assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+MIN_BYTES_FOR_VARIETY = 2000
+"""From this length on, the compression ratio of a text depends on its content only."""
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -57,18 +50,18 @@ class Prepared:
 def prepare(job: PrepareJob, *, wait: bool = False) -> Prepared:
     """Prepares ``job.directory`` unless it is up to date; resumes an interrupted run of the same job.
 
-    Args:
-        wait: wait for another process that writes there, instead of refusing.
-
-    Raises:
-        UserError: a source cannot be loaded or read, or has nothing to train on, the disk is full, or another process
-            writes there.
+    ``wait`` for another process that writes there, instead of refusing.  Raises UserError if a source cannot be read or
+    has nothing to train on, or if the disk is full.
     """
-    with _sigterm_as_interrupt():
+    # SIGTERM acts like Ctrl-C: it closes the files and ends in one line.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
         preparation = _Preparation(job)  # before the directory is made: a source that cannot be loaded leaves nothing
         with dir_lock(job.directory, "output", wait=wait):
             prepared = preparation.run()
-    sums = total(prepared.counts)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sums = sum(prepared.counts.values(), Counts())
     if not sums.kept:
         raise UserError(
             f"data: none of {sums.read} rows can be used ({', '.join(sums.reasons) or 'there are none'}); "
@@ -77,132 +70,165 @@ def prepare(job: PrepareJob, *, wait: bool = False) -> Prepared:
     return prepared
 
 
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM acts like Ctrl-C: it closes the files and ends in one line."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class _Preparation:
     def __init__(self, job: PrepareJob):
         self.job, self.directory = job, job.directory
-        self.sources: list[Source] = sources_of(job)
-        self.streams: list[Stream] = [stream for source in self.sources for stream in source.streams(job.columns)]
+        self.sources = sources_of(job)
+        self.streams = [stream for source in self.sources for stream in source.streams()]
         self.formatted_text = FormattedText.from_tokenizer(job.tokenizer) if job.tokenizer else None
-        self.seen = DigestSet()
-        """Digests of the contents and the ids of the rows kept so far."""
+        self.seen: set[int] = set()
+        """Hashes of the contents and the ids of the rows kept so far."""
 
     def run(self) -> Prepared:
-        description = {
-            "asked": requested_values(self.sources, self.job.data.held_out_share),
-            "fetched": hub_hashes(self.streams),
-            "options": self._options(),
-        }
+        job = self.job
+        description: dict[str, dict[str, Any]] = {
+            "asked": requested_values(job, self.sources),
+            # The content of a branch on the hub changes.
+            "fetched": {s.label: [part.sha256() for part in s.parts] for s in self.streams if s.from_hub},
+            "options": {
+                "format": FORMAT, "columns": job.columns, "keep_unanswered": job.keep_unanswered,
+                "deduplicate": job.deduplicate, "max_conversations": job.max_conversations,
+                "filters": asdict(job.filters),
+                "tokenizer": self.formatted_text.identity if self.formatted_text else None,
+                "labels": [s.label for s in self.streams],
+            },
+        }  # fmt: skip
         fingerprint = hashlib.sha256(json.dumps(description).encode()).hexdigest()
-        if counts := finished(self.directory, fingerprint):
-            return Prepared(self.directory, counts, up_to_date=True)
-        self._print_changes(description)
-        with Output(self.directory, fingerprint, [s.label for s in self.streams]) as output:
-            if output.rows_before:
-                print(f"{self.directory}: resuming after row {output.rows_before}", flush=True)
-            for row in output.rows():
-                self._remember(row, row["id"])
-            self._write(output)
-            output.finish(**description)
-        return Prepared(self.directory, output.counts)
-
-    def _print_changes(self, description: dict[str, Any]) -> None:
-        before, now = determining_values(self.directory), by_key(description)
-        if changed := [key for key in {**before, **now} if before and before.get(key) != now.get(key)]:
-            values = [json.dumps(side.get(changed[0])) for side in (before, now)]
-            more = f", nor with the same {', '.join(changed[1:])}" if changed[1:] else ""
-            print(
-                f"{self.directory}: the rows there were prepared with {changed[0]}={values[0]}, not {values[1]}{more}; "
-                "they are replaced",
-                flush=True,
-            )
-        if self.job.max_conversations is None and len({source.weight for source in self.sources}) > 1:
+        if before := read_complete(self.directory):
+            if before["fingerprint"] == fingerprint:
+                return Prepared(self.directory, read_counts(before), up_to_date=True)
+            self._print_changes(before, description)
+        if job.max_conversations is None and len({source.weight for source in self.sources}) > 1:
             print(
                 "data.sources: the weights determine the order alone, as every row of every source is used; "
                 "max_conversations=N makes shares of them",
                 flush=True,
             )
+        disk_full = f"output: {self.directory}: the disk is full; make room and run again: it resumes where it stopped"
+        labels = [s.label for s in self.streams]
+        with disk_full_error(disk_full), closing(Output(self.directory, fingerprint, labels)) as output:
+            if output.rows_before:
+                print(f"{self.directory}: resuming after row {output.rows_before}", flush=True)
+            for row in output.rows():
+                self.seen |= {content_hash(row), _hash(row["id"], b"name")}
+            self._write(output)
+            output.finish(description)
+        return Prepared(self.directory, output.counts)
 
-    def _options(self) -> dict[str, Any]:
-        """The values that determine the rows in addition to the input."""
-        job = self.job
-        return {
-            "format": FORMAT, "columns": job.columns, "keep_unanswered": job.keep_unanswered,
-            "deduplicate": job.deduplicate, "max_conversations": job.max_conversations, "filters": asdict(job.filters),
-            "tokenizer": self.formatted_text.identity if self.formatted_text else None,
-            "labels": [s.label for s in self.streams],
-        }  # fmt: skip
+    def _print_changes(self, before: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+        changed = [key for part in description for key in differing_keys(before.get(part, {}), description[part])]
+        if changed:
+            names = ", ".join(changed)
+            print(f"{self.directory}: the rows there were prepared with another {names}; they are replaced", flush=True)
 
     def _write(self, output: Output) -> None:
         size = sum(file.stat().st_size for s in self.streams for part in s.parts for file in part.files)
-        progress, read, counts = Progress("prepare, kB", size // PROGRESS_BYTES, quiet=True), 0, output.counts
-        for stream, row in interleave(self.streams, lambda s: counts[s.label].read, lambda s: counts[s.label].kept):
+        progress, read = Progress("prepare, kB", size // PROGRESS_BYTES, quiet=True), 0
+        for stream, row in interleave(self.streams, output.counts, self.job.columns):
             limit = self.job.max_conversations
-            if limit is not None and sum(each.train for each in counts.values()) >= limit:
+            if limit is not None and sum(counts.train for counts in output.counts.values()) >= limit:
                 break
             self._process_row(output, stream, row)
             before, read = read, read + row.size
             progress.advance(by=read // PROGRESS_BYTES - before // PROGRESS_BYTES)
         progress.close()
 
-    def _process_row(self, output: Output, stream: Stream, row: StreamRow) -> None:
+    def _process_row(self, output: Output, stream: Stream, row: Row) -> None:
         try:
             item = self._item(row)
             check(item, self.job.filters, self.job.keep_unanswered)
-            identity = self._identity(item, stream, row.id)
+            content = content_hash(item)
+            if self.job.deduplicate and content in self.seen:
+                raise LeftOut("duplicate")
         except LeftOut as left_out:
-            output.leave_out(stream.label, row.id or row.origin, row.origin, left_out)
+            values = {"id": row.id or row.origin, "source": stream.label, "origin": row.origin}
+            output.write(stream.label, LEFT_OUT, values | {"reason": left_out.reason, "found": left_out.found})
             return
         # By its own id, not its id within a mix: it is on the same side alone and in any mix.
-        fraction = hash_fraction(row.id or f"{content_digest(item):016x}")
+        fraction = hash_fraction(row.id or f"{content:016x}")
         side = stream.side or (HELD_OUT if fraction < self.job.data.held_out_share else TRAIN)
-        output.keep(stream.label, side, {"id": identity, **item, "source": item.get("source", stream.source)})
+        identity = self._identity(content, stream, row.id)
+        self.seen |= {content, _hash(identity, b"name")}
+        output.write(stream.label, side, {"id": identity, **item, "source": item.get("source", stream.source)})
 
-    def _item(self, row: StreamRow) -> Item:
-        if isinstance(row.item, LeftOut):
-            raise row.item
-        if "text" not in row.item:
-            return row.item
+    def _item(self, row: Row) -> Item:
+        if isinstance(row.record, LeftOut):
+            raise row.record
+        if "text" not in row.record:
+            return row.record
         if self.formatted_text is None:
             raise UserError(
                 f"{row.origin}: its `text` is formatted already; give tokenizer=DIR, whose chat template formatted "
                 "it, to find the answers in it"
             )
-        return self.formatted_text.read(row.item["text"])
+        return self.formatted_text.read(row.record["text"])
 
-    def _identity(self, item: Item, stream: Stream, own_id: str | None) -> str:
+    def _identity(self, content: int, stream: Stream, own_id: str | None) -> str:
         """An id that no other row has, and that does not depend on the row's position."""
-        content = content_digest(item)
-        if self.job.deduplicate and content in self.seen:
-            raise LeftOut(reasons.DUPLICATE)
         mixed = isinstance(self.job.data, MixDataConfig)
         identity = f"{stream.source}/{own_id}" if own_id and mixed else own_id or f"{content:016x}"
         # The last can only be needed where duplicates are kept.
         candidates = (identity, f"{identity}#{content:016x}", f"{identity}#{len(self.seen)}")
-        identity = next(each for each in candidates if _id_digest(each) not in self.seen)
-        self._remember(item, identity)
-        return identity
-
-    def _remember(self, item: Item, identity: str) -> None:
-        self.seen.add(content_digest(item))
-        self.seen.add(_id_digest(identity))
+        return next(each for each in candidates if _hash(each, b"name") not in self.seen)
 
 
-def content_digest(item: Item) -> int:
+def content_hash(item: Item) -> int:
     """64-bit hash of messages, tools and tokens; white space counts as one space."""
     messages = [m | {"content": " ".join(m["content"].split())} for m in item.get("conversations", [])]
     content = [messages, item.get("tools"), item.get("input_ids"), item.get("loss_mask")]
-    return digest(json.dumps(content, sort_keys=True))
+    return _hash(json.dumps(content, sort_keys=True))
 
 
-def _id_digest(identity: str) -> int:
-    return digest(identity, b"name")
+def _hash(text: str, person: bytes = b"") -> int:
+    """64-bit hash; ``person`` keeps kinds of text apart.  Of 10 million texts, two collide with a chance of 3e-6."""
+    hashed = hashlib.blake2b(text.encode(errors="replace"), digest_size=8, person=person)
+    return int.from_bytes(hashed.digest(), "big") or 1
+
+
+def check(item: dict[str, Any], filters: FilterConfig, keep_unanswered: bool) -> None:
+    """Raises LeftOut if a row cannot be trained on."""
+    if "input_ids" in item or "rows" in item:
+        rows = item.get("rows", [item])
+        length = max(len(row["input_ids"]) for row in rows)
+        if not any(any(row["loss_mask"]) for row in rows):
+            raise LeftOut("nothing supervised", f"{length} tokens")
+        if filters.max_tokens and length > filters.max_tokens:
+            raise LeftOut("too long", f"{length} tokens")
+    if "conversations" in item:
+        messages = item["conversations"]
+        _check_order(messages)
+        for index, message in enumerate(messages):
+            if not message["content"].strip() and not message.get("tool_calls"):
+                raise LeftOut("empty content", f"message {index} ({message['role']})")
+        if not keep_unanswered and all(message["role"] != "assistant" for message in messages):
+            raise LeftOut("no answer", f"{len(messages)} messages")
+        texts = [text for m in messages for text in (m["content"], m.get("reasoning_content")) if text]
+        _check_text("\n".join(texts), filters)
+
+
+def _check_order(messages: list[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    if not roles:
+        raise LeftOut("empty content", "no messages")
+    shown = f"{', '.join(roles[:8])}{', …' if len(roles) > 8 else ''}"
+    first = roles[1:2] if roles[0] == "system" else roles[:1]
+    if first == ["assistant"]:
+        raise LeftOut("starts with the assistant", shown)
+    if first != ["user"] or any(after not in NEXT_ROLES[role] for role, after in pairwise(roles)):
+        raise LeftOut("roles out of order", shown)
+
+
+def _check_text(text: str, filters: FilterConfig) -> None:
+    length = len(text)
+    if length < filters.min_characters:
+        raise LeftOut("too short", f"{length} characters")
+    if filters.max_characters and length > filters.max_characters:
+        raise LeftOut("too long", f"{length} characters")
+    control = len(CONTROL.findall(text))
+    plain = text.encode(errors="ignore")
+    if control > filters.max_control_share * length or plain != text.encode(errors="replace"):
+        raise LeftOut("control characters", f"{control} of {length} characters")
+    if len(plain) >= MIN_BYTES_FOR_VARIETY:
+        compressed = len(zlib.compress(plain, 1))
+        if compressed < filters.min_variety * len(plain):
+            raise LeftOut("repetitive", f"{len(plain)} bytes compress to {compressed}")

@@ -6,13 +6,12 @@ them), or token ids with a mask.
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_speculative.data.chat_template import chat_template_of
-from nemo_speculative.prepare_data import reasons
-from nemo_speculative.prepare_data.reasons import LeftOut
+from nemo_speculative.prepare_data.readers import LeftOut
 from nemo_speculative.utils.errors import UserError, describe_error
 
 Record = dict[str, Any]
@@ -25,9 +24,16 @@ CHAT = ("messages", "conversations", "conversation")
 QUESTION = ("instruction", "question", "prompt", "query", "problem", "input")
 ANSWER = ("output", "response", "completion", "solution", "answer")
 """A solution comes before the final answer that it derives."""
-SYSTEM = ("system", "system_prompt")
 MASK = ("loss_mask", "assistant_mask", "assistant_masks", "labels")
-IGNORED_LABEL = -100
+KNOWN_SHAPES = "; ".join((
+    f"input_ids with {' or '.join(MASK)}",
+    f"{' or '.join(CHAT)} (a list of role/content or from/value)",
+    "query, tools and answers (calls)",
+    f"one of {', '.join(QUESTION)} with one of {', '.join(ANSWER)}",
+    "text (formatted; needs tokenizer=)",
+    "prompt, question or instruction (no answer)",
+))  # fmt: skip
+"""The keys of all shapes, for error messages."""
 
 ROLES = {
     "system": "system", "developer": "system",
@@ -37,34 +43,38 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
 """Role names of other datasets."""
-CALLS = ("function_call", "tool_call")
-"""Roles of messages whose content is the JSON of tool calls."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def recognize(record: Record) -> Item:
-    """Converts ``record`` by the first of :data:`SHAPES` whose keys it has.
+    """Converts ``record`` by the first shape whose keys it has: rows often hold their conversation in several.
 
-    Raises:
-        LeftOut: it has the keys of none, or values that the shape does not allow.
+    Raises LeftOut if it has the keys of none, or values that the shape does not allow.
     """
-    shape = next((shape for shape in SHAPES if shape.matches(record)), None)
-    if shape is None:
-        raise LeftOut(reasons.UNKNOWN_SHAPE, f"the keys {', '.join(sorted(record)) or '(none)'}")
-    return shape.read(record)
+    question, answer = _first(record, QUESTION), _first(record, ANSWER)
+    if "input_ids" in record and _first(record, MASK):
+        return _read_ids(record)
+    if chat := next((key for key in CHAT if is_messages(record.get(key)) or record.get(key) == []), None):
+        return _read_chat(record, chat)
+    if all(isinstance(record.get(key), str | list) for key in ("query", "tools", "answers")):
+        calls = {"role": "assistant", "content": "", "tool_calls": read_calls(record["answers"])}
+        return _conversation(record, [_message("user", record["query"]), calls])
+    if question and answer:
+        return _read_pair(record, question, answer)
+    if isinstance(record.get("text"), str):
+        return {"text": record["text"]}
+    if question:
+        return _read_pair(record, question, None)
+    raise LeftOut("unknown shape", f"the keys {', '.join(sorted(record)) or '(none)'}")
 
 
-def known_shapes() -> str:
-    """All shapes in one line."""
-    return "; ".join(shape.description for shape in SHAPES)
+def _first(record: Record, keys: tuple[str, ...]) -> str | None:
+    return next((key for key in keys if record.get(key) is not None), None)
 
 
 # Conversations
 
 
-def _read_chat(record: Record) -> Item:
-    key = _chat_key(record)
-    assert key is not None
+def _read_chat(record: Record, key: str) -> Item:
     item = _conversation(record, read_messages(record[key]))
     # A line of recipes/generate_data.py keeps its ids: tokenizing the messages again could give others.
     rows = record.get("rows")
@@ -74,34 +84,31 @@ def _read_chat(record: Record) -> Item:
     return item | {"rows": [_read_ids(row) for row in rows]} | source
 
 
-def _read_pair(record: Record) -> Item:
-    key = _first(record, QUESTION) or ""
-    question, answer = record[key], _first(record, ANSWER)
-    more = record.get("input") if key != "input" else None
-    if more and is_messages(question):
-        raise LeftOut(reasons.UNKNOWN_SHAPE, f"input in addition to a {key} of messages")
-    if more:
-        question = "\n\n".join(_message("user", text)["content"] for text in (question, more))
-    history = [
-        _message(role, text)
-        for pair in record.get("history") or []
-        for role, text in zip(("user", "assistant"), pair, strict=False)
-    ]
-    messages = read_messages(question) if is_messages(question) else [*history, _message("user", question)]
+def _read_pair(record: Record, question: str, answer: str | None) -> Item:
+    asked, more = record[question], record.get("input") if question != "input" else None
+    if is_messages(asked):
+        if more:
+            raise LeftOut("unknown shape", f"input in addition to a {question} of messages")
+        messages = read_messages(asked)
+    else:
+        messages = [
+            _message(role, text)
+            for pair in record.get("history") or []
+            for role, text in zip(("user", "assistant"), pair, strict=False)
+        ]
+        if more:
+            asked = "\n\n".join(_message("user", text)["content"] for text in (asked, more))
+        messages.append(_message("user", asked))
     if answer:
         value = record[answer]
         messages += read_messages(value) if is_messages(value) else [_message("assistant", value)]
     return _conversation(record, messages)
 
 
-def _read_query_with_calls(record: Record) -> Item:
-    calls = {"role": "assistant", "content": "", "tool_calls": read_calls(record["answers"])}
-    return _conversation(record, [_message("user", record["query"]), calls])
-
-
 def _conversation(record: Record, messages: list[Message]) -> Item:
     """``messages`` with the system prompt and the tools that the record has in addition."""
-    system = next((record[key] for key in SYSTEM if isinstance(record.get(key), str) and record[key].strip()), None)
+    prompts = [record.get(key) for key in ("system", "system_prompt")]
+    system = next((text for text in prompts if isinstance(text, str) and text.strip()), None)
     if system and not any(m["role"] == "system" for m in messages):
         messages = [{"role": "system", "content": system}, *messages]
     tools = read_tools(record.get("tools"))
@@ -110,16 +117,8 @@ def _conversation(record: Record, messages: list[Message]) -> Item:
 
 def _message(role: str, text: Any) -> Message:
     if not isinstance(text, str):
-        raise LeftOut(reasons.NOT_TEXT, f"{text!r:.80}")
+        raise LeftOut("content is not text", f"{text!r:.80}")
     return {"role": role, "content": text}
-
-
-def _first(record: Record, keys: tuple[str, ...]) -> str | None:
-    return next((key for key in keys if record.get(key) is not None), None)
-
-
-def _chat_key(record: Record) -> str | None:
-    return next((key for key in CHAT if is_messages(record.get(key)) or record.get(key) == []), None)
 
 
 # Messages
@@ -128,10 +127,7 @@ def _chat_key(record: Record) -> str | None:
 def read_messages(value: list[Any] | dict[str, list[Any]]) -> list[Message]:
     """Converts a list of messages, or a dict of columns, to ``{"role", "content"}``.
 
-    Consecutive messages with tool calls become one assistant message.
-
-    Raises:
-        LeftOut: one of them is no message.
+    Consecutive messages with tool calls become one assistant message.  Raises LeftOut if one of them is no message.
     """
     if isinstance(value, dict):
         value = [dict(zip(value, column, strict=False)) for column in zip(*value.values(), strict=False)]
@@ -148,27 +144,24 @@ def read_messages(value: list[Any] | dict[str, list[Any]]) -> list[Message]:
 def is_messages(value: Any) -> bool:
     """Whether ``value`` looks like messages."""
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, dict) and _message_keys(first) is not None
-
-
-def _message_keys(message: Message) -> tuple[str, str] | None:
-    return next((keys for keys in (("role", "content"), ("from", "value")) if keys[0] in message), None)
+    return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
 def _read_message(message: Any) -> Message:
-    keys = _message_keys(message) if isinstance(message, dict) else None
-    if keys is None:
-        raise LeftOut(reasons.UNKNOWN_ROLE, f"{message!r:.80}")
-    name, content = message[keys[0]], message.get(keys[1])
-    if name in CALLS:
+    if not isinstance(message, dict) or not is_messages(message):
+        raise LeftOut("unknown role", f"{message!r:.80}")
+    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    name, content = message[role_key], message.get(content_key)
+    if name in ("function_call", "tool_call"):  # the content is the JSON of calls
         return {"role": "assistant", "content": "", "tool_calls": read_calls(content)}
     if not isinstance(name, str) or name.lower() not in ROLES:
-        raise LeftOut(reasons.UNKNOWN_ROLE, f"{name!r:.80}")
+        raise LeftOut("unknown role", f"{name!r:.80}")
     role = ROLES[name.lower()]
     result: Message = {"role": role, "content": _text(content, role)}
     result |= {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
     if role == "assistant":
-        if reasoning := next((message[key] for key in REASONING if message.get(key)), None):
+        keys = ("reasoning_content", "reasoning", "thinking")
+        if reasoning := next((message[key] for key in keys if message.get(key)), None):
             result["reasoning_content"] = _text(reasoning, role)
         if message.get("tool_calls"):
             result["tool_calls"] = read_calls(message["tool_calls"])
@@ -177,50 +170,41 @@ def _read_message(message: Any) -> Message:
 
 def _text(content: Any, role: str) -> str:
     """The text of a string, of a list of OpenAI's text parts, or of a tool's result."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         return "".join(part["text"] for part in content)
     if role == "tool":
         return json.dumps(content, ensure_ascii=False)
-    raise LeftOut(reasons.NOT_TEXT, f"{content!r:.80}")
+    raise LeftOut("content is not text", f"{content!r:.80}")
 
 
 # Tools
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
-    """``[{"type": "function", "function": {...}}]`` of a list of schemas, or of its JSON.
-
-    Raises:
-        LeftOut: it is neither.
-    """
+    """``[{"type": "function", "function": {...}}]`` of a list of schemas, or of its JSON; raises LeftOut if neither."""
     tools = _from_json(value) if value else []
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list) or not all(_function(tool).get("name") for tool in tools):
-        raise LeftOut(reasons.BAD_TOOLS, f"{value!r:.80}")
+        raise _bad_tools(value)
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:
     """``[{"type": "function", "function": {"name", "arguments"}}]`` of one call or several, or of their JSON.
 
-    Raises:
-        LeftOut: it is no call.
+    Raises LeftOut if one is no call.
     """
-    calls = _from_json(value)
-    return [_read_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-
-
-def _read_call(call: Any) -> dict[str, Any]:
-    function = _function(call)
-    arguments = _from_json(function.get("arguments", function.get("parameters", {})) or {})
-    if not function.get("name") or not isinstance(arguments, dict):
-        raise LeftOut(reasons.BAD_TOOLS, f"{call!r:.80}")
-    identity = {"id": call["id"]} if call.get("id") else {}
-    return identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    calls, result = _from_json(value), []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = _function(call)
+        arguments = _from_json(function.get("arguments", function.get("parameters", {})) or {})
+        if not function.get("name") or not isinstance(arguments, dict):
+            raise _bad_tools(call)
+        identity = {"id": call["id"]} if call.get("id") else {}
+        result.append(identity | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return result
 
 
 def _function(value: Any) -> dict[str, Any]:
@@ -229,12 +213,14 @@ def _function(value: Any) -> dict[str, Any]:
 
 
 def _from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (json.JSONDecodeError, RecursionError):
-        raise LeftOut(reasons.BAD_TOOLS, f"{value!r:.80}") from None
+        raise _bad_tools(value) from None
+
+
+def _bad_tools(value: Any) -> LeftOut:
+    return LeftOut("tools or tool calls cannot be read", f"{value!r:.80}")
 
 
 # Token ids
@@ -243,14 +229,15 @@ def _from_json(value: Any) -> Any:
 def _read_ids(record: Record) -> Item:
     key = _first(record, MASK) or MASK[0]
     ids, mask = record["input_ids"], record.get(key)
+    reason = "token ids or mask cannot be read"
     if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise LeftOut(reasons.BAD_IDS, f"input_ids {ids!r:.60}")
-    if not isinstance(mask, list) or len(mask) != len(ids) or not all(isinstance(m, int | bool) for m in mask):
-        raise LeftOut(reasons.BAD_IDS, f"{key} {mask!r:.60} for {len(ids)} ids")
-    supervised = [m != IGNORED_LABEL for m in mask] if key == "labels" else mask
-    if not all(m in (0, 1) for m in supervised):
-        raise LeftOut(reasons.BAD_IDS, f"{key} holds other than 0 and 1")
-    return {"input_ids": ids, "loss_mask": [int(m) for m in supervised]}
+        raise LeftOut(reason, f"input_ids {ids!r:.60}")
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(isinstance(m, int) for m in mask):
+        raise LeftOut(reason, f"{key} {mask!r:.60} for {len(ids)} ids")
+    if key != "labels" and not all(m in (0, 1) for m in mask):
+        raise LeftOut(reason, f"{key} holds other than 0 and 1")
+    # -100 marks a label that is not trained on.
+    return {"input_ids": ids, "loss_mask": [int(m != -100 if key == "labels" else m) for m in mask]}
 
 
 @dataclass(frozen=True)
@@ -265,11 +252,7 @@ class FormattedText:
 
     @classmethod
     def from_tokenizer(cls, path: str) -> "FormattedText":
-        """The shape of text that the chat template of the tokenizer at ``path`` formatted.
-
-        Raises:
-            UserError: it cannot be loaded, or its template does not mark answers.
-        """
+        """The shape of text that the tokenizer at ``path`` formatted; raises UserError if it does not mark answers."""
         from transformers import AutoTokenizer  # slow to import, and rarely needed
 
         try:
@@ -295,72 +278,11 @@ class FormattedText:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def read(self, text: str) -> Item:
-        """``input_ids`` and ``loss_mask`` of ``text``; an answer includes the mark that ends it.
-
-        Raises:
-            LeftOut: it has no answer.
-        """
-        spans = self._answer_spans(text)
+        """``input_ids`` and ``loss_mask`` of ``text``, answers with their end marks; raises LeftOut if it has none."""
+        answer = rf"{re.escape(self.start)}\n*(.*?(?:{re.escape(self.end)}|\Z))"
+        spans = [match.span(1) for match in re.finditer(answer, text, re.DOTALL)]
         if not spans:
-            raise LeftOut(reasons.NO_SPAN, f"no {self.start!r} in {text!r:.60}")
+            raise LeftOut("no answer found in the formatted text", f"no {self.start!r} in {text!r:.60}")
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         inside = [any(first <= start < last for first, last in spans) for start, _ in tokens["offset_mapping"]]
         return {"input_ids": tokens["input_ids"], "loss_mask": [int(i) for i in inside]}
-
-    def _answer_spans(self, text: str) -> list[tuple[int, int]]:
-        """Start and end, in characters, of each answer."""
-        spans, at = [], text.find(self.start)
-        while at >= 0:
-            start = at + len(self.start)
-            start += len(text[start:]) - len(text[start:].lstrip("\n"))
-            end = text.find(self.end, start)
-            end = len(text) if end < 0 else end + len(self.end)
-            spans.append((start, end))
-            at = text.find(self.start, end)
-        return spans
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A shape of records."""
-
-    description: str
-    """The keys, for error messages."""
-    matches: Callable[[Record], bool]
-    read: Callable[[Record], Item]
-    """Converts a record; raises LeftOut for values that the keys do not allow."""
-
-
-SHAPES = (
-    Shape(
-        f"input_ids with {' or '.join(MASK)}",
-        lambda record: "input_ids" in record and _first(record, MASK) is not None,
-        _read_ids,
-    ),
-    Shape(
-        f"{' or '.join(CHAT)} (a list of role/content or from/value)",
-        lambda record: _chat_key(record) is not None,
-        _read_chat,
-    ),
-    Shape(
-        "query, tools and answers (calls)",
-        lambda record: all(isinstance(record.get(key), str | list) for key in ("query", "tools", "answers")),
-        _read_query_with_calls,
-    ),
-    Shape(
-        f"one of {', '.join(QUESTION)} with one of {', '.join(ANSWER)}",
-        lambda record: (
-            _first(record, QUESTION) not in (None, _first(record, ANSWER)) and _first(record, ANSWER) is not None
-        ),
-        _read_pair,
-    ),
-    Shape(
-        "text (formatted; needs tokenizer=)",
-        lambda record: isinstance(record.get("text"), str),
-        lambda record: {"text": record["text"]},
-    ),
-    Shape(
-        "prompt, question or instruction (no answer)", lambda record: _first(record, QUESTION) is not None, _read_pair
-    ),
-)
-"""The most informative first: rows often hold their conversation in several shapes."""

@@ -22,8 +22,8 @@ from nemo_speculative.data.conversations import Conversations, Split
 from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, load_or_tokenize
 from nemo_speculative.data.vocab_mapping import (
     VocabMapping,
+    build_and_store_vocab_mapping,
     coverage,
-    load_or_build_vocab_mapping,
     vocab_mapping_from_d2t,
 )
 from nemo_speculative.distributed import titan
@@ -147,7 +147,7 @@ def build_draft_vocabulary(job: TrainJob, target: Target, training: TokenizedDat
     start = read_init_from(job.draft, target.config)
     if start and "d2t" in start.tensors:
         return vocab_mapping_from_d2t(start.tensors["d2t"], training.all_counts)
-    return load_or_build_vocab_mapping(training, job.draft.vocabulary(target.config.vocab_size))
+    return build_and_store_vocab_mapping(training, job.draft.vocabulary(target.config.vocab_size))
 
 
 def print_data_report(data: RunData, vocabulary: VocabMapping) -> None:

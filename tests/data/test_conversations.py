@@ -46,8 +46,8 @@ def mixed(tmp_path) -> str:
 
 def test_every_item_equals_that_of_the_whole_file_read_at_once(mixed):
     items = ConversationFile(mixed)
-    lines = [(str(n), line) for n, line in enumerate(Path(mixed).read_bytes().split(b"\n"), start=1) if line.strip()]
-    whole = [item for n, line in lines for item in parse_line(line, f"{mixed}:{n}", n)]
+    lines = [(n, line) for n, line in enumerate(Path(mixed).read_bytes().split(b"\n"), start=1) if line.strip()]
+    whole = [item for n, line in lines for item in parse_line(line, mixed, n)]
     assert list(items) == whole and len(items) == 7
     assert [items[n] for n in reversed(range(7))] == whole[::-1]
     assert items[-1] == whole[-1] and list(items[2:5]) == whole[2:5] and list(items[:-3:2]) == whole[:-3:2]

@@ -7,7 +7,7 @@ import pytest
 from nemo_speculative.config.schema import DataConfig
 from nemo_speculative.data import stdlib
 from nemo_speculative.data.conversations import ConversationList, Split, TokenRow, shuffled
-from nemo_speculative.data.stdlib import conversations_about, load_stdlib, stdlib_conversations
+from nemo_speculative.data.stdlib import load_stdlib, stdlib_conversations
 
 
 @pytest.fixture(scope="module")
@@ -80,31 +80,35 @@ async def brew(leaves):
 
 
 @pytest.fixture
-def found():
-    return {d.name: d for d in stdlib._definitions_in(ast.parse(MODULE), "kitchen", "kitchen", MODULE.splitlines())}
+def questions() -> dict[str, tuple[str, str]]:
+    """Question and answer by id."""
+    found = stdlib._conversations_in(ast.parse(MODULE), "kitchen", "kitchen", MODULE.splitlines())
+    return {c.id: tuple(m["content"] for m in c.messages) for c in found}
 
 
-def test_what_is_documented_and_public_is_found(found):
-    assert list(found) == ["kitchen.Cup", "kitchen.Cup.fill", "kitchen.brew"]
-    assert found["kitchen.Cup"].header == "class Cup(Base, meta.Other):"
-    assert found["kitchen.Cup.fill"].header == "def fill(self, tea: str='green', *, hot=True):"
-    assert found["kitchen.Cup.fill"].source.startswith("def fill(self")
-    assert "\n    self.tea = tea" in found["kitchen.Cup.fill"].source
+def test_what_is_documented_and_public_is_found(questions):
+    assert list(dict.fromkeys(name.split("/")[0] for name in questions)) == [
+        "kitchen.Cup", "kitchen.Cup.fill", "kitchen.brew"
+    ]  # fmt: skip
+    assert questions["kitchen.Cup/source"][0] == "Show me the source of Cup in kitchen.\nclass Cup(Base, meta.Other):"
+    question, answer = questions["kitchen.Cup.fill/source"]
+    assert question.endswith("\ndef fill(self, tea: str='green', *, hot=True):")
+    assert "This is its source:\ndef fill(self" in answer and "\n    self.tea = tea" in answer
 
 
-def test_what_is_asked_about_a_function(found):
-    questions = {c.id: c.messages for c in conversations_about(found["kitchen.brew"])}
-    assert list(questions) == [f"kitchen.brew/{kind}" for kind in ("doc", "brief", "signature", "source")]
-    question, answer = (m["content"] for m in questions["kitchen.brew/brief"])
-    assert question == "In one sentence, what is kitchen.brew for?"
-    assert answer == "kitchen.brew is a function of the module kitchen. In one sentence: Brews."
-    assert questions["kitchen.brew/signature"][1]["content"].endswith(
-        "It is called with these parameters:\ndef brew(leaves):"
+def test_what_is_asked_about_a_function(questions):
+    kinds = [name.split("/")[1] for name in questions if name.startswith("kitchen.brew/")]
+    assert kinds == ["doc", "brief", "signature", "source"]
+    assert questions["kitchen.brew/brief"] == (
+        "In one sentence, what is kitchen.brew for?",
+        "kitchen.brew is a function of the module kitchen. In one sentence: Brews.",
     )
+    assert questions["kitchen.brew/signature"][1].endswith("It is called with these parameters:\ndef brew(leaves):")
 
 
-def test_a_class_has_no_parameters_to_ask_for(found):
-    assert [c.id.rsplit("/", 1)[1] for c in conversations_about(found["kitchen.Cup"])] == ["doc", "brief", "source"]
+def test_a_class_has_no_parameters_to_ask_for(questions):
+    kinds = [name.split("/")[1] for name in questions if name.startswith("kitchen.Cup/")]
+    assert kinds == ["doc", "brief", "source"]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_worker_processes_give_the_same_rows(items, how, config, monkeypatch):
 
 def test_stored_rows_are_not_tokenized_again(items, how, config, monkeypatch):
     load_or_tokenize(items, how, config, "t")
-    monkeypatch.setattr(tokenized_dataset, "tokenize_conversations", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(tokenized_dataset, "_create", lambda *_: pytest.fail("tokenized again"))
     load_or_tokenize(items, how, config, "t")
 
 

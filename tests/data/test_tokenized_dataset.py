@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_speculative.data.conversations import Conversation, TokenRow
-from nemo_speculative.data.tokenized_dataset import TokenizedDataset, preview, tokenize_conversations
+from nemo_speculative.data.tokenized_dataset import Tokenization, TokenizedDataset, preview
 from nemo_speculative.utils.errors import UserError
 from tests.conftest import make_tokenizer
 
@@ -29,7 +29,7 @@ def conversation(*roles: str, identity: str = "1") -> Conversation:
 def test_a_conversation_without_an_answer_names_its_line(tokenizer, roles):
     items = [conversation("user", "assistant"), conversation(*roles, identity="2")]
     with pytest.raises(UserError) as caught:
-        tokenize_conversations(items, tokenizer, {END}, 100, 300)
+        Tokenization(tokenizer, {END}, 100, 300)(items)
     message = str(caught.value)
     assert message.startswith("data.jsonl:2: the conversation has no assistant turn")
     assert "data.answers=target" in message
@@ -37,12 +37,10 @@ def test_a_conversation_without_an_answer_names_its_line(tokenizer, roles):
 
 
 def test_token_rows_and_conversations_mix_in_their_order(tokenizer):
-    out = tokenize_conversations(
-        [row("a", "01"), conversation("user", "assistant"), row("b", "11")], tokenizer, {END}, 100, 300
-    )
+    out = Tokenization(tokenizer, {END}, 100, 300)([row("a", "01"), conversation("user", "assistant"), row("b", "11")])
     assert [r.id for r in out.rows] == ["a", "1", "b"]
     assert out.tokens == 4 + len(out.rows[1].input_ids)
-    assert out.supervised_tokens == 3 + sum(out.rows[1].loss_mask)
+    assert int(out.all_counts.sum()) == 3 + sum(out.rows[1].loss_mask)
 
 
 def test_truncated_and_left_out_rows_are_counted(tokenizer):
@@ -53,7 +51,7 @@ def test_truncated_and_left_out_rows_are_counted(tokenizer):
         row("never", "0000"),
         row("exact", "0001"),
     ]
-    out = tokenize_conversations(items, tokenizer, {END}, 4, 300)
+    out = Tokenization(tokenizer, {END}, 4, 300)(items)
     assert [(r.id, len(r.input_ids), sum(r.loss_mask)) for r in out.rows] == [
         ("fits", 4, 3),
         ("cut", 4, 3),
@@ -68,7 +66,7 @@ def test_truncated_and_left_out_rows_are_counted(tokenizer):
 
 
 def test_only_the_first_ids_left_out_are_named(tokenizer):
-    out = tokenize_conversations([row(str(i), "00") for i in range(5)], tokenizer, {END}, 4, 300)
+    out = Tokenization(tokenizer, {END}, 4, 300)([row(str(i), "00") for i in range(5)])
     assert out.report().endswith("5 without a supervised token left out (0, 1, 2, …)")
 
 
@@ -80,28 +78,28 @@ def test_an_empty_dataset():
 def test_an_id_outside_the_vocabulary_names_the_line(tokenizer, vocab_size, refused):
     items = [row("7", "0011")]  # ids 10 to 13
     if not refused:
-        assert tokenize_conversations(items, tokenizer, {END}, 100, vocab_size).rows == items
+        assert Tokenization(tokenizer, {END}, 100, vocab_size)(items).rows == items
         return
     with pytest.raises(UserError) as caught:
-        tokenize_conversations(items, tokenizer, {END}, 100, vocab_size)
+        Tokenization(tokenizer, {END}, 100, vocab_size)(items)
     assert str(caught.value) == f"data.jsonl:7: token id 13 is not in the target's vocabulary of {vocab_size}"
 
 
 def test_an_id_outside_the_vocabulary_is_found_even_where_it_is_cut_off(tokenizer):
     with pytest.raises(UserError, match="token id 500"):
-        tokenize_conversations([TokenRow("a", [5, 6, 500], [False, True, True], "here")], tokenizer, {END}, 2, 300)
+        Tokenization(tokenizer, {END}, 2, 300)([TokenRow("a", [5, 6, 500], [False, True, True], "here")])
 
 
 def test_a_template_that_renders_nothing_leaves_the_conversation_out():
     silent = make_tokenizer("{% if false %}{% generation %}{% endgeneration %}{% endif %}")
-    out = tokenize_conversations([conversation("user", "assistant", identity="9")], silent, {END}, 100, 300)
+    out = Tokenization(silent, {END}, 100, 300)([conversation("user", "assistant", identity="9")])
     assert (out.rows, out.unsupervised) == ([], ["9"])
 
 
 def test_the_preview_marks_what_the_assistant_wrote(tokenizer):
     messages = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
     item = Conversation("1", [{"role": r, "content": c} for r, c in messages], "here")
-    document = tokenize_conversations([item], tokenizer, {END}, 100, 300).rows[0]
+    document = Tokenization(tokenizer, {END}, 100, 300)([item]).rows[0]
     plain = preview(document, tokenizer, color=False)
     assert plain == (
         "<|begin|><|user|>one<|end|><|assistant|>⟦two<|end|>⟧<|user|>three<|end|><|assistant|>⟦four<|end|>⟧"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from nemo_speculative.config.schema import VocabularySize
 from nemo_speculative.data import vocab_mapping
 from nemo_speculative.data.tokenized_dataset import load_or_tokenize
-from nemo_speculative.data.vocab_mapping import load_or_build_vocab_mapping
+from nemo_speculative.data.vocab_mapping import build_and_store_vocab_mapping
 from nemo_speculative.utils.errors import UserError
 from tests.data.test_stored_dataset import config, how, items, tokenizer  # noqa: F401
 
@@ -30,7 +30,7 @@ def most_frequent(documents, entries):
 
 
 def test_it_is_stored_next_to_the_rows_in_the_format_of_checkpoints(documents):
-    found = load_or_build_vocab_mapping(documents, SIZE)
+    found = build_and_store_vocab_mapping(documents, SIZE)
     (file,) = documents.directory.glob("vocabulary*")
     stored = load_file(file)
     ids = (stored["d2t"] + torch.arange(20)).tolist()
@@ -43,39 +43,21 @@ def test_it_is_stored_next_to_the_rows_in_the_format_of_checkpoints(documents):
     assert float(header["coverage"]) == pytest.approx(found.coverage, abs=1e-6)
 
 
-def test_a_stored_vocabulary_is_reused_only_for_the_same_rows_and_size(documents, monkeypatch):
+def test_each_size_has_a_file_of_its_own_that_follows_the_rows(documents):
     sizes = [SIZE, VocabularySize(40), VocabularySize(None, 0.9)]
-    first = [load_or_build_vocab_mapping(documents, size) for size in sizes]
-    assert len(list(documents.directory.glob("vocabulary*"))) == 3
-    monkeypatch.setattr(vocab_mapping, "build_vocab_mapping", lambda *_: pytest.fail("chosen again"))
-    for size, before in zip(sizes, first, strict=True):
-        found = load_or_build_vocab_mapping(documents, size)
-        assert torch.equal(found.ids, before.ids) and found.coverage == before.coverage
-    monkeypatch.undo()
+    first, *_ = [build_and_store_vocab_mapping(documents, size) for size in sizes]
+    names = sorted(file.name for file in documents.directory.glob("vocabulary*"))
+    assert names == [f"vocabulary-{size}.safetensors" for size in ("0.9", "20", "40")]
     other = dataclasses.replace(documents, rows=documents.rows[:3])
-    assert load_or_build_vocab_mapping(other, SIZE).ids.tolist() == most_frequent(other, 20) != first[0].ids.tolist()
-
-
-@pytest.mark.parametrize("damage", ["cut", "no header", "other ids", "ids outside"])
-def test_a_damaged_vocabulary_is_chosen_again(documents, damage):
-    expected = load_or_build_vocab_mapping(documents, SIZE)
-    (file,) = documents.directory.glob("vocabulary*")
-    content, d2t = file.read_bytes(), expected.d2t.numpy().tobytes()
-    damaged = {
-        "cut": content[:-20],
-        "no header": b"",
-        "other ids": content.replace(d2t, (expected.d2t + 1).numpy().tobytes()),
-        "ids outside": content.replace(d2t, (expected.d2t + 10_000).numpy().tobytes()),
-    }[damage]
-    assert damaged != content
-    file.write_bytes(damaged)
-    assert torch.equal(load_or_build_vocab_mapping(documents, SIZE).ids, expected.ids)
-    assert torch.equal(load_file(file)["d2t"], expected.d2t)
+    found = build_and_store_vocab_mapping(other, SIZE).ids.tolist()
+    assert found == most_frequent(other, 20) != first.ids.tolist()
+    stored = load_file(documents.directory / "vocabulary-20.safetensors")
+    assert (stored["d2t"] + torch.arange(20)).tolist() == found
 
 
 def test_nothing_is_stored_for_rows_in_memory_or_with_the_targets_head(documents, items, how):  # noqa: F811
-    load_or_build_vocab_mapping(documents, VocabularySize(300, own_head=False))
-    in_memory = load_or_build_vocab_mapping(how(list(items)), SIZE)
+    build_and_store_vocab_mapping(documents, VocabularySize(300, own_head=False))
+    in_memory = build_and_store_vocab_mapping(how(list(items)), SIZE)
     assert not list(documents.directory.glob("vocabulary*"))
     assert in_memory.ids.tolist() == most_frequent(documents, 20)
 
@@ -86,4 +68,4 @@ def test_a_full_disk_is_one_line(documents, monkeypatch):
 
     monkeypatch.setattr(vocab_mapping, "atomic_write", full)
     with pytest.raises(UserError, match=r"data\.cache_dir: .*vocabulary-20.safetensors cannot be written \(No space"):
-        load_or_build_vocab_mapping(documents, SIZE)
+        build_and_store_vocab_mapping(documents, SIZE)

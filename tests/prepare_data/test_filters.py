@@ -6,9 +6,8 @@ import string
 import pytest
 
 from nemo_speculative.config.schema import FilterConfig
-from nemo_speculative.prepare_data import reasons
-from nemo_speculative.prepare_data.filters import check
-from nemo_speculative.prepare_data.reasons import LeftOut
+from nemo_speculative.prepare_data.readers import LeftOut
+from nemo_speculative.prepare_data.run import check
 from nemo_speculative.utils.errors import UserError
 
 NAMES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
@@ -33,17 +32,17 @@ def test_roles_in_order(roles):
 
 @pytest.mark.parametrize("roles", ["uu", "uaa", "usa", "suas", "ta", "ut", "s", "ssua", "uatu"])
 def test_roles_out_of_order(roles):
-    assert reason(conversation(roles)) == reasons.ROLES_OUT_OF_ORDER
+    assert reason(conversation(roles)) == "roles out of order"
 
 
 @pytest.mark.parametrize("roles", ["a", "au", "aua", "sau"])
 def test_the_assistant_does_not_start(roles):
-    assert reason(conversation(roles)) == reasons.STARTS_WITH_ASSISTANT
+    assert reason(conversation(roles)) == "starts with the assistant"
 
 
 @pytest.mark.parametrize("roles", ["u", "su"])
 def test_without_an_answer(roles):
-    assert reason(conversation(roles)) == reasons.NO_ANSWER
+    assert reason(conversation(roles)) == "no answer"
     assert reason(conversation(roles), keep_unanswered=True) is None
 
 
@@ -51,23 +50,23 @@ def test_without_an_answer(roles):
 def test_empty_content(content):
     item = conversation("uaua")
     item["conversations"][3]["content"] = content
-    assert reason(item) == reasons.EMPTY_CONTENT
+    assert reason(item) == "empty content"
     item["conversations"][3]["tool_calls"] = [{}]
     assert reason(item) is None, "a call is content"
-    assert reason({"conversations": []}) == reasons.EMPTY_CONTENT
+    assert reason({"conversations": []}) == "empty content"
 
 
 def test_lengths_count_all_messages_and_reasoning():
     item = conversation("ua", "x" * 10)  # 21 with the line between
-    assert reason(item, min_characters=21) is None and reason(item, min_characters=22) == reasons.TOO_SHORT
-    assert reason(item, max_characters=21) is None and reason(item, max_characters=20) == reasons.TOO_LONG
+    assert reason(item, min_characters=21) is None and reason(item, min_characters=22) == "too short"
+    assert reason(item, max_characters=21) is None and reason(item, max_characters=20) == "too long"
     item["conversations"][1]["reasoning_content"] = "hm"
-    assert reason(item, max_characters=21) == reasons.TOO_LONG
+    assert reason(item, max_characters=21) == "too long"
 
 
 @pytest.mark.parametrize("unit", ["I am. ", "啊", "لا ", "ab"])
 def test_repetition_in_any_language(unit):
-    assert reason(conversation("ua", unit * 6000)) == reasons.REPETITIVE
+    assert reason(conversation("ua", unit * 6000)) == "repetitive"
     assert reason(conversation("ua", unit * 6000), min_variety=0) is None
     assert reason(conversation("ua", unit * 5)) is None
 
@@ -85,15 +84,15 @@ def test_control_characters():
     assert reason(conversation("ua", clean)) is None
     assert reason(conversation("ua", clean + "\x1b[0m")) is None, "one of many is allowed"
     for odd in ("\x00", "\ufffd", "\x9d"):
-        assert reason(conversation("ua", clean + odd * 20)) == reasons.CONTROL_CHARACTERS
-    assert reason(conversation("ua", clean + "\ud800")) == reasons.CONTROL_CHARACTERS, "a lone surrogate is not text"
+        assert reason(conversation("ua", clean + odd * 20)) == "control characters"
+    assert reason(conversation("ua", clean + "\ud800")) == "control characters", "a lone surrogate is not text"
 
 
 def test_rows_of_tokens():
     assert reason({"input_ids": [1, 2], "loss_mask": [0, 1]}) is None
-    assert reason({"input_ids": [1, 2], "loss_mask": [0, 0]}) == reasons.NOTHING_SUPERVISED
-    assert reason({"input_ids": [], "loss_mask": []}) == reasons.NOTHING_SUPERVISED
-    assert reason({"input_ids": [1, 2], "loss_mask": [0, 1]}, max_tokens=1) == reasons.TOO_LONG
+    assert reason({"input_ids": [1, 2], "loss_mask": [0, 0]}) == "nothing supervised"
+    assert reason({"input_ids": [], "loss_mask": []}) == "nothing supervised"
+    assert reason({"input_ids": [1, 2], "loss_mask": [0, 1]}, max_tokens=1) == "too long"
 
 
 @pytest.mark.parametrize("given", [{"min_characters": -1}, {"max_characters": 0}, {"min_variety": -0.1}])

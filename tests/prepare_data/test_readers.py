@@ -9,9 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from nemo_speculative.prepare_data import readers, reasons
-from nemo_speculative.prepare_data.readers import hub_parts, local_parts
-from nemo_speculative.prepare_data.reasons import LeftOut
+from nemo_speculative.prepare_data import readers
+from nemo_speculative.prepare_data.readers import LeftOut, hub_parts, local_parts
 from nemo_speculative.utils.errors import UserError
 
 RECORDS = [{"question": f'Ünï {n} "]}},[{{ 世界', "answer": "a\n" * n, "number": n} for n in range(300)]
@@ -105,11 +104,11 @@ def test_origins_and_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"a": 1', reasons.BAD_JSON),
-        (b"[" * 100_000, reasons.BAD_JSON),
-        ('{"a": "ü"}'.encode("latin-1"), reasons.NOT_UTF8),
-        (b"[1, 2]", reasons.NOT_AN_OBJECT),
-        (b'"text"', reasons.NOT_AN_OBJECT),
+        (b'{"a": 1', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        ('{"a": "ü"}'.encode("latin-1"), "not UTF-8"),
+        (b"[1, 2]", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
     ],
 )
 def test_a_bad_line_is_left_out_and_the_others_are_read(tmp_path, line, reason):
@@ -187,5 +186,6 @@ def test_a_repository(tmp_path, monkeypatch):
 def test_the_hash_depends_on_the_content_alone(tmp_path):
     for name, content in (("a.jsonl", b"{}\n"), ("b.jsonl", b"{}\n"), ("c.jsonl", b"{} \n")):
         (tmp_path / name).write_bytes(content)
-    a, b, c = (readers.JsonFile(tmp_path / f"{name}.jsonl").sha256() for name in "abc")
+    parts = [local_parts(str(tmp_path / f"{name}.jsonl"), "data.path", None) for name in "abc"]
+    a, b, c = (part.sha256() for (part,) in parts)
     assert a == b != c

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from nemo_speculative.data.conversations import parse_line
-from nemo_speculative.prepare_data import reasons
-from nemo_speculative.prepare_data.reasons import LeftOut
+from nemo_speculative.prepare_data.readers import LeftOut
 from nemo_speculative.prepare_data.shapes import recognize
 
+BAD_TOOLS, BAD_IDS = "tools or tool calls cannot be read", "token ids or mask cannot be read"
 ASKED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 AGAIN = [*ASKED, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]
 TOLD = [{"role": "system", "content": "s"}, *ASKED]
@@ -85,7 +85,7 @@ def test_a_conversation_in_every_shape(record, expected):
 def test_tools_in_openais_form(record, expected):
     item = recognize(record)
     assert item == {"conversations": expected, "tools": TOOLS}
-    (read,) = parse_line(json.dumps(item).encode(), "a.jsonl:1", "1")
+    (read,) = parse_line(json.dumps(item).encode(), "a.jsonl", 1)
     assert read.tools == TOOLS and read.messages == expected
 
 
@@ -129,26 +129,26 @@ def test_token_ids_with_a_mask(key, mask):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"foo": 1, "bar": 2}, reasons.UNKNOWN_SHAPE),
-        ({}, reasons.UNKNOWN_SHAPE),
-        ({"conversations": "text"}, reasons.UNKNOWN_SHAPE),
-        ({"input_ids": [1]}, reasons.UNKNOWN_SHAPE),
-        ({"output": "a"}, reasons.UNKNOWN_SHAPE),
-        ({"messages": [{"role": "narrator", "content": "q"}]}, reasons.UNKNOWN_ROLE),
-        ({"messages": [ASKED[0], "a"]}, reasons.UNKNOWN_ROLE),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, reasons.NOT_TEXT),
-        ({"messages": [{"role": "user", "content": 3}]}, reasons.NOT_TEXT),
-        ({"question": 3, "answer": "a"}, reasons.NOT_TEXT),
-        ({"question": "q", "input": 3, "answer": "a"}, reasons.NOT_TEXT),
-        ({"prompt": ASKED[:1], "input": "this", "completion": "a"}, reasons.UNKNOWN_SHAPE),
-        ({"messages": ASKED, "tools": "no JSON"}, reasons.BAD_TOOLS),
-        ({"messages": ASKED, "tools": [{"parameters": {}}]}, reasons.BAD_TOOLS),
-        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, reasons.BAD_TOOLS),
-        ({"query": "q", "tools": "[]", "answers": '[{"name": "f", "arguments": [1]}]'}, reasons.BAD_TOOLS),
-        ({"input_ids": [1, -2], "loss_mask": [0, 1]}, reasons.BAD_IDS),
-        ({"input_ids": [1, 2], "loss_mask": [0]}, reasons.BAD_IDS),
-        ({"input_ids": [1, 2], "loss_mask": [0, 7]}, reasons.BAD_IDS),
-        ({"input_ids": "12", "loss_mask": [0, 1]}, reasons.BAD_IDS),
+        ({"foo": 1, "bar": 2}, "unknown shape"),
+        ({}, "unknown shape"),
+        ({"conversations": "text"}, "unknown shape"),
+        ({"input_ids": [1]}, "unknown shape"),
+        ({"output": "a"}, "unknown shape"),
+        ({"messages": [{"role": "narrator", "content": "q"}]}, "unknown role"),
+        ({"messages": [ASKED[0], "a"]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content is not text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content is not text"),
+        ({"question": 3, "answer": "a"}, "content is not text"),
+        ({"question": "q", "input": 3, "answer": "a"}, "content is not text"),
+        ({"prompt": ASKED[:1], "input": "this", "completion": "a"}, "unknown shape"),
+        ({"messages": ASKED, "tools": "no JSON"}, BAD_TOOLS),
+        ({"messages": ASKED, "tools": [{"parameters": {}}]}, BAD_TOOLS),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, BAD_TOOLS),
+        ({"query": "q", "tools": "[]", "answers": '[{"name": "f", "arguments": [1]}]'}, BAD_TOOLS),
+        ({"input_ids": [1, -2], "loss_mask": [0, 1]}, BAD_IDS),
+        ({"input_ids": [1, 2], "loss_mask": [0]}, BAD_IDS),
+        ({"input_ids": [1, 2], "loss_mask": [0, 7]}, BAD_IDS),
+        ({"input_ids": "12", "loss_mask": [0, 1]}, BAD_IDS),
     ],
 )
 def test_a_record_without_a_valid_conversation(record, reason):

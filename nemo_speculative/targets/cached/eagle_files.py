@@ -16,7 +16,7 @@ from hydra.utils import get_method
 from nemo_speculative.config.schema import CaptureJob
 from nemo_speculative.data.batch import Batch
 from nemo_speculative.data.conversations import TokenRow
-from nemo_speculative.data.tokenized_dataset import tokenize_conversations
+from nemo_speculative.data.tokenized_dataset import Tokenization
 from nemo_speculative.distributed.parallelism import first_rank_first
 from nemo_speculative.targets.base import Target, TargetOutput
 from nemo_speculative.targets.cached.manifest import Tensors
@@ -46,7 +46,7 @@ class EagleFiles(Target):
         for name, file in self.files.items():
             sample = self._read(file)
             rows.append(TokenRow(name, sample["input_ids"].tolist(), (sample["loss_mask"] != 0).tolist(), str(file)))
-        documents = tokenize_conversations(rows, self.tokenizer, self.stop_ids, max_length, self.config.vocab_size)
+        documents = Tokenization(self.tokenizer, self.stop_ids, max_length, self.config.vocab_size)(rows)
         self.documents, self.dropped = list(documents.rows), documents.report()
 
     @classmethod
