@@ -96,7 +96,7 @@ class Batch:
         return self.input_ids.numel()
 
 
-def pack(lengths: Sequence[int], packed_length: int, seed: int) -> list[Sequence[int]]:
+def pack(lengths: Sequence[int], packed_length: int, seed: int) -> list[list[int]]:
     """Packs documents into rows: best-fit decreasing within windows of a shuffled order.
 
     A function of its arguments alone, so that every rank and every restart makes the same rows.
@@ -110,12 +110,12 @@ def pack(lengths: Sequence[int], packed_length: int, seed: int) -> list[Sequence
     rng = random.Random(seed)
     order = array("i", range(len(lengths)))
     rng.shuffle(order)
-    rows: list[Sequence[int]] = []
+    rows: list[list[int]] = []
     for start in range(0, len(order), WINDOW):
         window = sorted(order[start : start + WINDOW], key=lambda i: (-lengths[i], i))
         packed = _best_fit(window, lengths, packed_length)
         rng.shuffle(packed)
-        rows += (array("i", row) for row in packed)
+        rows += packed
     return rows
 
 
@@ -171,10 +171,10 @@ class PackedLoader:
     rows_consumed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._epochs: dict[int, list[Sequence[int]]] = {}
+        self._epochs: dict[int, list[list[int]]] = {}
         self._epoch, self._epoch_start = 0, 0
 
-    def rows_of(self, epoch: int) -> list[Sequence[int]]:
+    def rows_of(self, epoch: int) -> list[list[int]]:
         """The packed rows of an epoch; those of the last two epochs requested are cached."""
         if epoch not in self._epochs:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}
@@ -187,7 +187,7 @@ class PackedLoader:
         self._row_at(self.rows_consumed)
         return self._epoch
 
-    def _row_at(self, index: int) -> Sequence[int]:
+    def _row_at(self, index: int) -> list[int]:
         """Row ``index`` of the endless sequence of epochs (indices never decrease)."""
         while index - self._epoch_start >= len(self.rows_of(self._epoch)):
             self._epoch_start += len(self.rows_of(self._epoch))
