@@ -97,7 +97,7 @@ def test_the_embedded_target_need_not_exist(tmp_path, monkeypatch):
         (["data.path=/no/such.jsonl"], "data.path: /no/such.jsonl does not exist"),
         (["data.max_length=1000"], "data.max_length is 1000, longer than the target's context of 256"),
         (["model.path=/no/model"], "model.path: /no/model does not exist"),
-        (["compare=-1"], "compare is -1: it must not be negative"),
+        (["compare=-1"], "compare is -1: expected a number in [0, inf)"),
     ],
 )
 def test_errors_of_one_line(settings, tmp_path, overrides, text):

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from nemo_speculative.config.schema.common import Dtype, require_not_negative, require_positive, require_within
+from nemo_speculative.config.schema.common import Dtype, require_positive, require_within
 from nemo_speculative.config.schema.data import DataConfig
 from nemo_speculative.config.schema.target import HFBackendConfig, PlacementConfig
 from nemo_speculative.config.speculative import SpeculativeSettings, default_draft_tokens, largest_tree, smallest_tree
@@ -88,9 +88,8 @@ class EvaluationConfig:
             self, "evaluation", "num_questions", "selection_questions", "max_new_tokens", "ngram", "num_threads",
             "batch_size",
         )  # fmt: skip
-        require_within("[0, inf)", self, "evaluation", "temperature")
+        require_within("[0, inf)", self, "evaluation", "temperature", "top_k")
         require_within("(0, 1]", self, "evaluation", "top_p")
-        require_not_negative(self, "evaluation", "top_k")
 
     @property
     def answer_tokens(self) -> int:
@@ -225,7 +224,7 @@ class BenchmarkJob(SpeculativeOverrides):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_not_negative(self, "", "warmup")
+        require_within("[0, inf)", self, "", "warmup")
         for name, least in (("concurrency", 1), ("temperature", 0)):
             values = getattr(self, name)
             if not values:

@@ -16,13 +16,6 @@ def require_positive(config: Any, group: str, *names: str) -> None:
             raise UserError(f"{key} is {value}: it must be greater than 0")
 
 
-def require_not_negative(config: Any, group: str, *names: str) -> None:
-    """Refuses values of the keys ``names`` of ``group`` below 0; null passes."""
-    for key, value in _values(config, group, names):
-        if not value >= 0:
-            raise UserError(f"{key} is {value}: it must not be negative")
-
-
 def require_within(interval: str, config: Any, group: str, *names: str) -> None:
     """Refuses values of the keys ``names`` of ``group`` outside ``interval``, e.g. ``[0, 1)``; null passes."""
     low, high = map(float, interval[1:-1].split(","))

@@ -8,7 +8,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from nemo_speculative.config.schema.common import require_not_negative, require_positive, require_within
+from nemo_speculative.config.schema.common import require_positive, require_within
 from nemo_speculative.config.schema.target import ModelConfig, require_servers
 from nemo_speculative.utils.errors import UserError
 
@@ -141,7 +141,7 @@ class FilterConfig:
     """Largest fraction of control characters and replacement characters."""
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "filters", "min_characters", "min_variety", "max_control_share")
+        require_within("[0, inf)", self, "filters", "min_characters", "min_variety", "max_control_share")
         require_positive(self, "filters", "max_characters", "max_tokens")
 
 
@@ -270,7 +270,7 @@ class GenerateJob:
 
     def __post_init__(self) -> None:
         require_positive(self, "", "max_new_tokens", "max_length")
-        require_not_negative(self, "", "seed")
+        require_within("[0, inf)", self, "", "seed")
         start, end = self.bounds()
         if end is not None and start >= end:
             raise UserError(f"range is {self.range}: it holds no line; expected start:end")
@@ -313,7 +313,7 @@ class InspectJob:
     """Seed of the order of the data, as in the training."""
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "", "compare")
+        require_within("[0, inf)", self, "", "compare")
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Optional, Self
 
 from omegaconf import MISSING
 
-from nemo_speculative.config.schema.common import require_not_negative, require_positive, require_within
+from nemo_speculative.config.schema.common import require_positive, require_within
 from nemo_speculative.utils.errors import UserError
 
 MaskConvention = StrEnum("MaskConvention", ["serving", "official", "automodel"])
@@ -282,4 +282,4 @@ class EagleDraftConfig(DraftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "draft", "topk")
-        require_not_negative(self, "draft", "vloss_w", "ploss_w", "topk_w")
+        require_within("[0, inf)", self, "draft", "vloss_w", "ploss_w", "topk_w")

@@ -7,7 +7,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from nemo_speculative.config.schema.checkpoint import EvaluationConfig, ExporterConfig
-from nemo_speculative.config.schema.common import Dtype, require_not_negative, require_positive, require_within
+from nemo_speculative.config.schema.common import Dtype, require_positive, require_within
 from nemo_speculative.config.schema.data import Answers, DataConfig
 from nemo_speculative.config.schema.draft import DraftConfig
 from nemo_speculative.config.schema.target import BackendConfig, FeaturesBackendConfig, ModelConfig
@@ -47,7 +47,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "optimizer", "lr", "clip_norm", "eps")
-        require_not_negative(self, "optimizer", "weight_decay")
+        require_within("[0, inf)", self, "optimizer", "weight_decay")
         require_within("[0, 1]", self, "optimizer", "warmup_ratio", "decay_ratio", "min_lr_factor")
         require_within("[0, 1)", self, "optimizer", "ema_decay")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
