@@ -167,11 +167,9 @@ class InvalidResponse(RequestFailed):
 
 
 class Server(BalancedServer):
-    """One server: its protocol and model, and requests to it.
+    """One server: its protocol and model (``model``; None: its only one), and requests to it.
 
-    Args:
-        model: the name of the model to use; None: the server's only one.
-        options: the arguments of :class:`Protocol`, except for its model.
+    ``options`` are the arguments of :class:`Protocol`, except for its model.
     """
 
     def __init__(self, url: str, model: str | None, timeout: float, options: dict[str, Any]):
@@ -183,27 +181,26 @@ class Server(BalancedServer):
         """None: to be identified, for the first time or after a lost connection."""
         self.context: int | None = None
         """Tokens of its longest sequence, if it reports them."""
-        self.model_path: str | None = None
-        """The path that its model was loaded from, if it reports it: the name that it serves it by may be any."""
 
-    async def identify(self) -> Protocol:
-        """Detects the server's protocol.
+    async def identify(self) -> dict[str, str]:
+        """Detects the server's protocol; returns its part of the manifest.
 
         Only a refusal shows that the server lacks a route; any other failure, which raises ServerUnavailable, says
         nothing about its protocol.  Raises UserError if it does not serve the model.
         """
         try:
-            models = await self._get("/v1/models") or {}
-            native = await self._get("/model_info") or await self._get("/get_model_info")
-            self.model_path = native.get("model_path") if isinstance(native, dict) else None
-            card = self._model_card(models)
+            card = self._model_card(await self._get("/v1/models") or {})
             self.context = card.get("max_model_len")
-            if self.model_path is not None:
-                return SGLangGenerate(card["id"], **self._options)
-            with_ids = CompletionIds(card["id"], **self._options)
-            return with_ids if await self._returns_ids(with_ids) else Chat(card["id"], **self._options)
+            native = await self._get("/model_info") or await self._get("/get_model_info")
+            path = native.get("model_path") if isinstance(native, dict) else None
+            protocol: Protocol = (CompletionIds if path is None else SGLangGenerate)(card["id"], **self._options)
+            if path is None and not await self._returns_ids(protocol):
+                protocol = Chat(card["id"], **self._options)
         except RequestFailed as error:
             raise ServerBusy(str(error)) from None
+        self.protocol = protocol
+        # The path, which SGLang reports, tells models apart that are served by the same name.
+        return {"protocol": protocol.NAME, "target": protocol.model} | ({"model_path": path} if path else {})
 
     def _model_card(self, models: Any) -> dict[str, Any]:
         try:
@@ -284,7 +281,7 @@ class EndpointEngine(Engine):
         options = {"sampling": sampling, "stop_ids": sorted(self.stop_ids), "vocab_size": self.config.vocab_size}
         self.servers = [Server(url, config.model, config.timeout, options) for url in config.urls]
         self._balancer = LoadBalancer(self.servers, max_outstanding=config.concurrency, first_backoff=FIRST_BACKOFF)
-        self._identity: dict[str, Any] | None = None
+        self._identity: dict[str, str] | None = None
         """The protocol and model that every server must have; None: no server has been identified yet."""
         self._all_failing_since: float | None = None
         self._last_failure = ""
@@ -318,11 +315,8 @@ class EndpointEngine(Engine):
         self._succeeded(server)
         return None
 
-    async def _identify(self, server: Server) -> Protocol:
-        protocol = await server.identify()
-        identity = {"protocol": protocol.NAME, "target": protocol.model}
-        if server.model_path:
-            identity["model_path"] = server.model_path
+    async def _identify(self, server: Server) -> None:
+        identity = await server.identify()
         if self._identity is None:
             self._identity = identity
         if identity != self._identity:
@@ -330,8 +324,6 @@ class EndpointEngine(Engine):
                 f"{server.url}: serves {_describe(identity)}, where {_describe(self._identity)} answered until now; "
                 "the same model has to answer all: stop that server, or give another output"
             )
-        server.protocol = protocol
-        return protocol
 
     async def complete(self, request: Request) -> Completion:
         attempts = 0
@@ -339,7 +331,10 @@ class EndpointEngine(Engine):
         while True:
             server = await self._acquire(avoid=last)
             try:
-                completion = await server.complete(request, server.protocol or await self._identify(server))
+                if server.protocol is None:
+                    await self._identify(server)
+                assert server.protocol is not None
+                completion = await server.complete(request, server.protocol)
                 self._succeeded(server)
                 return completion
             except ServerUnavailable as error:  # no attempt: the request was not accepted
@@ -380,6 +375,6 @@ class EndpointEngine(Engine):
             await asyncio.sleep(POLL_SECONDS)
 
 
-def _describe(identity: dict[str, Any]) -> str:
+def _describe(identity: dict[str, str]) -> str:
     loaded = f", loaded from {identity['model_path']}" if "model_path" in identity else ""
     return f"{identity['target']} ({identity['protocol']}{loaded})"

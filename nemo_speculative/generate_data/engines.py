@@ -30,12 +30,9 @@ PREFILL_TOKENS = 1 << 14
 
 
 class CompletionFailed(UserError):
-    """A request that was given up: it is recorded, and the next run repeats it.
+    """A request that was given up after ``attempts``: it is recorded, and the next run repeats it.
 
-    Args:
-        reason: the same text for all requests that failed in the same way; reports count by it.
-        detail: further information on this request.
-        attempts: how often the request was sent.
+    Reports count by ``reason``, the same text for all that failed in the same way; ``detail`` is about this one.
     """
 
     def __init__(self, reason: str, detail: str = "", attempts: int = 1):
@@ -46,13 +43,8 @@ class CompletionFailed(UserError):
 class Engine(ABC):
     """Completes prompts with the target in ``directory``, whose tokenizer and configuration it loads at once.
 
-    Call :meth:`identity` first, :meth:`prepare` before the first request, and :meth:`close` at the end.
-
-    Args:
-        concurrency: conversations to keep in flight.
-
-    Raises:
-        UserError: the directory holds no usable tokenizer or configuration.
+    Call :meth:`identity` first, :meth:`prepare` before the first request, and :meth:`close` at the end.  Callers keep
+    ``concurrency`` conversations in flight.  Raises UserError if the directory has no usable tokenizer.
     """
 
     def __init__(self, directory: Path, trust_remote_code: bool, concurrency: int):

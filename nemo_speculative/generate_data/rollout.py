@@ -63,8 +63,7 @@ class Limits:
 class Keep:
     """Leaves the reasoning that an answer starts with in its content; the answer's ids hold it in any case.
 
-    Args:
-        tags: the opening and the closing tag; the opening one may be the end of the prompt instead.
+    It is between two ``tags``; the opening one may be the end of the prompt instead.
     """
 
     def __init__(self, tags: Sequence[str] = ("<think>", "</think>")):

@@ -119,7 +119,7 @@ class Record:
         try:
             return json.loads(self.line)
         except ValueError:
-            raise damage_error(self.where, self.line) from None
+            raise _damage_error(self.where, self.line) from None
 
     def renumbered(self, index: int) -> bytes:
         """The line with another number."""
@@ -131,7 +131,7 @@ def make_record(index: int, prompt_hash: int, content: dict[str, Any]) -> dict[s
     return {"index": index, "asked": f"{prompt_hash:016x}", **content}
 
 
-def damage_error(where: str, line: bytes) -> UserError:
+def _damage_error(where: str, line: bytes) -> UserError:
     """The error for a line that is not a record."""
     return UserError(
         f"{where}: not a line that was written here ({line[:40]!r}); restore the file, or remove that line, "
@@ -145,7 +145,7 @@ def read_records(file: Path) -> Iterator[Record]:
         where = f"{file}:{line.number}"
         match = PREFIX.match(line.data)
         if match is None:
-            raise damage_error(where, line.data)
+            raise _damage_error(where, line.data)
         yield Record(int(match[1]), int(match[3], 16), line.offset, line.data, where)
 
 
@@ -175,9 +175,10 @@ def load_manifest(file: Path) -> dict[str, Any]:
     """The manifest of a :class:`ShardDir`; raises UserError if it is not one, or has another format."""
     try:
         manifest = read_manifest(file) or {}
-        manifest |= {key: manifest[key] for key in INPUT_KEYS}
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{file}: not a manifest that generate_data.py wrote; name a directory that it did") from None
+    except (OSError, ValueError):
+        manifest = {}
+    if not manifest.keys() >= set(INPUT_KEYS):
+        raise UserError(f"{file}: not a manifest that generate_data.py wrote; name a directory that it did")
     if (stored := manifest.get("format")) != FORMAT:
         raise UserError(
             f"{file}: found answers in format {stored or 'none'} of another version of this program, expected {FORMAT};"
@@ -197,12 +198,8 @@ def difference(stored: dict[str, Any], current: dict[str, Any], ignored: Collect
 class ShardDir:
     """The stored records of a range, new or resumed; a changed input renumbers them.
 
-    Args:
-        manifest: everything that the answers depend on.
-
-    Raises:
-        UserError: the directory was started with other settings, or is damaged.
-        OSError: the disk is full.
+    ``manifest`` is everything that the answers depend on.  Raises UserError if the directory was started with other
+    settings or is damaged, and OSError, as all writing here, if the disk is full.
     """
 
     def __init__(self, directory: Path, prompts: PromptFile, manifest: dict[str, Any]):
@@ -227,7 +224,6 @@ class ShardDir:
         return self._done.count(0)
 
     def add_answer(self, index: int, content: dict[str, Any]) -> None:
-        """Stores an answer; raises OSError if the disk is full."""
         self._answers.append(make_record(index, self._hashes[index - self._start], content))
 
     def add_left_out(

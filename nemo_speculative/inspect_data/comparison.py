@@ -94,17 +94,14 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """The counts and examples of a comparison: ``equal + causes.total() = turns``.
-
-    Args:
-        max_length: of a training's rows, in tokens.
-        limit: conversations to compare.
-    """
+    """The counts and examples of a comparison: ``equal + causes.total() = turns``."""
 
     tokenizer: Any
     server: ByTemplate | RunningServer
     max_length: int
+    """Length of a training's rows, in tokens."""
     limit: int
+    """Conversations to compare."""
     conversations: int = 0
     not_comparable: int = 0
     """Rows of token ids, which have no messages, and conversations that the template rejects."""
@@ -117,13 +114,7 @@ class Comparison:
     """The first ones of each cause."""
 
     def add(self, item: Item, row: TokenRow | None) -> None:
-        """
-        Args:
-            row: the row of the item, not truncated; None: a training makes none, and the rendering is compared anyway.
-
-        Raises:
-            UserError: the server does not answer.
-        """
+        """Compares ``item``; ``row``: its row before truncation, or None if a training makes none of it."""
         if self.conversations + self.not_comparable >= self.limit:
             return
         trained = None

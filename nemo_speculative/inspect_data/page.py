@@ -44,11 +44,7 @@ JINJA.filters |= {"comma": "{:,}".format, "percent": _percent, "quote": _quote}
 
 
 def page(figures: dict[str, Any], rows: Sequence[TokenRow], tokenizer: Any, title: str) -> str:
-    """The HTML of ``figures``, which include the comparison.
-
-    Args:
-        rows: conversations to show, not truncated.
-    """
+    """The HTML of ``figures``, which include the comparison; it shows ``rows``, which are not truncated."""
     good, bad = ("#{:02x}{:02x}{:02x}".format(*color) for color in (svg.GOOD, svg.BAD))
     return JINJA.get_template("report.html").render(
         title=title,
@@ -118,12 +114,7 @@ def bars(title: str, axis: str, counts: Sequence[tuple[str, float]], mark: int |
 
 
 def curves(title: str, axis: str, drawn: Mapping[str, Sequence[tuple[int, float]]], marks: Mapping[int, str]) -> str:
-    """Shares from 0 to 1 over sizes on a logarithmic axis.
-
-    Args:
-        drawn: the (size, share) points of each curve, by its name.
-        marks: labels of sizes.
-    """
+    """Curves of (size, share) points by name, with sizes on a logarithmic axis; ``marks`` are labels of sizes."""
     sizes = [size for points in drawn.values() for size, _ in points]
     low, high = min(sizes), max(max(sizes), min(sizes) + 1)
 

@@ -42,12 +42,7 @@ EXAMPLES = 3
 
 
 class Tally:
-    """Counts over rows, plus 8 bytes a row for its length and its trained length.
-
-    Args:
-        vocab_size: V, ids of the target.
-        max_length: the length that a training truncates rows to, in tokens.
-    """
+    """Counts over rows, plus 8 bytes a row for its length and its trained length: at most ``max_length`` tokens."""
 
     def __init__(self, vocab_size: int, max_length: int):
         self.max_length = max_length
@@ -64,7 +59,7 @@ class Tally:
         self.documents = array("I")
         """Length of each row that is trained on, after truncation."""
         self.token_counts = np.zeros(vocab_size, np.int64)
-        """[V]: supervised tokens within ``max_length``."""
+        """[V]: supervised tokens within ``max_length``, by id."""
         self.truncated, self.tokens_lost, self.supervised_lost, self.left_out = np.zeros(
             (4, len(self.limits)), np.int64
         )
@@ -127,9 +122,7 @@ class LeftOut:
 class Survey:
     """The counts of one pass over the data, and the rows to show.
 
-    Args:
-        tokenization: a training's.
-        show: ids or line numbers of the conversations to show; empty: the first three.
+    ``show``: ids or line numbers of the conversations to show; empty: the first three.
     """
 
     def __init__(self, tokenization: Tokenization, show: Sequence[str] = ()):
@@ -146,11 +139,9 @@ class Survey:
         row's index among all items."""
 
     def read(self, split: Split, callback: Callable[[Item, TokenRow | None], None]) -> None:
-        """Counts every item of ``split``, held-out ones last; ``callback`` gets each with its row, which is None for a
-        refused or unsupervised item.
+        """Counts every item of ``split``, held-out ones last; raises UserError if one of ``show`` is missing.
 
-        Raises:
-            UserError: the data cannot be read, or lacks a conversation of ``show``.
+        ``callback`` gets each item with its row, which is None for a refused or unsupervised one.
         """
         total, missing = len(split.training) + len(split.held_out), dict.fromkeys(self._show)
         progress = Progress("inspecting", total)
@@ -211,12 +202,7 @@ class Survey:
 
 
 def figures(survey: Survey, split: Split, packed_length: int, seed: int) -> dict[str, Any]:
-    """Every number of the report except for the comparison's.
-
-    Args:
-        packed_length: tokens in a packed row.
-        seed: of the order in which documents are packed.
-    """
+    """Every number of the report except for the comparison's; ``seed``: of the order in which documents are packed."""
     whole, training = survey.total(), survey.total(held_out=False)
     return {
         "conversations": whole.conversations,
@@ -293,11 +279,7 @@ def _truncation(tally: Tally) -> list[dict[str, Any]]:
 
 
 def _packing(documents: Sequence[int], packed_length: int, seed: int) -> dict[str, Any]:
-    """The share of packed rows that documents fill: as a training packs them, and in two simpler ways.
-
-    Args:
-        documents: their lengths, in tokens.
-    """
+    """The share of packed rows that documents of these lengths fill: as a training packs them, and in two others."""
     order = list(documents)
     random.Random(seed).shuffle(order)
     rows = {
