@@ -160,11 +160,7 @@ def nearly_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def load_model(path: Path, device: torch.device | None, has_layers: bool = True, **options: Any) -> Any:
-    """The model in ``path``, frozen and in eval mode.
-
-    Args:
-        device: None leaves the placement to ``options``.
-        has_layers: whether to load the decoder layers.
+    """The model in ``path``, frozen and in eval mode; ``device`` None leaves the placement to ``options``.
 
     Raises:
         UserError: transformers cannot load it, or its files lack weights.

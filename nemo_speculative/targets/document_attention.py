@@ -90,9 +90,7 @@ class _Plan(NamedTuple):
 class DocumentMask:
     """Packed documents, each token of which attends to its own document up to itself, or the last ``window`` of that.
 
-    Args:
-        lengths: tokens of every document, row after row, including padding's.
-        shard: the tokens whose attention is computed.
+    ``lengths``: tokens of every document, row after row, with padding's; ``shard``: the tokens that are computed.
     """
 
     def __init__(self, lengths: Sequence[int], window: int | None, shard: ContextShard = FULL_BATCH):

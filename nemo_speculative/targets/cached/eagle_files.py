@@ -54,16 +54,12 @@ class EagleFiles(Target):
         """The files that ``job.eagle`` names, with the embedding and head of the job's model."""
         config = target_config(job.model)
         max_length, row_tokens = job.data.lengths(config.max_position_embeddings)
+        path = first_rank_first(lambda: get_method(job.model._target_)(job.model))
         return cls(
-            first_rank_first(lambda: get_method(job.model._target_)(job.model)),
-            Path(str(job.eagle)),
-            max_length=max_length,
-            row_tokens=row_tokens,
+            path, Path(str(job.eagle)), max_length=max_length, row_tokens=row_tokens,
             aux_layers=job.draft.chosen_aux_layers(config.num_hidden_layers),
-            dtype=getattr(torch, job.model.dtype.value),
-            device=device,
-            trust_remote_code=job.model.trust_remote_code,
-        )
+            dtype=getattr(torch, job.model.dtype.value), device=device, trust_remote_code=job.model.trust_remote_code,
+        )  # fmt: skip
 
     def _read(self, file: Path) -> Tensors:
         """The tensors of a file, memory-mapped; raises UserError as the class does."""

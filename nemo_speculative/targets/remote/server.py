@@ -68,10 +68,7 @@ class TargetServer:
     """The server; :attr:`app` is the ASGI application: POST /supervise, GET /info, /metrics and /health.
 
     It is itself the ASGI application of /supervise, because a request keeps its queue slot until its answer is sent.
-
-    Args:
-        token: bearer token that requests must carry, except for /health; None: no token.
-        backend: configuration of the target, for /info.
+    All requests but /health must carry the bearer token, if there is one.  ``backend`` is for /info.
     """
 
     def __init__(
