@@ -15,7 +15,7 @@ from nemo_speculative.config.schema import BenchmarkJob
 
 @recipe("benchmark")
 def main(job: BenchmarkJob) -> None:
-    from nemo_speculative.evaluation.server_benchmark.report import best, heat_map, table
+    from nemo_speculative.evaluation.server_benchmark.results import best, heat_map, table
     from nemo_speculative.evaluation.server_benchmark.run import Benchmark
 
     benchmark, results = Benchmark(job), Path(job.results)

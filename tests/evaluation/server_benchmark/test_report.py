@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_speculative.evaluation.server_benchmark.report import COLUMNS, best, heat_map, table
-from nemo_speculative.evaluation.server_benchmark.results import BenchResult
+from nemo_speculative.evaluation.server_benchmark.results import COLUMNS, BenchResult, best, heat_map, table
 from tests.evaluation.server_benchmark.test_results import DRAFT, METRICS, POINT
 
 
