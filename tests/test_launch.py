@@ -213,6 +213,8 @@ attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 def program():
     pathlib.Path(sys.argv[1], "started" + rank + "." + attempt).touch()
     if rank == "1":
+        while not pathlib.Path(sys.argv[1], "started0." + attempt).exists():
+            time.sleep(0.01)
         raise {error}
     time.sleep(60)
 run_program(program)
