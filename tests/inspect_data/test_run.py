@@ -109,9 +109,7 @@ def test_errors_of_one_line(settings, tmp_path, overrides, text):
 
 
 def test_a_data_path_that_would_not_be_read():
-    with pytest.raises(
-        UserError, match=r"data\.path is talks\.jsonl, and data=tiny, the default of model=tiny, reads no"
-    ):
+    with pytest.raises(UserError, match=r"data\.path is talks\.jsonl, and data=tiny reads no file: add data=jsonl"):
         job_of("data.path=talks.jsonl")
 
 
