@@ -172,6 +172,12 @@ def _prompts(job: EvaluateJob, servable: Servable, target: HFTarget) -> list[lis
     prompts = question_prompts(rows, job.evaluation.num_questions, longest, target.tokenizer)
     if not prompts:
         raise UserError(f"questions: {file} holds none of at most {longest} tokens, which the target's context allows")
+    if len(prompts) < job.evaluation.num_questions:
+        print(
+            f"questions: {file} holds {len(prompts)} of at most {longest} tokens, all of them are measured; "
+            f"evaluation.num_questions is {job.evaluation.num_questions}",
+            flush=True,
+        )
     return prompts
 
 

@@ -13,7 +13,7 @@ from nemo_speculative.data.conversations import Item, TokenRow
 from nemo_speculative.decoding.verify import Sampling
 from nemo_speculative.generate_data.engines import IN_FLIGHT, Decoder
 from nemo_speculative.generate_data.rollout import Keep, Limits, Rollout, TooLong, converse, for_each
-from nemo_speculative.generate_data.shard_dir import ANSWERS, make_record, prompt_hash, read_records
+from nemo_speculative.generate_data.shard_dir import ANSWERS, damage_error, make_record, prompt_hash, read_records
 from nemo_speculative.targets.hf import HFTarget
 from nemo_speculative.utils.append_log import AppendLog
 from nemo_speculative.utils.files import dir_lock
@@ -78,9 +78,11 @@ def _cached(file: Path, places: Mapping[int, tuple[int, str, str]]) -> dict[int,
     for record in read_records(file):
         if record.prompt_hash in places:
             _, *place = places[record.prompt_hash]
-            rows[record.prompt_hash] = [
-                TokenRow(row_id, ids, [bool(m) for m in mask], *place) for row_id, ids, mask in record.content()["rows"]
-            ]
+            try:
+                stored = [(row_id, ids, [bool(m) for m in mask]) for row_id, ids, mask in record.content()["rows"]]
+            except (KeyError, TypeError, ValueError):
+                raise damage_error(record.where, record.line) from None
+            rows[record.prompt_hash] = [TokenRow(*row, *place) for row in stored]
     return rows
 
 

@@ -119,7 +119,7 @@ class Record:
         try:
             return json.loads(self.line)
         except ValueError:
-            raise _damage_error(self.where, self.line) from None
+            raise damage_error(self.where, self.line) from None
 
     def renumbered(self, index: int) -> bytes:
         """The line with another number."""
@@ -131,7 +131,7 @@ def make_record(index: int, prompt_hash: int, content: dict[str, Any]) -> dict[s
     return {"index": index, "asked": f"{prompt_hash:016x}", **content}
 
 
-def _damage_error(where: str, line: bytes) -> UserError:
+def damage_error(where: str, line: bytes) -> UserError:
     """The error for a line that is not a record."""
     return UserError(
         f"{where}: not a line that was written here ({line[:40]!r}); restore the file, or remove that line, "
@@ -145,7 +145,7 @@ def read_records(file: Path) -> Iterator[Record]:
         where = f"{file}:{line.number}"
         match = PREFIX.match(line.data)
         if match is None:
-            raise _damage_error(where, line.data)
+            raise damage_error(where, line.data)
         yield Record(int(match[1]), int(match[3], 16), line.offset, line.data, where)
 
 

@@ -195,12 +195,16 @@ def test_a_killed_run_resumes_with_the_missing_answers(target, mixed, prompts, t
     assert again[: len(remaining)] == remaining and len(again) == 8
 
 
-@pytest.mark.parametrize("damage", [b"torn", b'"rows": [["', b'"rows"'])
-def test_a_damaged_line_is_named_before_any_generation(target, mixed, prompts, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("text", "damage"),
+    [(b"", b"torn"), (b'"rows": [["', b'"raws'), (b'"rows"', b'"raws'), (b'"rows": ', b'"rows": 1, "was": ')],
+    ids=["other text", "cut", "not JSON", "rows of another kind"],
+)
+def test_a_damaged_line_is_named_before_any_generation(target, mixed, prompts, tmp_path, text, damage):
     options = {"batch_size": 2, "cache_dir": str(tmp_path), **LIMITS}
     answer(target, mixed, **options)
     lines = cached(tmp_path).read_bytes().splitlines(keepends=True)
-    lines[2] = b"torn\n" if damage == b"torn" else lines[2].replace(damage, b'"raws')
+    lines[2] = lines[2].replace(text, damage) if text else damage + b"\n"
     cached(tmp_path).write_bytes(b"".join(lines[:5]))
     prompts.clear()
     with pytest.raises(UserError, match=r"/answers\.jsonl:3: not a line that was written here .*; restore") as caught:
