@@ -88,19 +88,20 @@ def aux_layers_for(num_layers: int, chosen: list[int] | None) -> list[int]:
     ``chosen``, or the published formula [1, N//2 - 1, N - 4] (EAGLE-3, algorithm as released; 0-based outputs).
     Raises UserError if a layer is out of range, or the formula gives the same layer twice.
     """
-    possible = f"0 to {num_layers - 2}"  # SGLang cannot capture the output of the last layer: it reads layer inputs.
     if chosen is None:
         if num_layers < 7:
+            spread = sorted({0, max(num_layers // 2 - 1, 0), max(num_layers - 2, 0)})
             raise UserError(
                 f"the target has {num_layers} layers, too few for the default aux layers [1, N//2 - 1, N - 4]: list "
-                f"them, of {possible}, as draft.aux_layers"
+                f"them, e.g. draft.aux_layers={spread}"
             )
         return [1, num_layers // 2 - 1, num_layers - 4]
-    for layer in chosen:
-        if not 0 <= layer < num_layers - 1:
-            raise UserError(
-                f"draft.aux_layers holds {layer}: the target has {num_layers} layers, so {possible} can be captured"
-            )
+    # SGLang cannot capture the output of the last layer: it reads layer inputs.
+    if wrong := [layer for layer in chosen if not 0 <= layer < num_layers - 1]:
+        raise UserError(
+            f"draft.aux_layers holds {wrong[0]}: the target has {num_layers} layers, so 0 to {num_layers - 2} can be "
+            "captured"
+        )
     return list(chosen)
 
 
