@@ -91,7 +91,8 @@ class ServeOptions:
     @property
     def api_key(self) -> str | None:
         """The key that SGLang will require from clients, if one is set after ``--``."""
-        words = [part for word in self.extra for part in word.split("=", 1)]
+        splits = (word.split("=", 1) if word.startswith("--api-key=") else [word] for word in self.extra)
+        words = [part for split in splits for part in split]
         return dict(pairwise(words)).get("--api-key")
 
 

@@ -77,6 +77,18 @@ def test_an_interrupted_stop_kills_the_whole_process_group(server, monkeypatch):
     assert eventually(lambda: ended(child))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_server_is_stopped_is_delayed(options, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(Server, "stop", lambda _: (signal.raise_signal(number), stops.append(number)))
+    stops, handler = [], signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Server([sys.executable, "-c", ""], {}, "", 0, tmp_path / "log"):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stops == [number]
+
+
 def test_a_server_that_dies_shows_its_last_lines(capsys, run_dir, free_port, monkeypatch):
     monkeypatch.setenv("FAKE_SGLANG", "die")
     assert main(["--draft", str(run_dir), "--device", "cpu", "--port", str(free_port), "--timeout", "60"]) == 1
@@ -144,9 +156,10 @@ def test_the_smoke_test_sends_the_api_key(server, tmp_path):
     assert "request /generate Bearer s3cret" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("extra", [("--api-key", "s3cret"), ("--api-key=s3cret",), ("--x", "y", "--api-key", "s3cret")])
-def test_the_api_key_is_read_from_the_extra_flags(run_dir, extra):
-    assert from_checkpoint(run_dir, {"extra": extra}).api_key == "s3cret"
+@pytest.mark.parametrize("key", ["s3cret", "c2VjcmV0PQ=="])
+@pytest.mark.parametrize("extra", [("--api-key", "{}"), ("--api-key={}",), ("--x", "y", "--api-key", "{}")])
+def test_the_api_key_is_read_from_the_extra_flags(run_dir, extra, key):
+    assert from_checkpoint(run_dir, {"extra": tuple(word.format(key) for word in extra)}).api_key == key
     assert from_checkpoint(run_dir, {"extra": ("--x", "s3cret")}).api_key is None
 
 
