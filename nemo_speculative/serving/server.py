@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -59,7 +59,8 @@ class SGLangProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        with uninterrupted():
+            self.stop()
 
     def exit_error(self, when: str) -> ServerError:
         """The error to raise when the process ended by itself; waits for its exit code."""
@@ -138,6 +139,24 @@ class Server(SGLangProcess):
 
         with Client(self.url, api_key, timeout=timeout) as client:
             return client.request(method, path, **body)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delays Ctrl-C and SIGTERM until the end of the block: a half-finished stop would leave processes running."""
+    received: list[int] = []
+
+    def delay(number: int, _frame: object) -> None:
+        received.append(number)
+
+    handlers = {number: signal.signal(number, delay) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def require_free(host: str, port: int, description: str | None = None) -> None:
