@@ -189,10 +189,11 @@ class Server(BalancedServer):
         nothing about its protocol.  Raises UserError if it does not serve the model.
         """
         try:
-            card = self._model_card(await self._get("/v1/models") or {})
-            self.context = card.get("max_model_len")
+            models = await self._get("/v1/models") or {}
             native = await self._get("/model_info") or await self._get("/get_model_info")
             path = native.get("model_path") if isinstance(native, dict) else None
+            card = self._model_card(models, path)
+            self.context = card.get("max_model_len")
             protocol: Protocol = (CompletionIds if path is None else SGLangGenerate)(card["id"], **self._options)
             if path is None and not await self._returns_ids(protocol):
                 protocol = Chat(card["id"], **self._options)
@@ -202,11 +203,12 @@ class Server(BalancedServer):
         # The path, which SGLang reports, tells models apart that are served by the same name.
         return {"protocol": protocol.NAME, "target": protocol.model} | ({"model_path": path} if path else {})
 
-    def _model_card(self, models: Any) -> dict[str, Any]:
+    def _model_card(self, models: Any, path: str | None) -> dict[str, Any]:
         try:
             cards = {card["id"]: card for card in models.get("data", [])}
         except (AttributeError, KeyError, TypeError):
             cards = {}
+        cards = cards or ({path: {"id": path}} if path else {})
         if not cards:
             raise UserError(f"{self.url}: /v1/models names no model; expected the url of an OpenAI-compatible server")
         base_models = [name for name, card in cards.items() if not card.get("parent")]

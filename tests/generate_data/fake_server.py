@@ -3,9 +3,9 @@
 KIND is sglang, completions (ids on request) or chat; other routes are refused.  The answer to a
 prompt of ids is ``answer_to``; to messages, a text with their number.  FAKE selects a fault: ``die_at:N`` exits at the
 N-th prompt; ``garbage``, ``status:CODE``, ``drop`` (closes the connection) and ``get:CODE`` (for all other requests)
-apply while the file FAKE_WHILE exists, or always; ``refuse`` rejects prompts with the id 77; ``token:X`` requires that
-token; ``slow:S`` delays each answer; ``cut:REASONING`` returns a truncated answer of reasoning only.  FAKE_PATH is the
-model path.
+apply while the file FAKE_WHILE exists, or always; ``no_models:CODE`` lists no model;
+``refuse`` rejects prompts with the id 77; ``token:X`` requires that token; ``slow:S`` delays each answer;
+``cut:REASONING`` returns a truncated answer of reasoning only.  FAKE_PATH is the model path.
 """
 
 import json
@@ -41,6 +41,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if BEHAVIOR == "get" and is_failing():
             self._send(int(ARGUMENT), {"error": "no"})
+        elif self.path == "/v1/models" and BEHAVIOR == "no_models":
+            self._send(int(ARGUMENT), {"data": []})
         elif self.path == "/v1/models":
             self._send(200, {"data": [{"id": MODEL, "max_model_len": 200}]})
         elif self.path == "/model_info" and KIND == "sglang":

@@ -299,6 +299,12 @@ def test_a_model_that_a_server_lacks_is_refused(serve, endpoint_job):
         generate_data(endpoint_job(serve("sglang"), model="mine"))
 
 
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_server_that_lists_no_model_is_named_by_its_path(status, serve, endpoint_job):
+    outcome = generate_data(endpoint_job(serve("sglang", FAKE=f"no_models:{status}", FAKE_PATH="/a"), range="0:1"))
+    assert (outcome.answered, manifest_of(outcome)["target"]) == (1, "/a")
+
+
 def test_a_server_of_another_kind_is_refused(endpoint_job, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
