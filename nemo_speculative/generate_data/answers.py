@@ -46,7 +46,8 @@ def answer(
     rows = _cached(file, places)
     if len(rows) < len(places):
         with dir_lock(file.parent, "data.cache_dir", wait=True):
-            rows = _cached(file, places)  # another process may have added some
+            # Another process may have added some.
+            rows |= _cached(file, {h: place for h, place in places.items() if h not in rows})
             missing = {h: items[index] for h, (index, _, _) in places.items() if h not in rows}
             # All rollouts are built first: an item that asks nothing ends the run now.
             rollouts = {h: Rollout(item, target.tokenizer, Keep()) for h, item in missing.items()}
