@@ -3,12 +3,15 @@
 import asyncio
 import contextlib
 import signal
+from array import array
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.utils import get_class, instantiate
 
 from nemo_speculative.config.schema import GenerateJob
@@ -170,18 +173,18 @@ def summarize(directory: Path, total: int) -> Outcome:
         UserError: they do not hold every one of the ``total`` lines exactly once.
         OSError: the disk is too full for the sorted copies.
     """
-    outcome, ids, answered = Outcome(directory, total), Counter[str](), set[int]()
+    outcome, id_hashes, answered = Outcome(directory, total), array("q"), array("q")
     sort_records(directory / ANSWERS)
     for record in read_records(directory / ANSWERS):
         content = record.content()
-        answered.add(record.index)
-        ids[content["id"]] += 1
+        answered.append(record.index)
+        id_hashes.append(hash(content["id"]))
         outcome.finishes.update(content["finish"])
         outcome.text_only += "rows" not in content and "input_ids" not in content
     sort_records(directory / LEFT_OUT, drop=answered)
     for record in read_records(directory / LEFT_OUT):
         content = record.content()
-        ids[content["id"]] += 1
+        id_hashes.append(hash(content["id"]))
         (outcome.skipped if content["outcome"] == SKIPPED else outcome.failed)[content["reason"]] += 1
     outcome.answered, skipped, failed = len(answered), outcome.skipped.total(), outcome.failed.total()
     if outcome.answered + skipped + failed != total:
@@ -189,8 +192,11 @@ def summarize(directory: Path, total: int) -> Outcome:
             f"{directory}: {outcome.answered} answered, {skipped} skipped and {failed} failed are not the {total} "
             "lines of the range; start the same command again"
         )
-    outcome.num_duplicate_ids = total - len(ids)
-    outcome.duplicate_ids = [item_id for item_id, count in ids.items() if count > 1][:MAX_DUPLICATE_IDS]
+    _, first, counts = np.unique(id_hashes, return_index=True, return_counts=True)
+    outcome.num_duplicate_ids = total - len(first)
+    if examples := np.sort(first[counts > 1])[:MAX_DUPLICATE_IDS].tolist():
+        records = chain(read_records(directory / ANSWERS), read_records(directory / LEFT_OUT))
+        outcome.duplicate_ids = [record.content()["id"] for n, record in enumerate(records) if n in examples]
     return outcome
 
 

@@ -8,13 +8,14 @@ import hashlib
 import json
 import re
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nemo_speculative.config.schema import GenerateJob
 from nemo_speculative.data.conversations import Item, item_content, parse_json, parse_line
@@ -149,17 +150,18 @@ def read_records(file: Path) -> Iterator[Record]:
         yield Record(int(match[1]), int(match[3], 16), line.offset, line.data, where)
 
 
-def sort_records(file: Path, drop: Collection[int] = ()) -> None:
+def sort_records(file: Path, drop: Sequence[int] = ()) -> None:
     """Sorts a file that no process writes by index, in one step, with one line at a time in memory.
 
     Of several records with an index the last stays; of those in ``drop`` none.
     """
-    count, offsets = 0, dict[int, int]()
+    indices, offsets = array("q"), array("q")
     for record in read_records(file):
-        count += 1
-        offsets[record.index] = record.offset
-    order = [offsets[index] for index in sorted(offsets) if index not in drop]
-    if len(order) < count or order != sorted(order):
+        indices.append(record.index)
+        offsets.append(record.offset)
+    latest, positions = np.unique(np.array(indices)[::-1], return_index=True)
+    order = np.array(offsets)[::-1][positions][~np.isin(latest, drop)]
+    if len(order) < len(offsets) or (np.diff(order) < 0).any():
         rewrite(file, lines_at(file, order))
 
 
@@ -281,12 +283,18 @@ def _new_numbers(directory: Path, prompts: PromptFile) -> dict[str, list[int | N
     return {ANSWERS: numbers[:count], SET_ASIDE: numbers[count:], LEFT_OUT: _match(left_out, prompts)}
 
 
-def _match(stored: Iterable[int], prompts: PromptFile) -> list[int | None]:
+def _match(stored: array, prompts: PromptFile) -> list[int | None]:
     """The number of a line with each stored hash, or None; equal hashes get a line each, in order."""
-    lines: dict[int, list[int]] = defaultdict(list)
-    for number in reversed(range(len(prompts))):
-        lines[prompts.prompt_hashes[number]].append(prompts.start + number)
-    return [lines[value].pop() if lines.get(value) else None for value in stored]
+    numbers: list[int | None] = [None] * len(stored)
+    hashes, position = prompts.prompt_hashes, 0
+    lines = np.argsort(hashes, kind="stable")
+    for record in np.argsort(stored, kind="stable"):
+        while position < len(lines) and hashes[lines[position]] < stored[record]:
+            position += 1
+        if position < len(lines) and hashes[lines[position]] == stored[record]:
+            numbers[record] = prompts.start + int(lines[position])
+            position += 1
+    return numbers
 
 
 def _renumber(directory: Path, numbers: dict[str, list[int | None]]) -> None:
