@@ -60,11 +60,8 @@ class Limits:
     max_length: int
 
 
-class Keep:
-    """Leaves the reasoning that an answer starts with in its content; the answer's ids hold it in any case.
-
-    It is between two ``tags``; the opening one may be the end of the prompt instead.
-    """
+class Reasoning:
+    """Treatment of the reasoning at the start of an answer's text, between two ``tags``; the prompt may open it."""
 
     def __init__(self, tags: Sequence[str] = ("<think>", "</think>")):
         self.opening, self.closing = tags
@@ -74,7 +71,11 @@ class Keep:
         return message
 
 
-class Split(Keep):
+class Keep(Reasoning):
+    """Leaves the reasoning in the content."""
+
+
+class Split(Reasoning):
     """Moves the reasoning to ``reasoning_content``; the chat template decides which turns see it."""
 
     def apply(self, message: Message, prompt: str = "") -> Message:
@@ -83,9 +84,9 @@ class Split(Keep):
         opened = text.lstrip().startswith(self.opening) or prompt.rstrip().endswith(self.opening)
         if message.get("reasoning_content") or not opened:  # a server may have split it already
             return message
-        reasoning, _, rest = text.partition(self.closing)  # no rest: the reasoning was cut off
-        reasoning = reasoning.strip().removeprefix(self.opening).strip()
-        return {**message, "content": rest.lstrip(), "reasoning_content": reasoning}
+        # Without the closing tag, the reasoning was cut off.
+        reasoning, _, rest = text.lstrip().removeprefix(self.opening).partition(self.closing)
+        return {**message, "content": rest.lstrip(), "reasoning_content": reasoning.strip()}
 
 
 class Drop(Split):
@@ -105,7 +106,7 @@ class Rollout:
         Unanswerable: an answer has no question.
     """
 
-    def __init__(self, item: Item, tokenizer: Any, reasoning: Keep):
+    def __init__(self, item: Item, tokenizer: Any, reasoning: Reasoning):
         self.item, self.tokenizer, self.reasoning = item, tokenizer, reasoning
         self.questions = _questions(item)
         self.messages: list[Message] = []

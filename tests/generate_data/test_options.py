@@ -5,7 +5,7 @@ from hydra.utils import instantiate
 
 from nemo_speculative.config.app import CONF, to_job
 from nemo_speculative.generate_data.engines import Engine
-from nemo_speculative.generate_data.rollout import Keep
+from nemo_speculative.generate_data.rollout import Reasoning
 from nemo_speculative.generate_data.run import build_engine
 from nemo_speculative.targets.hf import HFTarget
 from tests.config.test_groups import composed
@@ -28,4 +28,4 @@ def test_engine(option, target_dir):
 def test_reasoning(option):
     job = to_job(composed("generate_data", f"reasoning={option}"))
     reasoning = instantiate(job.reasoning)
-    assert isinstance(reasoning, Keep) and type(reasoning).__name__.lower() == option
+    assert isinstance(reasoning, Reasoning) and type(reasoning).__name__.lower() == option
