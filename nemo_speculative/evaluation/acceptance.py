@@ -211,7 +211,7 @@ def evaluate_draft(
         "ngram": NgramDrafter(settings.num_steps, config.ngram),
         "draft": EagleDrafter(draft, target, tree_builder),
     }
-    measured = _measure(target, drafters, prompts, config, config.batch_size, _verifier(config, target))
+    measured = _measure(target, drafters, prompts, config, config.batch_size, _verifier(config, target), "draft")
     return Evaluation(**measured, settings=settings, config=config)
 
 
@@ -240,7 +240,7 @@ def measure_widths(
         SpeculativeSettings(num_steps, topk, size): EagleDrafter(draft, target, DynamicTree(num_steps, topk, size))
         for size in sizes
     }
-    return _measure(target, drafters, prompts, config, batch_size=1, verifier=None)
+    return _measure(target, drafters, prompts, config, 1, None, SpeculativeSettings(num_steps, topk, sizes[-1]))
 
 
 def cheapest(widths: Mapping[SpeculativeSettings, Measured]) -> SpeculativeSettings:
@@ -250,11 +250,13 @@ def cheapest(widths: Mapping[SpeculativeSettings, Measured]) -> SpeculativeSetti
 
 def _measure(
     target: HFTarget, drafters: Mapping[K, Drafter], prompts: Prompts, config: EvaluationConfig, batch_size: int,
-    verifier: Verifier | None,
+    verifier: Verifier | None, shown: K,
 ) -> dict[K, Measured]:  # fmt: skip
-    """The answers of every drafter to all prompts; they take turns, so that machine noise affects all equally."""
+    """The answers of every drafter to all prompts; they take turns, so that machine noise affects all equally.
+
+    The progress line has the acceptance length of the drafter ``shown``.
+    """
     measured, batches = {name: Measured() for name in drafters}, _batches(prompts, batch_size)
-    *_, last = measured.values()
     progress = Progress("measuring", len(prompts))
     with cpu_threads(config.num_threads):
         for drafter in drafters.values():  # the first call allocates memory
@@ -265,7 +267,7 @@ def _measure(
                 answers = generate(target, drafter, batch, max_new_tokens=config.answer_tokens, verifier=verifier)
                 measured[name].seconds += time.perf_counter() - started
                 measured[name].generations += answers
-            progress.advance(lambda: f"tau {last.tau:.2f}", len(batch))
+            progress.advance(lambda: f"tau {measured[shown].tau:.2f}", len(batch))
     progress.close()
     return measured
 
