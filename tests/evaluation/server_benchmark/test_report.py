@@ -9,7 +9,7 @@ from nemo_speculative.evaluation.server_benchmark.results import COLUMNS, BenchR
 from tests.evaluation.server_benchmark.test_results import DRAFT, METRICS, POINT
 
 
-def measured(setting, concurrency, speed, temperature=0.0, suite="mt_bench") -> BenchResult:
+def result(setting, concurrency, speed, temperature=0.0, suite="mt_bench") -> BenchResult:
     names = ("num_steps", "topk", "num_draft_tokens")
     draft = {**DRAFT, "speculative": dict(zip(names, setting, strict=True))} if setting else None
     point = replace(POINT, draft=draft, concurrency=concurrency, temperature=temperature, suite=suite)
@@ -17,9 +17,9 @@ def measured(setting, concurrency, speed, temperature=0.0, suite="mt_bench") -> 
 
 
 RESULTS = [
-    measured((3, 1, 4), 8, 150.0), measured((5, 4, 16), 8, 90.0), measured(None, 8, 100.0),
-    measured((3, 1, 4), 1, 30.0), measured((5, 4, 16), 1, 36.0), measured(None, 1, 12.0),
-    measured((5, 1, 6), 1, 99.0, temperature=1.0),
+    result((3, 1, 4), 8, 150.0), result((5, 4, 16), 8, 90.0), result(None, 8, 100.0),
+    result((3, 1, 4), 1, 30.0), result((5, 4, 16), 1, 36.0), result(None, 1, 12.0),
+    result((5, 1, 6), 1, 99.0, temperature=1.0),
 ]  # fmt: skip
 FAILED = BenchResult(replace(POINT, concurrency=99), None, "died")
 
@@ -31,8 +31,8 @@ def rows(text: str) -> list[dict[str, str]]:
 
 
 def test_the_fastest_comes_first_with_its_speed_up():
-    result = [(r["temperature"], r["at once"], r["setting"], r["speed-up"]) for r in rows(table([*RESULTS, FAILED]))]
-    assert result == [
+    cells = [(r["temperature"], r["at once"], r["setting"], r["speed-up"]) for r in rows(table([*RESULTS, FAILED]))]
+    assert cells == [
         ("0", "1", "5-4-16", "3.00x"), ("0", "1", "3-1-4", "2.50x"), ("0", "1", "baseline", "1.00x"),
         ("0", "8", "3-1-4", "1.50x"), ("0", "8", "baseline", "1.00x"), ("0", "8", "5-4-16", "0.90x"),
         ("1", "1", "5-1-6", "-"),
@@ -55,7 +55,7 @@ def test_the_best_setting_at_a_concurrency(concurrency, setting):
 
 
 def test_a_baseline_is_never_the_best_setting():
-    assert best([measured(None, 1, 9.0), FAILED], 1, 0.0) is None
+    assert best([result(None, 1, 9.0), FAILED], 1, 0.0) is None
 
 
 def test_the_heat_map_shows_every_result():
@@ -69,7 +69,7 @@ def test_the_heat_map_shows_every_result():
 
 
 def test_the_heat_map_escapes_names():
-    picture = ElementTree.fromstring(heat_map([measured(None, 1, 1.0, suite="<a> & b")]))
+    picture = ElementTree.fromstring(heat_map([result(None, 1, 1.0, suite="<a> & b")]))
     assert any("<a> & b" in (element.text or "") for element in picture.iter())
 
 

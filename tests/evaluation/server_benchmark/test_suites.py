@@ -32,7 +32,7 @@ def suite_config(option: str, *overrides: str) -> SuiteConfig:
     return to_job(composed("benchmark", f"suite={option}", *overrides)).suite
 
 
-def written(tmp_path: Path, *rows: object) -> Path:
+def jsonl_file(tmp_path: Path, *rows: object) -> Path:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -41,7 +41,7 @@ def written(tmp_path: Path, *rows: object) -> Path:
 @pytest.mark.parametrize("option", [option for group, option in GROUPS if group == "suite"])
 def test_every_suite_reads_its_published_shape(option, tmp_path):
     row = SHAPES[option]
-    suite = load_suite(suite_config(option, f"suite.path={written(tmp_path, row, row)}"))
+    suite = load_suite(suite_config(option, f"suite.path={jsonl_file(tmp_path, row, row)}"))
     assert suite.name == option and len(suite.prompts) == 2
     prompt = suite.prompts[0]
     shown = row.get("turns") or [
@@ -91,7 +91,7 @@ def test_an_unreachable_hub_is_refused():
 )
 def test_a_file_of_another_shape_is_refused(rows, match, tmp_path):
     with pytest.raises(UserError, match=match):
-        load_suite(suite_config("gsm8k", f"suite.path={written(tmp_path, *rows)}"))
+        load_suite(suite_config("gsm8k", f"suite.path={jsonl_file(tmp_path, *rows)}"))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"PAR1"])
@@ -130,7 +130,7 @@ def test_a_template_inserts_values_unchanged():
 
 def test_the_digest_depends_on_questions_and_right_answers(tmp_path):
     def digest(row, option="gsm8k", *overrides):
-        return load_suite(suite_config(option, f"suite.path={written(tmp_path, row)}", *overrides)).digest
+        return load_suite(suite_config(option, f"suite.path={jsonl_file(tmp_path, row)}", *overrides)).digest
 
     row = SHAPES["gsm8k"]
     one = digest(row)
@@ -143,6 +143,6 @@ def test_the_digest_depends_on_questions_and_right_answers(tmp_path):
 
 
 def test_num_prompts_limits_the_suite(tmp_path):
-    file = written(tmp_path, *({"prompt": str(n)} for n in range(5)), ["never read"])
+    file = jsonl_file(tmp_path, *({"prompt": str(n)} for n in range(5)), ["never read"])
     suite = load_suite(suite_config("jsonl", f"suite.path={file}", "suite.num_prompts=3"))
     assert [prompt.turns for prompt in suite.prompts] == [("0",), ("1",), ("2",)]
