@@ -49,7 +49,7 @@ class Target:
     To add a target, write a file here with a subclass that implements :meth:`compute_hidden_states`.  It takes packed
     rows and must keep their documents apart: the states of a document are those that it has alone.  It returns the
     tokens of ``batch.shard`` only, on ``device``, in ``dtype``.  Set ``requests_ahead`` and ``collective`` if they
-    apply.  Further constructor arguments are the fields of a dataclass in config/schema/model.py, whose ``_target_``
+    apply.  Further constructor arguments are the fields of a dataclass in config/schema/target.py, whose ``_target_``
     names the class, plus a YAML in conf/backend/.  hf.py is the example to read; a test of a new target compares it
     with :class:`.hf.HFTarget`.  Logits are never part of the output: losses compute those that they need from the head.
 

@@ -1,5 +1,6 @@
 """A target's configuration and tokenizer, without its weights."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
 def stop_ids_of(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     """The ids that end an answer of the target in ``directory``: its generation configuration's and the tokenizer's."""
-    has_own = (directory / "generation_config.json").is_file()
-    eos = GenerationConfig.from_pretrained(directory).eos_token_id if has_own else config.eos_token_id
+    eos = config.eos_token_id
+    if (directory / "generation_config.json").is_file():  # without one transformers would ask the hub
+        with contextlib.suppress(OSError):  # it is damaged
+            eos = GenerationConfig.from_pretrained(directory).eos_token_id
     ids = eos if isinstance(eos, list) else [eos]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

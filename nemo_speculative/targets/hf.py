@@ -38,9 +38,7 @@ class TransformersTarget(Target):
         self._captured: dict[int, torch.Tensor] = {}
         for layer in self.aux_layers:
             self.layers[layer].register_forward_hook(partial(self._capture, layer))
-        probe = torch.arange(8, device=self.device)[None] % self.config.vocab_size
-        with torch.no_grad():
-            self.require_own_logits(self.model(input_ids=probe, use_cache=False).logits, self.forward(probe)[1], "hf")
+        self._check_head()
         self._by_document = self._can_attend_by_document()
         if not self._separates_documents(self.compute_hidden_states):
             raise UserError(

@@ -147,8 +147,9 @@ def load_runner(target: Target, max_tokens: int, flags: Sequence[str]) -> Any:
     for flag in (word.split("=")[0] for word in flags):
         if flag.startswith("--") and flag in own:
             raise UserError(f"backend.flags holds {flag}, which the backend sets itself: leave it out")
+    trust = ["--trust-remote-code"] if target.trust_remote_code else []  # flags may repeat it
     with _errors_as_one_line():
-        return _start(parse_flags([*own, *flags], "backend.flags"), target.device)
+        return _start(parse_flags([*own, *trust, *flags], "backend.flags"), target.device)
 
 
 @torch.no_grad()
@@ -207,7 +208,7 @@ def _own_flags(target: Target, max_tokens: int) -> list[str]:
         "--model-path", str(target.path), "--dtype", str(target.dtype).removeprefix("torch."),
         "--device", target.device.type, "--tp-size", str(_num_ranks()), "--max-total-tokens", str(max_tokens),
         "--log-level", "error", "--disable-radix-cache", "--disable-cuda-graph", "--skip-tokenizer-init",
-        "--grammar-backend", "none", *(["--trust-remote-code"] if target.trust_remote_code else []),
+        "--grammar-backend", "none",
     ]  # fmt: skip
     if target.aux_layers:
         # The algorithm selects the convention that layer id v is the output of layer v; no draft is loaded.

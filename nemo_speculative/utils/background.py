@@ -44,14 +44,18 @@ class BackgroundTask(threading.Thread):
             raise self.failure
 
     def cancel(self) -> None:
-        """Ends the work at its next call of ``check_cancelled``."""
+        """Ends the work at its next call of ``check_cancelled``; an error that it then raises interrupts nothing."""
+        self._await()
         self._cancelled.set()
         self.join()
 
     def join(self, timeout: float | None = None) -> None:
+        self._await()
+        super().join(timeout)
+
+    def _await(self) -> None:
         with self._mutex:
             self._awaited = True  # from now on the main thread is not interrupted
-        super().join(timeout)
 
 
 @contextmanager

@@ -61,6 +61,11 @@ def test_embedding_and_head_are_those_of_the_whole_model(directory):
     assert partial.config.num_hidden_layers == 7, "the configuration is the whole target's"
 
 
+def test_a_damaged_generation_config_leaves_the_stop_ids_of_the_configuration(directory):
+    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 7')
+    assert Target(directory, aux_layers=None).stop_ids == {1}
+
+
 def test_no_layer_is_loaded(directory, caplog):
     loaded = Target(directory, aux_layers=None).model
     assert not any("layers" in name for name, _ in loaded.named_parameters())

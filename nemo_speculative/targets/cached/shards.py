@@ -173,9 +173,16 @@ class Shard:
         names = [name for name in self.manifest.layout if self.rows[name.removesuffix(SCALE)]]
         try:
             with safe_open(self.path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path} is damaged ({describe_error(error, 100)}): {self._remedy}") from None
+        for name, x in tensors.items():
+            dtype, width = self.manifest.layout[name]
+            if (shape := [self.rows[name.removesuffix(SCALE)], width]) != list(x.shape) or x.dtype != dtype:
+                raise UserError(
+                    f"{self.path}: {name} is {x.dtype} of {list(x.shape)}, expected {dtype} of {shape}: {self._remedy}"
+                )
+        return tensors
 
 
 def _read_ahead(x: torch.Tensor) -> None:

@@ -94,8 +94,10 @@ class FeaturesTarget(Target):
             name: torch.zeros(*batch.input_ids.shape, width, dtype=dtype)
             for name, (dtype, width) in self.store.manifest.layout.items()
         }
-        for span, location in zip(batch.spans, locations, strict=True):
-            self._copy_document(batch, span, self.store.tensors(location), rows)
+        # All documents first: the system reads them ahead while the first are copied.
+        documents = [self.store.tensors(location) for location in locations]
+        for span, tensors in zip(batch.spans, documents, strict=True):
+            self._copy_document(batch, span, tensors, rows)
         shard = {name: to_device(batch.shard.local(x), self.device) for name, x in rows.items()}
         hidden = self.store.manifest.decode(LAST_HIDDEN, shard, self.dtype)
         return TargetOutput(

@@ -188,6 +188,12 @@ def test_a_truncated_shard_is_named(features, target_dir):
     assert_rejected(features, target_dir, f"{re.escape(str(shard))} has [0-9]+ bytes, its index says")
 
 
+def test_a_shard_of_another_dtype_is_named(features, target_dir):
+    shard = only(features, "*.safetensors")
+    shard.write_bytes(shard.read_bytes().replace(b'"F32"', b'"I32"'))
+    assert_rejected(features, target_dir, f"{re.escape(str(shard))}: .* is torch.int32 of .*, expected torch.float32")
+
+
 def test_a_missing_shard_is_named(features, target_dir):
     shard = only(features, "*.safetensors")
     shard.unlink()
