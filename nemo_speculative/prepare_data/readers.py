@@ -23,8 +23,14 @@ from nemo_speculative.utils.errors import UserError, describe_error
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 BATCH_ROWS = 256
 CHUNK_CHARACTERS = 1 << 20
+CUT_CHARACTERS = 16
+"""A literal, number or escape that the end of a chunk cuts starts at most this far before it."""
 SEPARATORS = re.compile(r"[\s,]*")
 """Between the elements of a JSON array."""
+
+NOT_JSON, NOT_UTF8, NOT_AN_OBJECT, UNKNOWN_SHAPE = "not JSON", "not UTF-8", "not a JSON object", "unknown shape"
+UNREADABLE = {NOT_JSON, NOT_UTF8, NOT_AN_OBJECT, UNKNOWN_SHAPE}
+"""A file most of whose rows have one of these reasons is not the data that the user meant."""
 
 
 class LeftOut(Exception):
@@ -173,7 +179,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             start = stream.peek(CHUNK_CHARACTERS).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
             for origin, record in _elements(path, stream) if start == b"[" else _lines(path, stream):
                 if not isinstance(record, dict | LeftOut):
-                    record = LeftOut("not a JSON object", f"a {type(record).__name__}")
+                    record = LeftOut(NOT_AN_OBJECT, f"a {type(record).__name__}")
                 before, read = read, file.tell()
                 yield Row(origin, record, read - before)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -188,11 +194,11 @@ def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            record = LeftOut("not UTF-8", f"{error.reason} at byte {error.start}")
+            record = LeftOut(NOT_UTF8, f"{error.reason} at byte {error.start}")
         except json.JSONDecodeError as error:
-            record = LeftOut("not JSON", f"{error.msg} at column {error.colno}")
+            record = LeftOut(NOT_JSON, f"{error.msg} at column {error.colno}")
         except RecursionError:
-            record = LeftOut("not JSON", "nested too deeply")
+            record = LeftOut(NOT_JSON, "nested too deeply")
         yield f"{path}:{number}", record
 
 
@@ -214,8 +220,9 @@ def _elements(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
             try:
                 element, end = decoder.raw_decode(buffer, at)
             except json.JSONDecodeError as error:
-                # The element may only be cut off.  Longer chunks each time: an error is found after few attempts.
-                more = text.read(max(CHUNK_CHARACTERS, len(buffer) - at))
+                cut = error.msg.startswith("Unterminated") or error.pos > len(buffer) - CUT_CHARACTERS
+                # Longer chunks each time: the end of a long element is found after few attempts.
+                more = text.read(max(CHUNK_CHARACTERS, len(buffer) - at)) if cut else ""
                 if not more:
                     raise UserError(
                         f"{path}: not JSON at line {lines_before + error.lineno} ({error.msg}, element {number}); "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_speculative.data.chat_template import chat_template_of
-from nemo_speculative.prepare_data.readers import LeftOut
+from nemo_speculative.prepare_data.readers import UNKNOWN_SHAPE, LeftOut
 from nemo_speculative.utils.errors import UserError, describe_error
 
 Record = dict[str, Any]
@@ -64,7 +64,7 @@ def recognize(record: Record) -> Item:
         return {"text": record["text"]}
     if question:
         return _read_pair(record, question, None)
-    raise LeftOut("unknown shape", f"the keys {', '.join(sorted(record)) or '(none)'}")
+    raise LeftOut(UNKNOWN_SHAPE, f"the keys {', '.join(sorted(record)) or '(none)'}")
 
 
 def _first(record: Record, keys: tuple[str, ...]) -> str | None:
@@ -88,7 +88,7 @@ def _read_pair(record: Record, question: str, answer: str | None) -> Item:
     asked, more = record[question], record.get("input") if question != "input" else None
     if is_messages(asked):
         if more:
-            raise LeftOut("unknown shape", f"input in addition to a {question} of messages")
+            raise LeftOut(UNKNOWN_SHAPE, f"input in addition to a {question} of messages")
         messages = read_messages(asked)
     else:
         messages = [

@@ -18,15 +18,13 @@ from nemo_speculative.config.app import to_job
 from nemo_speculative.config.groups import CONF, options
 from nemo_speculative.config.schema import DataConfig, DatasetConfig, MixDataConfig, PrepareJob, SourceConfig
 from nemo_speculative.prepare_data.output import HELD_OUT, TRAIN, Counts
-from nemo_speculative.prepare_data.readers import LeftOut, Part, Row, hub_parts, local_parts
+from nemo_speculative.prepare_data.readers import UNKNOWN_SHAPE, UNREADABLE, LeftOut, Part, Row, hub_parts, local_parts
 from nemo_speculative.prepare_data.shapes import KNOWN_SHAPES, recognize
 from nemo_speculative.utils.errors import UserError
 
 HUB_KEYS = ("repository", "subset", "revision", "split", "held_out_split")
 SAMPLE_ROWS = 100
 """Rows of a file that decide whether it has a known shape."""
-UNREADABLE = {"not JSON", "not UTF-8", "not a JSON object", "unknown shape"}
-"""A file most of whose rows have one of these reasons is not the data that the user meant."""
 ID_KEYS = ("id", "uuid", "conversation_id", "prompt_id")
 
 
@@ -196,7 +194,7 @@ def _require_readable(name: str, rows: int, unreadable: Counter[str], examples: 
         return
     ((reason, _),) = unreadable.most_common(1)
     expected = "expected JSON in UTF-8, one object a line or an array of them, or Parquet"
-    if reason == "unknown shape":
+    if reason == UNKNOWN_SHAPE:
         expected = f"known: {KNOWN_SHAPES}; rename columns with columns={{THEIRS: KNOWN}}"
     raise UserError(
         f"{name}: {unreadable.total()} of the first {rows} rows cannot be read, most often: "

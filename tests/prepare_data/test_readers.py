@@ -137,6 +137,8 @@ def test_an_array_with_an_error_gives_the_elements_before_it_and_names_the_line(
     [
         ("cut.json", array()[:-40], "not JSON at line 1"),
         ("empty_ended.json", b"[", "not JSON at line 1"),
+        # Reading on after the error would report the byte at the end instead, and fill the memory up to there.
+        ("not_read_on.json", b'[{"a": six}' + b" " * (3 << 20) + b"\xff", "not JSON at line 1"),
         ("latin.json", '[{"a": "ü"}]'.encode("latin-1"), "not UTF-8"),
         ("cut.jsonl.gz", gzip.compress(lines())[:-200], "cannot be unzipped"),
         ("broken.jsonl.gz", gzip.compress(lines())[:10] + b"\xff" * 300, "cannot be unzipped (error: Error -3"),
