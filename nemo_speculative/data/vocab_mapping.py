@@ -1,8 +1,10 @@
 """The draft vocabulary: the target ids that a draft can propose, chosen by how often the assistant wrote them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from nemo_speculative.config.schema import VocabularySize
@@ -72,6 +74,7 @@ def build_and_store_vocab_mapping(dataset: TokenizedDataset, size: VocabularySiz
 
     A mapping smaller than the target's vocabulary is written next to a dataset that is stored, as
     ``vocabulary-<size>.safetensors``: ``d2t`` and ``t2d`` as in checkpoints, and in the header what determined it.
+    Where it is stored already, as after the first rank or in a resumed run, nothing is written.
     Raises UserError if the disk is full.
     """
     mapping = build_vocab_mapping(dataset.all_counts, size)
@@ -81,6 +84,8 @@ def build_and_store_vocab_mapping(dataset: TokenizedDataset, size: VocabularySiz
     file = dataset.directory / f"vocabulary-{name}.safetensors"
     header = {"rule": "the most frequent ids of the assistant, 1", "rows": dataset.fingerprint, "size": name}
     header |= {"entries": str(mapping.size), "coverage": f"{mapping.coverage:.6f}"}
+    if _is_stored(file, mapping, header):
+        return mapping
     try:
         with atomic_write(file) as out:
             out.write(save({"d2t": mapping.d2t, "t2d": mapping.t2d}, header))
@@ -89,3 +94,11 @@ def build_and_store_vocab_mapping(dataset: TokenizedDataset, size: VocabularySiz
             f"data.cache_dir: {file} cannot be written ({error.strerror}); make room there, or name another directory"
         ) from None
     return mapping
+
+
+def _is_stored(file: Path, mapping: VocabMapping, header: dict[str, str]) -> bool:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return stored.metadata() == header and torch.equal(stored.get_tensor("d2t"), mapping.d2t)
+    except (OSError, SafetensorError):
+        return False

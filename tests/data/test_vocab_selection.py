@@ -62,10 +62,26 @@ def test_nothing_is_stored_for_rows_in_memory_or_with_the_targets_head(documents
     assert in_memory.ids.tolist() == most_frequent(documents, 20)
 
 
-def test_a_full_disk_is_one_line(documents, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
+
+def test_only_the_first_rank_and_run_write_it(documents, monkeypatch):
+    first = build_and_store_vocab_mapping(documents, SIZE)
+    monkeypatch.setattr(vocab_mapping, "atomic_write", full)
+    assert torch.equal(build_and_store_vocab_mapping(documents, SIZE).ids, first.ids)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: b"x" * 99])
+def test_a_damaged_file_is_replaced(documents, damage):
+    expected = build_and_store_vocab_mapping(documents, SIZE)
+    (file,) = documents.directory.glob("vocabulary*")
+    file.write_bytes(damage(file.read_bytes()))
+    build_and_store_vocab_mapping(documents, SIZE)
+    assert torch.equal(load_file(file)["d2t"], expected.d2t)
+
+
+def test_a_full_disk_is_one_line(documents, monkeypatch):
     monkeypatch.setattr(vocab_mapping, "atomic_write", full)
     with pytest.raises(UserError, match=r"data\.cache_dir: .*vocabulary-20.safetensors cannot be written \(No space"):
         build_and_store_vocab_mapping(documents, SIZE)
