@@ -10,12 +10,13 @@ import os
 import signal
 import threading
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress, groupby, islice
+from itertools import accumulate, compress, groupby, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -206,16 +207,22 @@ class StoredRows(Sequence[TokenRow]):
 
     def __init__(self, file: Path):
         self._file, self.table = file, pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        batches = self.table.to_batches()
+        self._columns = [batch.columns for batch in batches]
+        self._starts = list(accumulate((len(batch) for batch in batches), initial=0))
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        identity, source, ids, mask = (column[index] for column in self.table.columns)
+        at = range(len(self))[index]
+        if isinstance(at, range):
+            return [self[i] for i in at]
+        # Rows of the table's columns, which look up the batch for each value, take twice as long.
+        number = bisect_right(self._starts, at) - 1
+        identity, source, ids, mask = (column[at - self._starts[number]] for column in self._columns[number])
         values = ids.values.to_numpy().tolist(), mask.values.to_numpy(zero_copy_only=False).tolist()
-        return TokenRow(identity.as_py(), *values, f"{self._file}:{index % len(self)}", source.as_py())
+        return TokenRow(identity.as_py(), *values, f"{self._file}:{at}", source.as_py())
 
 
 def _is_complete(directory: Path) -> bool:
@@ -226,7 +233,27 @@ def _is_complete(directory: Path) -> bool:
         return False
 
 
-def _create(directory: Path, chunks: Iterator[TokenizedDataset], vocab_size: int) -> None:
+@dataclass(frozen=True)
+class _Chunk:
+    """A :class:`TokenizedDataset` as a worker process returns it: its rows as the file holds them."""
+
+    rows: pa.RecordBatch
+    digests: bytes
+    counts: dict[str, tuple[np.ndarray, np.ndarray]]
+    """For each source, the ids that the assistant wrote, and how often each."""
+    left_out: dict[str, Any]
+
+    @classmethod
+    def of(cls, dataset: TokenizedDataset) -> "_Chunk":
+        rows = dataset.rows
+        columns: list[Any] = [[row.id for row in rows], [row.source for row in rows]]
+        columns += [[row.input_ids for row in rows], [row.loss_mask for row in rows]]
+        batch, digests = pa.record_batch(columns, schema=SCHEMA), b"".join(map(_row_digest, rows))
+        counts = {source: (np.flatnonzero(n), n[n > 0].numpy()) for source, n in dataset.counts.items()}
+        return cls(batch, digests, counts, {name: getattr(dataset, name) for name in LEFT_OUT})
+
+
+def _create(directory: Path, chunks: Iterator[_Chunk], vocab_size: int) -> None:
     """Writes the rows of ``chunks`` and their counts; meta.json comes last: it marks the others as complete."""
     (directory / META).unlink(missing_ok=True)
     counts: dict[str, torch.Tensor] = {}
@@ -235,15 +262,12 @@ def _create(directory: Path, chunks: Iterator[TokenizedDataset], vocab_size: int
     try:
         with pa.OSFile(str(directory / ROWS), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
             for chunk in chunks:
-                rows = chunk.rows
-                columns: list[Any] = [[row.id for row in rows], [row.source for row in rows]]
-                columns += [[row.input_ids for row in rows], [row.loss_mask for row in rows]]
-                writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-                digest.update(b"".join(map(_row_digest, rows)))
+                writer.write_batch(chunk.rows)
+                digest.update(chunk.digests)
                 for name in LEFT_OUT:
-                    meta[name] += getattr(chunk, name)
-                for source, times in chunk.counts.items():
-                    counts[source] = counts.get(source, 0) + times
+                    meta[name] += chunk.left_out[name]
+                for source, (ids, times) in chunk.counts.items():
+                    counts.setdefault(source, torch.zeros(vocab_size, dtype=torch.long)).numpy()[ids] += times
         meta |= {"sources": sorted(counts), "fingerprint": digest.hexdigest()[:16]}
         empty = torch.zeros(0, vocab_size, dtype=torch.long)
         stacked = torch.stack([counts[source] for source in meta["sources"]]) if counts else empty
@@ -262,13 +286,13 @@ def _create(directory: Path, chunks: Iterator[TokenizedDataset], vocab_size: int
 
 def _tokenize_chunks(
     items: Conversations, tokenization: Tokenization, config: DataConfig, title: str, check_canceled: Callable[[], None]
-) -> Iterator[TokenizedDataset]:
+) -> Iterator[_Chunk]:
     """Chunks in the order of ``items``, from this process or from ``config.workers`` others."""
     progress = Progress(title, len(items), quiet=True)
     count = min(os.cpu_count() or 1, MAX_WORKERS) if config.workers is None else config.workers
     parts = [slice(start, min(start + CHUNK, len(items))) for start in range(0, len(items), CHUNK)]
     if len(items) < MIN_ITEMS_FOR_WORKERS or count < 2:
-        chunks: Iterator[TokenizedDataset] = (tokenization(items[part]) for part in parts)
+        chunks: Iterator[_Chunk] = (_Chunk.of(tokenization(items[part])) for part in parts)
     else:
         chunks = _tokenize_in_workers(items, tokenization, parts, count, check_canceled)
     for part, chunk in zip(parts, chunks, strict=True):
@@ -280,10 +304,10 @@ def _tokenize_chunks(
 
 def _tokenize_in_workers(
     items: Conversations, tokenization: Tokenization, parts: list[slice], count: int, check_canceled: Callable[[], None]
-) -> Iterator[TokenizedDataset]:
+) -> Iterator[_Chunk]:
     """Chunks of ``count`` worker processes, which stay at most 2 chunks each ahead of the writer."""
     with ProcessPoolExecutor(count, get_context("spawn"), _start_worker, (items, tokenization)) as pool:
-        remaining, pending = iter(parts), list[Future[TokenizedDataset]]()
+        remaining, pending = iter(parts), list[Future[_Chunk]]()
         try:
             while True:
                 for part in islice(remaining, 2 * count - len(pending)):
@@ -327,6 +351,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _tokenize_in_worker(part: slice) -> TokenizedDataset:
+def _tokenize_in_worker(part: slice) -> _Chunk:
     items, tokenization = _worker
-    return tokenization(items[part])
+    return _Chunk.of(tokenization(items[part]))
