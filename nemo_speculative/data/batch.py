@@ -96,7 +96,27 @@ class Batch:
         return self.input_ids.numel()
 
 
-def pack(lengths: Sequence[int], packed_length: int, seed: int) -> list[list[int]]:
+class PackedRows(Sequence[list[int]]):
+    """The indices of the documents in each row, in four bytes for each document and each row."""
+
+    def __init__(self) -> None:
+        self._documents, self._ends = array("i"), array("i", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        at = range(len(self))[index]
+        if isinstance(at, range):
+            return [self[i] for i in at]
+        return self._documents[self._ends[at] : self._ends[at + 1]].tolist()
+
+    def append(self, documents: Sequence[int]) -> None:
+        self._documents.extend(documents)
+        self._ends.append(len(self._documents))
+
+
+def pack(lengths: Sequence[int], packed_length: int, seed: int) -> PackedRows:
     """Packs documents into rows: best-fit decreasing within windows of a shuffled order.
 
     A function of its arguments alone, so that every rank and every restart makes the same rows.
@@ -110,12 +130,13 @@ def pack(lengths: Sequence[int], packed_length: int, seed: int) -> list[list[int
     rng = random.Random(seed)
     order = array("i", range(len(lengths)))
     rng.shuffle(order)
-    rows: list[list[int]] = []
+    rows = PackedRows()
     for start in range(0, len(order), WINDOW):
         window = sorted(order[start : start + WINDOW], key=lambda i: (-lengths[i], i))
         packed = _best_fit(window, lengths, packed_length)
         rng.shuffle(packed)
-        rows += packed
+        for row in packed:
+            rows.append(row)
     return rows
 
 
@@ -171,10 +192,10 @@ class PackedLoader:
     rows_consumed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._epochs: dict[int, list[list[int]]] = {}
+        self._epochs: dict[int, PackedRows] = {}
         self._epoch, self._epoch_start = 0, 0
 
-    def rows_of(self, epoch: int) -> list[list[int]]:
+    def rows_of(self, epoch: int) -> PackedRows:
         """The packed rows of an epoch; those of the last two epochs requested are cached."""
         if epoch not in self._epochs:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e >= epoch - 1}

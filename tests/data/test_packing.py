@@ -40,6 +40,14 @@ def test_every_document_is_in_exactly_one_row_and_no_row_is_too_long(lengths, pa
     assert all(row and sum(lengths[d] for d in row) <= packed_length for row in rows)
 
 
+def test_rows_are_a_sequence_that_takes_at_most_eight_bytes_a_document():
+    rows = pack(log_normal_lengths(10_000, 2048), 2048, seed=0)
+    assert rows[2:5] == list(rows)[2:5] and rows[-1] == list(rows)[-1]
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    assert len(rows._documents.tobytes() + rows._ends.tobytes()) <= 8 * 10_000
+
+
 @pytest.mark.parametrize("packed_length", [16384, 32768])
 def test_long_rows_are_nearly_full(packed_length):
     """Each window of documents ends with a row that is not full: one of some 70 rows of 32k."""
