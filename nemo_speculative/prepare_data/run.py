@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import zlib
+from array import array
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -76,7 +77,7 @@ class _Preparation:
         self.sources = sources_of(job)
         self.streams = [stream for source in self.sources for stream in source.streams()]
         self.formatted_text = FormattedText.from_tokenizer(job.tokenizer) if job.tokenizer else None
-        self.seen: set[int] = set()
+        self.seen = DigestSet()
         """Hashes of the contents and the ids of the rows kept so far."""
 
     def run(self) -> Prepared:
@@ -110,16 +111,20 @@ class _Preparation:
             if output.rows_before:
                 print(f"{self.directory}: resuming after row {output.rows_before}", flush=True)
             for row in output.rows():
-                self.seen |= {content_hash(row), _hash(row["id"], b"name")}
+                self.seen.add(content_hash(row))
+                self.seen.add(_hash(row["id"], b"name"))
             self._write(output)
             output.finish(description)
         return Prepared(self.directory, output.counts)
 
     def _print_changes(self, before: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-        changed = [key for part in description for key in differing_keys(before.get(part, {}), description[part])]
-        if changed:
-            names = ", ".join(changed)
-            print(f"{self.directory}: the rows there were prepared with another {names}; they are replaced", flush=True)
+        old, new = _by_key(before), _by_key(description)
+        if changed := differing_keys(old, new):
+            values = (f"{key}={json.dumps(old.get(key))}, not {json.dumps(new.get(key))}" for key in changed)
+            print(
+                f"{self.directory}: the rows there were prepared with {'; '.join(values)}; they are replaced",
+                flush=True,
+            )
 
     def _write(self, output: Output) -> None:
         size = sum(file.stat().st_size for s in self.streams for part in s.parts for file in part.files)
@@ -148,7 +153,8 @@ class _Preparation:
         fraction = hash_fraction(row.id or f"{content:016x}")
         side = stream.side or (HELD_OUT if fraction < self.job.data.held_out_share else TRAIN)
         identity = self._identity(content, stream, row.id)
-        self.seen |= {content, _hash(identity, b"name")}
+        self.seen.add(content)
+        self.seen.add(_hash(identity, b"name"))
         output.write(stream.label, side, {"id": identity, **item, "source": item.get("source", stream.source)})
 
     def _item(self, row: Row) -> Item:
@@ -170,6 +176,48 @@ class _Preparation:
         # The last can only be needed where duplicates are kept.
         candidates = (identity, f"{identity}#{content:016x}", f"{identity}#{len(self.seen)}")
         return next(each for each in candidates if _hash(each, b"name") not in self.seen)
+
+
+def _by_key(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a manifest that determine the rows, by configuration key."""
+    values = {
+        key: value for part in ("asked", "fetched", "options") for key, value in description.get(part, {}).items()
+    }
+    filters = values.pop("filters", {})
+    return values | {f"filters.{key}": value for key, value in filters.items()}
+
+
+class DigestSet:
+    """A set of 64-bit hashes, none of them 0, in 16 to 32 bytes each, where Python's set takes a hundred.
+
+    Open addressing with linear probing, at most half full; 0 marks a free slot.
+    """
+
+    def __init__(self) -> None:
+        self._slots, self._count = array("Q", bytes(8 << 10)), 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, value: int) -> bool:
+        return self._slots[self._slot(value)] == value
+
+    def add(self, value: int) -> None:
+        slot = self._slot(value)
+        self._count += self._slots[slot] != value
+        self._slots[slot] = value
+        if 2 * self._count > len(self._slots):
+            before, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
+            for each in filter(None, before):
+                self._slots[self._slot(each)] = each
+
+    def _slot(self, value: int) -> int:
+        """The slot that holds ``value``, or that it would take."""
+        slots, mask = self._slots, len(self._slots) - 1
+        slot = value & mask
+        while slots[slot] and slots[slot] != value:
+            slot = (slot + 1) & mask
+        return slot
 
 
 def content_hash(item: Item) -> int:

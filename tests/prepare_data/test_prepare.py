@@ -157,7 +157,8 @@ def test_replacing_an_earlier_result_is_reported(tmp_path, capsys):
     prepare(replace(job, max_conversations=5, filters=filters))
     (line,) = capsys.readouterr().out.splitlines()
     assert line == (
-        f"{job.directory}: the rows there were prepared with another max_conversations, filters; they are replaced"
+        f"{job.directory}: the rows there were prepared with max_conversations=null, not 5; "
+        f"filters.min_characters={job.filters.min_characters}, not 1; they are replaced"
     )
 
 
