@@ -54,12 +54,14 @@ class KVCache:
         return stored[0].narrow(2, 0, end), stored[1].narrow(2, 0, end)
 
     def visible(self, ancestors: torch.Tensor) -> torch.Tensor:
-        """The positions, of the m that ``append`` will return, that the next n of each row see: bool [B, n, m].
+        """The positions, of the m that ``append`` will return, that the next n of each row see: bool [B or 1, n, m].
 
         Of the newest s positions of its row, the next n last, each sees ``ancestors`` bool [B or 1, n, s]; before
         them, all.
         """
         new, span = ancestors.shape[1:]
+        if not self.ragged:
+            return pad(ancestors, (self.longest + new - span, 0), value=True)
         starts = torch.tensor(self.lengths, device=ancestors.device)[:, None] + (new - span)
         offset = torch.arange(self.longest + new, device=ancestors.device) - starts
         place = offset.clamp(0, span - 1)[:, None].expand(-1, new, -1)
