@@ -27,7 +27,10 @@ class States:
     def at(self, paths: Sequence[Sequence[int]]) -> "States":
         """The states at the positions ``paths`` of each row."""
         counts = [len(path) for path in paths]
-        index = torch.tensor(pad_rows(paths, max(counts)), device=self.aux_hidden_states.device)
+        longest = max(counts)
+        if all(path[-1] < n for path, n in zip(paths, counts, strict=True)):
+            return States(self.aux_hidden_states[:, :longest], self.last_hidden_state[:, :longest], counts)
+        index = torch.tensor(pad_rows(paths, longest), device=self.aux_hidden_states.device)
         rows = torch.arange(len(index), device=index.device)[:, None]
         return States(self.aux_hidden_states[rows, index], self.last_hidden_state[rows, index], counts)
 
