@@ -1,7 +1,8 @@
 """Tree builders: draft tokens as a chain, a fixed tree (EAGLE-1), or where the draft is most confident (EAGLE-2)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache, partial
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -43,6 +44,45 @@ class Chain:
         return chains(torch.cat(tokens, dim=1), all_q, cursor.ids)
 
 
+class _Level(NamedTuple):
+    """One level of a static tree, and the i inner nodes, those that have children, of the level above."""
+
+    inner: torch.Tensor
+    """[i]: index of each inner node in its level."""
+    inner_parents: torch.Tensor
+    """[1, i]: index of its parent among the inner nodes one level higher."""
+    inner_numbers: torch.Tensor
+    """[i]: its number in the tree."""
+    max_children: int
+    selected: torch.Tensor
+    """[w]: index of each node of this level among the ``max_children`` children of all inner nodes."""
+
+
+@lru_cache(maxsize=16)
+def _layout(paths: tuple[NodePath, ...], device: torch.device) -> tuple[torch.Tensor, list[_Level]]:
+    """The parents [1, n] of a static tree's nodes, and its levels below the root."""
+    nodes: list[NodePath] = [(), *sorted(paths, key=lambda path: (len(path), path))]
+    number, tensor = {path: n for n, path in enumerate(nodes)}, partial(torch.tensor, device=device)
+    levels: list[_Level] = []
+    above: list[NodePath] = [()]
+    inner_above: list[NodePath] = [()]
+    for depth in range(1, len(nodes[-1]) + 1):
+        level = [path for path in nodes if len(path) == depth]
+        inner = [path for path in above if (*path, 0) in number]
+        k = max(path[-1] for path in level) + 1
+        levels.append(
+            _Level(
+                inner=tensor([above.index(path) for path in inner]),
+                inner_parents=tensor([[inner_above.index(path[:-1]) for path in inner]]),
+                inner_numbers=tensor([number[path] for path in inner]),
+                max_children=k,
+                selected=tensor([inner.index(path[:-1]) * k + path[-1] for path in level]),
+            )
+        )
+        above, inner_above = level, inner
+    return tensor([[-1, *(number[path[:-1]] for path in nodes[1:])]]), levels
+
+
 @dataclass(frozen=True)
 class StaticTree:
     """A tree of one fixed structure, as in EAGLE-1.
@@ -70,27 +110,17 @@ class StaticTree:
 
     def build(self, cursor: DraftCursor, verifier: Verifier) -> Trees:
         """The trees under the root at ``cursor``."""
-        nodes: list[NodePath] = [(), *sorted(self.paths, key=lambda path: (len(path), path))]
-        number, device = {path: n for n, path in enumerate(nodes)}, cursor.root.device
-        tokens, levels = [cursor.root], len(nodes[-1])
-        all_q = None
-        # The inner nodes, those that have children, of the level above: the draft has run on them.
-        above: list[NodePath] = [()]
-        for depth in range(1, levels + 1):
-            level = [path for path in nodes if len(path) == depth]
-            k = max(path[-1] for path in level) + 1
-            indices, q = verifier.children(cursor.logits, k)
-            tokens.append(cursor.ids[indices.flatten(1)[:, [above.index(path[:-1]) * k + path[-1] for path in level]]])
+        parents, levels = _layout(self.paths, cursor.root.device)
+        tokens, all_q = [cursor.root], None
+        for depth, level in enumerate(levels):
+            if depth:
+                cursor.advance(tokens[-1][:, level.inner], level.inner_parents)
+            indices, q = verifier.children(cursor.logits, level.max_children)
+            tokens.append(cursor.ids[indices.flatten(1)[:, level.selected]])
             if q is not None:
-                all_q = q.new_zeros(len(q), len(nodes), q.shape[-1]) if all_q is None else all_q
-                all_q[:, [number[path] for path in above]] = q
-            if depth < levels:
-                inner = [path for path in level if (*path, 0) in number]
-                parents = torch.tensor([[above.index(path[:-1]) for path in inner]], device=device)
-                cursor.advance(tokens[-1][:, [level.index(path) for path in inner]], parents)
-                above = inner
-        parents = torch.tensor([[-1, *(number[path[:-1]] for path in nodes[1:])]], device=device)
-        return trees(torch.cat(tokens, dim=1), parents, levels, all_q, cursor.ids)
+                all_q = q.new_zeros(len(q), parents.shape[1], q.shape[-1]) if all_q is None else all_q
+                all_q[:, level.inner_numbers] = q
+        return trees(torch.cat(tokens, dim=1), parents, len(levels), all_q, cursor.ids)
 
 
 @dataclass(frozen=True)
