@@ -73,6 +73,11 @@ class DraftModel(PreTrainedModel):
     deeper_norm: str
     layers: nn.ModuleList
 
+    def __init__(self, config):
+        super().__init__(config)
+        # Not a submodule: its frequencies must stay float32, and loading would leave them uninitialized.
+        self._rotary: dict = {}
+
     @property
     def stack(self):
         """The layers, lowest first."""
@@ -110,11 +115,12 @@ class DraftModel(PreTrainedModel):
 
     def rotation(self, like, position_ids):
         """cos and sin [B, 1, n, d] for ``position_ids``, in the dtype of ``like``."""
-        known = ("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
-        numbers = {name: getattr(self.config, name) for name in known}
-        llama = LlamaConfig(**numbers, rope_parameters=dict(self.config.rope_parameters))
-        # Not a submodule: its frequencies must stay float32, and loading would leave them uninitialized.
-        cos, sin = LlamaRotaryEmbedding(llama).to(like.device)(like, position_ids)
+        if like.device not in self._rotary:
+            known = ("head_dim", "hidden_size", "num_attention_heads", "max_position_embeddings")
+            numbers = {name: getattr(self.config, name) for name in known}
+            llama = LlamaConfig(**numbers, rope_parameters=dict(self.config.rope_parameters))
+            self._rotary[like.device] = LlamaRotaryEmbedding(llama).to(like.device)
+        cos, sin = self._rotary[like.device](like, position_ids)
         return cos[:, None], sin[:, None]
 
 
