@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from transformers import LlamaConfig
 
 from nemo_speculative.algorithms.eagle.contract import EagleShape
 from nemo_speculative.algorithms.eagle.network import EagleDraft
-from nemo_speculative.algorithms.eagle3.contract import Eagle3Shape
+from nemo_speculative.algorithms.eagle3.contract import Eagle3Contract, Eagle3Shape
 from nemo_speculative.algorithms.eagle3.network import Eagle3Draft
 from nemo_speculative.checkpoint.adapters.exports import MODELING_FILE, Export, RemoteCodeExport, SpeculatorsExport
 from nemo_speculative.checkpoint.adapters.modeling_eagle_draft import Eagle3DraftModel, EagleDraftConfig
@@ -238,6 +239,18 @@ class TestRemoteCode:
         like, positions = torch.zeros(1, dtype=torch.bfloat16), torch.arange(0, 2000, 13)[None]
         expected = exported.build().rotary(positions, like.dtype)
         assert all(torch.equal(*pair) for pair in zip(network.rotation(like, positions), expected, strict=True))
+
+    def test_the_draft_of_an_architecture_of_its_own_is_refused(self, tmp_path):
+        class Gated(Eagle3Draft):
+            ARCHITECTURE = "GatedForCausalLMEagle3"
+
+        class GatedContract(Eagle3Contract):
+            draft = Gated
+
+        exported = replace(servable("eagle3"), contract=GatedContract())
+        message = refusal(lambda: RemoteCodeExport().write(tmp_path / "out", exported, TARGET))
+        assert "is GatedForCausalLMEagle3; this form holds LlamaForCausalLMEagle" in message
+        assert not (tmp_path / "out").exists()
 
     def test_the_modelling_file_needs_torch_and_transformers_only(self):
         tree = ast.parse(MODELING_FILE.read_text())

@@ -94,7 +94,7 @@ class RemoteCodeExport(Export):
     """
 
     suffix = "transformers"
-    NETWORKS = {"EAGLE": "EagleDraftModel", "EAGLE3": "Eagle3DraftModel"}
+    NETWORKS = {"LlamaForCausalLMEagle": "EagleDraftModel", "LlamaForCausalLMEagle3": "Eagle3DraftModel"}
     REPLACED_FIELDS = ("eagle_config", "num_aux_hidden_states", "rope_theta", "rope_scaling")
     """Fields for servers that this form states under other names, or only once."""
 
@@ -104,7 +104,11 @@ class RemoteCodeExport(Export):
 
     def config(self, servable: Servable) -> dict[str, Any]:
         """The contents of ``config.json``."""
-        shape, network = servable.shape, self.NETWORKS[servable.algorithm]
+        shape, architecture = servable.shape, servable.contract.architecture
+        network = self.NETWORKS.get(architecture)
+        if network is None:
+            known = " and ".join(self.NETWORKS)
+            raise UserError(f"{servable.directory}: is {architecture}; this form holds {known}")
         fields = fields_of(servable.contract, shape, servable.dtype)
         named = {"AutoConfig": "EagleDraftConfig", "AutoModel": network}
         return {
