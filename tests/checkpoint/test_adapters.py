@@ -135,6 +135,14 @@ def test_automodel_is_read_from_the_outer_and_the_inner_directory(tmp_path, targ
     assert stated_target(source) == "org/target"
 
 
+@pytest.mark.parametrize(("stated", "expected"), [(None, (0, 2, 4)), ([1, 2, 5], (1, 2, 5))])
+def test_automodels_recipe_has_the_aux_layers_that_the_configuration_leaves_out(tmp_path, target, stated, expected):
+    source = layouts.automodel(tmp_path / "a", eagle_config={"eagle_aux_hidden_state_layer_ids": stated})
+    if stated:
+        (source / "config.yaml").write_text("not: [yaml")
+    assert read_foreign(source, target).shape.aux_layers == expected
+
+
 def test_automodel_without_a_recipe_has_the_default_aux_layers(tmp_path, target):
     source = layouts.automodel(tmp_path / "draft")
     (source / "config.yaml").unlink()
@@ -363,6 +371,7 @@ REFUSED = [
         for layers in ([5, 3, 0], [1, 1, 2], [-1, 3, 5], [1, 3, 7], ["1", 3, 5], [], "135", 3)
     ],
     (VLLM, {"eagle_aux_hidden_state_layer_ids": [0, 3, 5]}, {}, "expected ascending layers from 0 to 6"),
+    (VLLM, {"eagle_aux_hidden_state_layer_ids": []}, {}, "its aux layers are []; expected ascending layers"),
     (VLLM, {"eagle_aux_hidden_state_layer_ids": "all"}, {}, "expected a list of layers"),
     (VLLM, {"speculators_model_type": "peagle"}, {}, "speculators_model_type is 'peagle', expected 'eagle3'"),
     (VLLM, {"norm_before_residual": True}, {}, "norm_before_residual is True, expected False"),

@@ -92,16 +92,16 @@ class Speculators(Format):
             ("transformer_layer_config.model_type", layer.get("model_type", "llama"), "llama"),
         ):
             source.require(value == expected, key, value, f"{expected!r}; SGLang and this project lack such a network")
-        inputs = config.get("eagle_aux_hidden_state_layer_ids") or []
+        inputs = config.get("eagle_aux_hidden_state_layer_ids")
         valid = isinstance(inputs, list) and all(type(number) is int for number in inputs)
-        source.require(valid, "eagle_aux_hidden_state_layer_ids", inputs, "a list of layers")
+        source.require(valid or inputs is None, "eagle_aux_hidden_state_layer_ids", inputs, "a list of layers")
         outer = ("target_hidden_size", "draft_vocab_size", *Eagle3Contract.SWITCHES)
         return read_eagle3(
             source,
             self.name,
             layer | {key: config.get(key) for key in outer},
             speculators_name,
-            [number - 1 for number in inputs] or None,
+            None if inputs is None else [number - 1 for number in inputs],
             unused=("verifier_lm_head.weight", "verifier_norm.weight"),  # the target's, for training only
         )
 
@@ -142,8 +142,8 @@ class AutoModel(Format):
         if "d2t" not in source.tensors and isinstance(ids, torch.Tensor):
             source.tensors["d2t"] = ids.long() - torch.arange(ids.numel())
             source.notes.append("the draft vocabulary is that of its metadata, selected_token_ids")
-        stated = None if source.aux_layers is not None else _from_recipe(source, "aux_layer_ids")
-        return _read_plain_eagle3(source, self.name, "model.", stated, step if type(step) is int and step > 0 else 0)
+        step = step if type(step) is int and step > 0 else 0
+        return _read_plain_eagle3(source, self.name, "model.", recipe=True, step=step)
 
 
 def _outer_file(source: Source, *names: str) -> Path | None:
@@ -198,8 +198,11 @@ class SafeAILab(Format):
         return read_eagle(source, self.name)
 
 
-def _read_plain_eagle3(source: Source, name: str, prefix: str = "", aux_layers: Any = None, step: int = 0) -> Servable:
-    """EAGLE-3 under SGLang's names, with ``prefix`` before all but the head and the vocabulary maps."""
+def _read_plain_eagle3(source: Source, name: str, prefix: str = "", recipe: bool = False, step: int = 0) -> Servable:
+    """EAGLE-3 under SGLang's names, with ``prefix`` before all but the head and the vocabulary maps.
+
+    With ``recipe``, the copy of the training configuration has the aux layers if config.json does not.
+    """
     config = source.config
     eagle = config["eagle_config"] if isinstance(config.get("eagle_config"), dict) else {}
     if eagle.get("use_aux_hidden_state") is False:
@@ -214,7 +217,9 @@ def _read_plain_eagle3(source: Source, name: str, prefix: str = "", aux_layers: 
             return tensor
         return prefix + (tensor.replace("midlayer.", "layers.0.") if numbered else tensor)
 
-    stated = eagle.get("eagle_aux_hidden_state_layer_ids", aux_layers)
+    stated = eagle.get("eagle_aux_hidden_state_layer_ids")
+    if recipe and stated is None and source.aux_layers is None:
+        stated = _from_recipe(source, "aux_layer_ids")
     return read_eagle3(source, name, eagle | config, rename, stated, step=step)
 
 
