@@ -29,7 +29,7 @@ cluster, `pip install "nemo_speculative[slurm]"` and `--multirun hydra/launcher=
 hydra.launcher.partition=NAME hydra.launcher.gpus_per_node=1` submit each run of a sweep as a job of one process;
 `launch/slurm.sbatch` starts a training on several GPUs.
 
-The defaults below are the schema's; those of the YAML files are the same where a file does not say otherwise.
+The defaults below are the schema's. A YAML file of conf/ may set another one: `--cfg job` prints the values of a run.
 """
 
 

@@ -48,7 +48,7 @@ JOBS: dict[str, type] = {
 PACKAGES = {"loss": "draft.loss", "job": "_global_"}
 """Packages of the groups whose keys are not below the group's own name."""
 FOOTER = """
-Keys      KEY=VALUE overrides any key, e.g. trainer.max_steps=100; --cfg job prints every key with its value, and
+Keys      KEY=VALUE overrides any key; --cfg job prints every key with its value, and
           docs/configuration.md explains them.
 Sweeps    --multirun KEY=A,B runs every combination.
 Your own  hydra.searchpath=[file:///DIR] adds the YAML files of DIR to the groups.

@@ -100,7 +100,7 @@ def parse_line(line: bytes, file: Path | str, number: int) -> list[Item]:
 def parse_json(line: bytes, origin: str) -> dict[str, Any]:
     """Parses a line as a JSON object; raises UserError if it is none."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise UserError(f"{origin}: not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
     except json.JSONDecodeError as error:
@@ -109,7 +109,10 @@ def parse_json(line: bytes, origin: str) -> dict[str, Any]:
             "recipes/prepare_data.py reads other shapes"
         ) from None
     if not isinstance(record, dict):
-        raise UserError(f"{origin}: found a {type(record).__name__}, expected a JSON object")
+        raise UserError(
+            f"{origin}: found a {type(record).__name__}, expected a JSON object; recipes/prepare_data.py reads other "
+            "shapes"
+        )
     return record
 
 
@@ -120,7 +123,7 @@ def _check_messages(messages: Any, origin: str) -> None:
         if problem := _message_problem(message, messages[index - 1] if index else None):
             raise UserError(
                 f"{origin}: message {index} {problem}; correct it "
-                "(recipes/prepare_data.py leaves such rows out, counted)"
+                "(recipes/prepare_data.py reads other names of roles, and leaves out the rows that it cannot use)"
             )
 
 

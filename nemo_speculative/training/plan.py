@@ -48,7 +48,7 @@ def describe(job: TrainJob) -> str:
         f"draft     {models.draft_parameters / 1e6:.1f} M parameters, {entries} of {config.vocab_size} "
         f"vocabulary ids, {job.draft.ttt_steps} steps, computed in {job.trainer.dtype.value}",
         f"layout    {_layout(job, models)}",
-        f"data      {len(items)} conversations: {answered if target_answers else ''}{documents.report()}",
+        f"data      {len(items)} read: {answered if target_answers else ''}{documents.report()}",
     ]
     loader = PackedLoader(  # of the first rank
         documents, packed_length=row_tokens, global_batch_size=job.trainer.global_batch_size,
