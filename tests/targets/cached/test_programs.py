@@ -225,7 +225,7 @@ def test_eagle_files_train_eagle1(settings, online_of, documents, tmp_path):  # 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["backend=features", "backend.directory=x"], "take backend=hf"),
+        (["backend=features", "backend.directory=x"], "capture with backend=hf"),
         (["shard_mb=0"], "shard_mb is 0"),
         (["merge=[a]", "verify=true"], r"merge is \['a'\] and verify is true"),
         (["dtype=fp4"], "dtype"),
