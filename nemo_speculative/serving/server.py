@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -149,7 +150,9 @@ def uninterrupted() -> Iterator[None]:
     def delay(number: int, _frame: object) -> None:
         received.append(number)
 
-    handlers = {number: signal.signal(number, delay) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Only the main thread handles signals; another one is not interrupted.
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.signal(number, delay) for number in numbers}
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_a_signal_while_the_server_is_stopped_is_delayed(options, tmp_path, monk
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert stops == [number]
+
+
+def test_another_thread_than_the_main_one_stops_a_server_too(tmp_path):
+    def start_and_stop() -> int:
+        with Server([sys.executable, "-c", "input()"], {}, "", 0, tmp_path / "log") as server:
+            pid = server._process.pid
+        return pid
+
+    with ThreadPoolExecutor(1) as threads:
+        assert ended(threads.submit(start_and_stop).result())
 
 
 def test_a_server_that_dies_shows_its_last_lines(capsys, run_dir, free_port, monkeypatch):
